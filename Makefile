@@ -1,0 +1,49 @@
+# LayerFed. `make` alone lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Nothing phones home, nothing is reinstalled for a run.
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export RAY_USAGE_STATS_ENABLED = 0
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint bench table clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+# One stamp a set of extras: `make run` need not install what only the tests use.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "LayerFed needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
+	@touch $@
+
+setup: $(VENV)/.installed ## create .venv with the layerfed command
+
+run: $(VENV)/.installed ## the main job: ten simulated clients fine-tune a pretrained ViT on digits
+	$(BIN)/layerfed run conf/default.toml --engine ray
+
+test: $(VENV)/.installed-dev ## set up and pass all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-dev ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+table: $(VENV)/.installed ## every strategy on digits, R = 1 and 2, three seeds
+	$(BIN)/layerfed compare conf/default.toml --dir runs/digits-table
+
+bench: $(VENV)/.installed-dev ## time ours against its peers
+	$(BIN)/python benchmarks/selection.py
+
+clean: ## remove the environment and caches (never your runs)
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,103 @@
+"""What each client can afford: R_i of the constraint Σ_l c_l m_i(l) ≤ R_i."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from layerfed.config import BudgetConfig, ConfigError
+from layerfed.exchange import Description
+from layerfed.layers import LayerMap
+from layerfed.seeding import Stream, generator
+
+__all__ = ["Budgets", "layer_costs"]
+
+
+def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray:
+    """Return c_l, the cost of training each selectable layer, shape (L,), in the given unit."""
+    if unit == "layers":
+        return np.ones(layers.num_blocks)
+    attribute = {"parameters": "elements", "bytes": "bytes"}[unit]
+    return np.array([getattr(block, attribute) for block in layers.blocks], dtype=np.float64)
+
+
+class Budgets:
+    """The budget of every client.
+
+    Parameters
+    ----------
+    config : BudgetConfig
+        `identical`: R for all. `half-normal`: R_i = min + |N(0, σ²)| with σ = (max − min)/2, drawn
+        again while above max, whole when the unit is layers [S names the distribution and its bounds;
+        σ is ours]. `per-node`: what the node's own configuration states.
+    costs : numpy.ndarray
+        c_l, shape (L,).
+    seed : int
+        The run's seed; a client's budget depends on it and on the client's partition id only.
+
+    Raises
+    ------
+    ConfigError
+        If a budget exceeds the cost of all layers, or is below the cheapest layer.
+    """
+
+    def __init__(self, config: BudgetConfig, costs: np.ndarray, seed: int) -> None:
+        self.config = config
+        self.costs = costs
+        self.seed = seed
+        keys = {"identical": ("layers",), "half-normal": ("min", "max"), "per-node": ()}[config.kind]
+        total = costs.sum()
+        for key in keys:
+            value = getattr(config, key)
+            if value > total:
+                raise ConfigError(
+                    f"budget.{key} = {value:g} is above the whole model: its {len(costs)} selectable "
+                    f"layers cost {total:g} {config.unit}; lower it, or use strategy.name = 'full'"
+                )
+        if keys and (highest := getattr(config, keys[-1])) < costs.min():
+            raise ConfigError(
+                f"budget.{keys[-1]} = {highest:g} {config.unit} is below the cheapest layer "
+                f"({costs.min():g}): no client could train any"
+            )
+
+    def of(self, client: Description) -> float:
+        """Return R_i of one client.
+
+        Raises
+        ------
+        ConfigError
+            If budgets are per node and the node states none.
+        """
+        if self.config.kind == "identical":
+            return self.config.layers
+        if self.config.kind == "half-normal":
+            return self._half_normal(client.partition)
+        if client.budget is None:
+            raise ConfigError(
+                f"budget.kind = 'per-node', but the node of partition {client.partition} states no "
+                'budget; start it with --node-config "budget=2", or choose another budget.kind'
+            )
+        return client.budget
+
+    def _half_normal(self, partition: int) -> float:
+        low, high = self.config.min, self.config.max
+        rng = generator(self.seed, Stream.BUDGET, partition)
+        while True:
+            value = low + abs(rng.normal(0.0, (high - low) / 2))
+            if self.config.unit == "layers":
+                value = float(np.rint(value))
+            if value <= high:
+                return value
+
+    @classmethod
+    def identical(cls, limit: float, layers: LayerMap) -> Budgets:
+        """Return a budget of so many layers for every client."""
+        return cls(BudgetConfig(layers=limit), layer_costs(layers), seed=0)
+
+    def __str__(self) -> str:
+        """Describe the budgets in a few words."""
+        config = self.config
+        if config.kind == "identical":
+            return f"{config.layers:g} {config.unit} each"
+        if config.kind == "half-normal":
+            return f"half-normal on [{config.min:g}, {config.max:g}] {config.unit}"
+        return f"each node's own, in {config.unit}"

@@ -1,0 +1,259 @@
+"""`layerfed`: run, compare, report, layers, solve."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+# Before anything imports Flower or Ray: a run neither phones home nor looks for updates.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+from layerfed.config import ConfigError, RunConfig, load_config
+
+EngineName = Literal["auto", "inprocess", "ray"]
+ENGINES = get_args(EngineName)
+
+app = typer.Typer(
+    help="Federated fine-tuning in which every device trains only the layers it can afford.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="A configuration file (conf/*.toml), then key=value settings that override it; "
+        "without a file, the defaults.",
+        metavar="[CONF] [KEY=VALUE]...",
+    ),
+]
+
+
+def _load(settings: list[str] | None) -> RunConfig:
+    words = list(settings or [])
+    file = Path(words.pop(0)) if words and "=" not in words[0] else None
+    return load_config(file, words)
+
+
+def _engine(name: str) -> EngineName:
+    if name not in ENGINES:
+        raise ConfigError(f"--engine {name} is unknown; choose one of {', '.join(ENGINES)}")
+    return cast(EngineName, name)
+
+
+@contextmanager
+def _one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn what a user can mend into one line and exit status 2."""
+    try:
+        yield
+    except kinds as error:
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command()
+def run(
+    settings: Settings = None,
+    engine: Annotated[
+        str, typer.Option(help="auto, inprocess (no Ray) or ray (Flower's simulation)")
+    ] = "auto",
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where run folders go [default: ./runs]")
+    ] = None,
+    verbose: Annotated[bool, typer.Option(help="Show Flower's and Ray's own logs.")] = False,
+) -> None:
+    """Run one federated fine-tuning on this machine."""
+    with _one_line_errors(ConfigError):
+        config = _load(settings)
+        wanted = _engine(engine)
+        if directory is not None:
+            config = config.model_copy(
+                update={"run": config.run.model_copy(update={"dir": str(directory)})}
+            )
+        # Imported late, so that `--help` and a wrong configuration answer at once.
+        from layerfed.engine import choose_engine, run_on
+        from layerfed.runs import ProgressLine
+        from layerfed.strategies import RoundFailed
+
+        logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.WARNING)
+        chosen, why = choose_engine(config, wanted)
+        console.print(
+            f"[bold]{config.task.name}[/] · {config.strategy.name} · "
+            f"{config.federation.clients} clients, {config.federation.clients_per_round} a round, "
+            f"{config.federation.rounds} rounds · engine {chosen} ({why})",
+            highlight=False,
+        )
+        try:
+            with ProgressLine(console) as progress:
+                folder = run_on(chosen, config, [progress], verbose=verbose)
+        except RoundFailed as error:
+            console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(1) from None
+    _print_summary(folder)
+
+
+def _print_summary(folder: Path) -> None:
+    from layerfed.report import run_table
+
+    output = Console()
+    output.print(run_table(folder))
+    for name in ("accuracy.png", "layers.png"):
+        output.print(f"picture     {folder / name}", soft_wrap=True, highlight=False)
+    output.print(f"run folder  {folder}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def compare(
+    settings: Settings = None,
+    strategies: Annotated[
+        str, typer.Option(help="Strategies, separated by commas [default: all]")
+    ] = "",
+    budgets: Annotated[
+        str, typer.Option(help="Budgets: numbers or half-normal, separated by commas")
+    ] = "1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas")] = "0,1,2",
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Where run folders and tables go")
+    ] = Path("runs/compare"),
+    engine: Annotated[str, typer.Option(help="auto, inprocess or ray")] = "auto",
+) -> None:
+    """Run a grid of strategies, budgets and seeds, and write the table that compares them."""
+    with _one_line_errors(ConfigError):
+        base = _load(settings)
+        from layerfed.compare import Cell, cells, run_missing, write_tables
+        from layerfed.engine import choose_engine, run_on
+        from layerfed.strategies import STRATEGIES
+
+        directory = directory.resolve()
+        grid = cells(
+            base,
+            _words(strategies) or list(STRATEGIES),
+            _words(budgets),
+            [_whole(seed) for seed in _words(seeds)],
+            directory,
+        )
+        chosen, _ = choose_engine(base, _engine(engine))
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+
+        def run_cell(cell: Cell) -> None:
+            folder = run_on(chosen, cell.config)
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            console.print(
+                f"{cell.name:<28} accuracy {summary['accuracy']:.2%}  {summary['seconds']:.0f} s",
+                highlight=False,
+            )
+
+        console.print(f"{len(grid)} runs in {directory} (engine {chosen})", highlight=False)
+        rows = run_missing(grid, directory, run_cell)
+        file = write_tables(rows, directory)
+    typer.echo(file.read_text(encoding="utf-8"))
+    typer.echo(f"tables: {file}, {file.with_name('runs.csv')}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"seed '{text}' is not a whole number")
+    return int(text)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A run folder")],
+) -> None:
+    """Draw a run folder's pictures anew and print its figures."""
+    from layerfed.report import draw_run
+
+    with _one_line_errors(OSError):
+        draw_run(folder)
+    _print_summary(folder.resolve())
+
+
+@app.command()
+def layers(settings: Settings = None) -> None:
+    """Print how a configuration's model falls into layers."""
+    with _one_line_errors(ConfigError, ValueError):
+        config = _load(settings)
+        from layerfed.task import load_task
+
+        task = load_task(config)
+        found = task.layers(task.build_model())
+    table = Table(title=f"{config.task.name}: {found.num_blocks} selectable layers")
+    for column, justify in (("layer", "left"), ("role", "left"), ("modules", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for column in ("tensors", "parameters", "MB", "share"):
+        table.add_column(column, justify="right")
+    total = sum(layer.elements for layer in found.layers)
+    role = {"embeddings": "frozen", "block": "selectable", "head": "always trained"}
+    for layer in found.layers:
+        table.add_row(
+            layer.name,
+            role[layer.kind],
+            ", ".join(layer.modules),
+            str(len(layer.tensors)),
+            f"{layer.elements:,}",
+            f"{layer.bytes / 1e6:.3f}",
+            f"{layer.elements / total:.1%}",
+        )
+    Console().print(table)
+
+
+@app.command()
+def solve(
+    instance: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help='JSON: {"values": [[…]], "costs": […], "budgets": […], "consistency": λ}',
+        ),
+    ],
+    solver: Annotated[str, typer.Option(help="auto, lagrangian or milp")] = "auto",
+    time_limit: Annotated[float, typer.Option(help="Seconds", min=0.0)] = 60.0,
+    gap: Annotated[float, typer.Option(help="Relative gap that counts as optimal")] = 1e-6,
+) -> None:
+    """Solve one instance of the selection problem (P1) and print the masks as JSON."""
+    from layerfed.selection import SelectionError, SelectionProblem
+    from layerfed.selection import solve as solve_problem
+
+    with _one_line_errors(ValueError, SelectionError):
+        try:
+            data: Any = json.loads(instance.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{instance} is not valid JSON: {error}") from None
+        if solver not in ("auto", "lagrangian", "milp"):
+            raise ValueError(f"--solver {solver} is unknown; choose auto, lagrangian or milp")
+        found = solve_problem(
+            SelectionProblem.from_json(data),
+            solver=solver,  # type: ignore[arg-type]
+            time_limit=time_limit,
+            gap=gap,
+        )
+    typer.echo(json.dumps(found.to_json()))
+
+
+if __name__ == "__main__":
+    app()

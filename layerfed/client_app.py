@@ -1,0 +1,219 @@
+"""The ClientApp: one client's side of a round.
+
+`client_app` is what Flower loads; `build_client_app` makes another with mods of your own (differential
+privacy, compression, …). All state between messages is the resident workbench: task, model and
+optimiser settings, built once per process and configuration.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from functools import lru_cache
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+
+from layerfed.config import Flat, RunConfig, TrainConfig
+from layerfed.exchange import (
+    Description,
+    ResidentModel,
+    describe_reply,
+    evaluate_reply,
+    probe_reply,
+    read_manifest,
+    read_mask,
+    train_reply,
+)
+from layerfed.seeding import Stream, generator, torch_seed
+from layerfed.task import Examples, Task, load_task
+from layerfed.task.probe import probe_layers
+from layerfed.task.training import evaluate, train_layers
+
+__all__ = ["Workbench", "build_client_app", "client_app", "workbench"]
+
+
+class Workbench:
+    """What a process keeps between messages: the task's data and one resident model."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        self.task: Task = load_task(config)
+        self.device = _device(config.run.device)
+        self.resident = ResidentModel(self.task.build_model, self.task.layers, self.device)
+        self._examples: dict[int, tuple[Examples, Examples]] = {}
+
+    def examples(self, partition: int) -> tuple[Examples, Examples]:
+        """Return a client's training and held-out examples."""
+        if partition not in self._examples:
+            self._examples[partition] = self.task.client_examples(partition)
+        return self._examples[partition]
+
+
+@lru_cache(maxsize=2)
+def _workbench(config: RunConfig) -> Workbench:
+    return Workbench(config)
+
+
+def workbench(flat: Flat) -> Workbench:
+    """Return the process's workbench for a run configuration.
+
+    Runs that differ only in strategy, budget or the run's name share one, so a sweep in one process
+    loads data and model once.
+    """
+    config = RunConfig.from_flat(flat)
+    defaults = RunConfig()
+    shared = config.model_copy(
+        update={
+            "strategy": defaults.strategy,
+            "budget": defaults.budget,
+            "run": config.run.model_copy(update={"name": "", "dir": ""}),
+        }
+    )
+    return _workbench(shared)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _partition(context: Context) -> int:
+    if "partition-id" not in context.node_config:
+        raise ValueError(
+            'this node has no partition; start it with --node-config "partition-id=0 num-partitions=1"'
+        )
+    return int(cast(int, context.node_config["partition-id"]))
+
+
+def _optimizer(train: TrainConfig, lr: float) -> Any:
+    """Return what builds the local optimiser from the parameters to train."""
+    if train.optimizer == "adamw":
+        return lambda parameters: torch.optim.AdamW(
+            parameters, lr=lr, weight_decay=train.weight_decay
+        )
+    return lambda parameters: torch.optim.SGD(
+        parameters, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay
+    )
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Return peak bytes: of tensors on a GPU, of the whole process elsewhere."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def describe(message: Message, context: Context) -> Message:
+    """Say which partition this node holds, how many examples, and its own budget if it has one."""
+    partition = _partition(context)
+    node = context.node_config
+    partitions = node.get("num-partitions")
+    # Checked by the server too; here a wrong count would cut the data into other pieces.
+    bench = workbench(cast(Flat, context.run_config))
+    known = bench.config.federation.clients
+    examples = len(bench.examples(partition)[0]) if partition < known else 1
+    return describe_reply(
+        message,
+        Description(
+            partition=partition,
+            examples=examples,
+            budget=float(cast(float, node["budget"])) if "budget" in node else None,
+            partitions=int(cast(int, partitions)) if partitions is not None else None,
+        ),
+    )
+
+
+def probe(message: Message, context: Context) -> Message:
+    """Measure each layer's gradient at θ^t on this client's data."""
+    bench = workbench(cast(Flat, context.run_config))
+    config = message.content.config_records["config"]
+    partition, resident, train = _partition(context), bench.resident, bench.config.train
+    resident.move_to(*read_manifest(message))
+    examples, _ = bench.examples(partition)
+    count = cast(int, config["batches"]) or -(-len(examples) // train.batch_size)
+    rng = generator(
+        bench.config.run.seed, Stream.PROBE, cast(int, config["round"]), partition
+    )
+    statistics, flops = probe_layers(
+        resident.model,
+        resident.layers,
+        islice(examples.shuffled(train.batch_size, bench.device, rng), count),
+        bench.task.loss,
+        cast(list[str], config["statistics"]),
+        precision=train.precision,
+    )
+    return probe_reply(message, statistics, len(examples), flops=flops)
+
+
+def train(message: Message, context: Context) -> Message:
+    """Train the masked blocks and the head, and send back their updates only."""
+    bench = workbench(cast(Flat, context.run_config))
+    config = message.content.config_records["config"]
+    partition, resident, settings = _partition(context), bench.resident, bench.config.train
+    resident.move_to(*read_manifest(message))
+    mask = read_mask(message, resident.layers)
+    chosen = [b.name for b, on in zip(resident.layers.blocks, mask, strict=True) if on] + ["head"]
+    examples, _ = bench.examples(partition)
+    steps = settings.local_steps or settings.local_epochs * -(-len(examples) // settings.batch_size)
+    seed, server_round = bench.config.run.seed, cast(int, config["round"])
+    rng = generator(seed, Stream.TRAIN, server_round, partition)
+    torch.manual_seed(torch_seed(seed, Stream.TRAIN, server_round, partition))  # dropout
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    began = time.monotonic()
+    with resident.borrowed(chosen) as before:
+        result = train_layers(
+            resident.model,
+            resident.layers,
+            mask,
+            islice(examples.shuffled(settings.batch_size, bench.device, rng), steps),
+            bench.task.loss,
+            _optimizer(settings, cast(float, config["lr"])),
+            precision=settings.precision,
+        )
+        update = {
+            name: (resident.tensors[name].detach() - start).cpu().numpy()
+            for name, start in before.items()
+        }
+    return train_reply(
+        message,
+        update,
+        len(examples),
+        loss=result.loss,
+        flops=result.flops,
+        seconds=time.monotonic() - began,
+        **{"peak-memory": _peak_memory(bench.device)},
+    )
+
+
+def evaluate_locally(message: Message, context: Context) -> Message:
+    """Evaluate the global model on this client's held-out examples."""
+    bench = workbench(cast(Flat, context.run_config))
+    bench.resident.move_to(*read_manifest(message))
+    _, held_out = bench.examples(_partition(context))
+    batches = held_out.in_order(256, bench.device)
+    accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
+    return evaluate_reply(message, len(held_out), accuracy=accuracy, loss=loss)
+
+
+def build_client_app(mods: list[Mod] | None = None) -> ClientApp:
+    """Return a ClientApp with LayerFed's handlers, wrapped in Flower mods of your own."""
+    app = ClientApp(mods=mods)
+    app.query("describe")(describe)
+    app.query("probe")(probe)
+    app.train()(train)
+    app.evaluate()(evaluate_locally)
+    return app
+
+
+client_app = build_client_app()

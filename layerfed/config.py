@@ -1,0 +1,244 @@
+"""One typed, validated description of a run.
+
+The same dotted keys everywhere: `[federation] clients-per-round = 5` in a file under `conf/`,
+`federation.clients-per-round=5` on `layerfed`'s command line and in `flwr run --run-config`. Everything
+that can be checked without building the model is checked here; what needs the model (a budget above
+the number of layers, say) is checked by the ServerApp, still before any client works.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+__all__ = ["ConfigError", "Flat", "RunConfig", "load_config"]
+
+Scalar = str | int | float | bool
+Flat = dict[str, Scalar]
+
+StrategyName = Literal["ilp", "full", "top", "bottom", "both", "random", "snr", "rgn"]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be run; the message names the key, the value and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+    )
+
+
+class TaskConfig(_Section):
+    """Data: what is learnt and how it is spread over the clients."""
+
+    name: Literal["digits"] = "digits"
+    partition: Literal["dirichlet", "iid"] = "dirichlet"
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    local_test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class ModelConfig(_Section):
+    """The model that is fine-tuned and how it falls into layers."""
+
+    weights: Literal["embedded", "random"] = "embedded"
+    blocks: str = ""
+    head: str = ""
+
+
+class FederationConfig(_Section):
+    """The population of clients and what a round asks of it."""
+
+    clients: Positive = 10
+    clients_per_round: Positive = 10
+    rounds: Positive = 30
+    min_replies: Positive = 1
+    timeout: Annotated[float, Field(gt=0)] = 3600.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.clients_per_round > self.clients:
+            raise ConfigError(
+                f"federation.clients-per-round = {self.clients_per_round} is above "
+                f"federation.clients = {self.clients}; lower it or raise the number of clients"
+            )
+        if self.min_replies > self.clients_per_round:
+            raise ConfigError(
+                f"federation.min-replies = {self.min_replies} is above "
+                f"federation.clients-per-round = {self.clients_per_round}; no round could succeed"
+            )
+        return self
+
+
+class StrategyConfig(_Section):
+    """Who picks the layers, and how."""
+
+    name: StrategyName = "ilp"
+    consistency: float = 1.0
+    consistency_scale: Literal["relative", "raw"] = "relative"
+    probe_batches: Annotated[int, Field(ge=0)] = 0
+    solver: Literal["auto", "lagrangian", "milp"] = "auto"
+    solver_seconds: Annotated[float, Field(gt=0)] = 10.0
+    solver_gap: Annotated[float, Field(ge=0)] = 1e-6
+
+
+class BudgetConfig(_Section):
+    """How much each client can afford to train."""
+
+    kind: Literal["identical", "half-normal", "per-node"] = "identical"
+    unit: Literal["layers", "parameters", "bytes"] = "layers"
+    layers: Annotated[float, Field(ge=0)] = 1.0
+    min: Annotated[float, Field(ge=0)] = 1.0
+    max: Annotated[float, Field(ge=0)] = 4.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ConfigError(f"budget.min = {self.min:g} is above budget.max = {self.max:g}")
+        return self
+
+
+class TrainConfig(_Section):
+    """A client's local work in one round."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Positive = 32
+    local_steps: Annotated[int, Field(ge=0)] = 5
+    local_epochs: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if (self.local_steps > 0) == (self.local_epochs > 0):
+            raise ConfigError(
+                f"train.local-steps = {self.local_steps} and train.local-epochs = "
+                f"{self.local_epochs}: set exactly one of them above 0, the other to 0"
+            )
+        if self.optimizer == "adamw" and self.momentum > 0:
+            raise ConfigError(
+                f"train.momentum = {self.momentum:g} goes with train.optimizer = 'sgd' only; "
+                "adamw has its own"
+            )
+        return self
+
+
+class RunSection(_Section):
+    """Where the run is kept and what it runs on."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = ""
+    dir: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 1
+    client_cpus: Annotated[float, Field(gt=0)] = 1.0
+    client_gpus: Annotated[float, Field(ge=0)] = 0.25
+
+
+class RunConfig(_Section):
+    """Everything a run depends on.
+
+    Raises
+    ------
+    ConfigError
+        From `from_flat` and `load_config`, in one line, naming the key, its value and what is allowed.
+    """
+
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    federation: FederationConfig = FederationConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    budget: BudgetConfig = BudgetConfig()
+    train: TrainConfig = TrainConfig()
+    run: RunSection = RunSection()
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
+        """Build and check a configuration from dotted keys, as Flower hands them over."""
+        nested: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            section, dot, name = key.partition(".")
+            if not dot or section not in cls.model_fields:
+                raise ConfigError(
+                    f"unknown key '{key}'; keys are section.name with a section of "
+                    f"{', '.join(cls.model_fields)}"
+                )
+            nested.setdefault(section, {})[name] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    def to_flat(self) -> Flat:
+        """Return every key with its value, in the order of the sections."""
+        nested = self.model_dump(by_alias=True)
+        return {f"{s}.{k}": v for s, keys in nested.items() for k, v in keys.items()}
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn pydantic's findings into one line a user can act on."""
+    lines = []
+    for finding in error.errors():
+        key = ".".join(str(part) for part in finding["loc"])
+        if finding["type"] == "extra_forbidden":
+            section = str(finding["loc"][0])
+            fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+            allowed = ", ".join(f"{section}.{name.replace('_', '-')}" for name in fields)
+            lines.append(f"unknown key '{key}'; known keys: {allowed}")
+        elif finding["type"] == "value_error":
+            lines.append(str(finding["ctx"]["error"]))
+        else:
+            rule = finding["msg"].removeprefix("Input should be ")
+            lines.append(f"{key} = {finding['input']!r} is not allowed: it should be {rule}")
+    return "; ".join(lines)
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested TOML tables to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value`; the value is read as TOML (`3`, `0.1`, `true`) and else taken as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{text}' is not of the form key=value")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a configuration file (or none: the defaults) and apply `key=value` overrides."""
+    flat: dict[str, Any] = {}
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from None
+        try:
+            flat = json.loads(text) if file.suffix == ".json" else flatten(tomllib.loads(text))
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{file} is not valid {file.suffix.lstrip('.')}: {error}") from None
+    flat.update(parse_override(text) for text in overrides)
+    return RunConfig.from_flat(flat)

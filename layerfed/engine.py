@@ -1,0 +1,234 @@
+"""Running the apps on one machine: in this process, or in Flower's Ray simulation."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from layerfed.client_app import build_client_app, client_app, workbench
+from layerfed.config import Flat, RunConfig
+from layerfed.records import Observer
+from layerfed.server_app import build_server_app, build_strategy
+
+__all__ = ["Engine", "EngineName", "InProcessGrid", "choose_engine", "run_on"]
+
+Engine = Literal["inprocess", "ray"]
+EngineName = Literal["auto", "inprocess", "ray"]
+
+# Ray takes about ten seconds to start and ten milliseconds a message, which a model smaller than this
+# never earns back on its clients' parallel work.
+SMALL_MODEL = 20_000_000
+
+
+class InProcessGrid(Grid):
+    """A Grid whose nodes are this process: clients work one after another, nothing is serialised.
+
+    A reply is made when it is pulled, one at a time, so there is never more than one in memory.
+
+    Parameters
+    ----------
+    client_app : flwr.clientapp.ClientApp
+    num_supernodes : int
+        Clients; node i holds partition i.
+    run_config : Flat
+        What each client's context says.
+    """
+
+    def __init__(self, client_app: ClientApp, num_supernodes: int, run_config: Flat) -> None:
+        # Messages can only be made inside a run; this is one.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+        self._app = client_app
+        self._run = Run.create_empty(1)
+        self._contexts = {
+            SUPERLINK_NODE_ID + 1 + i: Context(
+                run_id=1,
+                node_id=SUPERLINK_NODE_ID + 1 + i,
+                node_config={"partition-id": i, "num-partitions": num_supernodes},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for i in range(num_supernodes)
+        }
+        self._queue: deque[Message] = deque()
+
+    def set_run(self, run: Run) -> None:
+        """Set the run this grid operates in."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run this grid operates in."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message (Flower's deprecated way; use `Message`)."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of all nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages; return their ids."""
+        identities = []
+        for message in messages:
+            identity = str(uuid4())
+            message.metadata.__dict__["_message_id"] = identity  # as Flower's own grids do
+            self._queue.append(message)
+            identities.append(identity)
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Let the next asked client work and return its reply."""
+        wanted = set(message_ids)
+        for position, message in enumerate(self._queue):
+            if message.metadata.message_id in wanted:
+                del self._queue[position]
+                return [self._work(message)]
+        return []
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Let all asked clients work and return their replies."""
+        wanted = list(self.push_messages(messages))
+        return [reply for identity in wanted for reply in self.pull_messages([identity])]
+
+    def _work(self, message: Message) -> Message:
+        try:
+            return self._app(message, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:  # noqa: BLE001  # any error of a client is that client's reply
+            reason = f"{type(error).__name__}: {error}"
+            return Message(
+                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
+            )
+
+
+def choose_engine(config: RunConfig, engine: EngineName) -> tuple[Engine, str]:
+    """Resolve `auto`; return the engine and why."""
+    if engine != "auto":
+        return engine, "as asked"
+    elements = sum(x.elements for x in workbench(config.to_flat()).resident.layers.layers)
+    abreast = min(config.federation.clients_per_round, _clients_abreast(config))
+    if elements < SMALL_MODEL:
+        return "inprocess", f"a model of {elements / 1e6:.1f} M parameters is faster without Ray"
+    if abreast < 2:
+        return "inprocess", "there is room for one client at a time"
+    return "ray", f"{abreast} clients at a time"
+
+
+def _clients_abreast(config: RunConfig) -> int:
+    cores = int((os.cpu_count() or 1) / config.run.client_cpus)
+    if _gpu_share(config) > 0:
+        return min(cores, int(torch.cuda.device_count() / config.run.client_gpus))
+    return cores
+
+
+def _gpu_share(config: RunConfig) -> float:
+    """Return the share of a GPU each client gets: none where the run stays on the CPU."""
+    on_gpu = config.run.device == "auto" or config.run.device.startswith("cuda")
+    return config.run.client_gpus if on_gpu and torch.cuda.is_available() else 0.0
+
+
+def run_on(
+    engine: Engine,
+    config: RunConfig,
+    observers: Sequence[Observer] = (),
+    *,
+    verbose: bool = False,
+) -> Path:
+    """Run a configuration on one machine and return the run folder.
+
+    Raises
+    ------
+    ConfigError
+        If the configuration cannot be run; nothing is written then, and no client has worked.
+    RoundFailed
+        If too few clients took part.
+    """
+    flat = config.to_flat()
+    # Built here first, so that an impossible setting is refused before Ray takes its time to start.
+    build_strategy(config, workbench(flat).resident.layers)
+    folders: list[Path] = []
+    server = build_server_app(observers, folders.append)
+    if engine == "inprocess":
+        grid = InProcessGrid(client_app, config.federation.clients, flat)
+        context = Context(
+            run_id=1,
+            node_id=SUPERLINK_NODE_ID,
+            node_config={},
+            state=RecordDict(),
+            run_config=flat,
+        )
+        server(grid, context)
+    else:
+        _run_ray(server, config, flat, verbose)
+    return folders[0]
+
+
+def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, verbose: bool) -> None:
+    # Imported late: Ray takes seconds to import, and the in-process engine does without.
+    import ray
+    from flwr.simulation import run_simulation
+
+    def configured(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        # Outside `flwr run`, Flower hands clients an empty run configuration.
+        context.run_config = dict(flat)
+        return call_next(message, context)
+
+    wrapped = ServerApp()
+
+    @wrapped.main()
+    def main(grid: Grid, context: Context) -> None:
+        context.run_config = dict(flat)
+        server(grid, context)
+
+    # Flower marks this entry point as deprecated in favour of `flwr run`, which starts a SuperLink that
+    # outlives the run; here nothing may be left behind.
+    quiet = _WithoutDeprecation()
+    logging.getLogger("flwr").addFilter(quiet)
+    try:
+        run_simulation(
+            server_app=wrapped,
+            client_app=build_client_app([configured]),
+            num_supernodes=config.federation.clients,
+            backend_config={
+                "client_resources": {
+                    "num_cpus": config.run.client_cpus,
+                    "num_gpus": _gpu_share(config),
+                },
+                "init_args": {
+                    "logging_level": "info" if verbose else "error",
+                    "log_to_driver": verbose,
+                },
+            },
+        )
+    finally:
+        logging.getLogger("flwr").removeFilter(quiet)
+        ray.shutdown()
+
+
+class _WithoutDeprecation(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "DEPRECATED" not in record.getMessage()

@@ -1,0 +1,87 @@
+"""The server's model: the pretrained base plus the layers that have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+
+from layerfed.exchange.messages import Manifest, decode, encode
+from layerfed.layers import LayerMap, digest, fingerprint
+
+__all__ = ["GlobalModel"]
+
+
+class GlobalModel:
+    """The global model as versioned layers.
+
+    Tensors are kept serialised, as Flower's `Array`, and read through views of those bytes: one copy of
+    the model serves aggregation, evaluation and every message. Only layers that differ from the base
+    are ever put into a message.
+
+    Parameters
+    ----------
+    layers : LayerMap
+        How the model falls into layers.
+    arrays : flwr.app.ArrayRecord
+        The base: every tensor of every layer, by state-dict name (others are ignored).
+
+    Raises
+    ------
+    ValueError
+        If `arrays` lacks a tensor of the layer map.
+    """
+
+    def __init__(self, layers: LayerMap, arrays: ArrayRecord) -> None:
+        self.layers = layers
+        needed = [name for layer in layers.layers for name in layer.tensors]
+        if missing := [name for name in needed if name not in arrays]:
+            raise ValueError(f"the initial arrays lack tensors of the model: {', '.join(missing)}")
+        self._arrays: dict[str, Array] = {name: arrays[name] for name in needed}
+        self.tensors: dict[str, np.ndarray] = {n: _view(a) for n, a in self._arrays.items()}
+        self._digests = {layer.name: digest(self.layer(layer.name)) for layer in layers.layers}
+        self._base = dict(self._digests)
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the layers that differ from the base."""
+        return tuple(n for n, value in self._digests.items() if value != self._base[n])
+
+    def manifest(self) -> Manifest:
+        """Return the version of every layer, and the identity of the base."""
+        return Manifest(base=fingerprint(self._base), digests=dict(self._digests))
+
+    def layer(self, name: str) -> dict[str, np.ndarray]:
+        """Return read-only views of the tensors of one layer."""
+        return {tensor: self.tensors[tensor] for tensor in self.layers[name].tensors}
+
+    def replace(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """Put a new version of a layer in place of the present one."""
+        for tensor in self.layers[name].tensors:
+            self._arrays[tensor] = encode(tensors[tensor])
+            self.tensors[tensor] = _view(self._arrays[tensor])
+        self._digests[name] = digest(self.layer(name))
+
+    def payload(self) -> ArrayRecord:
+        """Return the arrays a client needs to get from the base to this version."""
+        return self._record(name for layer in self.changed for name in self.layers[layer].tensors)
+
+    def record(self) -> ArrayRecord:
+        """Return the whole model, as Flower's strategies hand it around."""
+        return self._record(self._arrays)
+
+    def _record(self, names: Iterable[str]) -> ArrayRecord:
+        record = ArrayRecord()
+        for name in names:
+            record[name] = self._arrays[name]
+        return record
+
+    def bytes(self, layers: Iterable[str]) -> int:
+        """Return the size in bytes of some layers."""
+        return sum(self.layers[name].bytes for name in layers)
+
+
+def _view(array: Array) -> np.ndarray:
+    # The server's own arrays, or the user's initial ones: trusted, so the stated dtype is believed.
+    return decode(array, tuple(array.shape), np.dtype(array.dtype))

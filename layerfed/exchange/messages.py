@@ -1,0 +1,309 @@
+"""The message protocol: what each message carries, how it is written and how it is read.
+
+Every instruction carries a `config` record; one that concerns the model also carries the `manifest`
+(the version of each layer) and the `arrays` of layers that differ from the pretrained base:
+
+=============== ============================================= =====================================
+message type    config                                        reply
+=============== ============================================= =====================================
+query.describe                                                partition, partitions, examples, budget
+query.probe     round, statistics, batches                    examples, one list of L a statistic
+train           round, mask (L zeros and ones), learning rate arrays: Δ of the trained layers;
+                                                              examples, loss, costs
+evaluate        round                                         examples, loss, accuracy
+=============== ============================================= =====================================
+
+Replies come from machines nobody vouches for. Reading one checks it in full and raises `RefusedReply`
+with the reason; nothing in a reply is unpickled, used as a path or trusted for a size.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from layerfed.layers import LayerMap
+
+__all__ = [
+    "Description",
+    "Manifest",
+    "RefusedReply",
+    "TrainReply",
+    "decode",
+    "describe_reply",
+    "encode",
+    "evaluate_reply",
+    "instruction",
+    "probe_reply",
+    "read_description",
+    "read_evaluation",
+    "read_manifest",
+    "read_mask",
+    "read_statistics",
+    "read_train_reply",
+    "train_reply",
+]
+
+# A client's say in the mean is its example count, which it states itself; beyond this it is no count.
+MAX_EXAMPLES = 2**31
+# Room for the header of the npy format beside an array's own bytes.
+MAX_HEADER = 4096
+
+
+class RefusedReply(ValueError):
+    """A client's reply that must not be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A global model, by name: the base's fingerprint and each layer's content digest."""
+
+    base: str
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a client says of itself.
+
+    `budget` is None where the node states none of its own, `partitions` (into how many the data is
+    cut) where it does not know.
+    """
+
+    partition: int
+    examples: int
+    budget: float | None = None
+    partitions: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """A checked training reply: Δ_i (eq. 4) of the trained layers' tensors, and d_i."""
+
+    update: Mapping[str, np.ndarray]
+    examples: int
+    metrics: Mapping[str, float]
+
+
+# ------------------------------------------------------------------------------- instructions
+def instruction(
+    kind: str,
+    node: int,
+    *,
+    server_round: int,
+    timeout: float,
+    manifest: Manifest | None = None,
+    arrays: ArrayRecord | None = None,
+    **config: Any,
+) -> Message:
+    """Build a message to one node; `config` values are those a `ConfigRecord` takes."""
+    content = RecordDict({"config": ConfigRecord({"round": server_round, **config})})
+    if manifest is not None:
+        content["manifest"] = ConfigRecord({"base": manifest.base, **manifest.digests})
+    if arrays is not None:
+        content["arrays"] = arrays
+    return Message(content, node, kind, group_id=str(server_round), ttl=timeout)
+
+
+def read_manifest(message: Message) -> tuple[Manifest, ArrayRecord]:
+    """Return the versions that an instruction names and the arrays that came with it."""
+    entries = {str(k): str(v) for k, v in message.content.config_records["manifest"].items()}
+    base = entries.pop("base")
+    arrays = message.content.array_records.get("arrays", ArrayRecord())
+    return Manifest(base=base, digests=entries), arrays
+
+
+def read_mask(message: Message, layers: LayerMap) -> tuple[bool, ...]:
+    """Return the L booleans of a train instruction.
+
+    Raises
+    ------
+    ValueError
+        If the mask's length is not the model's number of blocks.
+    """
+    mask = cast(list[int], message.content.config_records["config"]["mask"])
+    if len(mask) != layers.num_blocks:
+        raise ValueError(
+            f"the server sent a mask over {len(mask)} layers, this model has {layers.num_blocks}"
+        )
+    return tuple(bool(m) for m in mask)
+
+
+# ------------------------------------------------------------------------------------ replies
+def describe_reply(message: Message, description: Description) -> Message:
+    """Answer `query.describe`."""
+    metrics: dict[str, int | float] = {
+        "partition": description.partition,
+        "examples": description.examples,
+    }
+    if description.budget is not None:
+        metrics["budget"] = description.budget
+    if description.partitions is not None:
+        metrics["partitions"] = description.partitions
+    return Message(RecordDict({"metrics": MetricRecord(cast(Any, metrics))}), reply_to=message)
+
+
+def probe_reply(
+    message: Message, statistics: Mapping[str, Sequence[float]], examples: int, **costs: float
+) -> Message:
+    """Answer `query.probe`: one list of L numbers a statistic."""
+    content = RecordDict(
+        {
+            "statistics": MetricRecord({name: list(v) for name, v in statistics.items()}),
+            "metrics": MetricRecord(cast(Any, {"examples": examples, **costs})),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def train_reply(
+    message: Message, update: Mapping[str, np.ndarray], examples: int, **metrics: float
+) -> Message:
+    """Answer `train`: Δ_i of the trained layers, and what it took."""
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord({name: encode(delta) for name, delta in update.items()}),
+            "metrics": MetricRecord(cast(Any, {"examples": examples, **metrics})),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def evaluate_reply(message: Message, examples: int, **metrics: float) -> Message:
+    """Answer `evaluate`."""
+    record = MetricRecord(cast(Any, {"examples": examples, **metrics}))
+    return Message(RecordDict({"metrics": record}), reply_to=message)
+
+
+# ---------------------------------------------------------------------------- reading replies
+def _metrics(message: Message, *, required: Iterable[str]) -> dict[str, float]:
+    record = message.content.metric_records.get("metrics")
+    if record is None:
+        raise RefusedReply("it has no 'metrics' record")
+    numbers = {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
+    if absent := [name for name in required if name not in numbers]:
+        raise RefusedReply(f"its metrics lack {', '.join(absent)}")
+    if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
+        raise RefusedReply(f"its metrics are not finite: {', '.join(bad)}")
+    return numbers
+
+
+def _examples(metrics: Mapping[str, float]) -> int:
+    examples = metrics["examples"]
+    if not 1 <= examples <= MAX_EXAMPLES or examples != int(examples):
+        raise RefusedReply(f"it states {examples:g} examples; 1 to {MAX_EXAMPLES} are allowed")
+    return int(examples)
+
+
+def read_description(message: Message) -> Description:
+    """Read the answer to `query.describe`."""
+    metrics = _metrics(message, required=("partition", "examples"))
+    budget = metrics.get("budget")
+    if budget is not None and budget < 0:
+        raise RefusedReply(f"it states a budget of {budget:g}")
+    for name in ("partition", "partitions"):
+        if name in metrics and (metrics[name] < 0 or metrics[name] != int(metrics[name])):
+            raise RefusedReply(f"it states '{name}' {metrics[name]:g}")
+    partitions = int(metrics["partitions"]) if "partitions" in metrics else None
+    return Description(int(metrics["partition"]), _examples(metrics), budget, partitions)
+
+
+def read_statistics(
+    message: Message, names: Iterable[str], num_blocks: int
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Read the answer to `query.probe`: {statistic: (L,) float64} and the metrics beside it."""
+    metrics = _metrics(message, required=("examples",))
+    _examples(metrics)
+    record = message.content.metric_records.get("statistics")
+    if record is None:
+        raise RefusedReply("it has no 'statistics' record")
+    statistics = {}
+    for name in names:
+        value = record.get(name)
+        if not isinstance(value, list) or len(value) != num_blocks:
+            raise RefusedReply(f"its statistic '{name}' is not a list of {num_blocks} numbers")
+        row = np.asarray(value, dtype=np.float64)
+        if not np.isfinite(row).all() or (row < 0).any():
+            raise RefusedReply(f"its statistic '{name}' holds negative or non-finite numbers")
+        statistics[name] = row
+    return statistics, metrics
+
+
+def encode(values: np.ndarray) -> Array:
+    """Serialise an array in the npy format, row-major (the one order `decode` takes)."""
+    return Array(np.asarray(values, order="C"))
+
+
+def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """View an array's bytes as the expected shape and dtype, without copying them.
+
+    The npy header is read and compared before anything is sized by it, so a forged one can neither
+    allocate memory nor smuggle in an object array.
+
+    Raises
+    ------
+    RefusedReply
+        If the bytes are not exactly an array of that shape and dtype.
+    """
+    expected = math.prod(shape) * dtype.itemsize
+    if array.stype != "numpy.ndarray" or len(array.data) > expected + MAX_HEADER:
+        raise RefusedReply(f"an array of {len(array.data)} bytes where {expected} are due")
+    stream = io.BytesIO(array.data[:MAX_HEADER])
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"npy version {version}")
+        header = np.lib.format.read_array_header_1_0(stream)
+    except (ValueError, EOFError) as error:
+        raise RefusedReply(f"an array that cannot be read ({error})") from None
+    if header != (shape, False, dtype):
+        raise RefusedReply(f"an array of {header[2]}{header[0]} where {dtype}{shape} is due")
+    if len(array.data) != stream.tell() + expected:
+        raise RefusedReply("an array whose bytes do not match its header")
+    return np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape)
+
+
+def read_train_reply(message: Message, expected: Mapping[str, np.ndarray]) -> TrainReply:
+    """Read and check a training reply.
+
+    Parameters
+    ----------
+    message : Message
+        A reply with content.
+    expected : Mapping[str, numpy.ndarray]
+        The global tensors that this client was asked to train; a reply holds their updates, all of
+        them and nothing else.
+
+    Raises
+    ------
+    RefusedReply
+        On wrong names, shapes, dtypes, NaN or Inf, or a forged example count.
+    """
+    metrics = _metrics(message, required=("examples", "loss"))
+    examples = _examples(metrics)
+    record = message.content.array_records.get("arrays", ArrayRecord())
+    if extra := sorted(set(record) - set(expected)):
+        raise RefusedReply(f"it holds tensors it was not asked to train: {', '.join(extra[:3])}")
+    if absent := sorted(set(expected) - set(record)):
+        raise RefusedReply(f"it lacks tensors it was asked to train: {', '.join(absent[:3])}")
+    update = {}
+    for name, tensor in expected.items():
+        try:
+            update[name] = decode(record[name], tensor.shape, tensor.dtype)
+        except RefusedReply as error:
+            raise RefusedReply(f"'{name}' is {error}") from None
+        if not np.isfinite(update[name]).all():
+            raise RefusedReply(f"'{name}' holds NaN or Inf")
+    return TrainReply(update, examples, metrics)
+
+
+def read_evaluation(message: Message) -> tuple[int, dict[str, float]]:
+    """Read the answer to `evaluate`: the number of examples and the metrics over them."""
+    metrics = _metrics(message, required=("examples", "loss", "accuracy"))
+    return _examples(metrics), metrics

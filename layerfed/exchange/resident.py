@@ -1,0 +1,137 @@
+"""The client's model: one per process, moved from version to version by the layers that differ."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor, nn
+
+from layerfed.exchange.messages import Manifest, decode
+from layerfed.layers import LayerMap, digest, fingerprint
+
+__all__ = ["ResidentModel"]
+
+
+class ResidentModel:
+    """A model that stays in memory between messages.
+
+    Building and loading a foundation model costs far more than a round of work on a few of its layers,
+    so a process builds it once; each message then moves only layers whose digest differs.
+
+    Parameters
+    ----------
+    build : Callable[[], nn.Module]
+        Builds the base. Called once, and again only if a later message wants a layer back at its base
+        version (a process that serves a second run).
+    layers : Callable[[nn.Module], LayerMap]
+        Splits the model into layers.
+    device : torch.device
+        Where the model is kept.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        layers: Callable[[nn.Module], LayerMap],
+        device: torch.device,
+    ) -> None:
+        self._build = build
+        self.device = device
+        self.model = build().to(device)
+        self.layers = layers(self.model)
+        self.tensors: dict[str, Tensor] = {
+            **dict(self.model.named_parameters()),
+            **dict(self.model.named_buffers()),
+        }
+        self._base = {layer.name: self._digest(layer.name) for layer in self.layers.layers}
+        self._digests: dict[str, str | None] = dict(self._base)
+
+    def _digest(self, layer: str) -> str:
+        return digest({name: self.tensors[name].detach() for name in self.layers[layer].tensors})
+
+    @property
+    def base(self) -> str:
+        """The fingerprint of the pretrained base."""
+        return fingerprint(self._base)
+
+    def base_state(self) -> dict[str, np.ndarray]:
+        """Return every tensor of the base that travels, by name."""
+        changed = [name for name, value in self._digests.items() if value != self._base[name]]
+        source = self._build().state_dict() if changed else self.tensors
+        return {
+            name: source[name].detach().cpu().numpy()
+            for layer in self.layers.layers
+            for name in layer.tensors
+        }
+
+    def move_to(self, manifest: Manifest, arrays: Mapping[str, np.ndarray] | ArrayRecord) -> None:
+        """Bring the model to a global version, touching only layers that differ.
+
+        Raises
+        ------
+        ValueError
+            If the server's base is another one than this client's, or a layer is neither here, nor in
+            the message, nor at its base version.
+        """
+        if manifest.base != self.base:
+            raise ValueError(
+                f"the server's pretrained model ({manifest.base}) is not this client's ({self.base}); "
+                "both must load the same weights, with the same seed for the new head"
+            )
+        stale = [name for name, value in manifest.digests.items() if self._digests[name] != value]
+        rebuilt: dict[str, Tensor] | None = None
+        for name in stale:
+            names = self.layers[name].tensors
+            if all(tensor in arrays for tensor in names):
+                self._load(name, {n: self._received(n, arrays) for n in names})
+            elif manifest.digests[name] == self._base[name]:
+                # A layer has to go back: the one case in which the base is loaded again.
+                rebuilt = rebuilt if rebuilt is not None else self._build().state_dict()
+                self._load(name, {n: rebuilt[n] for n in names})
+            else:
+                raise ValueError(f"the server sent no arrays for layer '{name}', unknown here")
+            self._digests[name] = manifest.digests[name]
+
+    def _received(self, name: str, arrays: Mapping[str, np.ndarray] | ArrayRecord) -> Tensor:
+        value = arrays[name]
+        if not isinstance(value, np.ndarray):
+            like = self.tensors[name]
+            dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
+            value = decode(value, tuple(like.shape), dtype)
+        with warnings.catch_warnings():
+            # Received bytes are read-only and torch warns about that; `_load` only reads them.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(value)
+
+    def _load(self, layer: str, values: Mapping[str, Tensor]) -> None:
+        self._digests[layer] = None
+        with torch.no_grad():
+            for name, value in values.items():
+                self.tensors[name].copy_(value)
+
+    @contextmanager
+    def borrowed(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Lend layers for local training and put them back at the global version afterwards.
+
+        Yields the tensors θ^t of those layers, copied, from which Δ_i is computed. A layer is marked as
+        unknown while it is lent, so a training step that raises cannot leak into the next client.
+        """
+        before = {
+            tensor: self.tensors[tensor].detach().clone()
+            for name in names
+            for tensor in self.layers[name].tensors
+        }
+        versions = {name: self._digests[name] for name in names}
+        for name in names:
+            self._digests[name] = None
+        try:
+            yield before
+        finally:
+            for name in names:
+                self._load(name, {tensor: before[tensor] for tensor in self.layers[name].tensors})
+                self._digests[name] = versions[name]

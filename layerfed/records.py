@@ -1,0 +1,80 @@
+"""What one round leaves behind. Written by the strategy, kept by the run folder, drawn by the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ["Choice", "Failure", "Observer", "RoundRecord", "SelectionRecord"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The masks of one round, shape (n, L), and, where a solver found them, how good they are."""
+
+    masks: np.ndarray
+    solver: str = "rule"
+    objective: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that gave nothing usable, in which phase, and why."""
+
+    partition: int
+    phase: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SelectionRecord:
+    """Everything that led to a round's masks. Rows follow `clients`, columns `layers`."""
+
+    clients: Sequence[int]
+    layers: Sequence[str]
+    budgets: np.ndarray
+    costs: np.ndarray
+    statistics: Mapping[str, np.ndarray]
+    choice: Choice
+    seconds: float
+
+
+@dataclass
+class RoundRecord:
+    """One round, filled in as it goes. Bytes are those of tensors and statistics, without framing."""
+
+    round: int
+    selection: SelectionRecord | None = None
+    accuracy: float | None = None
+    loss: float | None = None
+    train_loss: float | None = None
+    client_accuracy: float | None = None
+    lr: float | None = None
+    replies: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    bytes_full_up: int = 0
+    bytes_full_down: int = 0
+    flops: float = 0.0
+    flops_probe: float = 0.0
+    peak_memory: float = 0.0
+
+
+class Observer:
+    """Is told what happens in a run. Subclasses override what they care about."""
+
+    def on_start(self, rounds: int, accuracy: float | None) -> None:
+        """Take note that the run begins, with the accuracy of the model as it came."""
+
+    def on_phase(self, server_round: int, phase: str) -> None:
+        """Take note that a phase of a round begins."""
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Take note of a finished round."""

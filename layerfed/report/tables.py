@@ -1,0 +1,41 @@
+"""A run's figures as a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+__all__ = ["run_table"]
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+def _of_full(count: float, full: float) -> str:
+    return f"{_size(count)} ({count / full:.1%} of full-model exchange)" if full else _size(count)
+
+
+def run_table(folder: Path) -> Table:
+    """Return the final figures of a run folder."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    table = Table(show_header=False, box=None)
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2%}"
+
+    rows = {
+        "status": summary["status"],
+        "accuracy": f"{percent(summary['accuracy'])} (best {percent(summary['best_accuracy'])}, "
+        f"before training {percent(summary['initial_accuracy'])})",
+        "uplink": _of_full(summary["bytes_up"], summary["bytes_full_up"]),
+        "downlink": _of_full(summary["bytes_down"], summary["bytes_full_down"]),
+        "compute": f"{summary['flops'] / 1e12:.3f} TFLOPs training, "
+        f"{summary['flops_probe'] / 1e12:.3f} TFLOPs probing",
+        "time": f"{summary['seconds']:.1f} s for {summary['rounds']} rounds ({summary['engine']})",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

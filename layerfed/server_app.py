@@ -1,0 +1,116 @@
+"""The ServerApp: reads the configuration, builds the strategy, runs it, and closes the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from logging import INFO
+from pathlib import Path
+from typing import Any, cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+
+from layerfed.budgets import Budgets, layer_costs
+from layerfed.client_app import workbench
+from layerfed.config import Flat, RunConfig
+from layerfed.exchange.messages import encode
+from layerfed.layers import LayerMap
+from layerfed.records import Observer
+from layerfed.report import draw_run
+from layerfed.runs import LogLines, RunFolder
+from layerfed.strategies import STRATEGIES, SelectiveStrategy
+from layerfed.task.training import evaluate
+
+__all__ = ["build_server_app", "build_strategy", "run", "server_app"]
+
+# What a run's clients work on, by the grid Flower hands to the ServerApp.
+ENGINES = {"InProcessGrid": "inprocess", "InMemoryGrid": "ray"}
+
+
+def build_strategy(config: RunConfig, layers: LayerMap) -> SelectiveStrategy:
+    """Build the strategy that a configuration names, for a model of these layers.
+
+    Raises
+    ------
+    ConfigError
+        If budgets or strategy do not fit the model.
+    """
+    section = config.strategy
+    options: dict[str, Any] = {}
+    if section.name == "ilp":
+        options = {
+            "consistency": section.consistency,
+            "consistency_scale": section.consistency_scale,
+            "solver": section.solver,
+            "solver_seconds": section.solver_seconds,
+            "solver_gap": section.solver_gap,
+        }
+    return STRATEGIES[section.name](
+        layers,
+        budget=Budgets(config.budget, layer_costs(layers, config.budget.unit), config.run.seed),
+        clients_per_round=config.federation.clients_per_round,
+        clients=config.federation.clients,
+        min_replies=config.federation.min_replies,
+        lr_decay=config.train.lr_decay,
+        probe_batches=section.probe_batches,
+        client_evaluation=config.task.local_test > 0,
+        seed=config.run.seed,
+        **options,
+    )
+
+
+def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
+    """Run what the context's run configuration describes; return the run folder.
+
+    Raises
+    ------
+    ConfigError
+        If the configuration cannot be run; nothing is written then, and no client has worked.
+    RoundFailed
+        If too few clients took part; the run folder says so too.
+    """
+    config = RunConfig.from_flat(context.run_config)
+    bench = workbench(cast(Flat, context.run_config))
+    test = bench.task.test_examples()
+    strategy = build_strategy(config, bench.resident.layers)
+
+    def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        # Read from the strategy's own tensors: only layers that changed are copied to the device.
+        assert strategy.model is not None
+        bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
+        batches = test.in_order(256, bench.device)
+        accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
+        return MetricRecord({"accuracy": accuracy, "loss": loss})
+
+    with RunFolder.create(config, engine=ENGINES.get(type(grid).__name__, "superlink")) as folder:
+        folder.describe(strategy.layers)
+        strategy.observers = (folder, *observers)
+        strategy.start(
+            grid,
+            ArrayRecord({n: encode(t) for n, t in bench.resident.base_state().items()}),
+            num_rounds=config.federation.rounds,
+            timeout=config.federation.timeout,
+            train_config=ConfigRecord({"lr": config.train.lr}),
+            evaluate_fn=evaluate_globally,
+        )
+        assert strategy.model is not None
+        folder.finish(strategy.model.tensors)
+    draw_run(folder.path)
+    return folder.path
+
+
+def build_server_app(observers: Sequence[Observer], finished: Callable[[Path], None]) -> ServerApp:
+    """Return a ServerApp that also tells `observers`, and `finished` the run folder at the end."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        finished(run(grid, context, observers))
+
+    return app
+
+
+server_app = build_server_app(
+    [LogLines()], lambda folder: log(INFO, "pictures, tables and model: %s", folder)
+)

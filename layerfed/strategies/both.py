@@ -1,0 +1,43 @@
+"""Half the budget at the output, half at the input."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from layerfed.config import ConfigError
+from layerfed.records import Choice
+from layerfed.strategies.base import Candidates, SelectiveStrategy
+from layerfed.strategies.ranking import prefix
+
+
+def alternating(num_blocks: int) -> list[int]:
+    """Return layer indices as output, input, next output, next input, ..."""
+    top, bottom = list(range(num_blocks))[::-1], list(range(num_blocks))
+    pairs = [layer for pair in zip(top, bottom, strict=True) for layer in pair]
+    return pairs[:num_blocks]
+
+
+class Both(SelectiveStrategy):
+    """Each client trains layers from both ends [S, section V].
+
+    An odd budget spends its last layer at the output. With room for one layer only, a client trains the
+    output's; where that is everyone, the strategy is undefined and refused.
+    """
+
+    name = "both"
+
+    def check(self) -> None:
+        """Refuse identical budgets of less than two layers."""
+        config, cheapest = self.budgets.config, self.budgets.costs.min()
+        if config.kind == "identical" and config.layers < 2 * cheapest:
+            raise ConfigError(
+                f"strategy.name = 'both' is undefined for budget.layers = {config.layers:g}: it needs "
+                "room for two layers; raise the budget, or use 'top' or 'bottom'"
+            )
+
+    def select(self, candidates: Candidates) -> Choice:
+        """Take layers from either end in turn, the output first, while the budget lasts."""
+        order = alternating(len(candidates.costs))
+        return Choice(
+            np.stack([prefix(order, candidates.costs, r) for r in candidates.budgets])
+        )

@@ -1,0 +1,18 @@
+"""Every client trains every selectable layer, whatever its budget: the cost to compare with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from layerfed.records import Choice
+from layerfed.strategies.base import Candidates, SelectiveStrategy
+
+
+class Full(SelectiveStrategy):
+    """Full fine-tuning (embeddings stay frozen, as in every strategy)."""
+
+    name = "full"
+
+    def select(self, candidates: Candidates) -> Choice:
+        """Select all layers."""
+        return Choice(np.ones((len(candidates.clients), len(candidates.costs)), dtype=bool))

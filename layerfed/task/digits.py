@@ -1,0 +1,71 @@
+"""Handwritten digits: the embedded task, for a first run, for tests and for quick comparisons.
+
+1,797 grey 8x8 digits from UCI, bundled with scikit-learn (`sklearn.datasets.load_digits`), enlarged to
+the 32x32 colour input of the shipped ViT, which was pretrained on CIFAR-100 photographs.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+from layerfed.config import RunConfig
+from layerfed.seeding import Stream, torch_seed
+from layerfed.task.base import Batch, Examples, Task
+from layerfed.task.partition import partition_indices
+from layerfed_assets import BACKBONE, backbone
+
+CLASSES = 10
+TEST_SHARE = 0.2
+
+
+class Digits(Task):
+    """Digits on the shipped ViT: 1,437 training and 360 test images, the same for every seed."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        raw = load_digits()
+        train, test = train_test_split(
+            np.arange(len(raw.target)), test_size=TEST_SHARE, random_state=0, stratify=raw.target
+        )
+        pixels = torch.from_numpy(raw.images).float().unsqueeze(1)
+        large = nn.functional.interpolate(pixels, size=32, mode="bilinear", align_corners=False)
+        # Pixels run from 0 to 16; the backbone was trained on [-1, 1].
+        everything = Examples(
+            {"image": large / 8 - 1, "label": torch.from_numpy(raw.target).long()}
+        )
+        self._train, self._test = everything.select(train), everything.select(test)
+
+    @cached_property
+    def _indices(self) -> list[np.ndarray]:
+        return partition_indices(self._train.tensors["label"].numpy(), self.config)
+
+    def build_model(self) -> nn.Module:
+        """Return the shipped ViT, or the same net from random weights (`model.weights`)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_seed(self.config.run.seed, Stream.HEAD))
+            model = backbone(num_classes=CLASSES)
+        if self.config.model.weights == "embedded":
+            loaded = model.load_state_dict(load_file(BACKBONE), strict=False)
+            if loaded.unexpected_keys or any(not k.startswith("head.") for k in loaded.missing_keys):
+                raise RuntimeError(f"{BACKBONE} does not fit the architecture: {loaded}")
+        return model
+
+    def partition(self, partition_id: int) -> Examples:
+        """Return the digits of one client."""
+        return self._train.select(self._indices[partition_id])
+
+    def test_examples(self) -> Examples:
+        """Return the 360 test digits."""
+        return self._test
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Score the ten digits; grey becomes colour without a copy."""
+        scores: Tensor = model(batch["image"].expand(-1, 3, -1, -1))
+        return scores

@@ -1,0 +1,56 @@
+"""Spreading a training set over clients, through flwr-datasets."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+from datasets import Dataset
+from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+
+from layerfed.config import ConfigError, RunConfig
+from layerfed.seeding import Stream, torch_seed
+
+__all__ = ["partition_indices"]
+
+# A Dirichlet draw in which some client holds less than this is drawn again.
+MIN_EXAMPLES = 8
+
+
+def partition_indices(labels: np.ndarray, config: RunConfig) -> list[np.ndarray]:
+    """Return each client's example indices; disjoint, and together all of them.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray
+        Class of each training example, shape (N,).
+    config : RunConfig
+        `task.partition`, `task.alpha`, `federation.clients`, `run.seed`.
+
+    Raises
+    ------
+    ConfigError
+        If no draw leaves every client enough examples.
+    """
+    clients, seed = config.federation.clients, torch_seed(config.run.seed, Stream.PARTITION)
+    partitioner: Partitioner
+    if config.task.partition == "iid":
+        partitioner = IidPartitioner(clients)
+    else:
+        partitioner = DirichletPartitioner(
+            clients, "label", config.task.alpha, MIN_EXAMPLES, seed=seed % 2**32
+        )
+    # Only labels and indices go through the partitioner; the examples themselves stay where they are.
+    order = np.random.default_rng(seed).permutation(len(labels))
+    partitioner.dataset = Dataset.from_dict({"label": labels[order], "index": order})
+    logging.getLogger("flwr_datasets").setLevel(logging.ERROR)
+    try:
+        return [
+            np.sort(np.asarray(partitioner.load_partition(i)["index"])) for i in range(clients)
+        ]
+    except ValueError as error:
+        raise ConfigError(
+            f"task.alpha = {config.task.alpha:g} leaves some of federation.clients = {clients} with "
+            f"fewer than {MIN_EXAMPLES} of {len(labels)} examples in every draw; raise task.alpha or "
+            f"lower federation.clients ({error})"
+        ) from None

@@ -1,0 +1,79 @@
+"""A tiny model with everything that can go wrong in it, and a tiny learning problem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor, nn
+
+from layerfed.layers import LayerMap
+from layerfed.task.base import Batch
+
+WIDTH, CLASSES, BLOCKS = 6, 3, 4
+
+
+class Block(nn.Module):
+    """A residual block with BatchNorm and dropout: state that a frozen block must not change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(torch.tanh(self.norm(self.linear(x))))
+
+
+class TinyNet(nn.Module):
+    """Embedding, four blocks, final norm and head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(model(batch["x"]), batch["label"])
+
+
+@pytest.fixture
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return TinyNet()
+
+
+@pytest.fixture
+def layers(tiny: nn.Module) -> LayerMap:
+    return LayerMap.from_model(tiny)
+
+
+@pytest.fixture
+def batches() -> list[Batch]:
+    rng = torch.Generator().manual_seed(1)
+    return [
+        {
+            "x": torch.randn(8, 5, generator=rng),
+            "label": torch.randint(CLASSES, (8,), generator=rng),
+        }
+        for _ in range(3)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def inside_a_run() -> Iterator[None]:
+    """Flower makes messages only inside a run."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    yield
