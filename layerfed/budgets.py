@@ -44,7 +44,9 @@ class Budgets:
         self.config = config
         self.costs = costs
         self.seed = seed
-        keys = {"identical": ("layers",), "half-normal": ("min", "max"), "per-node": ()}[config.kind]
+        keys = {"identical": ("layers",), "half-normal": ("min", "max"), "per-node": ()}[
+            config.kind
+        ]
         total = costs.sum()
         for key in keys:
             value = getattr(config, key)

@@ -12,7 +12,7 @@ import sys
 import time
 from functools import lru_cache
 from itertools import islice
-from typing import Any, cast
+from typing import cast
 
 import torch
 from flwr.app import Context, Message
@@ -26,6 +26,7 @@ from layerfed.exchange import (
     describe_reply,
     evaluate_reply,
     probe_reply,
+    read_config,
     read_manifest,
     read_mask,
     train_reply,
@@ -33,7 +34,7 @@ from layerfed.exchange import (
 from layerfed.seeding import Stream, generator, torch_seed
 from layerfed.task import Examples, Task, load_task
 from layerfed.task.probe import probe_layers
-from layerfed.task.training import evaluate, train_layers
+from layerfed.task.training import OptimizerFn, evaluate, train_update
 
 __all__ = ["Workbench", "build_client_app", "client_app", "workbench"]
 
@@ -94,7 +95,7 @@ def _partition(context: Context) -> int:
     return int(cast(int, context.node_config["partition-id"]))
 
 
-def _optimizer(train: TrainConfig, lr: float) -> Any:
+def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
     """Return what builds the local optimiser from the parameters to train."""
     if train.optimizer == "adamw":
         return lambda parameters: torch.optim.AdamW(
@@ -136,20 +137,18 @@ def describe(message: Message, context: Context) -> Message:
 def probe(message: Message, context: Context) -> Message:
     """Measure each layer's gradient at θ^t on this client's data."""
     bench = workbench(cast(Flat, context.run_config))
-    config = message.content.config_records["config"]
+    config = read_config(message)
     partition, resident, train = _partition(context), bench.resident, bench.config.train
     resident.move_to(*read_manifest(message))
     examples, _ = bench.examples(partition)
-    count = cast(int, config["batches"]) or -(-len(examples) // train.batch_size)
-    rng = generator(
-        bench.config.run.seed, Stream.PROBE, cast(int, config["round"]), partition
-    )
+    count = config["batches"] or -(-len(examples) // train.batch_size)
+    rng = generator(bench.config.run.seed, Stream.PROBE, config["round"], partition)
     statistics, flops = probe_layers(
         resident.model,
         resident.layers,
         islice(examples.shuffled(train.batch_size, bench.device, rng), count),
         bench.task.loss,
-        cast(list[str], config["statistics"]),
+        config["statistics"],
         precision=train.precision,
     )
     return probe_reply(message, statistics, len(examples), flops=flops)
@@ -158,33 +157,25 @@ def probe(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train the masked blocks and the head, and send back their updates only."""
     bench = workbench(cast(Flat, context.run_config))
-    config = message.content.config_records["config"]
+    config = read_config(message)
     partition, resident, settings = _partition(context), bench.resident, bench.config.train
     resident.move_to(*read_manifest(message))
-    mask = read_mask(message, resident.layers)
-    chosen = [b.name for b, on in zip(resident.layers.blocks, mask, strict=True) if on] + ["head"]
     examples, _ = bench.examples(partition)
     steps = settings.local_steps or settings.local_epochs * -(-len(examples) // settings.batch_size)
-    seed, server_round = bench.config.run.seed, cast(int, config["round"])
+    seed, server_round = bench.config.run.seed, config["round"]
     rng = generator(seed, Stream.TRAIN, server_round, partition)
     torch.manual_seed(torch_seed(seed, Stream.TRAIN, server_round, partition))  # dropout
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     began = time.monotonic()
-    with resident.borrowed(chosen) as before:
-        result = train_layers(
-            resident.model,
-            resident.layers,
-            mask,
-            islice(examples.shuffled(settings.batch_size, bench.device, rng), steps),
-            bench.task.loss,
-            _optimizer(settings, cast(float, config["lr"])),
-            precision=settings.precision,
-        )
-        update = {
-            name: (resident.tensors[name].detach() - start).cpu().numpy()
-            for name, start in before.items()
-        }
+    update, result = train_update(
+        resident,
+        read_mask(message, resident.layers),
+        islice(examples.shuffled(settings.batch_size, bench.device, rng), steps),
+        bench.task.loss,
+        _optimizer(settings, config["lr"]),
+        precision=settings.precision,
+    )
     return train_reply(
         message,
         update,

@@ -89,9 +89,7 @@ def _budget(budget: str) -> dict[str, Any]:
     try:
         return {"budget.kind": "identical", "budget.layers": float(budget)}
     except ValueError:
-        raise ConfigError(
-            f"budget '{budget}' is neither a number nor half-normal"
-        ) from None
+        raise ConfigError(f"budget '{budget}' is neither a number nor half-normal") from None
 
 
 def finished(cell: Cell, directory: Path) -> dict[str, Any] | None:

@@ -86,7 +86,7 @@ class StrategyConfig(_Section):
     name: StrategyName = "ilp"
     consistency: float = 1.0
     consistency_scale: Literal["relative", "raw"] = "relative"
-    probe_batches: Annotated[int, Field(ge=0)] = 0
+    probe_batches: Annotated[int, Field(ge=0)] = 1
     solver: Literal["auto", "lagrangian", "milp"] = "auto"
     solver_seconds: Annotated[float, Field(gt=0)] = 10.0
     solver_gap: Annotated[float, Field(ge=0)] = 1e-6

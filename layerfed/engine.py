@@ -120,9 +120,7 @@ class InProcessGrid(Grid):
             return self._app(message, self._contexts[message.metadata.dst_node_id])
         except Exception as error:  # noqa: BLE001  # any error of a client is that client's reply
             reason = f"{type(error).__name__}: {error}"
-            return Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
-            )
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 def choose_engine(config: RunConfig, engine: EngineName) -> tuple[Engine, str]:
@@ -168,8 +166,10 @@ def run_on(
         If too few clients took part.
     """
     flat = config.to_flat()
-    # Built here first, so that an impossible setting is refused before Ray takes its time to start.
-    build_strategy(config, workbench(flat).resident.layers)
+    # Built here first, so that impossible settings are refused before Ray takes its time to start.
+    bench = workbench(flat)
+    build_strategy(config, bench.resident.layers)
+    bench.examples(0)
     folders: list[Path] = []
     server = build_server_app(observers, folders.append)
     if engine == "inprocess":
@@ -193,9 +193,16 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, verbose: bool) ->
     from flwr.simulation import run_simulation
 
     def configured(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        # Outside `flwr run`, Flower hands clients an empty run configuration.
-        context.run_config = dict(flat)
-        return call_next(message, context)
+        # Outside `flwr run`, Flower hands clients an empty run configuration, and insists that the
+        # context it handed over stays as it was: the client gets another, of the same state.
+        mine = Context(
+            run_id=context.run_id,
+            node_id=context.node_id,
+            node_config=context.node_config,
+            state=context.state,
+            run_config=dict(flat),
+        )
+        return call_next(message, mine)
 
     wrapped = ServerApp()
 

@@ -83,6 +83,8 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
         accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
         return MetricRecord({"accuracy": accuracy, "loss": loss})
 
+    strategy.observers = tuple(observers)
+    strategy.connect(grid, config.federation.timeout)
     with RunFolder.create(config, engine=ENGINES.get(type(grid).__name__, "superlink")) as folder:
         folder.describe(strategy.layers)
         strategy.observers = (folder, *observers)

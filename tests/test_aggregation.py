@@ -38,9 +38,7 @@ def tensors(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
 def rounds(draw: st.DrawFn) -> tuple[list[list[bool]], list[int], int]:
     n = draw(st.integers(1, 6))
     masks = draw(
-        st.lists(
-            st.lists(st.booleans(), min_size=BLOCKS, max_size=BLOCKS), min_size=n, max_size=n
-        )
+        st.lists(st.lists(st.booleans(), min_size=BLOCKS, max_size=BLOCKS), min_size=n, max_size=n)
     )
     examples = draw(st.lists(st.integers(1, 10_000), min_size=n, max_size=n))
     return masks, examples, draw(st.integers(0, 2**16))
@@ -93,7 +91,9 @@ def test_layers_only_the_second_client_trained_are_aggregated_too() -> None:
     assert mean.weights == {"blocks.0": 10, "head": 20, "blocks.3": 10}
     layer = {t: np.zeros_like(v) for t, v in tensors(2).items() if t in LAYERS["blocks.3"].tensors}
     updated = mean.apply("blocks.3", layer)
-    np.testing.assert_allclose(updated["blocks.3.linear.weight"], tensors(2)["blocks.3.linear.weight"])
+    np.testing.assert_allclose(
+        updated["blocks.3.linear.weight"], tensors(2)["blocks.3.linear.weight"]
+    )
 
 
 def test_integer_buffers_get_the_rounded_mean() -> None:

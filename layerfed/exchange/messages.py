@@ -41,6 +41,7 @@ __all__ = [
     "evaluate_reply",
     "instruction",
     "probe_reply",
+    "read_config",
     "read_description",
     "read_evaluation",
     "read_manifest",
@@ -119,6 +120,11 @@ def read_manifest(message: Message) -> tuple[Manifest, ArrayRecord]:
     return Manifest(base=base, digests=entries), arrays
 
 
+def read_config(message: Message) -> Mapping[str, Any]:
+    """Return the settings that came with an instruction, as in the table above."""
+    return message.content.config_records["config"]
+
+
 def read_mask(message: Message, layers: LayerMap) -> tuple[bool, ...]:
     """Return the L booleans of a train instruction.
 
@@ -127,7 +133,7 @@ def read_mask(message: Message, layers: LayerMap) -> tuple[bool, ...]:
     ValueError
         If the mask's length is not the model's number of blocks.
     """
-    mask = cast(list[int], message.content.config_records["config"]["mask"])
+    mask = read_config(message)["mask"]
     if len(mask) != layers.num_blocks:
         raise ValueError(
             f"the server sent a mask over {len(mask)} layers, this model has {layers.num_blocks}"

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -64,26 +65,33 @@ def _accuracy(
 
 
 def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
-    shares = selection_shares(selections)
+    """Draw who trained what and, where a probe was made, the gradient norms behind the choice."""
     names = selections[0]["layers"]
-    height = max(2.6, 0.26 * len(names) + 1.2)
-    figure = Figure(figsize=(6.4, min(height, 14)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(
-        shares.T,
-        origin="lower",
-        aspect="auto",
-        cmap="Blues",
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-        extent=(0.5, len(selections) + 0.5, -0.5, len(names) - 0.5),
-    )
+    probed = "grad_norm_sq" in selections[0]["statistics"]
+    height = min(max(2.8, 0.24 * len(names) + 1.3), 14)
+    figure = Figure(figsize=(10.5 if probed else 6.4, height), layout="constrained")
+    axes = figure.subplots(1, 2 if probed else 1, sharey=True, squeeze=False)[0]
+    figure.suptitle(title)
+
+    shown = {
+        "interpolation": "nearest",
+        "origin": "lower",
+        "aspect": "auto",
+        "extent": (0.5, len(selections) + 0.5, -0.5, len(names) - 0.5),
+    }
+    image = axes[0].imshow(selection_shares(selections).T, cmap="Blues", vmin=0, vmax=1, **shown)
+    bar = figure.colorbar(image, ax=axes[0], format=PercentFormatter(1.0))
+    bar.set_label("share of the round's clients training it")
     step = -(-len(names) // 40)
-    axes.set_yticks(range(0, len(names), step), [name for name in names[::step]], fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="round", ylabel="layer (input at the bottom)", title=title)
-    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0))
-    bar.set_label("share of the round's clients training the layer")
+    axes[0].set_yticks(range(0, len(names), step), names[::step], fontsize=8)
+    axes[0].set(ylabel="layer (input at the bottom)")
+    if probed:
+        norms = [np.mean(row["statistics"]["grad_norm_sq"], axis=0) for row in selections]
+        positive = np.maximum(np.sqrt(norms), np.finfo(float).tiny)
+        image = axes[1].imshow(positive.T, cmap="viridis", norm=LogNorm(), **shown)
+        figure.colorbar(image, ax=axes[1]).set_label("gradient norm, root mean square of clients")
+    for ax in axes:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set(xlabel="round")
     figure.savefig(file, dpi=150)
     return file

@@ -38,6 +38,4 @@ class Both(SelectiveStrategy):
     def select(self, candidates: Candidates) -> Choice:
         """Take layers from either end in turn, the output first, while the budget lasts."""
         order = alternating(len(candidates.costs))
-        return Choice(
-            np.stack([prefix(order, candidates.costs, r) for r in candidates.budgets])
-        )
+        return Choice(np.stack([prefix(order, candidates.costs, r) for r in candidates.budgets]))

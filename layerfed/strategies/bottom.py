@@ -17,6 +17,4 @@ class Bottom(SelectiveStrategy):
     def select(self, candidates: Candidates) -> Choice:
         """Take layers from the input up while the budget lasts."""
         order = range(len(candidates.costs))
-        return Choice(
-            np.stack([prefix(order, candidates.costs, r) for r in candidates.budgets])
-        )
+        return Choice(np.stack([prefix(order, candidates.costs, r) for r in candidates.budgets]))

@@ -17,6 +17,4 @@ class Top(SelectiveStrategy):
     def select(self, candidates: Candidates) -> Choice:
         """Take layers from the output down while the budget lasts."""
         order = range(len(candidates.costs))[::-1]
-        return Choice(
-            np.stack([prefix(order, candidates.costs, r) for r in candidates.budgets])
-        )
+        return Choice(np.stack([prefix(order, candidates.costs, r) for r in candidates.budgets]))

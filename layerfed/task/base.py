@@ -101,7 +101,8 @@ class Task(ABC):
     def client_examples(self, partition_id: int) -> tuple[Examples, Examples]:
         """Return one client's training and held-out examples (`task.local-test` of them)."""
         examples = self.partition(partition_id)
-        held_out = int(len(examples) * self.config.task.local_test)
+        share = self.config.task.local_test
+        held_out = max(1, int(len(examples) * share)) if share else 0
         rng = generator(self.config.run.seed, Stream.LOCAL_TEST, partition_id)
         order = rng.permutation(len(examples))
         if not held_out:

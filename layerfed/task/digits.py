@@ -53,7 +53,9 @@ class Digits(Task):
             model = backbone(num_classes=CLASSES)
         if self.config.model.weights == "embedded":
             loaded = model.load_state_dict(load_file(BACKBONE), strict=False)
-            if loaded.unexpected_keys or any(not k.startswith("head.") for k in loaded.missing_keys):
+            if loaded.unexpected_keys or any(
+                not k.startswith("head.") for k in loaded.missing_keys
+            ):
                 raise RuntimeError(f"{BACKBONE} does not fit the architecture: {loaded}")
         return model
 

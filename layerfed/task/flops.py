@@ -20,9 +20,7 @@ T = TypeVar("T")
 _KNOWN: WeakKeyDictionary[nn.Module, dict[object, float]] = WeakKeyDictionary()
 
 
-def counted(
-    model: nn.Module, kind: object, batch: Batch, step: Callable[[], T]
-) -> tuple[T, float]:
+def counted(model: nn.Module, kind: object, batch: Batch, step: Callable[[], T]) -> tuple[T, float]:
     """Run a step and return its result and its FLOPs, forward and backward together.
 
     Parameters

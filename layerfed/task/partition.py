@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 
 import numpy as np
 from datasets import Dataset
@@ -43,14 +43,16 @@ def partition_indices(labels: np.ndarray, config: RunConfig) -> list[np.ndarray]
     # Only labels and indices go through the partitioner; the examples themselves stay where they are.
     order = np.random.default_rng(seed).permutation(len(labels))
     partitioner.dataset = Dataset.from_dict({"label": labels[order], "index": order})
-    logging.getLogger("flwr_datasets").setLevel(logging.ERROR)
     try:
-        return [
-            np.sort(np.asarray(partitioner.load_partition(i)["index"])) for i in range(clients)
-        ]
-    except ValueError as error:
+        with warnings.catch_warnings():
+            # It warns of each draw that is made again; the one that counts is the last.
+            warnings.simplefilter("ignore", UserWarning)
+            return [
+                np.sort(np.asarray(partitioner.load_partition(i)["index"])) for i in range(clients)
+            ]
+    except ValueError:
         raise ConfigError(
             f"task.alpha = {config.task.alpha:g} leaves some of federation.clients = {clients} with "
             f"fewer than {MIN_EXAMPLES} of {len(labels)} examples in every draw; raise task.alpha or "
-            f"lower federation.clients ({error})"
+            "lower federation.clients"
         ) from None

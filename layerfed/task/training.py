@@ -12,16 +12,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerfed.exchange import ResidentModel
 from layerfed.layers import LayerMap
 from layerfed.task.base import Batch
 from layerfed.task.flops import counted
 
-__all__ = ["LossFn", "TrainResult", "autocast", "evaluate", "selected_layers", "train_layers"]
+__all__ = [
+    "LossFn",
+    "OptimizerFn",
+    "TrainResult",
+    "autocast",
+    "evaluate",
+    "selected_layers",
+    "train_layers",
+    "train_update",
+]
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
+OptimizerFn = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ def train_layers(
     mask: Sequence[bool],
     batches: Iterable[Batch],
     loss: LossFn,
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    optimizer: OptimizerFn,
     *,
     precision: str = "float32",
 ) -> TrainResult:
@@ -90,7 +102,7 @@ def train_layers(
         One optimiser step is made on each; an endless iterable must be cut by the caller.
     loss : LossFn
         Mean loss of a batch.
-    optimizer : Callable
+    optimizer : OptimizerFn
         Builds the optimiser from the parameters to train; new in every round, as in local SGD.
     precision : {"float32", "bfloat16"}
 
@@ -99,7 +111,7 @@ def train_layers(
     ValueError
         If there is no batch, or the loss is not finite (the caller's weights are then unusable).
     """
-    chosen = [block.name for block, on in zip(layers.blocks, mask, strict=True) if on] + ["head"]
+    chosen = _chosen(layers, mask)
     parameters = dict(model.named_parameters())
     trained = [parameters[name] for layer in chosen for name in layers[layer].parameters]
     device = next(iter(parameters.values())).device
@@ -127,6 +139,36 @@ def train_layers(
     if not torch.isfinite(torch.tensor(mean)):
         raise ValueError(f"the training loss is {mean}; lower train.lr")
     return TrainResult(mean, len(losses), flops)
+
+
+def train_update(
+    resident: ResidentModel,
+    mask: Sequence[bool],
+    batches: Iterable[Batch],
+    loss: LossFn,
+    optimizer: OptimizerFn,
+    *,
+    precision: str = "float32",
+) -> tuple[dict[str, np.ndarray], TrainResult]:
+    """Train like `train_layers` and return Δ_i (eq. 4) of the trained layers' tensors, by name.
+
+    The resident model is back at θ^t afterwards, ready for the next message, even when training
+    raises.
+    """
+    with resident.borrowed(_chosen(resident.layers, mask)) as before:
+        result = train_layers(
+            resident.model, resident.layers, mask, batches, loss, optimizer, precision=precision
+        )
+        update = {
+            name: (resident.tensors[name].detach() - start).cpu().numpy()
+            for name, start in before.items()
+        }
+    return update, result
+
+
+def _chosen(layers: LayerMap, mask: Sequence[bool]) -> list[str]:
+    """Names of the layers that a mask has a client train: its blocks, and the head."""
+    return [block.name for block, on in zip(layers.blocks, mask, strict=True) if on] + ["head"]
 
 
 @torch.no_grad()

@@ -1,0 +1,330 @@
+"""Time and quality of layer selection, against other ways to solve (P1).
+
+    python benchmarks/selection.py --plot selection.png --json selection.json
+    python benchmarks/selection.py --part compare --time-limit 20
+    python benchmarks/selection.py --quick
+
+Same instances, one process, one thread (set OMP_NUM_THREADS=1): ours; PuLP on the pairwise form of
+the paper (CBC and HiGHS); PuLP on the count form (HiGHS); and cvxpy with ECOS_BB on the pairwise
+form, with squared differences of scalar variables as the paper's released code poses it, and with
+the 1-norm, which cvxpy handles much better. These need `pip install cvxpy ecos` and are skipped,
+saying so, where that is missing.
+
+Values are log-normal, with one factor per layer and one per client and layer; budgets are the same
+for all clients or a half-normal on 1..4; λ is scale-free. A peer stopped by its time limit
+counts with the time it took, so its ratio is a lower bound (marked ≥).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from selection_peers import Answer, cvxpy_present, ours, pairwise, peers_for
+
+from layerfed.selection import SelectionProblem, scale_consistency
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+SIZES = [(20, 12), (100, 32), (1000, 80)]
+BUDGETS = ["identical", "heterogeneous"]
+
+console = Console(width=140)
+
+
+class Part(StrEnum):
+    """The parts of the benchmark."""
+
+    RANDOM = "random"
+    COSTS = "costs"
+    COMPARE = "compare"
+    SCALING = "scaling"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One solver on one instance (or a group of instances, `count` of them)."""
+
+    part: str
+    solver: str
+    clients: int | None = None
+    layers: int | None = None
+    budgets: str = "mixed"
+    consistency: float | None = None
+    seconds: float = 0.0
+    objective: float | None = None
+    gap: float | None = None
+    limited: bool = False
+    ratio: float | None = None
+    objective_difference: float | None = None
+    count: int = 1
+
+
+def instance(
+    rng: np.random.Generator,
+    n: int,
+    layers: int,
+    budgets: str,
+    relative: float,
+    *,
+    largest_cost: int = 1,
+) -> SelectionProblem:
+    """Draw one round. Costs are whole numbers in 1..`largest_cost`, budgets scale along."""
+    values = rng.lognormal(size=(1, layers)) * rng.lognormal(sigma=0.7, size=(n, layers))
+    if budgets == "identical":
+        room = np.full(n, float(rng.integers(1, 5)))
+    else:
+        room = np.clip(np.round(1.0 + np.abs(rng.normal(scale=1.5, size=n))), 1.0, 4.0)
+    costs = rng.integers(1, largest_cost + 1, size=layers).astype(float)
+    room *= (1 + largest_cost) / 2
+    raw = scale_consistency(values, costs, room, relative)
+    return SelectionProblem(values, costs, room, raw)
+
+
+def random_instances(rng: np.random.Generator, count: int, sample: int, limit: float) -> list[Row]:
+    """Unit costs, n and L up to 40, λ from 0.01 to 10: certificates, and agreement with MILP."""
+    answers: list[Answer] = []
+    worst_difference, proved, milp_seconds = 0.0, 0, []
+    for index in range(count):
+        n, layers = (int(size) for size in rng.integers(1, 41, size=2))
+        problem = instance(rng, n, layers, BUDGETS[index % 2], float(10 ** rng.uniform(-2.0, 1.0)))
+        answers.append(ours(problem, limit))
+        if index < sample:
+            peer = pairwise("highs")(problem, limit)
+            milp_seconds.append(peer.seconds)
+            difference = _difference(answers[-1], peer)
+            if not peer.limited and difference is not None:
+                proved += 1
+                worst_difference = max(worst_difference, abs(difference))
+    seconds = [answer.seconds for answer in answers]
+    gaps = [answer.gap or 0.0 for answer in answers]
+    console.print(
+        f"[bold]{count} random instances[/] (n, L ≤ 40, unit costs, λ 0.01..10): gap ≤ 1e-6 on "
+        f"{sum(gap <= 1e-6 for gap in gaps)}, largest gap {max(gaps):.1e}; median "
+        f"{1e3 * statistics.median(seconds):.2f} ms, 99% {1e3 * np.quantile(seconds, 0.99):.1f} "
+        f"ms, max {1e3 * max(seconds):.0f} ms"
+    )
+    console.print(
+        f"  agreement with PuLP pairwise (HiGHS): {proved} of {sample} proved within {limit:.0f} "
+        f"s; largest relative difference of objectives {worst_difference:.1e}"
+    )
+    mine = Row("random", "ours", seconds=statistics.median(seconds), gap=max(gaps), count=count)
+    if not proved:
+        return [mine]
+    peer_row = Row(
+        "random",
+        "pulp pairwise highs",
+        seconds=statistics.median(milp_seconds),
+        objective_difference=worst_difference,
+        count=proved,
+    )
+    return [mine, peer_row]
+
+
+def parameter_costs(rng: np.random.Generator, count: int, limit: float) -> list[Row]:
+    """Whole costs 1..50 at n=20, L=12: the knapsack case."""
+    answers = [
+        ours(
+            instance(
+                rng, 20, 12, BUDGETS[i % 2], float(10 ** rng.uniform(-1.5, 0.5)), largest_cost=50
+            ),
+            limit,
+        )
+        for i in range(count)
+    ]
+    seconds = [answer.seconds for answer in answers]
+    gaps = [answer.gap or 0.0 for answer in answers]
+    console.print(
+        f"[bold]{count} instances with costs 1..50[/] (n=20, L=12, λ 0.03..3): gap ≤ 1e-4 on "
+        f"{sum(gap <= 1e-4 for gap in gaps)}, largest gap {max(gaps):.1e}; median "
+        f"{statistics.median(seconds):.3f} s, 90% {np.quantile(seconds, 0.9):.3f} s, max "
+        f"{max(seconds):.2f} s"
+    )
+    median = statistics.median(seconds)
+    return [Row("costs 1..50", "ours", 20, 12, seconds=median, gap=max(gaps), count=count)]
+
+
+def compare(
+    rng: np.random.Generator,
+    sizes: list[tuple[int, int]],
+    lambdas: list[float],
+    limit: float,
+    with_cvxpy: bool,
+) -> Iterator[Row]:
+    """Ours and every peer that can hold the instance, on the same instances."""
+    for n, layers in sizes:
+        for budgets in BUDGETS:
+            for relative in lambdas:
+                problem = instance(rng, n, layers, budgets, relative)
+                runs = [ours(problem, limit) for _ in range(3)]
+                mine = sorted(runs, key=lambda answer: answer.seconds)[1]
+                place = ("compare", n, layers, budgets, relative)
+                yield _row(place, "ours", mine, mine)
+                for name, peer in peers_for(n, layers, with_cvxpy).items():
+                    yield _row(place, name, peer(problem, limit), mine)
+
+
+def _difference(mine: Answer, other: Answer) -> float | None:
+    """By how much ours is better, relative to ours."""
+    if mine.objective is None or other.objective is None:
+        return None
+    return (mine.objective - other.objective) / max(abs(mine.objective), 1e-300)
+
+
+def _row(place: tuple[str, int, int, str, float], name: str, answer: Answer, mine: Answer) -> Row:
+    part, n, layers, budgets, relative = place
+    difference = _difference(mine, answer)
+    row = Row(
+        part,
+        name,
+        n,
+        layers,
+        budgets,
+        relative,
+        answer.seconds,
+        answer.objective,
+        answer.gap,
+        answer.limited,
+        answer.seconds / mine.seconds,
+        difference,
+    )
+    shown = "none" if difference is None else f"{difference:+.1e}"
+    console.print(
+        f"  ({n}, {layers}) {budgets:13} λ={relative:<5g} {name:20} {answer.seconds:9.4f} s  "
+        f"ours better by {shown}",
+        highlight=False,
+    )
+    return row
+
+
+def scaling(rng: np.random.Generator, counts: list[int], limit: float) -> list[Row]:
+    """Ours alone over the number of clients, at three depths of model."""
+    rows = []
+    for layers in (12, 32, 80):
+        for n in counts:
+            answers = [
+                ours(instance(rng, n, layers, "heterogeneous", relative), limit)
+                for relative in (0.1, 0.5, 2.0)
+            ]
+            seconds = statistics.median(answer.seconds for answer in answers)
+            gap = max(answer.gap or 0.0 for answer in answers)
+            rows.append(
+                Row("scaling", "ours", n, layers, "heterogeneous", 0.5, seconds, gap=gap, count=3)
+            )
+    return rows
+
+
+def print_table(rows: list[Row]) -> None:
+    table = Table(title="Medians over budgets and λ; ratio = peer's time / ours, same instance")
+    for column in ("n", "L", "solver", "runs", "median s", "ratio: min", "median", "max"):
+        table.add_column(column, justify="left" if column == "solver" else "right")
+    table.add_column("ours better by: min", justify="right")
+    table.add_column("max", justify="right")
+    table.add_column("no answer", justify="right")
+    groups: dict[tuple[int | None, int | None, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.clients, row.layers, row.solver), []).append(row)
+    for (n, layers, solver), group in groups.items():
+        ratios = [row.ratio or 1.0 for row in group]
+        differences = [d for row in group if (d := row.objective_difference) is not None]
+        bound = "≥ " if any(row.limited for row in group) else ""
+        table.add_row(
+            str(n),
+            str(layers),
+            solver,
+            str(len(group)),
+            f"{bound}{statistics.median(row.seconds for row in group):.4f}",
+            f"{bound}{min(ratios):,.1f}",
+            f"{bound}{statistics.median(ratios):,.1f}",
+            f"{bound}{max(ratios):,.1f}",
+            f"{min(differences):+.1e}" if differences else "–",
+            f"{max(differences):+.1e}" if differences else "–",
+            str(len(group) - len(differences)),
+        )
+    console.print(table)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Time over clients, log-log: ours as lines, the peers as points."""
+    figure, axes = plt.subplots(figsize=(7.0, 4.5), constrained_layout=True)
+    for layers in sorted({row.layers or 0 for row in rows if row.part == "scaling"}):
+        line = [row for row in rows if row.part == "scaling" and row.layers == layers]
+        axes.plot(
+            [row.clients or 0 for row in line],
+            [row.seconds for row in line],
+            marker="o",
+            markersize=3,
+            label=f"LayerFed, L = {layers}",
+        )
+    compared = [row for row in rows if row.part == "compare" and row.solver != "ours"]
+    for marker, solver in zip("sD^vP", sorted({row.solver for row in compared}), strict=False):
+        points = [row for row in compared if row.solver == solver]
+        axes.scatter(
+            [row.clients or 0 for row in points],
+            [row.seconds for row in points],
+            marker=marker,
+            s=24,
+            alpha=0.6,
+            label=solver,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="clients in the round", ylabel="seconds")
+    axes.set_title("Time to select layers (LayerFed: proved optimal; peers: up to a time limit)")
+    axes.grid(visible=True, which="major", alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    console.print(f"scaling plot: {path}")
+
+
+def main(
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the scaling plot here.")] = None,
+    part: Annotated[list[Part] | None, typer.Option(help="Run only this; repeatable.")] = None,
+    quick: Annotated[bool, typer.Option(help="Few, small instances: under a minute.")] = False,
+    time_limit: Annotated[float, typer.Option(help="Seconds per peer and instance.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Seed of all instances.")] = 0,
+) -> None:
+    """Run the parts, print the figures, write the table and the plot."""
+    limit = min(time_limit, 5.0) if quick else time_limit
+    parts = part or list(Part)
+    rows: list[Row] = []
+    if Part.RANDOM in parts:
+        rng = np.random.default_rng(seed)
+        rows += random_instances(rng, 100 if quick else 1000, 10 if quick else 100, limit)
+    if Part.COSTS in parts:
+        rows += parameter_costs(np.random.default_rng(seed + 1), 10 if quick else 60, limit)
+    if Part.COMPARE in parts:
+        present = cvxpy_present()
+        if not present:
+            console.print("cvxpy with ECOS is missing: columns skipped; `pip install cvxpy ecos`")
+        elif quick:
+            console.print("--quick skips the cvxpy columns: they take minutes")
+        sizes, lambdas = (SIZES[:1], [0.5]) if quick else (SIZES, [0.05, 0.5, 2.0])
+        rng = np.random.default_rng(seed + 2)
+        compared = list(compare(rng, sizes, lambdas, limit, present and not quick))
+        print_table(compared)
+        rows += compared
+    if Part.SCALING in parts:
+        counts = [10, 100] if quick else [10, 30, 100, 300, 1000]
+        rows += scaling(np.random.default_rng(seed + 3), counts, limit)
+    if plot is not None:
+        draw(rows, plot)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""A Flower app that takes layer selection from LayerFed."""

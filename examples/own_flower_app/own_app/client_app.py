@@ -1,0 +1,101 @@
+"""The client: four handlers, each of which hands your model and data to LayerFed."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from itertools import chain, islice
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from layerfed.exchange import (
+    Description,
+    ResidentModel,
+    describe_reply,
+    evaluate_reply,
+    probe_reply,
+    read_config,
+    read_manifest,
+    read_mask,
+    train_reply,
+)
+from layerfed.layers import LayerMap
+from layerfed.seeding import Stream, torch_seed
+from layerfed.task.probe import probe_layers
+from layerfed.task.training import evaluate, train_update
+from own_app.task import Items, build_model, client_items, loader, logits, loss
+
+app = ClientApp()
+
+
+@lru_cache(maxsize=1)
+def resident_model() -> ResidentModel:
+    """Return the model of this process, built once; messages then move only layers that changed."""
+    device = torch.device("cpu")
+    return ResidentModel(build_model, LayerMap.from_model, device)
+
+
+def place(context: Context) -> tuple[int, int]:
+    """Return which partition of how many this node holds."""
+    node = context.node_config
+    return int(node["partition-id"]), int(node["num-partitions"])
+
+
+def examples(context: Context) -> tuple[Items, Items]:
+    """Return this node's examples, to train and to evaluate on."""
+    return client_items(*place(context))
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Say who this is: Flower's node ids are random, sampling and seeds go by partition."""
+    partition, partitions = place(context)
+    train_items, _ = examples(context)
+    return describe_reply(message, Description(partition, len(train_items), partitions=partitions))
+
+
+@app.query("probe")
+def probe(message: Message, context: Context) -> Message:
+    """Measure what the strategy asks for: one number a layer."""
+    resident, config = resident_model(), read_config(message)
+    resident.move_to(*read_manifest(message))
+    items, _ = examples(context)
+    batches = loader(items, int(context.run_config["batch-size"]))
+    # 0 batches means all of them.
+    batches = islice(batches, config["batches"] or None)
+    statistics, flops = probe_layers(
+        resident.model, resident.layers, batches, loss, config["statistics"]
+    )
+    return probe_reply(message, statistics, len(items), flops=flops)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the selected layers and the head; reply with their updates only."""
+    resident, config, run = resident_model(), read_config(message), context.run_config
+    resident.move_to(*read_manifest(message))
+    items, _ = examples(context)
+    partition, _ = place(context)
+    # A seed of this round and client, so that a run repeats on any engine.
+    seed = torch_seed(int(run["seed"]), Stream.TRAIN, config["round"], partition)
+    torch.manual_seed(seed)
+    batches = loader(items, int(run["batch-size"]), seed)
+    update, result = train_update(
+        resident,
+        read_mask(message, resident.layers),
+        chain.from_iterable(batches for _ in range(int(run["local-epochs"]))),
+        loss,
+        partial(torch.optim.SGD, lr=config["lr"]),
+    )
+    return train_reply(message, update, len(items), loss=result.loss, flops=result.flops)
+
+
+@app.evaluate()
+def evaluate_locally(message: Message, context: Context) -> Message:
+    """Evaluate the global model on examples this node does not train on."""
+    resident = resident_model()
+    resident.move_to(*read_manifest(message))
+    _, items = examples(context)
+    accuracy, mean_loss = evaluate(resident.model, loader(items, 256), logits)
+    return evaluate_reply(message, len(items), accuracy=accuracy, loss=mean_loss)

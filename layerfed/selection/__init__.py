@@ -1,0 +1,148 @@
+"""Layer selection, problem (P1): data, certified solvers, and one way in, :func:`solve`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import Literal, get_args
+
+from layerfed.selection.canonical import canonicalise
+from layerfed.selection.lagrangian import certify, solve_lagrangian
+from layerfed.selection.milp import solve_milp
+from layerfed.selection.problem import PROVEN, Selection, SelectionError, SelectionProblem
+from layerfed.selection.reduction import Reduction
+from layerfed.selection.scale import scale_consistency
+
+__all__ = [
+    "Selection",
+    "SelectionError",
+    "SelectionProblem",
+    "Solver",
+    "scale_consistency",
+    "solve",
+    "solve_lagrangian",
+    "solve_milp",
+]
+
+logger = logging.getLogger(__name__)
+
+Solver = Literal["auto", "lagrangian", "milp"]
+
+#: Share of the time limit after which ``"auto"`` leaves a gap to the integer program.
+LAGRANGIAN_SHARE = 0.5
+
+#: Share of the time limit that breaking ties may take.
+TIE_SHARE = 0.2
+
+
+def solve(
+    problem: SelectionProblem,
+    *,
+    solver: Solver = "auto",
+    time_limit: float = 10.0,
+    gap: float = 1e-6,
+) -> Selection:
+    """Pick the layers each client trains.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+        One round's instance of (P1).
+    solver : {"auto", "lagrangian", "milp"}
+        ``"auto"`` runs the Lagrangian and, only where that leaves a gap, the integer program on
+        what is still undecided, started from the best masks. ``"lagrangian"`` never calls the
+        integer program to close a gap, ``"milp"`` always solves with it.
+    time_limit : float
+        Seconds.
+    gap : float
+        Relative gap that is good enough.
+
+    Returns
+    -------
+    Selection
+        Within all budgets, with its bound. Ties are broken as
+        :mod:`layerfed.selection.canonical` says, so solvers that prove optimality agree on the
+        masks.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+    SelectionError
+        If ``"milp"`` was asked for and no backend is installed or none found masks in time.
+    """
+    _check_arguments(solver, time_limit, gap)
+    started = time.perf_counter()
+    deadline = started + time_limit
+    if solver == "milp" and problem.clients:
+        selection, reduction = _solve_with_milp(problem, time_limit, gap)
+    else:
+        share = LAGRANGIAN_SHARE if solver == "auto" else 1.0
+        selection, reduction = certify(problem, time_limit=share * time_limit, gap=gap)
+        if solver == "auto" and selection.gap > gap:
+            selection = _close_gap(problem, selection, reduction, deadline, gap)
+    if selection.gap <= PROVEN:
+        limit = min(deadline, time.perf_counter() + TIE_SHARE * time_limit)
+        masks = canonicalise(problem, selection.masks, reduction, limit)
+        selection = Selection.certified(problem, masks, selection.bound, selection.solver, 0.0)
+    if selection.gap > max(gap, PROVEN):
+        logger.warning(
+            "selection stopped with a relative gap of %.2e (asked: %.2e) after %.2f s (limit: "
+            "%.2f s) by %s",
+            selection.gap,
+            gap,
+            time.perf_counter() - started,
+            time_limit,
+            selection.solver,
+        )
+    return replace(selection, seconds=time.perf_counter() - started)
+
+
+def _check_arguments(solver: str, time_limit: float, gap: float) -> None:
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver is {solver!r}; expected one of {list(get_args(Solver))}")
+    if not time_limit > 0:
+        raise ValueError(f"time_limit is {time_limit}; expected seconds above 0")
+    if not 0 <= gap < 1:
+        raise ValueError(f"gap is {gap}; expected a relative gap in [0, 1)")
+
+
+def _solve_with_milp(
+    problem: SelectionProblem, time_limit: float, gap: float
+) -> tuple[Selection, Reduction]:
+    """Integer program first; the Lagrangian then supplies what the tie-break needs.
+
+    The program may stop at any masks within `gap`. What the Lagrangian can add to that, a better
+    bound or better masks, is taken, or the masks would depend on the solver.
+    """
+    solved = solve_milp(problem, time_limit=time_limit, gap=gap)
+    if solved.gap > gap:
+        return solved, Reduction.none(problem)
+    proved, reduction = certify(problem, time_limit=time_limit, gap=gap, incumbent=solved.masks)
+    if proved.gap > solved.gap:
+        return solved, reduction
+    name = solved.solver if solved.gap <= PROVEN else f"{solved.solver}+lagrangian"
+    return replace(proved, solver=name), reduction
+
+
+def _close_gap(
+    problem: SelectionProblem,
+    selection: Selection,
+    reduction: Reduction,
+    deadline: float,
+    gap: float,
+) -> Selection:
+    """Integer program on the undecided picks, started from `selection` and bounded by it."""
+    try:
+        closed = solve_milp(
+            problem,
+            time_limit=max(deadline - time.perf_counter(), 0.01),
+            gap=gap,
+            incumbent=selection.masks,
+            reduction=reduction,
+        )
+    except SelectionError as error:
+        logger.warning("the integer program could not close the gap: %s", error)
+        return selection
+    return replace(closed, solver=f"{selection.solver}+{closed.solver}")

@@ -1,0 +1,102 @@
+"""(P1) solved exactly with PuLP: HiGHS first, CBC where HiGHS is missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+
+from layerfed.selection.backends import Backend, pick_backend, run_backend
+from layerfed.selection.count_model import CountModel
+from layerfed.selection.problem import (
+    BoolArray,
+    Selection,
+    SelectionError,
+    SelectionProblem,
+)
+from layerfed.selection.reduction import Reduction
+
+logger = logging.getLogger(__name__)
+
+
+def solve_milp(
+    problem: SelectionProblem,
+    *,
+    time_limit: float = 10.0,
+    gap: float = 1e-6,
+    incumbent: BoolArray | None = None,
+    backend: Backend = "auto",
+    reduction: Reduction | None = None,
+) -> Selection:
+    """Solve (P1) exactly with PuLP.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+        The instance.
+    time_limit : float
+        Seconds for the solver; building the model comes on top.
+    gap : float
+        Relative gap at which the solver may stop.
+    incumbent : array of bool, shape (n, L), optional
+        Feasible masks to start from. The result is never worse.
+    backend : {"auto", "highs", "cbc"}
+        ``"auto"`` takes HiGHS where it is installed, else CBC.
+    reduction : Reduction, optional
+        Variables fixed and cuts found from a bound; it must belong to `incumbent`.
+
+    Returns
+    -------
+    Selection
+        With the solver's own bound. ``gap`` is positive when the time limit came first.
+
+    Raises
+    ------
+    ValueError
+        If `incumbent` is not feasible.
+    SelectionError
+        If the backend is missing or failed, or stopped without masks and there is no incumbent.
+    """
+    started = time.perf_counter()
+    if incumbent is not None and not problem.feasible(incumbent):
+        raise ValueError("the incumbent exceeds a budget; expected masks within all budgets")
+    name = pick_backend(backend)
+    model = CountModel(problem, reduction or Reduction.none(problem))
+    if incumbent is not None:
+        model.start_from(incumbent)
+    masks: BoolArray | None
+    if model.empty:
+        masks, bound = model.masks(), model.constant
+    else:
+        solved, bound = run_backend(name, model, time_limit, gap, warm=incumbent is not None)
+        masks = _within_budgets(problem, model.masks()) if solved else None
+    if masks is None and incumbent is None:
+        raise SelectionError(
+            f"{name} found no masks for {problem.clients} clients x {problem.layers} layers in "
+            f"{time_limit} s: raise the time limit or use the solver 'auto'"
+        )
+    if masks is None:
+        logger.warning("%s found no masks in %.3g s; keeping the incumbent", name, time_limit)
+    if incumbent is not None and (
+        masks is None or problem.objective(incumbent) >= problem.objective(masks)
+    ):
+        masks = incumbent.copy()
+    assert masks is not None
+    if reduction is not None:
+        bound = min(bound, reduction.bound)
+        # What was fixed away scores at most the incumbent, hence at most `masks`.
+        bound = max(bound, problem.objective(masks))
+    seconds = time.perf_counter() - started
+    return Selection.certified(problem, masks, bound, f"milp-{name}", seconds)
+
+
+def _within_budgets(problem: SelectionProblem, masks: BoolArray) -> BoolArray:
+    """Drop picks until budgets hold exactly: the solver works to a tolerance of its own."""
+    masks = masks.copy()
+    for client in np.flatnonzero(problem.spent(masks) > problem.limits):
+        for layer in np.argsort(problem.values[client]):
+            masks[client, layer] = False
+            if problem.spent(masks)[client] <= problem.limits[client]:
+                break
+    return masks

@@ -1,0 +1,179 @@
+"""A client's exact best response: the affordable set of layers with the largest total score.
+
+This is a knapsack per client. Three exact methods share the work, by what the costs allow:
+
+- equal costs: take the best layers that fit (a sort);
+- few layers: score every set of layers at once (a matrix product);
+- anything else: keep the Pareto-optimal (cost, score) pairs while adding one layer at a time
+  (Nemhauser & Ullmann, *Discrete dynamic programming and capital allocation*, 1969).
+
+Depth costs are handled by trying each layer ``s`` as the lowest allowed one, at the price
+``D[s]``. A set whose true lowest layer lies above ``s`` is charged too much by that, never too
+little, because ``D`` does not increase with the layer index; its own ``s`` charges it exactly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
+
+#: Up to this many layers all 2^L sets are scored at once; 4,096 sets cost less than one sort.
+ENUMERATION_LAYERS = 12
+
+
+class ClientOracle:
+    """Best responses of all clients of one problem, for scores that change between calls.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+        Supplies costs, depth costs and budgets; its values and λ are not used.
+    """
+
+    def __init__(self, problem: SelectionProblem) -> None:
+        self._affordable = problem.affordable
+        self._costs = problem.cost_matrix
+        self._depth = problem.depth_matrix
+        self._limits = problem.limits
+        self.has_depth = bool(np.any(problem.depth_matrix > 0))
+        self._uniform = bool(np.all(self._costs == self._costs[:, :1]))
+        self._room = self._room_for_layers() if self._uniform else None
+        self._sets: BoolArray | None = None
+        if not self._uniform and problem.layers <= ENUMERATION_LAYERS:
+            self._enumerate(problem)
+
+    @property
+    def integral(self) -> bool:
+        """Whether pricing the budgets leaves no knapsack gap: equal costs, no depth costs."""
+        return self._uniform and not self.has_depth
+
+    @property
+    def fast(self) -> bool:
+        """Whether a call costs about as much as a sort, not a search per client."""
+        return self._uniform or self._sets is not None
+
+    @property
+    def room(self) -> FloatArray | None:
+        """With equal costs: how many layers each client can take, shape (n,); else None."""
+        return None if self._room is None else self._room[:, 0]
+
+    def best(self, scores: FloatArray, clients: slice | None = None) -> BoolArray:
+        """Pick for each client the feasible set with the largest total score.
+
+        Parameters
+        ----------
+        scores : array of shape (n, L)
+            Layers with a score of 0 or less are never picked.
+        clients : slice, optional
+            Restrict to these clients; `scores` then has one row for each of them.
+
+        Returns
+        -------
+        array of bool, shape of `scores`
+        """
+        rows = clients if clients is not None else slice(None)
+        scores = np.where(self._affordable[rows], scores, 0.0)
+        if self._sets is not None:
+            return self._best_enumerated(scores, rows)
+        if self._room is not None:
+            return self._best_uniform(scores, self._room[rows])
+        indices = range(*rows.indices(len(self._limits)))
+        picks = [self._best_pareto(row, i) for row, i in zip(scores, indices, strict=True)]
+        return np.array(picks, dtype=bool).reshape(scores.shape)
+
+    def _room_for_layers(self) -> FloatArray:
+        """How many layers fit when the lowest allowed one is ``s``, shape (n, L)."""
+        left = self._limits[:, None] - self._depth
+        cost = self._costs
+        with np.errstate(divide="ignore", invalid="ignore"):
+            room = np.where(cost > 0, np.floor(left / cost), np.inf)
+        return np.clip(np.where(left >= 0, room, 0), 0, cost.shape[1])
+
+    def _best_uniform(self, scores: FloatArray, room: FloatArray) -> BoolArray:
+        if not self.has_depth:
+            return _top(scores, room[:, 0])
+        best = np.zeros(scores.shape, dtype=bool)
+        best_total = np.zeros(len(scores))
+        for start in range(scores.shape[1]):
+            chosen = _top(scores[:, start:], room[:, start])
+            total = np.where(chosen, scores[:, start:], 0.0).sum(axis=1)
+            better = total > best_total
+            best[better] = False
+            best[better, start:] = chosen[better]
+            best_total[better] = total[better]
+        return best
+
+    def _enumerate(self, problem: SelectionProblem) -> None:
+        layers = problem.layers
+        self._sets = (np.arange(2**layers)[:, None] >> np.arange(layers) & 1).astype(bool)
+        weights = self._sets.astype(np.float64)
+        self._weights = weights.T
+        lowest = self._sets.argmax(axis=1)
+        costs = (
+            self._costs @ weights.T
+            + np.where(self._sets.any(axis=1), 1, 0) * (self._depth[:, lowest])
+        )
+        self._excluded = np.where(costs <= self._limits[:, None], 0.0, -np.inf)
+
+    def _best_enumerated(self, scores: FloatArray, rows: slice) -> BoolArray:
+        assert self._sets is not None
+        winner = (scores @ self._weights + self._excluded[rows]).argmax(axis=1)
+        return np.asarray(self._sets[winner] & (scores > 0))
+
+    def _best_pareto(self, scores: FloatArray, client: int) -> BoolArray:
+        best = np.zeros(len(scores), dtype=bool)
+        best_total = 0.0
+        starts = range(len(scores)) if self.has_depth else (0,)
+        for start in starts:
+            room = self._limits[client] - self._depth[client, start]
+            useful = start + np.flatnonzero(scores[start:] > 0)
+            if room < 0 or scores[useful].sum() <= best_total:
+                continue
+            chosen = _pareto(scores[useful], self._costs[client, useful], room)
+            total = scores[useful[chosen]].sum()
+            if total > best_total:
+                best[:] = False
+                best[useful[chosen]] = True
+                best_total = total
+        return best
+
+
+def _top(scores: FloatArray, room: FloatArray) -> BoolArray:
+    """Per row, the `room` largest positive scores; equal scores go to the later column."""
+    layers = scores.shape[1]
+    order = np.argsort(scores, axis=1, kind="stable")[:, ::-1]
+    taken = np.arange(layers)[None, :] < room[:, None]
+    chosen = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(chosen, order, taken, axis=1)
+    return np.asarray(chosen & (scores > 0))
+
+
+def _pareto(scores: FloatArray, costs: FloatArray, room: float) -> list[int]:
+    """Indices of the best set within `room`; both arrays of shape (items,)."""
+    # Good value for money first: the early frontier then already dominates most later pairs.
+    order = np.argsort(-scores / np.maximum(costs, 1e-300), kind="stable")
+    frontier_cost, frontier_score = np.zeros(1), np.zeros(1)
+    history: list[tuple[FloatArray, FloatArray]] = []
+    for item in order:
+        with_cost = frontier_cost + costs[item]
+        fits = with_cost <= room
+        cost = np.concatenate([frontier_cost, with_cost[fits]])
+        score = np.concatenate([frontier_score, frontier_score[fits] + scores[item]])
+        by_cost = np.lexsort((-score, cost))
+        cost, score = cost[by_cost], score[by_cost]
+        best_before = np.maximum.accumulate(np.concatenate([[-np.inf], score[:-1]]))
+        keep = score > best_before
+        history.append((frontier_cost, frontier_score))
+        frontier_cost, frontier_score = cost[keep], score[keep]
+    chosen = []
+    cost_at, score_at = frontier_cost[-1], frontier_score[-1]
+    for item, (costs_before, scores_before) in zip(order[::-1], history[::-1], strict=True):
+        # The pair was there before this item, bit for bit, or this item made it.
+        if np.any((costs_before == cost_at) & (scores_before == score_at)):
+            continue
+        chosen.append(int(item))
+        made = (costs_before + costs[item] == cost_at) & (scores_before + scores[item] == score_at)
+        source = int(np.flatnonzero(made)[0])
+        cost_at, score_at = costs_before[source], scores_before[source]
+    return chosen

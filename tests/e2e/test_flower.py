@@ -1,0 +1,164 @@
+"""The same job through Flower's own machinery: Ray simulation, and `flwr run` with its SuperLink."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from layerfed.config import load_config
+from layerfed.engine import run_on
+from layerfed.runs import read_lines
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+SETTINGS = {
+    "federation.rounds": "3",
+    "federation.clients-per-round": "6",
+    "strategy.probe-batches": "1",
+    "budget.kind": "half-normal",
+}
+
+
+def left_behind(session: int, patience: float = 10.0) -> list[str]:
+    """Command lines of a session's processes that still live after a short while."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = subprocess.run(
+            ["ps", "-o", "stat=,args=", "-s", str(session)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        living = [line for line in found.stdout.splitlines() if not line.startswith("Z")]
+        if not living or time.monotonic() > deadline:
+            return living
+        time.sleep(0.2)
+
+
+def test_ray_simulation_gives_the_same_run_as_the_inprocess_engine(tmp_path: Path) -> None:
+    overrides = [f"{key}={value}" for key, value in SETTINGS.items()]
+    command = [BIN / "layerfed", "run", *overrides, "run.name=ray", "--engine", "ray"]
+    process = subprocess.Popen(
+        [*command, "--dir", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert str(tmp_path / "ray/layers.png") in out
+    assert left_behind(process.pid) == []
+
+    config = load_config(None, [*overrides, f"run.dir={tmp_path}", "run.name=inprocess"])
+    run_on("inprocess", config)
+
+    folders = [tmp_path / "ray", tmp_path / "inprocess"]
+    summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
+    assert [s["engine"] for s in summaries] == ["ray", "inprocess"]
+    assert summaries[0]["accuracy"] > summaries[0]["initial_accuracy"] + 0.3
+    masks = [[r["masks"] for r in read_lines(f / "selection.jsonl")] for f in folders]
+    assert masks[0] == masks[1]
+    ray, inprocess = (load_file(f / "model.safetensors") for f in folders)
+    for name in inprocess:
+        np.testing.assert_allclose(ray[name], inprocess[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def flower(tmp_path: Path) -> dict[str, str]:
+    """A Flower home and ports of our own, so that no SuperLink of the user is touched."""
+    home = tmp_path / "flwr"
+    home.mkdir()
+    return {
+        **os.environ,
+        **QUIET,
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+    }
+
+
+def stop_superlink(home: str) -> None:
+    """Stop the SuperLink that `flwr run` started for this home, and no other."""
+    pattern = f"{home}/local-superlink"
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False)
+    for pid in (int(word) for word in found.stdout.split()):
+        os.kill(pid, signal.SIGTERM)
+        for _ in range(100):
+            if not Path(f"/proc/{pid}").exists():
+                break
+            time.sleep(0.1)
+
+
+def test_flwr_run_works_from_the_app_bundle(tmp_path: Path, flower: dict[str, str]) -> None:
+    run_config = tmp_path / "run.toml"
+    run_config.write_text(
+        "".join(
+            f"{key} = {value if value.isdigit() else json.dumps(value)}\n"
+            for key, value in {
+                **SETTINGS,
+                "run.dir": str(tmp_path / "runs"),
+                "run.name": "x",
+            }.items()
+        )
+    )
+    federation = "num-supernodes=10 client-resources-num-cpus=1"
+    command = [BIN / "flwr", "run", ROOT, "--stream", "--federation-config", federation]
+
+    def flwr(*run_config: str) -> str:
+        done = subprocess.run(
+            [*command, "--run-config", *run_config],
+            env=flower,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            cwd=tmp_path,
+        )
+        return done.stdout + done.stderr
+
+    try:
+        output = flwr(str(run_config))
+        refused = flwr("strategy.name='ilpp'")
+        listing = subprocess.run(
+            [BIN / "flwr", "list", "--format", "json"],
+            env=flower,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+    finally:
+        stop_superlink(flower["FLWR_HOME"])
+
+    summary = json.loads((tmp_path / "runs/x/summary.json").read_text())
+    assert summary["status"] == "completed", output
+    assert summary["accuracy"] > summary["initial_accuracy"] + 0.3
+    assert "[round 3/3] accuracy" in output
+    # Flower's own exit status does not tell; its list does, with our one line.
+    assert "strategy.name = 'ilpp' is not allowed" in refused
+    runs = {run["status"]: run["status-details"] for run in json.loads(listing.stdout)["runs"]}
+    assert set(runs) == {"finished:completed", "finished:failed"}
+    assert "strategy.name = 'ilpp' is not allowed" in runs["finished:failed"]
