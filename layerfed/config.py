@@ -84,7 +84,7 @@ class StrategyConfig(_Section):
     """Who picks the layers, and how."""
 
     name: StrategyName = "ilp"
-    consistency: float = 1.0
+    consistency: float = 0.1
     consistency_scale: Literal["relative", "raw"] = "relative"
     probe_batches: Annotated[int, Field(ge=0)] = 1
     solver: Literal["auto", "lagrangian", "milp"] = "auto"

@@ -71,7 +71,7 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
         If too few clients took part; the run folder says so too.
     """
     config = RunConfig.from_flat(context.run_config)
-    bench = workbench(cast(Flat, context.run_config))
+    bench = workbench(context.run_config)
     test = bench.task.test_examples()
     strategy = build_strategy(config, bench.resident.layers)
 

@@ -56,6 +56,12 @@ from layerfed.selection.search import PrimalSearch
 #: Subgradient steps before giving up; instances that close do so within a few dozen.
 MAX_STEPS = 600
 
+#: Steps for telling a unique optimum from a tie: a refinement, not worth a round's time.
+INTERIOR_STEPS = 150
+
+#: Relative gap at which a descent is done.
+CLOSED = 1e-10
+
 #: Steps without progress before the step length shrinks, and by how much.
 PATIENCE = 12
 SHRINK = 0.7
@@ -147,13 +153,14 @@ def _descend(
     search: PrimalSearch,
     relaxation: Relaxation,
     deadline: float,
+    steps: int = MAX_STEPS,
 ) -> tuple[FloatArray, list[Point]]:
     """Minimise the bound; returns the best variables and the last improving points."""
     variables = best_variables = relaxation.start
     direction = np.zeros_like(variables)
     best: list[Point] = []
     length, waited = 1.0, 0
-    for step in range(MAX_STEPS):
+    for step in range(steps):
         point = relaxation.evaluate(variables)
         progress = not best or point.bound < best[-1].bound - 1e-7 * abs(best[-1].bound)
         waited = 0 if progress else waited + 1
@@ -161,7 +168,7 @@ def _descend(
             best, best_variables = [*best[-2:], point], variables
         if step % 10 == 0 or (step < 20 and progress):
             _settle_from(search, point)
-        if problem.relative_gap(search.objective, best[-1].bound) == 0.0:
+        if problem.relative_gap(search.objective, best[-1].bound) <= CLOSED:
             break
         if time.perf_counter() > deadline:
             break
@@ -206,5 +213,5 @@ def _interior_point(
     search.offer(masks)
     slopes = search.slopes(masks.sum(axis=0))
     start = replace(relax(harder, oracle, slopes), start=variables)
-    inner, _ = _descend(harder, search, start, deadline)
+    inner, _ = _descend(harder, search, start, deadline, INTERIOR_STEPS)
     return relax(problem, oracle, slopes).evaluate(inner)

@@ -19,7 +19,7 @@ class ILP(SelectiveStrategy):
     Parameters
     ----------
     layers : LayerMap
-    consistency : float (default: 1.0)
+    consistency : float (default: 0.1)
         λ. 0 leaves each client its own best layers, larger values pull choices together, negative ones
         push them apart.
     consistency_scale : {"relative", "raw"} (default: "relative")
@@ -41,7 +41,7 @@ class ILP(SelectiveStrategy):
         self,
         layers: Any,
         *,
-        consistency: float = 1.0,
+        consistency: float = 0.1,
         consistency_scale: Literal["relative", "raw"] = "relative",
         solver: Solver = "auto",
         solver_seconds: float = 10.0,

@@ -78,7 +78,7 @@ def probe_layers(
             sums[row, 1] = parameter.grad.sum(dtype=torch.float32)
             parameter.grad = None
 
-        return parameters[names[row]].register_post_accumulate_grad_hook(hook)
+        return parameters[names[row]].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     rows: list[dict[str, np.ndarray]] = []
     total_flops = 0.0

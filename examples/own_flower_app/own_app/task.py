@@ -65,7 +65,7 @@ def build_model() -> nn.Module:
     clients must build the same weights, since a layer travels only once it has changed.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
+        torch.manual_seed(0)
         return Mixer()
 
 
