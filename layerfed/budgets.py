@@ -37,7 +37,8 @@ class Budgets:
     Raises
     ------
     ConfigError
-        If a budget exceeds the cost of all layers, or is below the cheapest layer.
+        If a budget exceeds the cost of all layers, is below the cheapest layer, or where whole
+        budgets are drawn between bounds that are not.
     """
 
     def __init__(self, config: BudgetConfig, costs: np.ndarray, seed: int) -> None:
@@ -54,6 +55,11 @@ class Budgets:
                 raise ConfigError(
                     f"budget.{key} = {value:g} is above the whole model: its {len(costs)} selectable "
                     f"layers cost {total:g} {config.unit}; lower it, or use strategy.name = 'full'"
+                )
+            if config.kind == "half-normal" and config.unit == "layers" and value % 1:
+                raise ConfigError(
+                    f"budget.{key} = {value:g} is no whole number; half-normal budgets in layers "
+                    "are whole, and so are their bounds"
                 )
         if keys and (highest := getattr(config, keys[-1])) < costs.min():
             raise ConfigError(

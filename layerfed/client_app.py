@@ -120,7 +120,7 @@ def describe(message: Message, context: Context) -> Message:
     node = context.node_config
     partitions = node.get("num-partitions")
     # Checked by the server too; here a wrong count would cut the data into other pieces.
-    bench = workbench(cast(Flat, context.run_config))
+    bench = workbench(context.run_config)
     known = bench.config.federation.clients
     examples = len(bench.examples(partition)[0]) if partition < known else 1
     return describe_reply(
@@ -136,7 +136,7 @@ def describe(message: Message, context: Context) -> Message:
 
 def probe(message: Message, context: Context) -> Message:
     """Measure each layer's gradient at θ^t on this client's data."""
-    bench = workbench(cast(Flat, context.run_config))
+    bench = workbench(context.run_config)
     config = read_config(message)
     partition, resident, train = _partition(context), bench.resident, bench.config.train
     resident.move_to(*read_manifest(message))
@@ -156,7 +156,7 @@ def probe(message: Message, context: Context) -> Message:
 
 def train(message: Message, context: Context) -> Message:
     """Train the masked blocks and the head, and send back their updates only."""
-    bench = workbench(cast(Flat, context.run_config))
+    bench = workbench(context.run_config)
     config = read_config(message)
     partition, resident, settings = _partition(context), bench.resident, bench.config.train
     resident.move_to(*read_manifest(message))
@@ -189,7 +189,7 @@ def train(message: Message, context: Context) -> Message:
 
 def evaluate_locally(message: Message, context: Context) -> Message:
     """Evaluate the global model on this client's held-out examples."""
-    bench = workbench(cast(Flat, context.run_config))
+    bench = workbench(context.run_config)
     bench.resident.move_to(*read_manifest(message))
     _, held_out = bench.examples(_partition(context))
     batches = held_out.in_order(256, bench.device)

@@ -74,11 +74,15 @@ def cells(
                     "run.name": f"{strategy}-R{budget}-seed{seed}",
                     **_budget(budget),
                 }
-                if strategy == "both" and flat["budget.kind"] == "identical":
-                    if float(flat["budget.layers"]) < 2 and flat["budget.unit"] == "layers":
-                        continue
+                if strategy == "both" and _room_for_one(flat):
+                    continue
                 grid.append(Cell(strategy, budget, seed, RunConfig.from_flat(flat)))
     return grid
+
+
+def _room_for_one(flat: dict[str, Any]) -> bool:
+    identical = flat["budget.kind"] == "identical" and flat["budget.unit"] == "layers"
+    return identical and float(flat["budget.layers"]) < 2
 
 
 def _budget(budget: str) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class InProcessGrid(Grid):
     def _work(self, message: Message) -> Message:
         try:
             return self._app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:  # noqa: BLE001  # any error of a client is that client's reply
+        except Exception as error:  # any error of a client is that client's reply
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 

@@ -161,6 +161,11 @@ class LayerMap:
         """L, the number of selectable layers."""
         return len(self.layers) - 2
 
+    def trained(self, mask: Sequence[bool]) -> list[str]:
+        """Return the names of the layers that a mask of length L has a client train, head included."""
+        chosen = [block.name for block, on in zip(self.blocks, mask, strict=True) if on]
+        return [*chosen, self.head.name]
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of all layers, in order."""
@@ -312,7 +317,9 @@ def _runs(parent: str, module: nn.Module) -> list[_Run]:
     A container of same-class modules stands for its members, so that the stages of a ResNet are one
     run; modules without parameters (activations) do not break a run.
     """
-    members: list[tuple[str, nn.Module]] = []
+    # Path, module, and whether it stands in a container: an embedding beside a list of blocks of its
+    # class is not one of them.
+    members: list[tuple[str, nn.Module, bool]] = []
     for name, child in module.named_children():
         path = f"{parent}.{name}" if parent else name
         inner = list(child.named_children())
@@ -320,16 +327,18 @@ def _runs(parent: str, module: nn.Module) -> list[_Run]:
             isinstance(child, nn.Sequential | nn.ModuleList)
             and len({type(m) for _, m in inner}) == 1
         ):
-            members += [(f"{path}.{n}", m) for n, m in inner]
+            members += [(f"{path}.{n}", m, True) for n, m in inner]
         elif any(True for _ in child.parameters()):
-            members.append((path, child))
+            members.append((path, child, False))
     runs: list[_Run] = []
-    for path, member in members:
-        kind = type(member).__name__
-        if runs and runs[-1].kind == kind:
+    last: tuple[type, bool] | None = None
+    for path, member, contained in members:
+        if last == (type(member), contained):
             runs[-1].paths.append(path)
         else:
-            runs.append(_Run(kind, any(True for _ in member.children()), [path]))
+            composite = any(True for _ in member.children())
+            runs.append(_Run(type(member).__name__, composite, [path]))
+        last = type(member), contained
     return [run for run in runs if len(run.paths) > 1]
 
 

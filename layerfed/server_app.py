@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from logging import INFO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from layerfed.budgets import Budgets, layer_costs
 from layerfed.client_app import workbench
-from layerfed.config import Flat, RunConfig
+from layerfed.config import RunConfig
 from layerfed.exchange.messages import encode
 from layerfed.layers import LayerMap
 from layerfed.records import Observer

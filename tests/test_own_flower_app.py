@@ -1,4 +1,4 @@
-"""The example app, run for real: a model and data of the user's own, LayerFed's strategy and client."""
+"""The example app, run for real: a user's own model and data, LayerFed's strategy and client."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from layerfed.exchange.messages import Manifest, decode, encode
+from layerfed.exchange.messages import Manifest, RefusedReply, decode, encode
 from layerfed.layers import LayerMap, digest, fingerprint
 
 __all__ = ["GlobalModel"]
@@ -38,7 +38,7 @@ class GlobalModel:
         needed = [name for layer in layers.layers for name in layer.tensors]
         if missing := [name for name in needed if name not in arrays]:
             raise ValueError(f"the initial arrays lack tensors of the model: {', '.join(missing)}")
-        self._arrays: dict[str, Array] = {name: arrays[name] for name in needed}
+        self._arrays: dict[str, Array] = {name: _row_major(arrays[name]) for name in needed}
         self.tensors: dict[str, np.ndarray] = {n: _view(a) for n, a in self._arrays.items()}
         self._digests = {layer.name: digest(self.layer(layer.name)) for layer in layers.layers}
         self._base = dict(self._digests)
@@ -69,7 +69,11 @@ class GlobalModel:
 
     def record(self) -> ArrayRecord:
         """Return the whole model, as Flower's strategies hand it around."""
-        return self._record(self._arrays)
+        record = self._record(self._arrays)
+        # `load_state_dict` wants tied weights under each of their names.
+        for alias, name in self.layers.aliases.items():
+            record[alias] = self._arrays[name]
+        return record
 
     def _record(self, names: Iterable[str]) -> ArrayRecord:
         record = ArrayRecord()
@@ -80,6 +84,15 @@ class GlobalModel:
     def bytes(self, layers: Iterable[str]) -> int:
         """Return the size in bytes of some layers."""
         return sum(self.layers[name].bytes for name in layers)
+
+
+def _row_major(array: Array) -> Array:
+    # Flower writes a transposed or channels-last tensor column by column, which `decode` refuses.
+    try:
+        _view(array)
+    except RefusedReply:
+        return encode(array.numpy())
+    return array
 
 
 def _view(array: Array) -> np.ndarray:

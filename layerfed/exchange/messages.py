@@ -266,7 +266,9 @@ def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.nda
         if version != (1, 0):
             raise ValueError(f"npy version {version}")
         header = np.lib.format.read_array_header_1_0(stream)
-    except (ValueError, EOFError) as error:
+    except Exception as error:
+        # NumPy parses the header as Python; a forged one raises nearly anything, from TypeError to
+        # tokenize.TokenError and RecursionError.
         raise RefusedReply(f"an array that cannot be read ({error})") from None
     if header != (shape, False, dtype):
         raise RefusedReply(f"an array of {header[2]}{header[0]} where {dtype}{shape} is due")

@@ -33,7 +33,7 @@ Solver = Literal["auto", "lagrangian", "milp"]
 LAGRANGIAN_SHARE = 0.5
 
 #: Share of the time limit that breaking ties may take.
-TIE_SHARE = 0.2
+TIE_SHARE = 0.1
 
 
 def solve(
@@ -87,16 +87,20 @@ def solve(
         masks = canonicalise(problem, selection.masks, reduction, limit)
         selection = Selection.certified(problem, masks, selection.bound, selection.solver, 0.0)
     if selection.gap > max(gap, PROVEN):
-        logger.warning(
-            "selection stopped with a relative gap of %.2e (asked: %.2e) after %.2f s (limit: "
-            "%.2f s) by %s",
-            selection.gap,
-            gap,
-            time.perf_counter() - started,
-            time_limit,
-            selection.solver,
-        )
+        _warn(selection, gap, time.perf_counter() - started, time_limit)
     return replace(selection, seconds=time.perf_counter() - started)
+
+
+def _warn(selection: Selection, gap: float, seconds: float, time_limit: float) -> None:
+    logger.warning(
+        "selection stopped with a relative gap of %.2e (asked: %.2e) after %.2f s (limit: %.2f s) "
+        "by %s",
+        selection.gap,
+        gap,
+        seconds,
+        time_limit,
+        selection.solver,
+    )
 
 
 def _check_arguments(solver: str, time_limit: float, gap: float) -> None:

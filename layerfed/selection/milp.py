@@ -42,21 +42,21 @@ def solve_milp(
     incumbent : array of bool, shape (n, L), optional
         Feasible masks to start from. The result is never worse.
     backend : {"auto", "highs", "cbc"}
-        ``"auto"`` takes HiGHS where it is installed, else CBC.
+        ``"auto"``: HiGHS where it is installed, else CBC.
     reduction : Reduction, optional
         Variables fixed and cuts found from a bound; it must belong to `incumbent`.
 
     Returns
     -------
     Selection
-        With the solver's own bound. ``gap`` is positive when the time limit came first.
+        With the backend's own bound.
 
     Raises
     ------
     ValueError
         If `incumbent` is not feasible.
     SelectionError
-        If the backend is missing or failed, or stopped without masks and there is no incumbent.
+        If the backend is missing or failed, or found no masks and there is no incumbent.
     """
     started = time.perf_counter()
     if incumbent is not None and not problem.feasible(incumbent):
@@ -65,30 +65,36 @@ def solve_milp(
     model = CountModel(problem, reduction or Reduction.none(problem))
     if incumbent is not None:
         model.start_from(incumbent)
-    masks: BoolArray | None
-    if model.empty:
-        masks, bound = model.masks(), model.constant
-    else:
+    masks: BoolArray | None = model.masks()
+    bound = model.constant
+    if not model.empty:
         solved, bound = run_backend(name, model, time_limit, gap, warm=incumbent is not None)
         masks = _within_budgets(problem, model.masks()) if solved else None
-    if masks is None and incumbent is None:
-        raise SelectionError(
-            f"{name} found no masks for {problem.clients} clients x {problem.layers} layers in "
-            f"{time_limit} s: raise the time limit or use the solver 'auto'"
-        )
-    if masks is None:
-        logger.warning("%s found no masks in %.3g s; keeping the incumbent", name, time_limit)
-    if incumbent is not None and (
-        masks is None or problem.objective(incumbent) >= problem.objective(masks)
-    ):
-        masks = incumbent.copy()
-    assert masks is not None
+    masks = _better(problem, masks, incumbent, f"{name} in {time_limit} s")
     if reduction is not None:
         bound = min(bound, reduction.bound)
         # What was fixed away scores at most the incumbent, hence at most `masks`.
         bound = max(bound, problem.objective(masks))
     seconds = time.perf_counter() - started
     return Selection.certified(problem, masks, bound, f"milp-{name}", seconds)
+
+
+def _better(
+    problem: SelectionProblem, masks: BoolArray | None, incumbent: BoolArray | None, run: str
+) -> BoolArray:
+    """Return the better of two masks, of which at least one must be there."""
+    if masks is not None and (
+        incumbent is None or problem.objective(masks) > problem.objective(incumbent)
+    ):
+        return masks
+    if incumbent is None:
+        raise SelectionError(
+            f"no masks for {problem.clients} clients x {problem.layers} layers from {run}: raise "
+            "the time limit or use the solver 'auto'"
+        )
+    if masks is None:
+        logger.warning("no masks from %s; keeping the incumbent", run)
+    return incumbent.copy()
 
 
 def _within_budgets(problem: SelectionProblem, masks: BoolArray) -> BoolArray:

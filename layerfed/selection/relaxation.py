@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from layerfed.selection.oracle import ClientOracle
+from layerfed.selection.oracle import ClientOracle, largest
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
 
 #: Share of the previous direction kept when stepping in the prices.
@@ -124,24 +124,33 @@ def _split_dual(problem: SelectionProblem, oracle: ClientOracle, slopes: FloatAr
 
 def layer_part(problem: SelectionProblem, prices: FloatArray) -> tuple[float, BoolArray]:
     """Value and masks (n, L) of the layers' best sets of clients at `prices` (n, L)."""
-    order, totals = prefix_totals(problem, prices)
+    by_layer = _offers(problem, prices)
+    ranked = -np.sort(-by_layer, axis=1)
+    totals = _totals(problem, ranked)
     counts = totals.argmax(axis=1)
-    chosen = np.zeros(order.shape, dtype=bool)
-    taken = np.arange(problem.clients)[None, :] < counts[:, None]
-    np.put_along_axis(chosen, order, taken, axis=1)
-    return float(np.take_along_axis(totals, counts[:, None], axis=1).sum()), chosen.T
+    value = float(np.take_along_axis(totals, counts[:, None], axis=1).sum())
+    return value, largest(by_layer, ranked, counts).T
 
 
 def prefix_totals(
     problem: SelectionProblem, prices: FloatArray
 ) -> tuple[NDArray[np.intp], FloatArray]:
     """Clients by falling price (L, n), and per count the best layer value (L, n+1)."""
-    # A client that cannot afford a layer must not be in its set; a finite stand-in for -inf
-    # keeps sums of several of them comparable.
-    excluded = -1e6 * (problem.magnitude + 1.0)
-    by_layer = np.where(problem.affordable, prices, excluded).T
+    by_layer = _offers(problem, prices)
     order = np.argsort(-by_layer, axis=1, kind="stable")
+    return order, _totals(problem, np.take_along_axis(by_layer, order, axis=1))
+
+
+def _offers(problem: SelectionProblem, prices: FloatArray) -> FloatArray:
+    """Prices by layer, shape (L, n), hopeless where the client cannot afford the layer."""
+    # A finite stand-in for -inf keeps sums of several of them comparable.
+    excluded = -1e6 * (problem.magnitude + 1.0)
+    return np.ascontiguousarray(np.where(problem.affordable, prices, excluded).T)
+
+
+def _totals(problem: SelectionProblem, ranked: FloatArray) -> FloatArray:
+    """Best value of each layer at the counts 0..n, from its falling prices (L, n)."""
     totals = np.zeros((problem.layers, problem.clients + 1))
-    np.cumsum(np.take_along_axis(by_layer, order, axis=1), axis=1, out=totals[:, 1:])
+    np.cumsum(ranked, axis=1, out=totals[:, 1:])
     totals += problem.penalties
-    return order, totals
+    return totals

@@ -24,7 +24,7 @@ from layerfed.budgets import Budgets
 from layerfed.exchange import GlobalModel, exchange
 from layerfed.layers import LayerMap
 from layerfed.records import Choice, Observer, SelectionRecord
-from layerfed.strategies.population import Population
+from layerfed.strategies.population import Population, RoundFailed
 from layerfed.strategies.round import Round
 
 __all__ = ["Candidates", "SelectiveStrategy"]
@@ -89,6 +89,9 @@ class SelectiveStrategy(Strategy):
 
     name: ClassVar[str]
     statistics: ClassVar[tuple[str, ...]] = ()
+    """What `select` needs of a probe; nothing means that no probe is made."""
+    within_budget: ClassVar[bool] = True
+    """Whether masks must keep to the budgets."""
 
     def __init__(
         self,
@@ -217,7 +220,8 @@ class SelectiveStrategy(Strategy):
     ) -> Iterable[Message]:
         """Sample, probe and select; return the training messages."""
         model = self.model = self.model or GlobalModel(self.layers, arrays)
-        self.population.refresh(grid, self.timeout)
+        if not self.population.refresh(grid, self.timeout):
+            raise RoundFailed(f"round {server_round}: no client is connected any more")
         self.round = Round(server_round, model, self.population.nodes, self.timeout)
         record = self.round.record
         with self._phase("sample"):
@@ -308,6 +312,8 @@ class SelectiveStrategy(Strategy):
                 seed=self.seed,
             )
         )
+        seconds = time.perf_counter() - began
+        self._check_masks(choice.masks, budgets)
         return SelectionRecord(
             clients=clients,
             layers=[block.name for block in self.layers.blocks],
@@ -315,8 +321,24 @@ class SelectiveStrategy(Strategy):
             costs=self.budgets.costs,
             statistics=table,
             choice=choice,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
         )
+
+    def _check_masks(self, masks: np.ndarray, budgets: np.ndarray) -> None:
+        """Refuse what a strategy must not answer, before any client is asked to train it."""
+        shape = (len(budgets), self.layers.num_blocks)
+        if masks.shape != shape or masks.dtype != np.bool_:
+            raise ValueError(
+                f"strategy '{self.name}' gave masks of {masks.dtype}{masks.shape}; booleans of "
+                f"shape {shape} are due: a row for each client, a column for each layer"
+            )
+        spent = masks @ self.budgets.costs
+        if self.within_budget and (spent > budgets * (1 + 1e-9)).any():
+            worst = int(np.argmax(spent - budgets))
+            raise ValueError(
+                f"strategy '{self.name}' spends {spent[worst]:g} of a client's budget of "
+                f"{budgets[worst]:g}"
+            )
 
     def _train_metrics(self) -> MetricRecord:
         record = self.round.record

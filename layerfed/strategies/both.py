@@ -27,11 +27,12 @@ class Both(SelectiveStrategy):
     name = "both"
 
     def check(self) -> None:
-        """Refuse identical budgets of less than two layers."""
+        """Refuse budgets with which nobody has room for two layers."""
         config, cheapest = self.budgets.config, self.budgets.costs.min()
-        if config.kind == "identical" and config.layers < 2 * cheapest:
+        key = {"identical": "layers", "half-normal": "max"}.get(config.kind)
+        if key and (highest := getattr(config, key)) < 2 * cheapest:
             raise ConfigError(
-                f"strategy.name = 'both' is undefined for budget.layers = {config.layers:g}: it needs "
+                f"strategy.name = 'both' is undefined for budget.{key} = {highest:g}: it needs "
                 "room for two layers; raise the budget, or use 'top' or 'bottom'"
             )
 

@@ -12,6 +12,7 @@ class Full(SelectiveStrategy):
     """Full fine-tuning (embeddings stay frozen, as in every strategy)."""
 
     name = "full"
+    within_budget = False
 
     def select(self, candidates: Candidates) -> Choice:
         """Select all layers."""

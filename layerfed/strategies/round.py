@@ -160,8 +160,8 @@ class Round:
         selection = self.record.selection
         if selection is None or partition not in selection.clients:
             raise RefusedReply("it was not asked to train")
-        row = selection.choice.masks[list(selection.clients).index(partition)]
-        return [name for name, on in zip(selection.layers, row, strict=True) if on] + ["head"]
+        row = list(selection.clients).index(partition)
+        return self._model.layers.trained(selection.choice.masks[row])
 
 
 def _content(reply: Message | None) -> Message:

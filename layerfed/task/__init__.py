@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from layerfed.config import RunConfig
 from layerfed.task.base import Batch, Examples, Task
-from layerfed.task.digits import Digits
 
 __all__ = ["TASKS", "Batch", "Examples", "Task", "load_task"]
 
-TASKS: dict[str, type[Task]] = {"digits": Digits}
+# By name of the class, imported when it is used: a task's libraries cost seconds, and on real devices
+# every message starts a new process.
+TASKS: dict[str, str] = {"digits": "layerfed.task.digits.Digits"}
 
 
 def load_task(config: RunConfig) -> Task:
     """Return the task a configuration names."""
-    return TASKS[config.task.name](config)
+    module, _, name = TASKS[config.task.name].rpartition(".")
+    task: Task = getattr(import_module(module), name)(config)
+    return task

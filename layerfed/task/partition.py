@@ -30,9 +30,13 @@ def partition_indices(labels: np.ndarray, config: RunConfig) -> list[np.ndarray]
     Raises
     ------
     ConfigError
-        If no draw leaves every client enough examples.
+        If there are more clients than examples, or no draw leaves every client enough of them.
     """
     clients, seed = config.federation.clients, torch_seed(config.run.seed, Stream.PARTITION)
+    if clients > len(labels):
+        raise ConfigError(
+            f"federation.clients = {clients} is above the {len(labels)} training examples; lower it"
+        )
     partitioner: Partitioner
     if config.task.partition == "iid":
         partitioner = IidPartitioner(clients)
@@ -47,12 +51,15 @@ def partition_indices(labels: np.ndarray, config: RunConfig) -> list[np.ndarray]
         with warnings.catch_warnings():
             # It warns of each draw that is made again; the one that counts is the last.
             warnings.simplefilter("ignore", UserWarning)
-            return [
+            parts = [
                 np.sort(np.asarray(partitioner.load_partition(i)["index"])) for i in range(clients)
             ]
     except ValueError:
+        parts = []  # flwr-datasets gives up after ten draws
+    if not parts or min(len(part) for part in parts) < MIN_EXAMPLES:
+        skew = f"task.alpha = {config.task.alpha:g} and " * (config.task.partition == "dirichlet")
         raise ConfigError(
-            f"task.alpha = {config.task.alpha:g} leaves some of federation.clients = {clients} with "
-            f"fewer than {MIN_EXAMPLES} of {len(labels)} examples in every draw; raise task.alpha or "
-            "lower federation.clients"
-        ) from None
+            f"{skew}federation.clients = {clients} leave some client with fewer than {MIN_EXAMPLES} of "
+            f"{len(labels)} examples; {'raise task.alpha or ' * bool(skew)}lower federation.clients"
+        )
+    return parts

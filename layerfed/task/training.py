@@ -111,7 +111,7 @@ def train_layers(
     ValueError
         If there is no batch, or the loss is not finite (the caller's weights are then unusable).
     """
-    chosen = _chosen(layers, mask)
+    chosen = layers.trained(mask)
     parameters = dict(model.named_parameters())
     trained = [parameters[name] for layer in chosen for name in layers[layer].parameters]
     device = next(iter(parameters.values())).device
@@ -155,7 +155,7 @@ def train_update(
     The resident model is back at θ^t afterwards, ready for the next message, even when training
     raises.
     """
-    with resident.borrowed(_chosen(resident.layers, mask)) as before:
+    with resident.borrowed(resident.layers.trained(mask)) as before:
         result = train_layers(
             resident.model, resident.layers, mask, batches, loss, optimizer, precision=precision
         )
@@ -164,11 +164,6 @@ def train_update(
             for name, start in before.items()
         }
     return update, result
-
-
-def _chosen(layers: LayerMap, mask: Sequence[bool]) -> list[str]:
-    """Names of the layers that a mask has a client train: its blocks, and the head."""
-    return [block.name for block, on in zip(layers.blocks, mask, strict=True) if on] + ["head"]
 
 
 @torch.no_grad()

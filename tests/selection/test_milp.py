@@ -32,7 +32,7 @@ def test_time_out_keeps_incumbent_and_states_an_honest_bound(backend: str) -> No
 def test_time_out_without_masks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_run_highs", lambda *_: np.inf)  # the program stays unsolved
 
-    with pytest.raises(SelectionError, match=r"highs found no masks for 60 clients x 30 layers"):
+    with pytest.raises(SelectionError, match="no masks for 60 clients x 30 layers from highs"):
         solve_milp(HARD, backend="highs")
 
 
@@ -47,7 +47,7 @@ def test_time_out_without_masks_keeps_the_incumbent_and_says_so(
 
     assert not selection.masks.any()
     assert selection.bound == np.inf
-    assert "found no masks" in caplog.text
+    assert "no masks from highs in 10.0 s; keeping the incumbent" in caplog.text
 
 
 def test_refuses_an_incumbent_over_budget() -> None:

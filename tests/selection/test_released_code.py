@@ -26,7 +26,7 @@ def test_what_is_left_of_a_budget_is_never_overspent(solver: Solver) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_fractional_budgets_are_never_overspent(seed: int) -> None:
-    base = random_problem(seed, cost="parameters")
+    base = random_problem(seed, 10, 8, cost="parameters")
     problem = SelectionProblem(
         base.values, base.costs, base.budgets + 0.5 + 0.001 * seed, base.consistency
     )

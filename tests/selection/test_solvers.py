@@ -16,7 +16,7 @@ SOLVERS: list[Solver] = ["auto", "lagrangian", "milp"]
 
 
 @given(problems())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_auto_equals_brute_force(problem: SelectionProblem) -> None:
     truth = brute_force(problem)
 

@@ -13,7 +13,7 @@ SOLVERS: list[Solver] = ["auto", "lagrangian", "milp"]
 
 
 @given(problems(tied=True))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_every_solver_gives_the_canonical_optimum(problem: SelectionProblem) -> None:
     expected = brute_force(problem).canonical
 
@@ -26,7 +26,7 @@ def test_every_solver_gives_the_canonical_optimum(problem: SelectionProblem) -> 
 
 
 @given(problems(tied=True))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_integer_program_breaks_ties_like_the_enumeration(problem: SelectionProblem) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(canonical, "ENUMERATED", 0)

@@ -1,4 +1,4 @@
-"""Digits: every client has its own share of the data, always the same one, and the backbone loads."""
+"""Digits: every client has its own share of the data, always the same, and the backbone loads."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def test_clients_of_the_task_share_no_image_with_each_other_or_with_the_test_set
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_second_load_gives_the_same_partitions_whatever_was_drawn_before(kind: str) -> None:
     """Defects 10 and 11 of the released code: re-shuffled on every load, seed set too late."""
-    np.random.seed(1)  # noqa: NPY002  # the global state is what is tested
+    np.random.seed(1)  # the global state is what is tested
     torch.manual_seed(1)
     first = cut(kind)
-    np.random.seed(2)  # noqa: NPY002
+    np.random.seed(2)
     torch.manual_seed(2)
     again = cut(kind)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -107,10 +107,19 @@ def test_iid_clients_are_equal_in_size_and_mixed_and_dirichlet_clients_are_not()
     assert skew(iid) < skew(mild) < skew(strong)
 
 
-@pytest.mark.parametrize("overrides", [(), ("task.partition=iid",)])
-def test_impossible_partitions_are_refused_in_one_line(overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_clients_than_examples_are_refused_in_one_line(kind: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        cut("federation.clients=1000", *overrides)
+        cut(kind, "federation.clients=2000")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "federation.clients = 2000" in message
+    assert "1437 training examples" in message
+
+
+def test_more_clients_than_the_smallest_share_allows_are_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        cut("federation.clients=1000")
     message = str(caught.value)
     assert "\n" not in message
     assert "federation.clients = 1000" in message

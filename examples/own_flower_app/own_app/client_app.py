@@ -61,9 +61,10 @@ def probe(message: Message, context: Context) -> Message:
     resident, config = resident_model(), read_config(message)
     resident.move_to(*read_manifest(message))
     items, _ = examples(context)
-    batches = loader(items, int(context.run_config["batch-size"]))
     # 0 batches means all of them.
-    batches = islice(batches, config["batches"] or None)
+    batches = islice(
+        loader(items, int(context.run_config["batch-size"])), config["batches"] or None
+    )
     statistics, flops = probe_layers(
         resident.model, resident.layers, batches, loss, config["statistics"]
     )

@@ -37,7 +37,8 @@ class MixerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.tokens(self.token_norm(x))
-        return x + self.channels(self.channel_norm(x))
+        mixed: Tensor = x + self.channels(self.channel_norm(x))
+        return mixed
 
 
 class Mixer(nn.Module):
