@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 from rich.console import Console
@@ -24,6 +24,9 @@ from layerfed.config import ConfigError, RunConfig, load_config
 
 EngineName = Literal["auto", "inprocess", "ray"]
 ENGINES = get_args(EngineName)
+
+if TYPE_CHECKING:
+    from layerfed.layers import Layer
 
 app = typer.Typer(
     help="Federated fine-tuning in which every device trains only the layers it can afford.",
@@ -195,30 +198,37 @@ def report(
 @app.command()
 def layers(settings: Settings = None) -> None:
     """Print how a configuration's model falls into layers."""
-    with _one_line_errors(ConfigError, ValueError):
+    with _one_line_errors(ConfigError):
         config = _load(settings)
         from layerfed.task import load_task
 
         task = load_task(config)
         found = task.layers(task.build_model())
     table = Table(title=f"{config.task.name}: {found.num_blocks} selectable layers")
-    for column, justify in (("layer", "left"), ("role", "left"), ("modules", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for column in ("tensors", "parameters", "MB", "share"):
-        table.add_column(column, justify="right")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("role", no_wrap=True)
+    table.add_column("modules", overflow="fold")
+    for column in ("parameters", "MB", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
     total = sum(layer.elements for layer in found.layers)
     role = {"embeddings": "frozen", "block": "selectable", "head": "always trained"}
     for layer in found.layers:
         table.add_row(
             layer.name,
             role[layer.kind],
-            ", ".join(layer.modules),
-            str(len(layer.tensors)),
+            ", ".join(_with_tensors(layer)),
             f"{layer.elements:,}",
             f"{layer.bytes / 1e6:.3f}",
             f"{layer.elements / total:.1%}",
         )
     Console().print(table)
+
+
+def _with_tensors(layer: Layer) -> list[str]:
+    """Return the modules that hold tensors (and loose parameters), not dropouts and activations."""
+    inside = [m for m in layer.modules if any(t.startswith(m + ".") for t in layer.tensors)]
+    loose = [t for t in layer.tensors if not any(t.startswith(m + ".") for m in inside)]
+    return [*loose, *inside]
 
 
 @app.command()

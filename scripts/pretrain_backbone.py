@@ -24,7 +24,6 @@ import typer
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from layerfed_assets import BACKBONE, backbone
 
@@ -36,14 +35,17 @@ def load_images(folder: Path) -> tuple[Tensor, Tensor]:
     pixels, labels = [], []
     for file in sorted(folder.rglob("train-*.parquet")):
         table = pq.read_table(file, columns=["img", "fine_label"])
-        for cell in table.column("img"):
-            pixels.append(np.asarray(Image.open(io.BytesIO(cell["bytes"].as_py())).convert("RGB")))
+        pixels += [_decode(cell["bytes"].as_py()) for cell in table.column("img")]
         labels.append(table.column("fine_label").to_numpy())
     if not pixels:
         raise SystemExit(f"no train-*.parquet under {folder}")
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
         np.concatenate(labels)
     ).long()
+
+
+def _decode(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def augment(pixels: Tensor, rng: torch.Generator) -> Tensor:
     Grey and contrast changes are there because the backbone's first use is on grey digits.
     """
     n = len(pixels)
-    x = F.pad(normalise(pixels), (4, 4, 4, 4))
+    x = nn.functional.pad(normalise(pixels), (4, 4, 4, 4))
     top, left = (torch.randint(0, 9, (n, 1, 1), generator=rng) for _ in range(2))
     rows = top + torch.arange(32).view(1, 32, 1)
     cols = left + torch.arange(32).view(1, 1, 32)
@@ -130,8 +132,10 @@ def main(
             share = float(np.random.default_rng((seed, epoch, int(index[0]))).beta(0.2, 0.2))
             other = torch.randperm(len(x), generator=rng)
             scores = model(share * x + (1 - share) * x[other])
-            loss = share * F.cross_entropy(scores, y, label_smoothing=0.1)
-            loss = loss + (1 - share) * F.cross_entropy(scores, y[other], label_smoothing=0.1)
+            loss = share * nn.functional.cross_entropy(scores, y, label_smoothing=0.1)
+            loss = loss + (1 - share) * nn.functional.cross_entropy(
+                scores, y[other], label_smoothing=0.1
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from flwr.supercore.task_identity import TaskIdentity
@@ -73,7 +71,6 @@ def batches() -> list[Batch]:
 
 
 @pytest.fixture(autouse=True)
-def inside_a_run() -> Iterator[None]:
+def inside_a_run() -> None:
     """Flower makes messages only inside a run."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    yield

@@ -70,7 +70,7 @@ def test_wrong_settings_give_one_clear_line(override: str, says: list[str]) -> N
 
 
 def test_an_unreadable_or_broken_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read configuration .*missing.toml"):
+    with pytest.raises(ConfigError, match=r"cannot read configuration .*missing\.toml"):
         load_config(tmp_path / "missing.toml")
     broken = tmp_path / "broken.toml"
     broken.write_text("[task\n")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerfed.config import RunConfig
-from layerfed.layers import LayerMap
+from layerfed.config import ConfigError, RunConfig
+from layerfed.layers import LayerMap, LayerMapError
 from layerfed.seeding import Stream, generator
 
 __all__ = ["Batch", "Examples", "Task"]
@@ -93,10 +93,19 @@ class Task(ABC):
         return nn.functional.cross_entropy(self.logits(model, batch).float(), batch["label"])
 
     def layers(self, model: nn.Module) -> LayerMap:
-        """Split the model into layers, by the configuration's patterns or automatically."""
+        """Split the model into layers, by the configuration's patterns or automatically.
+
+        Raises
+        ------
+        ConfigError
+            If the model cannot be split that way.
+        """
         section = self.config.model
         extra = [name.strip() for name in section.head.split(",") if name.strip()]
-        return LayerMap.from_model(model, blocks=section.blocks or None, head=extra)
+        try:
+            return LayerMap.from_model(model, blocks=section.blocks or None, head=extra)
+        except LayerMapError as error:
+            raise ConfigError(str(error)) from None
 
     def client_examples(self, partition_id: int) -> tuple[Examples, Examples]:
         """Return one client's training and held-out examples (`task.local-test` of them)."""

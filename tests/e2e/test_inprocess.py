@@ -168,9 +168,9 @@ def tampering(change: Callable[[Message], None], partitions: set[int]) -> Client
 
     def mod(message: Message, context: Context, call_next: object) -> Message:
         reply = call_next(message, context)  # type: ignore[operator]
-        if message.metadata.message_type == "train":
-            if context.node_config["partition-id"] in partitions:
-                change(reply)
+        training = message.metadata.message_type == "train"
+        if training and context.node_config["partition-id"] in partitions:
+            change(reply)
         return reply
 
     return build_client_app([mod])
