@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from layerfed.config import BudgetConfig, ConfigError
@@ -12,8 +14,13 @@ from layerfed.seeding import Stream, generator
 __all__ = ["Budgets", "layer_costs"]
 
 
-def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray:
-    """Return c_l, the cost of training each selectable layer, shape (L,), in the given unit."""
+def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray | None:
+    """Return c_l, the cost of training each selectable layer, shape (L,), in the given unit.
+
+    None for units that are measured on each device: FLOPs, seconds and memory.
+    """
+    if unit in ("flops", "seconds", "memory"):
+        return None
     if unit == "layers":
         return np.ones(layers.num_blocks)
     attribute = {"parameters": "elements", "bytes": "bytes"}[unit]
@@ -29,8 +36,8 @@ class Budgets:
         `identical`: R for all. `half-normal`: R_i = min + |N(0, σ²)| with σ = (max − min)/2, drawn
         again while above max, whole when the unit is layers [S names the distribution and its bounds;
         σ is ours]. `per-node`: what the node's own configuration states.
-    costs : numpy.ndarray
-        c_l, shape (L,).
+    costs : numpy.ndarray | None
+        c_l, shape (L,), the same for all; None where each client states what it measured.
     seed : int
         The run's seed; a client's budget depends on it and on the client's partition id only.
 
@@ -41,31 +48,76 @@ class Budgets:
         budgets are drawn between bounds that are not.
     """
 
-    def __init__(self, config: BudgetConfig, costs: np.ndarray, seed: int) -> None:
+    def __init__(self, config: BudgetConfig, costs: np.ndarray | None, seed: int) -> None:
         self.config = config
         self.costs = costs
         self.seed = seed
-        keys = {"identical": ("layers",), "half-normal": ("min", "max"), "per-node": ()}[
-            config.kind
-        ]
-        total = costs.sum()
-        for key in keys:
+        if config.kind == "half-normal" and config.unit == "layers":
+            for key in ("min", "max"):
+                value = getattr(config, key)
+                if value % 1:
+                    raise ConfigError(
+                        f"budget.{key} = {value:g} is no whole number; half-normal budgets in "
+                        "layers are whole, and so are their bounds"
+                    )
+        if costs is not None:
+            self._check(costs, np.zeros_like(costs))
+
+    def _check(self, costs: np.ndarray, depth: np.ndarray) -> None:
+        """Refuse budgets that no choice of layers can use, or that afford everything."""
+        config = self.config
+        keys = {"identical": ("layers",), "half-normal": ("min", "max"), "per-node": ()}
+        total, least = costs.sum() + depth[0], (costs + depth).min()
+        for key in keys[config.kind]:
             value = getattr(config, key)
-            if value > total:
+            if value > total * (1 + 1e-9):
                 raise ConfigError(
                     f"budget.{key} = {value:g} is above the whole model: its {len(costs)} selectable "
                     f"layers cost {total:g} {config.unit}; lower it, or use strategy.name = 'full'"
                 )
-            if config.kind == "half-normal" and config.unit == "layers" and value % 1:
+        for key in keys[config.kind][-1:]:
+            value = getattr(config, key)
+            if value < least:
                 raise ConfigError(
-                    f"budget.{key} = {value:g} is no whole number; half-normal budgets in layers "
-                    "are whole, and so are their bounds"
+                    f"budget.{key} = {value:g} {config.unit} is below the cheapest layer "
+                    f"({least:g}): no client could train any"
                 )
-        if keys and (highest := getattr(config, keys[-1])) < costs.min():
+
+    def costs_of(self, client: Description) -> tuple[np.ndarray, np.ndarray]:
+        """Return c_l and D_l of one client, shape (L,) each; D is zero for units that just add up.
+
+        Raises
+        ------
+        ConfigError
+            If costs are measured on devices and this client states none.
+        """
+        if self.costs is not None:
+            return self.costs, np.zeros_like(self.costs)
+        if client.costs is None or client.depth_costs is None:
             raise ConfigError(
-                f"budget.{keys[-1]} = {highest:g} {config.unit} is below the cheapest layer "
-                f"({costs.min():g}): no client could train any"
+                f"budget.unit = '{self.config.unit}' is measured on each device, but the client of "
+                f"partition {client.partition} stated no costs"
             )
+        return np.array(client.costs), np.array(client.depth_costs)
+
+    def check_measured(self, clients: Iterable[Description]) -> None:
+        """Refuse budgets that do not fit what clients measured; nothing to do for other units.
+
+        Raises
+        ------
+        ConfigError
+            If a budget exceeds the whole model's cost, or is below the cheapest layer, for everyone.
+        """
+        if self.costs is not None:
+            return
+        problems = []
+        for client in clients:
+            try:
+                self._check(*self.costs_of(client))
+                return
+            except ConfigError as error:
+                problems.append(error)
+        raise problems[0]
 
     def of(self, client: Description) -> float:
         """Return R_i of one client.

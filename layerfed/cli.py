@@ -210,6 +210,10 @@ def layers(settings: Settings = None) -> None:
     table.add_column("modules", overflow="fold")
     for column in ("parameters", "MB", "share"):
         table.add_column(column, justify="right", no_wrap=True)
+    costs = _measured(config) if config.budget.unit in ("flops", "seconds", "memory") else {}
+    if costs:
+        table.add_column(f"own {config.budget.unit}", justify="right", no_wrap=True)
+        table.add_column("when lowest", justify="right", no_wrap=True)
     total = sum(layer.elements for layer in found.layers)
     role = {"embeddings": "frozen", "block": "selectable", "head": "always trained"}
     for layer in found.layers:
@@ -220,8 +224,24 @@ def layers(settings: Settings = None) -> None:
             f"{layer.elements:,}",
             f"{layer.bytes / 1e6:.3f}",
             f"{layer.elements / total:.1%}",
+            *costs.get(layer.name, ()),
         )
-    Console().print(table)
+    output = Console()
+    if not output.is_terminal:
+        output.width = 120
+    output.print(table)
+
+
+def _measured(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Measure here what the clients will measure on their devices: c_l, and c_l + D_l."""
+    from layerfed.client_app import workbench
+
+    bench = workbench(config.to_flat())
+    own, depth = bench.costs(0, config.budget.unit)  # type: ignore[arg-type]
+    return {
+        block.name: (f"{c:.4g}", f"{c + d:.4g}")
+        for block, c, d in zip(bench.resident.layers.blocks, own, depth, strict=True)
+    }
 
 
 def _with_tensors(layer: Layer) -> list[str]:

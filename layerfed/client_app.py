@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import cast
 
+import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -33,6 +34,7 @@ from layerfed.exchange import (
 )
 from layerfed.seeding import Stream, generator, torch_seed
 from layerfed.task import Examples, Task, load_task
+from layerfed.task.costs import MEASURED_UNITS, MeasuredUnit, measure_costs
 from layerfed.task.probe import probe_layers
 from layerfed.task.training import OptimizerFn, evaluate, train_update
 
@@ -50,12 +52,29 @@ class Workbench:
         self.device = _device(config.run.device)
         self.resident = ResidentModel(self.task.build_model, self.task.layers, self.device)
         self._examples: dict[int, tuple[Examples, Examples]] = {}
+        self._costs: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def examples(self, partition: int) -> tuple[Examples, Examples]:
         """Return a client's training and held-out examples."""
         if partition not in self._examples:
             self._examples[partition] = self.task.client_examples(partition)
         return self._examples[partition]
+
+    def costs(self, partition: int, unit: MeasuredUnit) -> tuple[np.ndarray, np.ndarray]:
+        """Return c_l and D_l as measured on this device, shape (L,) each; once a batch size."""
+        size = self.config.train.batch_size
+        batch = next(self.examples(partition)[0].in_order(size, self.device))
+        key = unit, len(next(iter(batch.values())))
+        if key not in self._costs:
+            self._costs[key] = measure_costs(
+                self.resident.model,
+                self.resident.layers,
+                batch,
+                self.task.loss,
+                unit,
+                precision=self.config.train.precision,
+            )
+        return self._costs[key]
 
 
 @lru_cache(maxsize=2)
@@ -115,23 +134,26 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def describe(message: Message, context: Context) -> Message:
-    """Say which partition this node holds, how many examples, and its own budget if it has one."""
-    partition = _partition(context)
-    node = context.node_config
-    partitions = node.get("num-partitions")
-    # Checked by the server too; here a wrong count would cut the data into other pieces.
+    """Say which partition this node holds, how many examples, and what it can afford."""
+    partition, node = _partition(context), context.node_config
     bench = workbench(context.run_config)
-    known = bench.config.federation.clients
-    examples = len(bench.examples(partition)[0]) if partition < known else 1
-    return describe_reply(
-        message,
-        Description(
-            partition=partition,
-            examples=examples,
-            budget=float(cast(float, node["budget"])) if "budget" in node else None,
-            partitions=int(cast(int, partitions)) if partitions is not None else None,
-        ),
+    # A partition that is not there is refused by the server, in words a user can act on.
+    exists = partition < bench.config.federation.clients
+    partitions = node.get("num-partitions")
+    # The workbench does not know the budget's unit: runs that differ in it share one.
+    unit = RunConfig.from_flat(context.run_config).budget.unit
+    costs = depth_costs = None
+    if exists and unit in MEASURED_UNITS:
+        costs, depth_costs = (tuple(x) for x in bench.costs(partition, unit))
+    description = Description(
+        partition=partition,
+        examples=len(bench.examples(partition)[0]) if exists else 1,
+        budget=float(cast(float, node["budget"])) if "budget" in node else None,
+        partitions=int(cast(int, partitions)) if partitions is not None else None,
+        costs=costs,
+        depth_costs=depth_costs,
     )
+    return describe_reply(message, description)
 
 
 def probe(message: Message, context: Context) -> Message:

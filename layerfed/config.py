@@ -96,7 +96,7 @@ class BudgetConfig(_Section):
     """How much each client can afford to train."""
 
     kind: Literal["identical", "half-normal", "per-node"] = "identical"
-    unit: Literal["layers", "parameters", "bytes"] = "layers"
+    unit: Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"] = "layers"
     layers: Annotated[float, Field(ge=0)] = 1.0
     min: Annotated[float, Field(ge=0)] = 1.0
     max: Annotated[float, Field(ge=0)] = 4.0

@@ -38,6 +38,7 @@ class SelectionRecord:
     layers: Sequence[str]
     budgets: np.ndarray
     costs: np.ndarray
+    depth_costs: np.ndarray
     statistics: Mapping[str, np.ndarray]
     choice: Choice
     seconds: float

@@ -23,6 +23,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -74,13 +75,16 @@ class Description:
     """What a client says of itself.
 
     `budget` is None where the node states none of its own, `partitions` (into how many the data is
-    cut) where it does not know.
+    cut) where it does not know. `costs` and `depth_costs`, L numbers each, are what training a layer
+    costs on this device, where budgets are in a measured unit.
     """
 
     partition: int
     examples: int
     budget: float | None = None
     partitions: int | None = None
+    costs: tuple[float, ...] | None = None
+    depth_costs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def read_mask(message: Message, layers: LayerMap) -> tuple[bool, ...]:
 # ------------------------------------------------------------------------------------ replies
 def describe_reply(message: Message, description: Description) -> Message:
     """Answer `query.describe`."""
-    metrics: dict[str, int | float] = {
+    metrics: dict[str, int | float | list[float]] = {
         "partition": description.partition,
         "examples": description.examples,
     }
@@ -152,6 +156,9 @@ def describe_reply(message: Message, description: Description) -> Message:
         metrics["budget"] = description.budget
     if description.partitions is not None:
         metrics["partitions"] = description.partitions
+    if description.costs is not None and description.depth_costs is not None:
+        metrics["costs"] = list(description.costs)
+        metrics["depth_costs"] = list(description.depth_costs)
     return Message(RecordDict({"metrics": MetricRecord(cast(Any, metrics))}), reply_to=message)
 
 
@@ -207,8 +214,8 @@ def _examples(metrics: Mapping[str, float]) -> int:
     return int(examples)
 
 
-def read_description(message: Message) -> Description:
-    """Read the answer to `query.describe`."""
+def read_description(message: Message, num_blocks: int | None = None) -> Description:
+    """Read the answer to `query.describe`; costs are taken where `num_blocks`, L, is given."""
     metrics = _metrics(message, required=("partition", "examples"))
     budget = metrics.get("budget")
     if budget is not None and budget < 0:
@@ -217,7 +224,35 @@ def read_description(message: Message) -> Description:
         if name in metrics and (metrics[name] < 0 or metrics[name] != int(metrics[name])):
             raise RefusedReply(f"it states '{name}' {metrics[name]:g}")
     partitions = int(metrics["partitions"]) if "partitions" in metrics else None
-    return Description(int(metrics["partition"]), _examples(metrics), budget, partitions)
+    costs, depth_costs = _costs(message, num_blocks)
+    return Description(
+        partition=int(metrics["partition"]),
+        examples=_examples(metrics),
+        budget=budget,
+        partitions=partitions,
+        costs=costs,
+        depth_costs=depth_costs,
+    )
+
+
+def _costs(
+    message: Message, num_blocks: int | None
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    record = message.content.metric_records["metrics"]
+    if num_blocks is None or ("costs" not in record and "depth_costs" not in record):
+        return None, None
+    rows = []
+    for name in ("costs", "depth_costs"):
+        value = record.get(name)
+        if not isinstance(value, list) or len(value) != num_blocks:
+            raise RefusedReply(f"its '{name}' is not a list of {num_blocks} numbers")
+        if not all(math.isfinite(x) and x >= 0 for x in value):
+            raise RefusedReply(f"its '{name}' holds negative or non-finite numbers")
+        rows.append(tuple(float(x) for x in value))
+    costs, depth = rows
+    if any(low < high for low, high in pairwise(depth)):
+        raise RefusedReply("its 'depth_costs' rise towards the output")
+    return costs, depth
 
 
 def read_statistics(

@@ -10,7 +10,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import INFO
 from typing import ClassVar
 
@@ -24,6 +24,7 @@ from layerfed.budgets import Budgets
 from layerfed.exchange import GlobalModel, exchange
 from layerfed.layers import LayerMap
 from layerfed.records import Choice, Observer, SelectionRecord
+from layerfed.selection import SelectionProblem
 from layerfed.strategies.population import Population, RoundFailed
 from layerfed.strategies.round import Round
 
@@ -45,7 +46,10 @@ class Candidates:
     budgets : numpy.ndarray
         R_i, shape (n,).
     costs : numpy.ndarray
-        c_l, shape (L,), in the unit of the budgets.
+        c_{i,l} in the unit of the budgets, shape (n, L); given as (L,), the same for all.
+    depth_costs : numpy.ndarray
+        D_{i,l}, shape (n, L), non-increasing in l: what it costs client i that l is its lowest layer.
+        Zero for units that just add up.
     statistics : Mapping[str, numpy.ndarray]
         Each statistic the strategy asked for, shape (n, L).
     seed : int
@@ -58,6 +62,13 @@ class Candidates:
     costs: np.ndarray
     statistics: Mapping[str, np.ndarray]
     seed: int
+    depth_costs: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+    def __post_init__(self) -> None:
+        """Give every client its row of costs."""
+        shape = (len(self.clients), np.shape(self.costs)[-1])
+        for name in ("costs", "depth_costs"):
+            object.__setattr__(self, name, np.broadcast_to(getattr(self, name), shape))
 
 
 class SelectiveStrategy(Strategy):
@@ -116,7 +127,9 @@ class SelectiveStrategy(Strategy):
         self.client_evaluation = client_evaluation
         self.seed = seed
         self.observers = tuple(observers)
-        self.population = Population(clients, at_least=clients_per_round or min_replies)
+        self.population = Population(
+            clients, at_least=clients_per_round or min_replies, num_blocks=layers.num_blocks
+        )
         self.timeout = 3600.0
         self.model: GlobalModel | None = None
         self.round: Round
@@ -144,6 +157,7 @@ class SelectiveStrategy(Strategy):
             for observer in self.observers:
                 observer.on_phase(0, "connect")
             self.population.wait(grid, timeout)
+            self.budgets.check_measured(map(self.population.description, self.population.nodes))
 
     # ------------------------------------------------------------------------------- the loop
     def start(
@@ -296,48 +310,54 @@ class SelectiveStrategy(Strategy):
         self, clients: Sequence[int], statistics: Mapping[int, Mapping[str, np.ndarray]]
     ) -> SelectionRecord:
         """Turn statistics, costs and budgets into masks."""
-        budgets = np.array([self.budgets.of(self.population.description(c)) for c in clients])
-        table = {
-            name: np.stack([statistics[client][name] for client in clients])
-            for name in self.statistics
-        }
-        began = time.perf_counter()
-        choice = self.select(
-            Candidates(
-                round=self.round.record.round,
-                clients=clients,
-                budgets=budgets,
-                costs=self.budgets.costs,
-                statistics=table,
-                seed=self.seed,
-            )
+        described = [self.population.description(client) for client in clients]
+        costs, depth = (
+            np.stack(t) for t in zip(*map(self.budgets.costs_of, described), strict=True)
         )
+        candidates = Candidates(
+            round=self.round.record.round,
+            clients=clients,
+            budgets=np.array([self.budgets.of(client) for client in described]),
+            costs=costs,
+            depth_costs=depth,
+            statistics={
+                name: np.stack([statistics[client][name] for client in clients])
+                for name in self.statistics
+            },
+            seed=self.seed,
+        )
+        began = time.perf_counter()
+        choice = self.select(candidates)
         seconds = time.perf_counter() - began
-        self._check_masks(choice.masks, budgets)
+        self._check_masks(choice.masks, candidates)
         return SelectionRecord(
             clients=clients,
             layers=[block.name for block in self.layers.blocks],
-            budgets=budgets,
-            costs=self.budgets.costs,
-            statistics=table,
+            budgets=candidates.budgets,
+            costs=costs,
+            depth_costs=depth,
+            statistics=candidates.statistics,
             choice=choice,
             seconds=seconds,
         )
 
-    def _check_masks(self, masks: np.ndarray, budgets: np.ndarray) -> None:
+    def _check_masks(self, masks: np.ndarray, candidates: Candidates) -> None:
         """Refuse what a strategy must not answer, before any client is asked to train it."""
-        shape = (len(budgets), self.layers.num_blocks)
+        shape = candidates.costs.shape
         if masks.shape != shape or masks.dtype != np.bool_:
             raise ValueError(
                 f"strategy '{self.name}' gave masks of {masks.dtype}{masks.shape}; booleans of "
                 f"shape {shape} are due: a row for each client, a column for each layer"
             )
-        spent = masks @ self.budgets.costs
-        if self.within_budget and (spent > budgets * (1 + 1e-9)).any():
-            worst = int(np.argmax(spent - budgets))
+        budgets = candidates.budgets
+        problem = SelectionProblem(
+            np.zeros(shape), candidates.costs, budgets, 0.0, candidates.depth_costs
+        )
+        if self.within_budget and not problem.feasible(masks):
+            worst = int(np.argmax(problem.spent(masks) - budgets))
             raise ValueError(
-                f"strategy '{self.name}' spends {spent[worst]:g} of a client's budget of "
-                f"{budgets[worst]:g}"
+                f"strategy '{self.name}' spends {problem.spent(masks)[worst]:g} of a client's "
+                f"budget of {budgets[worst]:g}"
             )
 
     def _train_metrics(self) -> MetricRecord:

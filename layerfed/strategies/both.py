@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from layerfed.config import ConfigError
 from layerfed.records import Choice
 from layerfed.strategies.base import Candidates, SelectiveStrategy
-from layerfed.strategies.ranking import prefix
+from layerfed.strategies.ranking import by_order
 
 
 def alternating(num_blocks: int) -> list[int]:
@@ -28,6 +26,8 @@ class Both(SelectiveStrategy):
 
     def check(self) -> None:
         """Refuse budgets with which nobody has room for two layers."""
+        if self.budgets.costs is None:
+            return  # measured on devices: known only once they are connected
         config, cheapest = self.budgets.config, self.budgets.costs.min()
         key = {"identical": "layers", "half-normal": "max"}.get(config.kind)
         if key and (highest := getattr(config, key)) < 2 * cheapest:
@@ -38,5 +38,4 @@ class Both(SelectiveStrategy):
 
     def select(self, candidates: Candidates) -> Choice:
         """Take layers from either end in turn, the output first, while the budget lasts."""
-        order = alternating(len(candidates.costs))
-        return Choice(np.stack([prefix(order, candidates.costs, r) for r in candidates.budgets]))
+        return by_order(candidates, alternating(candidates.costs.shape[1]))

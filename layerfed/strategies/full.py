@@ -16,4 +16,4 @@ class Full(SelectiveStrategy):
 
     def select(self, candidates: Candidates) -> Choice:
         """Select all layers."""
-        return Choice(np.ones((len(candidates.clients), len(candidates.costs)), dtype=bool))
+        return Choice(np.ones(candidates.costs.shape, dtype=bool))

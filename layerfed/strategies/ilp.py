@@ -61,9 +61,15 @@ class ILP(SelectiveStrategy):
         consistency = self.consistency
         if self.consistency_scale == "relative":
             consistency = scale_consistency(
-                values, candidates.costs, candidates.budgets, self.consistency
+                values,
+                candidates.costs,
+                candidates.budgets,
+                self.consistency,
+                candidates.depth_costs,
             )
-        problem = SelectionProblem(values, candidates.costs, candidates.budgets, consistency)
+        problem = SelectionProblem(
+            values, candidates.costs, candidates.budgets, consistency, candidates.depth_costs
+        )
         found = solve(
             problem, solver=self.solver, time_limit=self.solver_seconds, gap=self.solver_gap
         )

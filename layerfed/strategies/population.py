@@ -35,11 +35,14 @@ class Population:
         Size of the population; None takes whoever is connected.
     at_least : int
         Clients to wait for before the first round.
+    num_blocks : int | None
+        L, which the costs that clients state must fit.
     """
 
-    def __init__(self, expected: int | None, at_least: int) -> None:
+    def __init__(self, expected: int | None, at_least: int, num_blocks: int | None = None) -> None:
         self.expected = expected
         self.at_least = at_least
+        self.num_blocks = num_blocks
         self._described: dict[int, Description] = {}
         self._refused: set[int] = set()
         self.nodes: dict[int, int] = {}
@@ -78,7 +81,7 @@ class Population:
             try:
                 if reply.has_error():
                     raise RefusedReply(reply.error.reason)
-                self._described[node] = read_description(reply)
+                self._described[node] = read_description(reply, self.num_blocks)
             except RefusedReply as error:
                 self._refused.add(node)
                 log(WARNING, "node %d is left out, its description was refused: %s", node, error)

@@ -17,9 +17,13 @@ class Random(SelectiveStrategy):
 
     def select(self, candidates: Candidates) -> Choice:
         """Fill each budget in a random order that depends on seed, round and client only."""
-        masks = []
-        for client, budget in zip(candidates.clients, candidates.budgets, strict=True):
-            rng = generator(candidates.seed, Stream.MASK, candidates.round, client)
-            order = rng.permutation(len(candidates.costs))
-            masks.append(skip_fill(order, candidates.costs, budget))
-        return Choice(np.stack(masks))
+        orders = [
+            generator(candidates.seed, Stream.MASK, candidates.round, client).permutation(
+                candidates.costs.shape[1]
+            )
+            for client in candidates.clients
+        ]
+        rows = zip(
+            orders, candidates.costs, candidates.budgets, candidates.depth_costs, strict=True
+        )
+        return Choice(np.stack([skip_fill(order, c, r, d) for order, c, r, d in rows]))

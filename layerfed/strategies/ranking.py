@@ -2,38 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from layerfed.records import Choice
 from layerfed.strategies.base import Candidates
 
-__all__ = ["by_score", "prefix", "skip_fill"]
+__all__ = ["by_order", "by_score", "prefix", "skip_fill"]
 
 # Sums of costs carry rounding errors; a budget of 0.3 affords costs of 0.1 and 0.2.
 SLACK = 1 + 1e-9
 
 
-def prefix(order: Iterable[int], costs: np.ndarray, budget: float) -> np.ndarray:
-    """Take layers in order up to the first that no longer fits; mask of shape (L,)."""
-    mask, spent = np.zeros(len(costs), dtype=bool), 0.0
-    for layer in order:
-        spent += costs[layer]
-        if spent > budget * SLACK:
-            break
-        mask[layer] = True
-    return mask
+def prefix(
+    order: Iterable[int], costs: np.ndarray, budget: float, depth: np.ndarray | None = None
+) -> np.ndarray:
+    """Take layers in order up to the first that no longer fits; mask of shape (L,).
+
+    Parameters
+    ----------
+    order : Iterable[int]
+        Layers, best first.
+    costs : numpy.ndarray
+        c_l, shape (L,).
+    budget : float
+        R_i.
+    depth : numpy.ndarray, optional
+        D_l, shape (L,): what it costs that l is the lowest layer.
+    """
+    return _fill(order, costs, budget, depth, passing=False)
 
 
-def skip_fill(order: Iterable[int], costs: np.ndarray, budget: float) -> np.ndarray:
-    """Take layers in order, passing over those that no longer fit; mask of shape (L,)."""
-    mask, spent = np.zeros(len(costs), dtype=bool), 0.0
+def skip_fill(
+    order: Iterable[int], costs: np.ndarray, budget: float, depth: np.ndarray | None = None
+) -> np.ndarray:
+    """Take layers in order, passing over those that no longer fit; otherwise like `prefix`."""
+    return _fill(order, costs, budget, depth, passing=True)
+
+
+def _fill(
+    order: Iterable[int],
+    costs: np.ndarray,
+    budget: float,
+    depth: np.ndarray | None,
+    *,
+    passing: bool,
+) -> np.ndarray:
+    mask, spent, lowest = np.zeros(len(costs), dtype=bool), 0.0, len(costs)
     for layer in order:
-        if spent + costs[layer] <= budget * SLACK:
-            spent += costs[layer]
+        own, low = spent + costs[layer], min(lowest, layer)
+        if own + (0.0 if depth is None else depth[low]) <= budget * SLACK:
+            spent, lowest = own, low
             mask[layer] = True
+        elif not passing:
+            break
     return mask
+
+
+def by_order(candidates: Candidates, order: Sequence[int]) -> Choice:
+    """Give each client the first layers of one order, as many as fit."""
+    rows = zip(candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
+    return Choice(np.stack([prefix(order, c, r, d) for c, r, d in rows]))
 
 
 def by_score(candidates: Candidates, scores: np.ndarray) -> Choice:
@@ -45,8 +75,5 @@ def by_score(candidates: Candidates, scores: np.ndarray) -> Choice:
         Shape (n, L), higher is better.
     """
     orders = np.argsort(-scores, axis=1, kind="stable")
-    masks = [
-        skip_fill(order, candidates.costs, budget)
-        for order, budget in zip(orders, candidates.budgets, strict=True)
-    ]
-    return Choice(np.stack(masks))
+    rows = zip(orders, candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
+    return Choice(np.stack([skip_fill(order, c, r, d) for order, c, r, d in rows]))

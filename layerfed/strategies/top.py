@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from layerfed.records import Choice
 from layerfed.strategies.base import Candidates, SelectiveStrategy
-from layerfed.strategies.ranking import prefix
+from layerfed.strategies.ranking import by_order
 
 
 class Top(SelectiveStrategy):
@@ -16,5 +14,4 @@ class Top(SelectiveStrategy):
 
     def select(self, candidates: Candidates) -> Choice:
         """Take layers from the output down while the budget lasts."""
-        order = range(len(candidates.costs))[::-1]
-        return Choice(np.stack([prefix(order, candidates.costs, r) for r in candidates.budgets]))
+        return by_order(candidates, range(candidates.costs.shape[1])[::-1])

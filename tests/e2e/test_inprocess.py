@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file
 
 from layerfed.client_app import build_client_app, client_app, workbench
-from layerfed.config import RunConfig, load_config
+from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange.messages import encode
 from layerfed.runs import read_lines
@@ -235,3 +235,28 @@ def test_a_failed_run_says_so_in_its_folder(
     summary = json.loads((tmp_path / "bad/summary.json").read_text())
     assert summary["status"] == "failed"
     assert "NaN" in summary["error"]
+
+
+# --------------------------------------------------------------------------- measured budgets
+def test_budgets_in_flops_keep_clients_near_the_output(tmp_path: Path) -> None:
+    """Half of what backward through everything costs: the bottom is out of reach, the top is not."""
+    config = configured(tmp_path, "budget.unit=flops", "budget.layers=6e8", "federation.rounds=2")
+    rows = read_lines(run_on("inprocess", config) / "selection.jsonl")
+    for row in rows:
+        masks = np.array(row["masks"], dtype=bool)
+        costs, depth = np.array(row["costs"]), np.array(row["depth_costs"])
+        assert (np.diff(depth) < 0).all()
+        assert masks.any(axis=1).all()
+        for mask in masks:
+            assert costs[mask].sum() + depth[mask.argmax()] <= 6e8
+        assert not masks[:, 0].any()
+
+
+def test_a_budget_that_fits_no_measured_cost_is_refused_before_any_training(
+    tmp_path: Path,
+) -> None:
+    for layers, says in (("1e15", "above the whole model"), ("1", "below the cheapest layer")):
+        config = configured(tmp_path / "runs", "budget.unit=flops", f"budget.layers={layers}")
+        with pytest.raises(ConfigError, match=says):
+            run_on("inprocess", config)
+    assert not (tmp_path / "runs").exists()

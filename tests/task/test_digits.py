@@ -117,13 +117,15 @@ def test_more_clients_than_examples_are_refused_in_one_line(kind: str) -> None:
     assert "1437 training examples" in message
 
 
-def test_more_clients_than_the_smallest_share_allows_are_refused_in_one_line() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_clients_than_the_smallest_share_allows_are_refused_in_one_line(kind: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        cut("federation.clients=1000")
+        cut(kind, "federation.clients=1000")
     message = str(caught.value)
     assert "\n" not in message
     assert "federation.clients = 1000" in message
     assert "fewer than 8 of 1437 examples" in message
+    assert ("task.alpha" in message) == (kind == KINDS[0])
 
 
 def test_an_impossible_skew_names_alpha() -> None:

@@ -1,0 +1,153 @@
+"""The ilp strategy's masks are the best there are: against all others, on small rounds."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerfed.layers import LayerMap
+from layerfed.strategies import ILP, Candidates
+from tests.conftest import TinyNet
+from tests.strategies.candidates import any_candidates, candidates, spent
+
+LAYERS = LayerMap.from_model(TinyNet())
+
+
+def objective(values: np.ndarray, masks: np.ndarray, consistency: float) -> float:
+    """(P1) as the paper writes it, pair by pair."""
+    dissent = sum(int((a != b).sum()) for a, b in combinations(masks, 2))
+    return float((values * masks).sum() - consistency * dissent)
+
+
+def best(case: Candidates, consistency: float) -> float:
+    """The optimum, by looking at every mask."""
+    values = case.statistics["grad_norm_sq"]
+    rows = [np.array(bits, dtype=bool) for bits in product((0, 1), repeat=len(case.costs))]
+    allowed = [
+        [row for row in rows if spent(row[None], case.costs)[0] <= budget * (1 + 1e-9)]
+        for budget in case.budgets
+    ]
+    return max(objective(values, np.stack(masks), consistency) for masks in product(*allowed))
+
+
+@st.composite
+def small(draw: st.DrawFn) -> tuple[Candidates, float]:
+    n, layers = draw(st.sampled_from([(1, 6), (2, 5), (3, 3), (4, 2)]))
+    value = st.integers(0, 50).map(float)
+    table = draw(
+        st.lists(st.lists(value, min_size=layers, max_size=layers), min_size=n, max_size=n)
+    )
+    costs = draw(st.lists(st.sampled_from([1.0, 1.5, 2.0]), min_size=layers, max_size=layers))
+    budgets = draw(st.lists(st.sampled_from([0, 1, 1.5, 2, 3.5]), min_size=n, max_size=n))
+    consistency = draw(st.sampled_from([-20.0, -3.0, 0.0, 1.0, 7.0, 40.0, 1e4]))
+    return candidates(budgets, costs, {"grad_norm_sq": table}), consistency
+
+
+def raw(consistency: float) -> ILP:
+    return ILP(LAYERS, consistency=consistency, consistency_scale="raw")
+
+
+@settings(deadline=None, max_examples=60)
+@given(small())
+def test_no_other_masks_are_better(problem: tuple[Candidates, float]) -> None:
+    case, consistency = problem
+    choice = raw(consistency).select(case)
+
+    assert (spent(choice.masks, case.costs) <= case.budgets * (1 + 1e-9)).all()
+    optimum = best(case, consistency)
+    reached = objective(case.statistics["grad_norm_sq"], choice.masks, consistency)
+    assert reached == pytest.approx(optimum, rel=1e-5, abs=1e-6)
+    assert choice.objective == pytest.approx(reached, rel=1e-9, abs=1e-6)
+    assert choice.bound is not None
+    assert choice.bound >= optimum - 1e-6 * max(1.0, abs(optimum))
+    assert choice.gap is not None
+    assert choice.gap <= 1e-6
+    assert choice.solver
+
+
+@settings(deadline=None, max_examples=40)
+@given(any_candidates(), st.sampled_from([0.0, 0.5, 5.0]))
+def test_masks_stay_within_each_clients_own_budget(case: Candidates, consistency: float) -> None:
+    """Defect 8 of the released code: what was left was filled beyond the budget."""
+    masks = ILP(LAYERS, consistency=consistency).select(case).masks
+    assert masks.dtype == np.bool_
+    assert (spent(masks, case.costs) <= case.budgets * (1 + 1e-9) + 1e-12).all()
+
+
+VALUES = [
+    [9.0, 1.0, 2.0, 3.0],
+    [1.0, 8.0, 2.0, 3.0],
+    [1.0, 2.0, 7.0, 6.0],
+]
+
+
+def test_without_consistency_each_client_takes_its_own_best_layers() -> None:
+    case = candidates([1, 2, 2], [1.0] * 4, {"grad_norm_sq": VALUES})
+    for scale in ("raw", "relative"):
+        masks = ILP(LAYERS, consistency=0.0, consistency_scale=scale).select(case).masks
+        assert [np.flatnonzero(row).tolist() for row in masks] == [[0], [1, 3], [2, 3]]
+
+
+@pytest.mark.parametrize("solver", ["auto", "lagrangian", "milp"])
+def test_with_overwhelming_consistency_all_clients_take_the_same_layers(solver: str) -> None:
+    case = candidates([1, 2, 3], [1.0] * 4, {"grad_norm_sq": VALUES})
+    masks = ILP(LAYERS, consistency=1e4, solver=solver).select(case).masks
+    # The tightest budget affords one layer; 3 + 3 + 6 is the largest column sum.
+    assert [np.flatnonzero(row).tolist() for row in masks] == [[3]] * 3
+
+
+def test_more_consistency_never_means_more_dissent() -> None:
+    values = np.random.default_rng(3).random((5, 6)).tolist()
+    case = candidates([2, 1, 2, 3, 2], [1.0] * 6, {"grad_norm_sq": values})
+    dissent = []
+    for consistency in (0.0, 0.05, 0.1, 0.2, 0.5, 2.0):
+        masks = raw(consistency).select(case).masks
+        dissent.append(sum(int((a != b).sum()) for a, b in combinations(masks, 2)))
+    assert dissent == sorted(dissent, reverse=True)
+    assert dissent[0] > 10
+    assert dissent[-1] == 0
+
+
+def test_negative_consistency_spreads_choices() -> None:
+    same = [[3.0, 2.9, 2.8, 2.7]] * 4
+    case = candidates([1] * 4, [1.0] * 4, {"grad_norm_sq": same})
+    together, apart = raw(0.0).select(case).masks, raw(-1.0).select(case).masks
+    assert together.sum(axis=0).tolist() == [4, 0, 0, 0]
+    assert apart.sum(axis=0).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e-3, 1e6])
+def test_a_relative_consistency_means_the_same_at_any_gradient_scale(factor: float) -> None:
+    values = np.random.default_rng(5).random((5, 6))
+    cases = [
+        candidates([2, 1, 2, 3, 2], [1.0] * 6, {"grad_norm_sq": table.tolist()})
+        for table in (values, values * factor)
+    ]
+    masks = [ILP(LAYERS, consistency=0.3).select(case).masks for case in cases]
+    np.testing.assert_array_equal(masks[0], masks[1])
+    # Or the test could not fail: this λ lies between no consistency and a lot of it.
+    free = ILP(LAYERS, consistency=0.0).select(cases[0]).masks
+    tied = ILP(LAYERS, consistency=100.0).select(cases[0]).masks
+    assert not np.array_equal(masks[0], free)
+    assert not np.array_equal(masks[0], tied)
+
+
+def test_a_raw_consistency_does_not_scale_with_the_gradients() -> None:
+    values = np.random.default_rng(5).random((5, 6))
+    cases = [
+        candidates([2, 1, 2, 3, 2], [1.0] * 6, {"grad_norm_sq": table.tolist()})
+        for table in (values, values * 1e6)
+    ]
+    small_scale, large_scale = (raw(0.5).select(case).masks for case in cases)
+    free = raw(0.0).select(cases[1]).masks
+    np.testing.assert_array_equal(large_scale, free)
+    assert not np.array_equal(small_scale, free)
+
+
+def test_gradients_of_zero_select_nothing() -> None:
+    case = candidates([1, 2], [1.0] * 3, {"grad_norm_sq": [[0.0] * 3] * 2})
+    assert not ILP(LAYERS).select(case).masks.any()
