@@ -1,0 +1,222 @@
+"""The folder a run leaves: everything it printed can be recomputed from there.
+
+Append-only files are flushed each round; everything else is written beside its place and renamed, so
+whatever a killed run leaves is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from layerfed.config import ConfigError, RunConfig
+from layerfed.layers import LayerMap
+from layerfed.records import Observer, RoundRecord, SelectionRecord
+
+__all__ = ["RunFolder", "read_lines"]
+
+PACKAGES = ("layerfed", "flwr", "torch", "timm", "numpy", "pulp")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Read a `.jsonl` file; a last line cut short by a crash is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    beside = file.with_name(file.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, file)
+
+
+class RunFolder(Observer):
+    """Writes a run folder while the run goes on; a context manager that records how it ended.
+
+    Parameters
+    ----------
+    path : Path
+        The folder, which exists and is empty.
+    config : RunConfig
+    engine : str
+        What the clients run on.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, engine: str) -> None:
+        self.path = path
+        self.config = config
+        self.engine = engine
+        self._began = time.monotonic()
+        self._initial: float | None = None
+        self._totals: dict[str, float] = dict.fromkeys(
+            ("bytes_up", "bytes_down", "bytes_full_up", "bytes_full_down", "flops", "flops_probe"),
+            0,
+        )
+        self._accuracies: list[float | None] = []
+        _write(path / "config.json", config.to_flat())
+        self._summarise("running")
+
+    @classmethod
+    def create(cls, config: RunConfig, engine: str) -> RunFolder:
+        """Make a new folder `run.dir`/`run.name`.
+
+        Raises
+        ------
+        ConfigError
+            If the folder is there already (no run is ever overwritten) or cannot be written.
+        """
+        root = Path(config.run.dir or "runs").expanduser().resolve()
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = config.run.name or f"{config.task.name}-{config.strategy.name}-{stamp}"
+        path = root / name
+        for attempt in range(2, 100):
+            try:
+                path.mkdir(parents=True)
+                return cls(path, config, engine)
+            except FileExistsError:
+                if config.run.name:
+                    raise ConfigError(
+                        f"run.name = '{name}': {path} exists already; choose another name, or "
+                        "remove that folder"
+                    ) from None
+                path = root / f"{name}-{attempt}"
+            except OSError as error:
+                raise ConfigError(
+                    f"run.dir = '{root}' cannot be written: {error.strerror}"
+                ) from None
+        raise ConfigError(f"run.dir = '{root}' is full of runs named {name}")
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Record how the run ended."""
+        if error is not None:
+            self._summarise("failed", error=f"{type(error).__name__}: {error}")
+
+    def describe(self, layers: LayerMap) -> None:
+        """Write the layers of the model: `layers.json`."""
+        rows = [
+            {"name": x.name, "kind": x.kind, "elements": x.elements, "bytes": x.bytes}
+            for x in layers.layers
+        ]
+        _write(self.path / "layers.json", {"layers": rows})
+
+    def on_start(self, rounds: int, accuracy: float | None) -> None:
+        """Note the accuracy before the first round."""
+        self._initial = accuracy
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Append a line to `metrics.jsonl` and one to `selection.jsonl`."""
+        line = {
+            "round": record.round,
+            "accuracy": record.accuracy,
+            "loss": record.loss,
+            "train_loss": record.train_loss,
+            "client_accuracy": record.client_accuracy,
+            "lr": record.lr,
+            "clients": record.replies,
+            "failures": len(record.failures),
+            "failure_reasons": [
+                {"client": f.partition, "phase": f.phase, "reason": f.reason}
+                for f in record.failures
+            ],
+            "seconds": record.seconds,
+            "seconds_by_phase": record.seconds_by_phase,
+            "bytes_up": record.bytes_up,
+            "bytes_down": record.bytes_down,
+            "bytes_full_up": record.bytes_full_up,
+            "bytes_full_down": record.bytes_full_down,
+            "flops": record.flops,
+            "flops_probe": record.flops_probe,
+            "peak_memory": record.peak_memory,
+        }
+        for key in self._totals:
+            self._totals[key] += getattr(record, key)
+        self._accuracies.append(record.accuracy)
+        self._append("metrics.jsonl", line)
+        if record.selection is not None:
+            self._append("selection.jsonl", _selection_line(record.round, record.selection))
+        self._summarise("running")
+
+    def finish(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Write the final model and mark the run as completed."""
+        beside = self.path / "model.safetensors.tmp"
+        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, beside)
+        os.replace(beside, self.path / "model.safetensors")
+        self._summarise("completed")
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _summarise(self, status: str, **more: Any) -> None:
+        config, scored = self.config, [a for a in self._accuracies if a is not None]
+        _write(
+            self.path / "summary.json",
+            {
+                "task": config.task.name,
+                "strategy": config.strategy.name,
+                "seed": config.run.seed,
+                "engine": self.engine,
+                "rounds": len(self._accuracies),
+                "initial_accuracy": self._initial,
+                "accuracy": scored[-1] if scored else None,
+                "best_accuracy": max(scored, default=None),
+                "seconds": time.monotonic() - self._began,
+                **self._totals,
+                "status": status,
+                **more,
+                "versions": {
+                    "python": platform.python_version(),
+                    **{package: version(package) for package in PACKAGES},
+                },
+            },
+        )
+
+
+def _selection_line(server_round: int, record: SelectionRecord) -> dict[str, Any]:
+    choice = record.choice
+    return {
+        "round": server_round,
+        "clients": list(record.clients),
+        "budgets": record.budgets.tolist(),
+        "costs": _short(record.costs),
+        **({"depth_costs": _short(record.depth_costs)} if record.depth_costs.any() else {}),
+        "layers": list(record.layers),
+        "masks": choice.masks.astype(int).tolist(),
+        "statistics": {name: table.tolist() for name, table in record.statistics.items()},
+        "objective": choice.objective,
+        "bound": choice.bound,
+        "gap": choice.gap,
+        "solver": choice.solver,
+        "seconds": record.seconds,
+    }
+
+
+def _short(table: np.ndarray) -> list[Any]:
+    """Write an (n, L) table as one row where all rows are the same."""
+    same = bool((table == table[0]).all())
+    return (table[0] if same else table).tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,117 @@
+"""Showing a run while it goes on: a live line in a terminal, a log line a round elsewhere."""
+
+from __future__ import annotations
+
+import time
+from logging import INFO
+from types import TracebackType
+from typing import Self
+
+from flwr.common.logger import log
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from layerfed.records import Observer, RoundRecord
+
+__all__ = ["LogLines", "ProgressLine"]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
+class LogLines(Observer):
+    """One line a round in Flower's log, for `flwr run` and for real federations."""
+
+    def __init__(self) -> None:
+        self._rounds = 0
+        self._began = time.monotonic()
+
+    def on_start(self, rounds: int, accuracy: float | None) -> None:
+        """Log how the model scores before the first round."""
+        self._rounds, self._began = rounds, time.monotonic()
+        log(INFO, "accuracy before the first round: %s", _percent(accuracy))
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Log the round's figures and the time left."""
+        passed = time.monotonic() - self._began
+        log(
+            INFO,
+            "[round %d/%d] accuracy %s, loss %.3f, %d clients, %d failed, %.2f MB up, %.1f s; "
+            "about %.0f s left",
+            record.round,
+            self._rounds,
+            _percent(record.accuracy),
+            float("nan") if record.train_loss is None else record.train_loss,
+            record.replies,
+            len(record.failures),
+            record.bytes_up / 1e6,
+            record.seconds,
+            passed / record.round * (self._rounds - record.round),
+        )
+
+
+class ProgressLine(Observer):
+    """A live line with round, phase, accuracy and remaining time.
+
+    Where standard error is no terminal, each round is one plain line instead.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[phase]:<9}"),
+            TextColumn("accuracy {task.fields[accuracy]}"),
+            TextColumn("·"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None, phase="start", accuracy="–")
+        self._rounds = 0
+
+    def __enter__(self) -> Self:
+        """Show the line."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the line as it is."""
+        self._progress.stop()
+
+    def on_start(self, rounds: int, accuracy: float | None) -> None:
+        """Take the number of rounds and the first accuracy."""
+        self._rounds = rounds
+        self._progress.update(self._task, total=rounds, accuracy=_percent(accuracy))
+
+    def on_phase(self, server_round: int, phase: str) -> None:
+        """Show the phase."""
+        self._progress.update(self._task, phase=phase)
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Advance by a round."""
+        self._progress.update(self._task, advance=1, accuracy=_percent(record.accuracy))
+        if not self._console.is_terminal:
+            self._console.print(
+                f"round {record.round}/{self._rounds}  accuracy {_percent(record.accuracy)}  "
+                f"train loss {record.train_loss:.3f}  clients {record.replies}  "
+                f"{record.seconds:.1f} s",
+                highlight=False,
+            )
