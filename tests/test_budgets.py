@@ -57,7 +57,7 @@ def test_half_normal_budgets_are_whole_and_reach_both_bounds() -> None:
 def test_half_normal_budgets_are_more_often_small_than_large() -> None:
     counts = np.bincount(np.array(drawn(half_normal(min=1, max=4), range(2000)), dtype=int))
     assert counts[1] + counts[2] > 1.5 * (counts[3] + counts[4])
-    # σ = (4 - 1) / 2, cut off at 4: P(R=2) = P(0.5 ≤ |z|σ < 1.5) / P(|z|σ ≤ 3.5, rounded to 4 at most).
+    # With σ = (4 - 1) / 2 and z standard normal, P(R = 2) = P(0.5 ≤ |z|σ < 1.5) / P(|z|σ < 3.5).
     assert counts[2] / 2000 == pytest.approx(0.43, abs=0.05)
 
 

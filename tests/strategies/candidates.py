@@ -12,12 +12,13 @@ from layerfed.strategies import Candidates
 
 def candidates(
     budgets: Sequence[float],
-    costs: Sequence[float],
+    costs: Sequence[float] | Sequence[Sequence[float]],
     statistics: Mapping[str, Sequence[Sequence[float]]] | None = None,
     *,
     clients: Sequence[int] | None = None,
     server_round: int = 1,
     seed: int = 0,
+    depth: Sequence[float] | Sequence[Sequence[float]] = (0.0,),
 ) -> Candidates:
     return Candidates(
         round=server_round,
@@ -26,28 +27,48 @@ def candidates(
         costs=np.asarray(costs, dtype=np.float64),
         statistics={n: np.asarray(rows, np.float64) for n, rows in (statistics or {}).items()},
         seed=seed,
+        depth_costs=np.asarray(depth, dtype=np.float64),
     )
 
 
 @st.composite
 def any_candidates(draw: st.DrawFn) -> Candidates:
-    """Any budgets, zero and decimal fractions included, over unit or any costs."""
+    """Any budgets and costs, zero budgets and decimal fractions included.
+
+    Layers cost one each, or differ, or differ from client to client too and have a depth to pay for.
+    """
     n, layers = draw(st.integers(1, 5)), draw(st.integers(1, 8))
     tenths = st.integers(1, 40).map(lambda x: x / 10)
-    cost = draw(st.sampled_from([st.just(1.0), tenths]))
-    costs = draw(st.lists(cost, min_size=layers, max_size=layers))
+    kind = draw(st.sampled_from(["unit", "shared", "measured"]))
+    rows = n if kind == "measured" else 1
+    cost = st.just(1.0) if kind == "unit" else tenths
+    row = st.lists(cost, min_size=layers, max_size=layers)
+    costs = np.array(draw(st.lists(row, min_size=rows, max_size=rows)))
+    depth = np.zeros_like(costs)
+    if kind == "measured":
+        depth = np.array(draw(st.lists(row, min_size=rows, max_size=rows)))[:, ::-1].cumsum(axis=1)
+        depth = depth[:, ::-1]
     budget = st.one_of(st.integers(0, 8).map(float), st.integers(0, 150).map(lambda x: x / 10))
     score = st.floats(0, 1e6, width=32)
     table = st.lists(st.lists(score, min_size=layers, max_size=layers), min_size=n, max_size=n)
     return candidates(
         draw(st.lists(budget, min_size=n, max_size=n)),
-        costs,
+        costs.tolist(),
         {name: draw(table) for name in ("grad_norm_sq", "param_norm_sq", "snr")},
         server_round=draw(st.integers(1, 100)),
         seed=draw(st.integers(0, 1000)),
+        depth=depth.tolist(),
     )
 
 
-def spent(masks: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """What each client spends, added layer by layer."""
-    return np.array([sum(costs[layer] for layer in np.flatnonzero(row)) for row in masks])
+def spent(case: Candidates, masks: np.ndarray) -> np.ndarray:
+    """What each client spends, added layer by layer, and on reaching down to its lowest one."""
+    totals = []
+    for row, costs, depth in zip(masks, case.costs, case.depth_costs, strict=True):
+        chosen = np.flatnonzero(row)
+        totals.append(sum(costs[chosen]) + (depth[chosen[0]] if len(chosen) else 0.0))
+    return np.array(totals)
+
+
+def within_budgets(case: Candidates, masks: np.ndarray) -> bool:
+    return bool((spent(case, masks) <= case.budgets * (1 + 1e-9) + 1e-12).all())

@@ -13,7 +13,7 @@ from layerfed.config import BudgetConfig, ConfigError, StrategyName
 from layerfed.layers import LayerMap
 from layerfed.strategies import STRATEGIES, Both, Candidates, Random, SelectiveStrategy
 from tests.conftest import TinyNet
-from tests.strategies.candidates import any_candidates, candidates, spent
+from tests.strategies.candidates import any_candidates, candidates, within_budgets
 
 LAYERS = LayerMap.from_model(TinyNet())
 UNIT = [1.0] * 5
@@ -43,9 +43,9 @@ def test_the_table_holds_exactly_the_strategies_a_configuration_can_name() -> No
 def test_masks_stay_within_each_clients_own_budget(name: str, case: Candidates) -> None:
     """Defects 5 and 8 of the released code: budgets of others, and filled beyond the brim."""
     masks = strategy(name).select(case).masks
-    assert masks.shape == (len(case.clients), len(case.costs))
+    assert masks.shape == case.costs.shape
     assert masks.dtype == np.bool_
-    assert (spent(masks, case.costs) <= case.budgets * (1 + 1e-9) + 1e-12).all()
+    assert within_budgets(case, masks)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -59,7 +59,8 @@ def test_a_clients_mask_depends_on_itself_alone(name: str, case: Candidates) -> 
             round=case.round,
             clients=[client],
             budgets=case.budgets[i : i + 1],
-            costs=case.costs,
+            costs=case.costs[i : i + 1],
+            depth_costs=case.depth_costs[i : i + 1],
             statistics={n: rows[i : i + 1] for n, rows in case.statistics.items()},
             seed=case.seed,
         )
@@ -81,6 +82,28 @@ def test_rounding_in_sums_of_costs_forbids_no_layer_that_fits(name: str) -> None
     """0.1 + 0.2 is above 0.3 in floating point."""
     table = {key: [[1.0, 1.0]] for key in ("grad_norm_sq", "param_norm_sq", "snr")}
     assert picks(name, candidates([0.3], [0.1, 0.2], table)) == [[0, 1]]
+
+
+def test_costs_may_differ_from_client_to_client() -> None:
+    costs = [[1.0, 1.0, 1.0], [1.0, 1.0, 2.0], [3.0, 1.0, 3.0]]
+    assert picks("top", candidates([2, 2, 2], costs)) == [[1, 2], [2], []]
+    table = {"snr": [[1.0, 2.0, 3.0]] * 3}
+    assert picks("snr", candidates([2, 2, 2], costs, table)) == [[1, 2], [2], [1]]
+
+
+def test_reaching_down_to_the_lowest_layer_is_paid_for_once() -> None:
+    """Layers above the lowest one cost nothing but themselves."""
+    depth = [3.0, 2.0, 1.0, 0.0]
+    table = {"snr": [[9.0, 1.0, 2.0, 3.0]] * 4}
+    for name, expected in {
+        "top": [[3], [3], [2, 3], [1, 2, 3]],
+        "bottom": [[], [], [], [0, 1]],
+        "both": [[3], [3], [3], [0, 3]],
+        # The best layer alone costs 4; where it does not fit, the next best are taken.
+        "snr": [[3], [3], [2, 3], [0, 3]],
+    }.items():
+        case = candidates([1, 2, 3, 5], [1.0] * 4, table, depth=depth)
+        assert picks(name, case) == expected, name
 
 
 def test_full_selects_everything_whatever_the_budget() -> None:

@@ -76,6 +76,24 @@ def test_several_batches_give_the_mean_and_not_the_norm_of_running_sums(
     assert found["grad_norm_sq"][0] != pytest.approx(running, rel=0.2)
 
 
+def test_a_batch_that_does_not_reach_a_block_counts_as_a_gradient_of_zero(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    """As with experts that no example was routed to; the last batch's gradient must not stand in."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        if batch is batches[0]:
+            return cross_entropy(model, batch)
+        x = model.embed(batch["x"])
+        for block in model.blocks[1:]:
+            x = block(x)
+        return nn.functional.cross_entropy(model.head(model.norm(x)), batch["label"])
+
+    first, _ = probe_layers(tiny, layers, batches[:1], loss)
+    both, _ = probe_layers(tiny, layers, batches[:2], loss)
+    assert both["grad_norm_sq"][0] == pytest.approx(first["grad_norm_sq"][0] / 2)
+
+
 def test_the_order_of_batches_does_not_matter(
     tiny: nn.Module, layers: LayerMap, batches: list[Batch]
 ) -> None:
