@@ -60,28 +60,29 @@ class Budgets:
                         f"budget.{key} = {value:g} is no whole number; half-normal budgets in "
                         "layers are whole, and so are their bounds"
                     )
-        if costs is not None:
-            self._check(costs, np.zeros_like(costs))
+        if costs is not None and (problem := self._problem(costs, np.zeros_like(costs))):
+            raise ConfigError(problem[1])
 
-    def _check(self, costs: np.ndarray, depth: np.ndarray) -> None:
-        """Refuse budgets that no choice of layers can use, or that afford everything."""
+    def _problem(self, costs: np.ndarray, depth: np.ndarray) -> tuple[str, str] | None:
+        """Say whether budgets afford everything ("above") or nothing ("below"), and in what words."""
         config = self.config
         keys = {"identical": ("layers",), "half-normal": ("min", "max"), "per-node": ()}
         total, least = costs.sum() + depth[0], (costs + depth).min()
         for key in keys[config.kind]:
             value = getattr(config, key)
             if value > total * (1 + 1e-9):
-                raise ConfigError(
+                return "above", (
                     f"budget.{key} = {value:g} is above the whole model: its {len(costs)} selectable "
                     f"layers cost {total:g} {config.unit}; lower it, or use strategy.name = 'full'"
                 )
         for key in keys[config.kind][-1:]:
             value = getattr(config, key)
             if value < least:
-                raise ConfigError(
+                return "below", (
                     f"budget.{key} = {value:g} {config.unit} is below the cheapest layer "
                     f"({least:g}): no client could train any"
                 )
+        return None
 
     def costs_of(self, client: Description) -> tuple[np.ndarray, np.ndarray]:
         """Return c_l and D_l of one client, shape (L,) each; D is zero for units that just add up.
@@ -106,18 +107,14 @@ class Budgets:
         Raises
         ------
         ConfigError
-            If a budget exceeds the whole model's cost, or is below the cheapest layer, for everyone.
+            If every client could train the whole model, or none could train a single layer.
         """
         if self.costs is not None:
             return
-        problems = []
-        for client in clients:
-            try:
-                self._check(*self.costs_of(client))
-                return
-            except ConfigError as error:
-                problems.append(error)
-        raise problems[0]
+        problems = [self._problem(*self.costs_of(client)) for client in clients]
+        kinds = {problem and problem[0] for problem in problems}
+        if len(kinds) == 1 and (first := problems[0]) is not None:
+            raise ConfigError(first[1])
 
     def of(self, client: Description) -> float:
         """Return R_i of one client.

@@ -162,3 +162,36 @@ def test_only_the_keys_of_the_chosen_kind_are_checked() -> None:
 )
 def test_budgets_describe_themselves(config: BudgetConfig, text: str) -> None:
     assert str(Budgets(config, UNIT, seed=0)) == text
+
+
+# ------------------------------------------------------------------------- measured on devices
+@pytest.mark.parametrize("unit", ["flops", "seconds", "memory"])
+def test_costs_measured_on_devices_are_those_the_client_states(unit: str) -> None:
+    assert layer_costs(LAYERS, unit) is None
+    budgets = Budgets(BudgetConfig(unit=unit, layers=5), None, seed=0)
+    measured = Description(3, 100, costs=(1.0, 2.0), depth_costs=(4.0, 0.5))
+    costs, depth = budgets.costs_of(measured)
+    assert (costs.tolist(), depth.tolist()) == ([1.0, 2.0], [4.0, 0.5])
+    with pytest.raises(ConfigError, match=rf"'{unit}' .* partition 7 stated no costs"):
+        budgets.costs_of(client(7))
+
+
+def test_costs_that_are_the_same_for_all_have_no_depth() -> None:
+    costs, depth = Budgets(BudgetConfig(layers=1), UNIT, seed=0).costs_of(client(0))
+    assert (costs.tolist(), depth.tolist()) == ([1.0] * 12, [0.0] * 12)
+
+
+def test_a_measured_budget_is_refused_only_where_it_fits_nobody() -> None:
+    slow = Description(0, 100, costs=(10.0, 10.0), depth_costs=(5.0, 2.0))  # 12 to 25
+    fast = Description(1, 100, costs=(1.0, 1.0), depth_costs=(0.5, 0.5))  # 1.5 to 2.5
+
+    def check(limit: float) -> None:
+        config = BudgetConfig(unit="seconds", layers=limit)
+        Budgets(config, None, seed=0).check_measured([slow, fast])
+
+    for fits_one in (1.5, 2.5, 12, 25):
+        check(fits_one)
+    with pytest.raises(ConfigError, match=r"11 seconds is below the cheapest layer \(12\)"):
+        check(11)
+    with pytest.raises(ConfigError, match=r"budget\.layers = 26 .* cost 25 seconds"):
+        check(26)

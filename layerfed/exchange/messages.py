@@ -54,6 +54,8 @@ __all__ = [
 
 # A client's say in the mean is its example count, which it states itself; beyond this it is no count.
 MAX_EXAMPLES = 2**31
+# No gradient of finite float32 numbers comes near; beyond, sums over clients could overflow.
+MAX_STATISTIC = 1e100
 # Room for the header of the npy format beside an array's own bytes.
 MAX_HEADER = 4096
 
@@ -272,6 +274,8 @@ def read_statistics(
         row = np.asarray(value, dtype=np.float64)
         if not np.isfinite(row).all() or (row < 0).any():
             raise RefusedReply(f"its statistic '{name}' holds negative or non-finite numbers")
+        if (row > MAX_STATISTIC).any():
+            raise RefusedReply(f"its statistic '{name}' holds {row.max():g}, which none can be")
         statistics[name] = row
     return statistics, metrics
 

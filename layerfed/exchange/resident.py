@@ -60,11 +60,11 @@ class ResidentModel:
         return fingerprint(self._base)
 
     def base_state(self) -> dict[str, np.ndarray]:
-        """Return every tensor of the base that travels, by name."""
+        """Copy every tensor of the base that travels, by name."""
         changed = [name for name, value in self._digests.items() if value != self._base[name]]
         source = self._build().state_dict() if changed else self.tensors
         return {
-            name: source[name].detach().cpu().numpy()
+            name: source[name].detach().cpu().numpy().copy()
             for layer in self.layers.layers
             for name in layer.tensors
         }

@@ -80,8 +80,8 @@ def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
         "extent": (0.5, len(selections) + 0.5, -0.5, len(names) - 0.5),
     }
     image = axes[0].imshow(selection_shares(selections).T, cmap="Blues", vmin=0, vmax=1, **shown)
-    bar = figure.colorbar(image, ax=axes[0], format=PercentFormatter(1.0))
-    bar.set_label("share of the round's clients training it")
+    figure.colorbar(image, ax=axes[0], format=PercentFormatter(1.0))
+    axes[0].set_title("share of the round's clients that train it", fontsize=10)
     step = -(-len(names) // 40)
     axes[0].set_yticks(range(0, len(names), step), names[::step], fontsize=8)
     axes[0].set(ylabel="layer (input at the bottom)")
@@ -89,7 +89,8 @@ def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
         norms = [np.mean(row["statistics"]["grad_norm_sq"], axis=0) for row in selections]
         positive = np.maximum(np.sqrt(norms), np.finfo(float).tiny)
         image = axes[1].imshow(positive.T, cmap="viridis", norm=LogNorm(), **shown)
-        figure.colorbar(image, ax=axes[1]).set_label("gradient norm, root mean square of clients")
+        figure.colorbar(image, ax=axes[1])
+        axes[1].set_title("probed gradient norm (r.m.s. over clients)", fontsize=10)
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(xlabel="round")

@@ -406,10 +406,54 @@ def test_impossible_descriptions_are_refused(wrong: dict[str, float], says: str)
         read_description(message)
 
 
+def described(costs: Any, depth: Any) -> Message:
+    metrics = {"partition": 0, "examples": 5, "costs": costs, "depth_costs": depth}
+    given_rows = {name: value for name, value in metrics.items() if value is not None}
+    return Message(RecordDict({"metrics": MetricRecord(given_rows)}), reply_to=ask())
+
+
+def test_measured_costs_arrive_as_they_were_sent() -> None:
+    description = Description(4, 100, costs=(1.0, 0.0, 2.5), depth_costs=(3.0, 3.0, 0.0))
+    reply = over_the_wire(describe_reply(ask("query.describe"), description))
+    assert read_description(reply, 3) == description
+
+
+@pytest.mark.parametrize(
+    ("costs", "depth"),
+    [
+        ([1.0] * 3, [2.0, 1.0]),
+        ([1.0] * 2, [2.0, 1.0, 0.0]),
+        ([1.0] * 4, [0.0] * 4),
+        ([1.0] * 3, None),
+        (None, [2.0, 1.0, 0.0]),
+        (1.0, [2.0, 1.0, 0.0]),
+        ([1.0, -1.0, 1.0], [2.0, 1.0, 0.0]),
+        ([1.0, np.nan, 1.0], [2.0, 1.0, 0.0]),
+        ([1.0] * 3, [np.inf, 1.0, 0.0]),
+        ([1.0] * 3, [1.0, 0.0, -1.0]),
+        ([1.0] * 3, [1.0, 2.0, 0.0]),
+    ],
+    ids=str,
+)
+def test_measured_costs_of_wrong_length_or_impossible_value_are_refused(
+    costs: Any, depth: Any
+) -> None:
+    with pytest.raises(RefusedReply, match="costs'"):
+        read_description(described(costs, depth), 3)
+
+
 # ---------------------------------------------------------------------------------- statistics
 @pytest.mark.parametrize(
     "row",
-    [[], [1.0, 2.0], [1.0] * 4, [1.0, -1e-9, 2.0], [1.0, np.nan, 2.0], [np.inf, 1.0, 1.0]],
+    [
+        [],
+        [1.0, 2.0],
+        [1.0] * 4,
+        [1.0, -1e-9, 2.0],
+        [1.0, np.nan, 2.0],
+        [np.inf, 1.0, 1.0],
+        [1.0, 1e308, 1.0],
+    ],
     ids=str,
 )
 def test_statistics_of_wrong_length_or_impossible_value_are_refused(row: list[float]) -> None:
