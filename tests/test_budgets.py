@@ -189,9 +189,9 @@ def test_a_measured_budget_is_refused_only_where_it_fits_nobody() -> None:
         config = BudgetConfig(unit="seconds", layers=limit)
         Budgets(config, None, seed=0).check_measured([slow, fast])
 
-    for fits_one in (1.5, 2.5, 12, 25):
+    for fits_one in (1.5, 2.5, 11, 12, 25):  # 11: nothing for the slow one, all for the fast one
         check(fits_one)
-    with pytest.raises(ConfigError, match=r"11 seconds is below the cheapest layer \(12\)"):
-        check(11)
+    with pytest.raises(ConfigError, match=r"1 seconds is below the cheapest layer \(12\)"):
+        check(1)
     with pytest.raises(ConfigError, match=r"budget\.layers = 26 .* cost 25 seconds"):
         check(26)
