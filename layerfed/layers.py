@@ -8,8 +8,7 @@ by every client in every round [S, section V].
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -18,6 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerfed.block_finder import (
+    LayerMapError,
+    find_blocks,
+    lies_in,
+    match_blocks,
+    match_head,
+    refuse_lazy,
+    refuse_left_over,
+    refuse_no_head,
+    some,
+)
+
 __all__ = ["Layer", "LayerMap", "LayerMapError", "digest", "fingerprint"]
 
 EMBEDDINGS, HEAD = "embeddings", "head"
@@ -25,10 +36,6 @@ EMBEDDINGS, HEAD = "embeddings", "head"
 # What stands beside the blocks' container but is registered before the blocks and used after them, as
 # open_clip's `proj`. Everything else before the blocks is an embedding.
 LATE = {"proj", "ln_post", "logit_scale", "logit_bias", "head", "classifier", "lm_head"}
-
-
-class LayerMapError(ValueError):
-    """A model that cannot be split as asked; the message says what is in the way and what to do."""
 
 
 @dataclass(frozen=True)
@@ -74,72 +81,54 @@ class LayerMap:
         Embeddings, the blocks in forward order, head.
     aliases : Mapping[str, str]
         Tied names, each with the name its tensor stands under.
+    shapes : Mapping[str, tuple[int, ...]]
+        Of all parameters and buffers.
     """
 
     layers: tuple[Layer, ...]
     aliases: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, *, blocks: str | None = None, head: Sequence[str] = ()
+        cls, model: nn.Module, *, blocks: str | None = None, head: str | Sequence[str] = ()
     ) -> LayerMap:
         """Split a model.
 
-        The blocks are the longest run of same-class modules that follow each other, outermost first;
-        parameters before them are embeddings, parameters after them the head.
+        The blocks are the members of the outermost list of composite modules, or siblings of one class
+        that follow each other (see `block_finder`). Parameters before them are embeddings, parameters
+        after them the head; one that is tied and stands in both is an embedding.
 
         Parameters
         ----------
         model : nn.Module
         blocks : str, optional
             Names of the blocks instead, with `*` for one part of a name: `encoder.layer.*`, or several,
-            separated by commas: `layer1.*, layer2.*`.
-        head : Sequence[str]
-            Name prefixes of more tensors that belong to the head.
+            separated by commas: `layer1.*, layer2.*`. Of a stack of which some blocks are chosen, those
+            before are embeddings; those after must be named in the head.
+        head : str or Sequence[str]
+            Names of more modules or tensors that belong to the head, wherever they stand.
 
         Raises
         ------
         LayerMapError
-            If there are no blocks to be found, several candidates, or tensors that cannot be placed.
+            If there are no blocks to be found, several candidates, tensors that cannot be placed, names
+            that do not exist, or modules whose parameters are not initialised yet.
         """
-        names = _matching(model, blocks) if blocks else _find_blocks(model)
-        owner = _Placement(model, names, tuple(head))
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        layer_of = {name: owner.of_tensor(name) for name in tensors}
-        _refuse_orphans(layer_of)
-        aliases = _aliases(model)
-        _refuse_shared_blocks(aliases, layer_of, owner)
-        kept = set(model.state_dict(keep_vars=True))
-        modules = _outermost(model, layer_of, owner)
-        parameters = [name for name, _ in model.named_parameters()]
-        buffers = [name for name, _ in model.named_buffers()]
-
-        def layer(name: str, kind: Literal["embeddings", "block", "head"]) -> Layer:
-            mine = tuple(n for n in parameters if layer_of[n] == name)
-            also = tuple(n for n in buffers if layer_of[n] == name)
-            travel = tuple(n for n in (*mine, *also) if n in kept)
-            return Layer(
-                name=name,
-                kind=kind,
-                parameters=mine,
-                buffers=also,
-                tensors=travel,
-                modules=tuple(m for m, where in modules.items() if where == name),
-                elements=sum(tensors[n].numel() for n in mine),
-                bytes=sum(tensors[n].numel() * tensors[n].element_size() for n in travel),
-            )
-
-        found = (
-            layer(EMBEDDINGS, "embeddings"),
-            *(layer(name, "block") for name in owner.blocks.values()),
-            layer(HEAD, "head"),
-        )
-        if not found[-1].parameters:
-            raise LayerMapError(
-                f"nothing follows the blocks ({names[0]} … {names[-1]}), so there is no head to "
-                "train; name the blocks with a pattern (model.blocks) or the head (model.head)"
-            )
-        return cls(found, aliases)
+        refuse_lazy(model)
+        prefixes = match_head(model, head)
+        names = match_blocks(model, blocks) if blocks else find_blocks(model, prefixes)
+        names = [name for name in names if not lies_in(name, prefixes)]
+        if not names:
+            raise LayerMapError(f"model.head = '{', '.join(prefixes)}' leaves no blocks to select")
+        owner = _Placement(model, names, prefixes)
+        layer_of, aliases = _place(model, owner)
+        refuse_left_over(model, names, prefixes)
+        layers = _layers(model, layer_of, _outermost(model, layer_of, owner), len(names))
+        if not layers[-1].parameters:
+            refuse_no_head(names)
+        shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+        return cls(layers, aliases, shapes)
 
     @property
     def embeddings(self) -> Layer:
@@ -190,44 +179,56 @@ class LayerMap:
         return self._by_tensor[self.aliases.get(tensor, tensor)]
 
     def check(self, model: nn.Module) -> None:
-        """Make sure that a model has exactly the tensors of this map.
+        """Make sure that a model has exactly the tensors of this map, in the same shapes.
 
         Raises
         ------
         LayerMapError
-            Naming the tensors that are missing or too many.
+            Naming the tensors that are missing, too many, or of other shapes.
         """
-        theirs = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        mine = set(self._by_tensor)
-        if theirs != mine:
-            raise LayerMapError(
-                f"the model lacks {_some(mine - theirs)} and has {_some(theirs - mine)} besides"
-            )
+        theirs = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+        if theirs.keys() != self.shapes.keys():
+            lacks = sorted(self.shapes.keys() - theirs.keys())
+            besides = sorted(theirs.keys() - self.shapes.keys())
+            raise LayerMapError(f"the model lacks {some(lacks)} and has {some(besides)} besides")
+        other = [
+            f"{name} {shape} instead of {self.shapes[name]}"
+            for name, shape in theirs.items()
+            if shape != self.shapes[name]
+        ]
+        if other:
+            raise LayerMapError(f"the model has other shapes: {some(other)}")
 
 
 class _Placement:
     """Says which layer a tensor or module belongs to, by its name and its place in the model."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], head: tuple[str, ...]) -> None:
-        self.blocks = {module: f"blocks.{index}" for index, module in enumerate(blocks)}
+    def __init__(self, model: nn.Module, blocks: Sequence[str], head: Sequence[str]) -> None:
+        modules = dict(model.named_modules())
+        block = {id(modules[name]): f"blocks.{index}" for index, name in enumerate(blocks)}
+        # A block that is used more than once is one block under all its names.
+        self.blocks = {
+            name: block[id(module)]
+            for name, module in model.named_modules(remove_duplicate=False)
+            if id(module) in block
+        }
         self.head = head
-        order = [name for name, _ in _walk(model)]
-        self._position = {name: index for index, name in enumerate(order)}
-        self._first = self._position[blocks[0]]
-        self._last = self._position[blocks[-1]]
+        self._position = {name: index for index, (name, _) in enumerate(_walk(model))}
+        self._first = min(self._position[name] for name in self.blocks)
+        self._last = max(self._position[name] for name in self.blocks)
         self._inert = {
             name
-            for name, module in model.named_modules()
+            for name, module in modules.items()
             if not any(True for _ in module.parameters()) and any(True for _ in module.buffers())
         }
 
     def of_tensor(self, name: str) -> str | None:
         """Return the layer's name, or None for a tensor that stands between the blocks."""
+        if lies_in(name, self.head):
+            return HEAD
         inside = self.block_of(name)
         if inside:
             return inside
-        if any(name == prefix or name.startswith(prefix + ".") for prefix in self.head):
-            return HEAD
         owner = name.rpartition(".")[0]
         if owner in self._inert:
             # Rotary tables and the like: used by all blocks, trained by none.
@@ -259,7 +260,7 @@ class _Placement:
 
     def of_module(self, name: str) -> str | None:
         """Return the layer of a module that has no tensors (dropout, activations)."""
-        return self.block_of(name) or self._around(name)
+        return HEAD if lies_in(name, self.head) else self.block_of(name) or self._around(name)
 
 
 def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -273,98 +274,6 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from _walk(child, f"{prefix}{name}.")
 
 
-def _find_blocks(model: nn.Module) -> list[str]:
-    """Return the names of the longest run of same-class modules, outermost runs first."""
-    outer: list[_Run] = []
-    inner: list[_Run] = []
-    for parent, module in model.named_modules():
-        taken = {path for run in outer for path in run.paths}
-        inside = any(parent == path or parent.startswith(path + ".") for path in taken)
-        new = [run for run in _runs(parent, module) if not taken.issuperset(run.paths)]
-        (inner if inside else outer).extend(new)
-    # Three embeddings or projections beside each other are a run too, but never what is meant where
-    # there are modules made of others.
-    runs = [run for run in outer if run.composite] or outer
-    if not runs:
-        raise LayerMapError(
-            "no blocks were found: no two modules of one class follow each other; name them with a "
-            "pattern (model.blocks), as in 'encoder.layer.*'"
-        )
-    best = max(runs, key=lambda run: len(run.paths))
-    # An encoder beside a decoder of its class, or stages that hold longer stacks than they are.
-    rivals = [run for run in runs if run.kind == best.kind and run is not best]
-    rivals += [run for run in inner if run.composite and len(run.paths) > len(best.paths)]
-    if rivals:
-        raise LayerMapError(
-            f"several stacks could be the blocks ({best.paths[0]} …, {rivals[0].paths[0]} …); name "
-            "them with a pattern (model.blocks), as in 'encoder.layer.*'"
-        )
-    return best.paths
-
-
-@dataclass
-class _Run:
-    """Modules of one class that follow each other."""
-
-    kind: str
-    composite: bool
-    paths: list[str]
-
-
-def _runs(parent: str, module: nn.Module) -> list[_Run]:
-    """Return the runs of two or more same-class modules among a module's children.
-
-    A container of same-class modules stands for its members, so that the stages of a ResNet are one
-    run; modules without parameters (activations) do not break a run.
-    """
-    # Path, module, and whether it stands in a container: an embedding beside a list of blocks of its
-    # class is not one of them.
-    members: list[tuple[str, nn.Module, bool]] = []
-    for name, child in module.named_children():
-        path = f"{parent}.{name}" if parent else name
-        inner = list(child.named_children())
-        if (
-            isinstance(child, nn.Sequential | nn.ModuleList)
-            and len({type(m) for _, m in inner}) == 1
-        ):
-            members += [(f"{path}.{n}", m, True) for n, m in inner]
-        elif any(True for _ in child.parameters()):
-            members.append((path, child, False))
-    runs: list[_Run] = []
-    last: tuple[type, bool] | None = None
-    for path, member, contained in members:
-        if last == (type(member), contained):
-            runs[-1].paths.append(path)
-        else:
-            composite = any(True for _ in member.children())
-            runs.append(_Run(type(member).__name__, composite, [path]))
-        last = type(member), contained
-    return [run for run in runs if len(run.paths) > 1]
-
-
-def _matching(model: nn.Module, patterns: str) -> list[str]:
-    """Return the modules that patterns name, in the order of registration."""
-    wanted = [p.strip() for p in patterns.split(",") if p.strip()]
-    rules = [
-        re.compile(re.escape(p).replace(r"\*", "[^.]+").replace(r"\{\}", "[^.]+")) for p in wanted
-    ]
-    names = [name for name, _ in model.named_modules() if name]
-    for pattern, rule in zip(wanted, rules, strict=True):
-        if not any(rule.fullmatch(name) for name in names):
-            near = ", ".join(names[:12])
-            raise LayerMapError(
-                f"model.blocks = '{pattern}' matches no module; modules begin with: {near}"
-            )
-    found = [name for name in names if any(rule.fullmatch(name) for rule in rules)]
-    for name in found:
-        nested = [other for other in found if other.startswith(name + ".")]
-        if nested:
-            raise LayerMapError(
-                f"model.blocks = '{patterns}' matches {name} and {nested[0]} inside it"
-            )
-    return found
-
-
 def _outermost(
     model: nn.Module, layer_of: Mapping[str, str | None], owner: _Placement
 ) -> dict[str, str]:
@@ -376,7 +285,7 @@ def _outermost(
             layer_of.get(f"{name}.{t}")
             for t, _ in (*module.named_parameters(), *module.named_buffers())
         } - {None}
-        if len(inside) > 1 or name in {b.rpartition(".")[0] for b in owner.blocks}:
+        if len(inside) > 1 or any(block.startswith(name + ".") for block in owner.blocks):
             for child, inner in module.named_children():
                 visit(f"{name}.{child}", inner)
             return
@@ -389,68 +298,97 @@ def _outermost(
     return found
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Return the names that tied tensors go by besides their first."""
-    first: dict[int, str] = {}
-    aliases = {}
-    walks: tuple[Callable[..., Iterator[tuple[str, Tensor]]], ...] = (
-        model.named_parameters,
-        model.named_buffers,
-    )
-    for walk in walks:
-        for name, tensor in walk(remove_duplicate=False):
-            canonical = first.setdefault(id(tensor), name)
-            if canonical != name:
-                aliases[name] = canonical
-    return aliases
-
-
-def _refuse_orphans(layer_of: Mapping[str, str | None]) -> None:
-    orphans = {name for name, where in layer_of.items() if where is None}
+def _place(model: nn.Module, owner: _Placement) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the layer of every tensor, and the names that tied tensors go by besides their first."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in _tensors(model, tied=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    blocks = set(owner.blocks.values())
+    layer_of: dict[str, str] = {}
+    orphans = []
+    for names in groups.values():
+        places = [owner.of_tensor(name) for name in names]
+        if blocks.intersection(places) and len(set(places)) > 1:
+            other = next(i for i, place in enumerate(places) if place != places[0])
+            raise LayerMapError(
+                f"'{names[other]}' and '{names[0]}' are one tensor in two layers ({places[other]}, "
+                f"{places[0]}); a layer that is used twice cannot be selected by halves: name blocks "
+                "that share nothing (model.blocks)"
+            )
+        # Tied with the head, embeddings stay what they are: frozen.
+        place = EMBEDDINGS if EMBEDDINGS in places else next(filter(None, places), None)
+        if place is None:
+            orphans.append(names[0])
+        else:
+            layer_of[names[0]] = place
     if orphans:
         raise LayerMapError(
-            f"these tensors stand between the blocks and belong to none: {_some(orphans)}; name the "
-            "blocks with a pattern that covers them (model.blocks), or add them to the head "
-            "(model.head)"
+            "these tensors stand between the blocks and belong to none: "
+            f"{some(sorted(orphans))}; name the blocks with a pattern that covers them "
+            "(model.blocks), or add them to the head (model.head)"
+        )
+    return layer_of, {name: first for first, *others in groups.values() for name in others}
+
+
+def _layers(
+    model: nn.Module,
+    layer_of: Mapping[str, str],
+    modules: Mapping[str, str],
+    num_blocks: int,
+) -> tuple[Layer, ...]:
+    """Return the layers in order, each with what lies in it."""
+    tensors = _tensors(model)
+    kept = set(model.state_dict(keep_vars=True))
+    parameters = [name for name, _ in model.named_parameters()]
+    buffers = [name for name, _ in model.named_buffers()]
+
+    def layer(name: str, kind: Literal["embeddings", "block", "head"]) -> Layer:
+        mine = tuple(n for n in parameters if layer_of[n] == name)
+        also = tuple(n for n in buffers if layer_of[n] == name)
+        travel = tuple(n for n in (*mine, *also) if n in kept)
+        return Layer(
+            name=name,
+            kind=kind,
+            parameters=mine,
+            buffers=also,
+            tensors=travel,
+            modules=tuple(m for m, where in modules.items() if where == name),
+            elements=sum(tensors[n].numel() for n in mine),
+            bytes=sum(tensors[n].numel() * tensors[n].element_size() for n in travel),
         )
 
-
-def _refuse_shared_blocks(
-    aliases: Mapping[str, str], layer_of: Mapping[str, str | None], owner: _Placement
-) -> None:
-    for alias, canonical in aliases.items():
-        here, there = owner.block_of(alias), layer_of[canonical]
-        if here and here != there:
-            raise LayerMapError(
-                f"'{alias}' and '{canonical}' are one tensor in two layers ({here}, {there}); a layer "
-                "that is used twice cannot be selected by halves: name blocks that share nothing "
-                "(model.blocks)"
-            )
+    middle = (layer(f"blocks.{index}", "block") for index in range(num_blocks))
+    return (layer(EMBEDDINGS, "embeddings"), *middle, layer(HEAD, "head"))
 
 
-def _some(names: set[str]) -> str:
-    if not names:
-        return "nothing"
-    shown = sorted(names)[:5]
-    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _tensors(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name; tied ones under their first, or under all."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=not tied)),
+        **dict(model.named_buffers(remove_duplicate=not tied)),
+    }
 
 
 def digest(tensors: Mapping[str, np.ndarray | Tensor]) -> str:
     """Return the content digest of a layer: 32 hex digits over names, dtypes, shapes and bytes.
 
-    The same for a torch tensor and a numpy array of equal content.
+    The same for a torch tensor and a numpy array of equal content, in any order of the mapping, of
+    memory, or of bytes in a number.
     """
     state = hashlib.blake2b(digest_size=16)
-    for name, value in tensors.items():
+    for name in sorted(tensors):
+        value = tensors[name]
         if isinstance(value, Tensor):
-            value = value.detach().cpu()
             kind = str(value.dtype).removeprefix("torch.")
-            # numpy has no bfloat16; its bits are as good.
-            array = (value.view(torch.int16) if kind == "bfloat16" else value).numpy()
+            flat = value.detach().cpu().contiguous().view(-1)
+            # As bytes, since numpy lacks bfloat16 and others.
+            content = flat.view(torch.uint8).numpy()
         else:
-            array, kind = value, str(value.dtype)
-        state.update(f"{name}:{kind}:{tuple(array.shape)};".encode())
-        state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            native = value.dtype.newbyteorder("=")
+            kind = str(native)
+            content = np.ascontiguousarray(value, dtype=native).reshape(-1).view(np.uint8)
+        state.update(f"{name}:{kind}:{tuple(value.shape)};".encode())
+        state.update(content.data)
     return state.hexdigest()
 
 

@@ -1,0 +1,385 @@
+"""Which modules of a model are its blocks: by search, or by the user's patterns.
+
+A stack is what a forward pass goes through one after another: the members of a list of composite
+modules, or siblings of one class. The blocks are the stack that holds most of the parameters, unless
+another one could as well be meant; then the user is asked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NoReturn
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+__all__ = [
+    "LayerMapError",
+    "find_blocks",
+    "lies_in",
+    "match_blocks",
+    "match_head",
+    "refuse_lazy",
+    "refuse_left_over",
+    "refuse_no_head",
+    "some",
+]
+
+# A stack whose modules are this much smaller than the blocks is a stem or a neck, not a rival.
+FAR_SMALLER = 0.1
+
+
+class LayerMapError(ValueError):
+    """A model that cannot be split as asked; the message says what is in the way and what to do."""
+
+
+def find_blocks(model: nn.Module, head: Sequence[str] = ()) -> list[str]:
+    """Return the names of the blocks, input first, leaving out what lies in the head.
+
+    Raises
+    ------
+    LayerMapError
+        If there is no stack, or several that could be meant; with a pattern that works.
+    """
+    found = _stacks(dict(model.named_modules()), "", head)
+    # Projections beside each other are a stack too, but not where there are modules made of others.
+    found = [stack for stack in found if stack.composite] or found
+    if not found:
+        raise LayerMapError(
+            "no blocks were found: no list of modules, and no two modules of one class that follow "
+            f"each other; name them with a pattern, as in model.blocks = '{_any_block(model, head)}'"
+        )
+    best = max(found, key=lambda stack: stack.elements)
+    meant = [stack for stack in found if stack is best or stack.rivals(best)]
+    # Stages that hold longer stacks than they are; not layers that each hold the same experts.
+    longer = [s for s in best.inner if s.composite and len(s.paths) > len(best.paths)]
+    inner = longer if len(meant) == 1 and not best.alike else []
+    if len(meant) > 1 or inner:
+        shown = [f"'{_pattern(model, stack.paths)}'" for stack in (*meant, *inner)]
+        raise LayerMapError(
+            f"several stacks could be the blocks: {some(shown)}; choose one, as in model.blocks = "
+            f"'{_pattern(model, meant[-1].paths)}'"
+        )
+    return list(best.paths)
+
+
+def match_blocks(model: nn.Module, patterns: str) -> list[str]:
+    """Return the modules with parameters that patterns name, in the order of registration.
+
+    Raises
+    ------
+    LayerMapError
+        If a pattern matches nothing, or a module and another inside it.
+    """
+    wanted = [p.strip() for p in patterns.split(",") if p.strip()]
+    if not wanted:
+        raise LayerMapError(
+            f"model.blocks = '{patterns}' names nothing; give a pattern, as in 'encoder.layer.*', or "
+            "leave it empty to have the blocks found"
+        )
+    rules = [
+        re.compile(re.escape(p).replace(r"\*", "[^.]+").replace(r"\{\}", "[^.]+")) for p in wanted
+    ]
+    names = [name for name, module in model.named_modules() if name and _has_parameters(module)]
+    for pattern, rule in zip(wanted, rules, strict=True):
+        if not any(rule.fullmatch(name) for name in names):
+            raise LayerMapError(
+                f"model.blocks = '{pattern}' matches no module with parameters; {_near(pattern, names)}"
+            )
+    found = [name for name in names if any(rule.fullmatch(name) for rule in rules)]
+    for name in found:
+        nested = [other for other in found if other.startswith(name + ".")]
+        if nested:
+            raise LayerMapError(
+                f"model.blocks = '{patterns}' matches {name} and {nested[0]} inside it"
+            )
+    return found
+
+
+def match_head(model: nn.Module, head: str | Sequence[str]) -> list[str]:
+    """Return the names that more of the head is given by: modules or tensors.
+
+    Raises
+    ------
+    LayerMapError
+        If there is no such name.
+    """
+    given = head.split(",") if isinstance(head, str) else head
+    wanted = [name.strip() for name in given if name.strip()]
+    modules = model.named_modules(remove_duplicate=False)
+    parameters = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    names = [name for name, _ in (*modules, *parameters, *buffers) if name]
+    for name in wanted:
+        if name not in names:
+            raise LayerMapError(
+                f"model.head = '{name}' is no module or tensor; {_near(name, names)}"
+            )
+    return wanted
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model with tensors that have no size yet.
+
+    Raises
+    ------
+    LayerMapError
+        Naming them.
+    """
+    lazy = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
+    if lazy:
+        raise LayerMapError(
+            f"{some(lazy)} are not initialised yet, so they have no size; run one batch through the "
+            "model before it is split into layers"
+        )
+
+
+def refuse_left_over(model: nn.Module, blocks: Sequence[str], head: Sequence[str]) -> None:
+    """Refuse blocks that leave others after them: the head would take these in by itself.
+
+    Raises
+    ------
+    LayerMapError
+        Naming the rest of the blocks' own stack, or a whole stack that rivals it.
+    """
+    modules = dict(model.named_modules())
+    order = {name: index for index, name in enumerate(modules)}
+    final = [name for name, module in modules.items() if _has_parameters(module)][-1]
+    chosen = _Stack.of({name: modules[name] for name in blocks})
+
+    def touched(path: str) -> bool:
+        return any(lies_in(path, [block]) or lies_in(block, [path]) for block in blocks)
+
+    top = _stacks(modules, "", head)
+    for stack in (*top, *(deep for outer in top for deep in outer.within())):
+        rest = [p for p in stack.paths if order[p] > order[blocks[-1]] and not touched(p)]
+        if not stack.composite and rest[-1:] == [final]:
+            # The last of some plain linear layers is a head.
+            rest.pop()
+        own = any(touched(path) for path in stack.paths)
+        if rest and (own or (stack in top and stack.composite and stack.rivals(chosen))):
+            pattern = _pattern(model, rest)
+            raise LayerMapError(
+                f"after the blocks ({blocks[0]} … {blocks[-1]}) follow {some(rest)}, which every client "
+                "would always train; add them to the blocks, as in model.blocks = "
+                f"'{_pattern(model, blocks)}, {pattern}', or, if that is meant, to the head, as in "
+                f"model.head = '{pattern.replace('.*', '')}'"
+            )
+
+
+def refuse_no_head(blocks: Sequence[str]) -> NoReturn:
+    """Say what to do about a model that ends with its blocks.
+
+    Raises
+    ------
+    LayerMapError
+        Always.
+    """
+    *rest, last = blocks
+    example = f"model.blocks = '{', '.join(rest)}' with model.head = '{last}'"
+    raise LayerMapError(
+        f"nothing follows the blocks ({blocks[0]} … {last}), so there is no head to train; name the "
+        "head, if it is registered before them (model.head)"
+        + (f", or make it of the last of them, as in {example}" if rest else "")
+    )
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A module that may be of a stack.
+
+    Attributes
+    ----------
+    path : str
+    module : nn.Module
+    group : str
+        Empty for an attribute of its parent, "listed" for one of several things in a list, or the list
+        of nothing but such modules that it was taken out of.
+    kinds : frozenset[type]
+        The classes in its list, or its own.
+    """
+
+    path: str
+    module: nn.Module
+    group: str
+    kinds: frozenset[type]
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Modules that follow each other.
+
+    Attributes
+    ----------
+    paths : tuple[str, ...]
+    kinds : frozenset[type]
+        Their classes.
+    composite : bool
+        Whether they are made of other modules.
+    alike : bool
+        Whether there are several, all with parameters of the same names and shapes.
+    listed : bool
+        Whether they stand in a list.
+    elements : int
+        Number of their parameter elements.
+    inner : tuple[_Stack, ...]
+        Stacks inside them.
+    """
+
+    paths: tuple[str, ...]
+    kinds: frozenset[type]
+    composite: bool
+    alike: bool
+    listed: bool
+    elements: int
+    inner: tuple[_Stack, ...] = field(repr=False)
+
+    @classmethod
+    def of(
+        cls, members: Mapping[str, nn.Module], *, listed: bool = False, inner: Iterable[_Stack] = ()
+    ) -> _Stack:
+        """Make a stack of modules by their names."""
+        modules = list(members.values())
+        shapes = {tuple((n, p.shape) for n, p in m.named_parameters()) for m in modules}
+        return cls(
+            paths=tuple(members),
+            kinds=frozenset(type(m) for m in modules),
+            composite=_is_composite(modules[0]),
+            alike=len(modules) > 1 and len(shapes) == 1,
+            listed=listed,
+            elements=sum(p.numel() for m in modules for p in m.parameters()),
+            inner=tuple(inner),
+        )
+
+    def rivals(self, best: _Stack) -> bool:
+        """Return whether this could be the blocks too: of the same class, or long and not small."""
+        mean, theirs = (s.elements / len(s.paths) for s in (self, best))
+        return bool(self.kinds & best.kinds) or (
+            len(self.paths) > 1 and mean >= FAR_SMALLER * theirs
+        )
+
+    def within(self) -> Iterator[_Stack]:
+        """Yield the stacks inside, and those inside these."""
+        for stack in self.inner:
+            yield stack
+            yield from stack.within()
+
+
+def _stacks(modules: Mapping[str, nn.Module], parent: str, head: Sequence[str]) -> list[_Stack]:
+    """Return the outermost stacks in a module, each with those inside it."""
+    found: list[_Stack] = []
+    members = _members(modules, parent, head)
+    for (_, group), run in groupby(members, key=lambda member: (member.kinds, member.group)):
+        together = {member.path: member.module for member in run}
+        inner = [stack for path in together for stack in _stacks(modules, path, head)]
+        if _is_stack(group, list(together.values()), inner):
+            found.append(_Stack.of(together, listed=group != "", inner=inner))
+        else:
+            found += inner
+    return found
+
+
+def _is_stack(group: str, modules: Sequence[nn.Module], inner: Sequence[_Stack]) -> bool:
+    first = modules[0]
+    if isinstance(first, nn.Embedding | nn.EmbeddingBag):
+        return False
+    if group == "":
+        # An encoder beside a decoder: what counts is the list in each.
+        holds_lists = isinstance(first, nn.ModuleList) or any(
+            s.composite and s.listed for s in inner
+        )
+        return len(modules) > 1 and not holds_lists
+    return len(modules) > 1 or group != "listed"
+
+
+def _members(
+    modules: Mapping[str, nn.Module], parent: str, head: Sequence[str]
+) -> Iterator[_Member]:
+    """Yield a module's children that have parameters, lists of composite modules by their members.
+
+    Sequentials beside each other are one list, as the stages of a ResNet; activations between modules
+    do not part them. A module that is registered twice counts where it is first.
+    """
+
+    def children(path: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in modules[path].named_children():
+            full = f"{path}.{name}" if path else name
+            if full in modules and _has_parameters(child) and not lies_in(full, head):
+                yield full, child
+
+    group = "listed" if isinstance(modules[parent], nn.Sequential | nn.ModuleList) else ""
+    for path, child in children(parent):
+        if _is_list(child):
+            kinds = frozenset(type(m) for m in child.children())
+            origin = "Sequential" if isinstance(child, nn.Sequential) else path
+            yield from (_Member(name, m, origin, kinds) for name, m in children(path))
+        else:
+            yield _Member(path, child, group, frozenset({type(child)}))
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Return whether a module is nothing but a list of composite modules; a Sequential, of a class."""
+    children = list(module.children())
+    if isinstance(module, nn.Sequential):
+        fits = len({type(child) for child in children}) == 1
+    else:
+        fits = isinstance(module, nn.ModuleList)
+    return fits and all(_is_composite(child) and _has_parameters(child) for child in children)
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _any_block(model: nn.Module, head: Sequence[str]) -> str:
+    """Return a module that can be a block, with something left for the head."""
+    path, inside = "", model
+    while True:
+        children = {f"{path}{n}": c for n, c in inside.named_children() if _has_parameters(c)}
+        if len(children) != 1:
+            break
+        path, inside = next((f"{name}.", child) for name, child in children.items())
+    sizes = {
+        name: sum(p.numel() for p in child.parameters())
+        for name, child in children.items()
+        if not lies_in(name, head)
+    }
+    before = list(sizes) if head else list(sizes)[:-1]
+    return max(reversed(before), key=sizes.__getitem__, default="encoder.layer.*")
+
+
+def _pattern(model: nn.Module, paths: Sequence[str]) -> str:
+    """Return a pattern of exactly these modules: `layer1.*, layer2.0`."""
+    modules = dict(model.named_modules())
+    parts = []
+    for parent, inside in groupby(paths, key=lambda path: path.rpartition(".")[0]):
+        mine = list(inside)
+        theirs = [n for n, child in modules[parent].named_children() if _has_parameters(child)]
+        parts.append(f"{parent}.*" if parent and len(theirs) == len(mine) else ", ".join(mine))
+    return ", ".join(parts)
+
+
+def lies_in(name: str, prefixes: Iterable[str]) -> bool:
+    """Return whether a name is one of some modules' or lies inside one."""
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    """Return the rest of a message on a name that does not exist: the names most like it."""
+    close = difflib.get_close_matches(name, names, n=8, cutoff=0.5)
+    return f"near it are: {', '.join(close)}" if close else f"there are: {', '.join(names[:12])}"
+
+
+def some(names: Sequence[str]) -> str:
+    """Return at most five names, and how many more there are."""
+    if not names:
+        return "nothing"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
