@@ -98,7 +98,7 @@ def run(
         from layerfed.runs import ProgressLine
         from layerfed.strategies import RoundFailed
 
-        logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.WARNING)
+        logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
         chosen, why = choose_engine(config, wanted)
         console.print(
             f"[bold]{config.task.name}[/] · {config.strategy.name} · "
@@ -145,7 +145,7 @@ def compare(
         base = _load(settings)
         from layerfed.compare import Cell, cells, run_missing, write_tables
         from layerfed.engine import choose_engine, run_on
-        from layerfed.strategies import STRATEGIES
+        from layerfed.strategies import STRATEGIES, RoundFailed
 
         directory = directory.resolve()
         grid = cells(
@@ -159,7 +159,11 @@ def compare(
         logging.getLogger("flwr").setLevel(logging.WARNING)
 
         def run_cell(cell: Cell) -> None:
-            folder = run_on(chosen, cell.config)
+            try:
+                folder = run_on(chosen, cell.config)
+            except RoundFailed as error:
+                console.print(f"{cell.name:<28} [red]failed[/]: {_escape(str(error))}")
+                return
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             console.print(
                 f"{cell.name:<28} accuracy {summary['accuracy']:.2%}  {summary['seconds']:.0f} s",

@@ -20,7 +20,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
-from layerfed.config import Flat, RunConfig, TrainConfig
+from layerfed.config import ConfigError, Flat, RunConfig, TrainConfig
 from layerfed.exchange import (
     Description,
     ResidentModel,
@@ -46,8 +46,6 @@ class Workbench:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
         self.task: Task = load_task(config)
         self.device = _device(config.run.device)
         self.resident = ResidentModel(self.task.build_model, self.task.layers, self.device)
@@ -97,10 +95,14 @@ def workbench(flat: Flat) -> Workbench:
             "run": config.run.model_copy(update={"name": "", "dir": ""}),
         }
     )
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
     return _workbench(shared)
 
 
 def _device(name: str) -> torch.device:
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"run.device = '{name}', but there is no CUDA device; use auto or cpu")
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

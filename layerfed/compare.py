@@ -162,7 +162,7 @@ def write_tables(rows: Iterable[tuple[Cell, dict[str, Any]]], directory: Path) -
     seeds = len({cell.seed for cell, _ in found})
     lines = [
         f"Final test accuracy in %, mean ± standard deviation over {seeds} seeds. Bytes (in % of "
-        f"full-model exchange) and TFLOPs (probe included) at R = {budgets[0] if budgets else '-'}.",
+        "full-model exchange) and TFLOPs (probe included) at the first budget a strategy has.",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),

@@ -34,6 +34,7 @@ class _Section(BaseModel):
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
+        strict=True,  # no "3" or true for a number
         populate_by_name=True,
         alias_generator=lambda name: name.replace("_", "-"),
     )
@@ -62,7 +63,7 @@ class FederationConfig(_Section):
     clients: Positive = 10
     clients_per_round: Positive = 10
     rounds: Positive = 30
-    min_replies: Positive = 1
+    min_replies: Annotated[int, Field(ge=0)] = 0
     timeout: Annotated[float, Field(gt=0)] = 3600.0
 
     @model_validator(mode="after")
@@ -79,6 +80,11 @@ class FederationConfig(_Section):
             )
         return self
 
+    @property
+    def needed_replies(self) -> int:
+        """Usable updates a round needs: `min-replies`, or half of the round's clients."""
+        return self.min_replies or -(-self.clients_per_round // 2)
+
 
 class StrategyConfig(_Section):
     """Who picks the layers, and how."""
@@ -89,7 +95,7 @@ class StrategyConfig(_Section):
     probe_batches: Annotated[int, Field(ge=0)] = 1
     solver: Literal["auto", "lagrangian", "milp"] = "auto"
     solver_seconds: Annotated[float, Field(gt=0)] = 10.0
-    solver_gap: Annotated[float, Field(ge=0)] = 1e-6
+    solver_gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
 
 
 class BudgetConfig(_Section):
@@ -237,8 +243,11 @@ def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
         except OSError as error:
             raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from None
         try:
-            flat = json.loads(text) if file.suffix == ".json" else flatten(tomllib.loads(text))
+            table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
         except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"{file} is not valid {file.suffix.lstrip('.')}: {error}") from None
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file} holds no table of settings, but a {type(table).__name__}")
+        flat = flatten(table)
     flat.update(parse_override(text) for text in overrides)
     return RunConfig.from_flat(flat)

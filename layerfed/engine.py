@@ -6,6 +6,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
+from logging import DEBUG
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -15,12 +16,13 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from layerfed.client_app import build_client_app, client_app, workbench
-from layerfed.config import Flat, RunConfig
+from layerfed.config import ConfigError, Flat, RunConfig
 from layerfed.records import Observer
 from layerfed.server_app import build_server_app, build_strategy
 
@@ -119,6 +121,7 @@ class InProcessGrid(Grid):
         try:
             return self._app(message, self._contexts[message.metadata.dst_node_id])
         except Exception as error:  # any error of a client is that client's reply
+            log(DEBUG, "a client raised", exc_info=error)
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
@@ -183,6 +186,12 @@ def run_on(
         )
         server(grid, context)
     else:
+        cores = os.cpu_count() or 1
+        if config.run.client_cpus > cores:
+            raise ConfigError(
+                f"run.client-cpus = {config.run.client_cpus:g}, but this machine has {cores}: no "
+                "client could ever run"
+            )
         _run_ray(server, config, flat, verbose)
     return folders[0]
 

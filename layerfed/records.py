@@ -46,7 +46,11 @@ class SelectionRecord:
 
 @dataclass
 class RoundRecord:
-    """One round, filled in as it goes. Bytes are those of tensors and statistics, without framing."""
+    """One round, filled in as it goes.
+
+    Bytes are those of the tensors and statistics of usable replies, without framing. `peak_memory` is
+    the most any client stated: of the round on CUDA, of its process since it started elsewhere.
+    """
 
     round: int
     selection: SelectionRecord | None = None

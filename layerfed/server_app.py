@@ -51,7 +51,7 @@ def build_strategy(config: RunConfig, layers: LayerMap) -> SelectiveStrategy:
         budget=Budgets(config.budget, layer_costs(layers, config.budget.unit), config.run.seed),
         clients_per_round=config.federation.clients_per_round,
         clients=config.federation.clients,
-        min_replies=config.federation.min_replies,
+        min_replies=config.federation.needed_replies,
         lr_decay=config.train.lr_decay,
         probe_batches=section.probe_batches,
         client_evaluation=config.task.local_test > 0,

@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 # A client's say in the mean is its example count, which it states itself; beyond this it is no count.
-MAX_EXAMPLES = 2**31
+MAX_EXAMPLES = 2**29
 # No gradient of finite float32 numbers comes near; beyond, sums over clients could overflow.
 MAX_STATISTIC = 1e100
 # Room for the header of the npy format beside an array's own bytes.

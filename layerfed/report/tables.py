@@ -36,6 +36,8 @@ def run_table(folder: Path) -> Table:
         f"{summary['flops_probe'] / 1e12:.3f} TFLOPs probing",
         "time": f"{summary['seconds']:.1f} s for {summary['rounds']} rounds ({summary['engine']})",
     }
+    if summary["failures"]:
+        rows["failures"] = f"{summary['failures']} replies missing or refused: see metrics.jsonl"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

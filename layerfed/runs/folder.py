@@ -68,6 +68,7 @@ class RunFolder(Observer):
             ("bytes_up", "bytes_down", "bytes_full_up", "bytes_full_down", "flops", "flops_probe"),
             0,
         )
+        self._failures = 0
         self._accuracies: list[float | None] = []
         _write(path / "config.json", config.to_flat())
         self._summarise("running")
@@ -155,6 +156,7 @@ class RunFolder(Observer):
         }
         for key in self._totals:
             self._totals[key] += getattr(record, key)
+        self._failures += len(record.failures)
         self._accuracies.append(record.accuracy)
         self._append("metrics.jsonl", line)
         if record.selection is not None:
@@ -187,6 +189,7 @@ class RunFolder(Observer):
                 "best_accuracy": max(scored, default=None),
                 "seconds": time.monotonic() - self._began,
                 **self._totals,
+                "failures": self._failures,
                 "status": status,
                 **more,
                 "versions": {

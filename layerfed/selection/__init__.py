@@ -7,9 +7,12 @@ import time
 from dataclasses import replace
 from typing import Literal, get_args
 
+import numpy as np
+
 from layerfed.selection.canonical import canonicalise
 from layerfed.selection.lagrangian import certify, solve_lagrangian
 from layerfed.selection.milp import solve_milp
+from layerfed.selection.oracle import ClientOracle
 from layerfed.selection.problem import PROVEN, Selection, SelectionError, SelectionProblem
 from layerfed.selection.reduction import Reduction
 from layerfed.selection.scale import scale_consistency
@@ -73,6 +76,14 @@ def solve(
         If ``"milp"`` was asked for and no backend is installed or none found masks in time.
     """
     _check_arguments(solver, time_limit, gap)
+    if problem.consistency == 0.0 and problem.clients > 1:
+        return _solve_apart(problem, solver, time_limit, gap)
+    return _solve_together(problem, solver, time_limit, gap)
+
+
+def _solve_together(
+    problem: SelectionProblem, solver: Solver, time_limit: float, gap: float
+) -> Selection:
     started = time.perf_counter()
     deadline = started + time_limit
     if solver == "milp" and problem.clients:
@@ -101,6 +112,24 @@ def _warn(selection: Selection, gap: float, seconds: float, time_limit: float) -
         time_limit,
         selection.solver,
     )
+
+
+def _solve_apart(
+    problem: SelectionProblem, solver: Solver, time_limit: float, gap: float
+) -> Selection:
+    """Solve λ = 0, where clients have nothing to do with each other.
+
+    Each client's gains are brought to one scale first: tolerances are relative to the whole instance,
+    and a client of small gradients would else be taken for one without any.
+    """
+    started = time.perf_counter()
+    scale = np.abs(problem.values).max(axis=1, keepdims=True)
+    scaled = replace(problem, values=problem.values / np.where(scale > 0, scale, 1.0))
+    found = _solve_together(scaled, solver, time_limit, gap)
+    best = ClientOracle(problem).best(problem.values)
+    bound = float(problem.values[best].sum())
+    seconds = time.perf_counter() - started
+    return Selection.certified(problem, found.masks, bound, found.solver, seconds)
 
 
 def _check_arguments(solver: str, time_limit: float, gap: float) -> None:

@@ -236,7 +236,8 @@ class SelectiveStrategy(Strategy):
         model = self.model = self.model or GlobalModel(self.layers, arrays)
         if not self.population.refresh(grid, self.timeout):
             raise RoundFailed(f"round {server_round}: no client is connected any more")
-        self.round = Round(server_round, model, self.population.nodes, self.timeout)
+        examples = {c: self.population.description(c).examples for c in self.population.nodes}
+        self.round = Round(server_round, model, self.population.nodes, self.timeout, examples)
         record = self.round.record
         with self._phase("sample"):
             clients = self.population.sample(
@@ -250,7 +251,7 @@ class SelectiveStrategy(Strategy):
                 raise self.round.failed("probe", self.min_replies)
             selection = record.selection = self._select(clients, statistics)
         lr = config.get("lr")
-        if isinstance(lr, float):
+        if isinstance(lr, int | float):
             record.lr = lr * self.lr_decay ** (server_round - 1)
             config = ConfigRecord({**config, "lr": record.lr})
         record.bytes_full_down = model.bytes(self.layers.names) * len(clients)

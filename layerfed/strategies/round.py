@@ -42,16 +42,24 @@ class Round:
         Node id of each client, by partition id.
     timeout : float
         Seconds that a message is worth answering.
+    examples : Mapping[int, int], optional
+        d_i as each client stated it when it joined, by partition id; an update may not claim more.
     """
 
     def __init__(
-        self, number: int, model: GlobalModel, nodes: Mapping[int, int], timeout: float
+        self,
+        number: int,
+        model: GlobalModel,
+        nodes: Mapping[int, int],
+        timeout: float,
+        examples: Mapping[int, int] | None = None,
     ) -> None:
         self.record = RoundRecord(number)
         self._model = model
         self._nodes = nodes
         self._partitions = {node: partition for partition, node in nodes.items()}
         self._timeout = timeout
+        self._examples = examples or {}
         self._mean = MaskedMean(model.layers)
         self._losses: dict[int, tuple[int, float]] = {}
 
@@ -94,6 +102,11 @@ class Round:
             trained = self._trained_by(partition)
             expected = {t: v for name in trained for t, v in self._model.layer(name).items()}
             train = read_train_reply(answer, expected)
+            most = self._examples.get(partition, train.examples)
+            if train.examples > most:
+                raise RefusedReply(
+                    f"it claims {train.examples} examples, and had {most} on joining"
+                )
             self._mean.add(trained, train.update, train.examples)
             record, metrics = self.record, train.metrics
             record.replies += 1

@@ -94,6 +94,8 @@ def flower(tmp_path: Path) -> dict[str, str]:
     return {
         **os.environ,
         **QUIET,
+        # `flwr` finds its SuperLink on the path, which an environment need not be activated to use.
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),

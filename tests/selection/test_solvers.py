@@ -198,3 +198,14 @@ def brute_force_one(problem: SelectionProblem) -> np.ndarray:
 def knapsack_with_gap() -> SelectionProblem:
     """Parameter costs on which the Lagrangian bound does not meet the optimum."""
     return random_problem(3, 8, 8, relative=0.3, cost="parameters")
+
+
+def test_without_consistency_no_client_depends_on_the_gradients_of_another() -> None:
+    values = np.random.default_rng(0).uniform(1, 10, (10, 12))
+    values[3] *= 1e-11
+    values[7, 5] = 1e12
+    budgets = np.ones(10)
+    for solver in ("auto", "lagrangian", "milp"):
+        found = solve(SelectionProblem(values, np.ones(12), budgets, 0.0), solver=solver)
+        assert found.masks.argmax(axis=1).tolist() == values.argmax(axis=1).tolist()
+        assert found.masks.sum(axis=1).tolist() == [1] * 10
