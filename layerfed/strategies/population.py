@@ -17,6 +17,10 @@ from layerfed.seeding import Stream, generator
 __all__ = ["Population", "RoundFailed"]
 
 POLL_SECONDS = 1.0
+# What a node gets to say who it is, and how often it is asked: one that is silent must not hold up a
+# federation for the whole timeout of a training round.
+PATIENCE_SECONDS = 120.0
+ATTEMPTS = 3
 
 
 class RoundFailed(RuntimeError):
@@ -44,7 +48,9 @@ class Population:
         self.at_least = at_least
         self.num_blocks = num_blocks
         self._described: dict[int, Description] = {}
-        self._refused: set[int] = set()
+        self._refused: dict[int, str] = {}
+        self._errors: dict[int, list[str]] = {}
+        self._started = False
         self.nodes: dict[int, int] = {}
         """Connected clients: node id by partition id."""
 
@@ -53,11 +59,19 @@ class Population:
 
         Raises
         ------
+        ConfigError
+            If the federation is of another size than the configuration says. Once the run goes on, a
+            newcomer that does not fit is left out instead.
         RoundFailed
-            If they are not within `timeout` seconds.
+            If they are not connected within `timeout` seconds, or none can describe itself.
         """
         deadline, said = time.monotonic() + timeout, -1
         while len(self.refresh(grid, timeout)) < self.at_least:
+            connected = set(grid.get_node_ids())
+            hopeless = {n for n in connected if n in self._refused or self._gave_up(n)}
+            if connected and hopeless == connected:
+                reasons = [*self._refused.values(), *(e[-1] for e in self._errors.values())]
+                raise RoundFailed(f"no node could describe itself: {'; '.join(reasons[:3])}")
             if time.monotonic() > deadline:
                 raise RoundFailed(
                     f"{len(self.nodes)} clients after {timeout:g} s, "
@@ -67,45 +81,54 @@ class Population:
                 said = len(self.nodes)
                 log(INFO, "waiting for clients: %d of %d", said, self.at_least)
             time.sleep(POLL_SECONDS)
+        self._started = True
 
     def refresh(self, grid: Grid, timeout: float) -> Mapping[int, int]:
-        """Ask nodes that are new who they are, and return the connected ones by partition id."""
+        """Ask nodes that are new who they are, and return the connected ones by partition id.
+
+        A node that answers with nonsense is left out for good; one that answers with an error, or not
+        in time, is asked again with the next refresh, a few times.
+        """
         connected = sorted(grid.get_node_ids())
-        unknown = [n for n in connected if n not in self._described and n not in self._refused]
-        questions = [
-            instruction("query.describe", node, server_round=0, timeout=timeout) for node in unknown
+        unknown = [
+            node
+            for node in connected
+            if node not in self._described and node not in self._refused and not self._gave_up(node)
         ]
-        for node, reply in exchange(grid, questions, timeout):
-            if reply is None:
-                continue  # asked again in the next round
+        patience = min(timeout, PATIENCE_SECONDS)
+        questions = [
+            instruction("query.describe", node, server_round=0, timeout=patience)
+            for node in unknown
+        ]
+        for node, reply in exchange(grid, questions, patience):
+            if reply is None or reply.has_error():
+                reason = "no reply in time" if reply is None else str(reply.error.reason)
+                self._errors.setdefault(node, []).append(reason)
+                log(WARNING, "node %d did not describe itself: %s", node, reason)
+                continue
             try:
-                if reply.has_error():
-                    raise RefusedReply(reply.error.reason)
                 self._described[node] = read_description(reply, self.num_blocks)
             except RefusedReply as error:
-                self._refused.add(node)
+                self._refused[node] = str(error)
                 log(WARNING, "node %d is left out, its description was refused: %s", node, error)
-        if unknown and len(self._refused) == len(connected):
-            raise RoundFailed("no node could describe itself; the warnings above say why")
+        # Whoever held a partition keeps it, whatever the ids of those who come later.
+        holders = set(self.nodes.values())
         self.nodes = {}
-        for node in connected:
-            if node in self._described:
+        for node in sorted(connected, key=lambda n: (n not in holders, n)):
+            if node in self._described and node not in self._refused:
                 self._place(node, self._described[node])
         return self.nodes
 
+    def _gave_up(self, node: int) -> bool:
+        return len(self._errors.get(node, ())) >= ATTEMPTS
+
     def _place(self, node: int, description: Description) -> None:
-        stated = description.partitions
-        if self.expected is not None and stated is not None and stated != self.expected:
-            raise ConfigError(
-                f"federation.clients = {self.expected}, but the federation has {stated} SuperNodes; "
-                f'start it with --federation-config "num-supernodes={self.expected}", or set '
-                f"federation.clients={stated}"
-            )
-        if self.expected is not None and description.partition >= self.expected:
-            raise ConfigError(
-                f"a node holds partition {description.partition}, but federation.clients = "
-                f"{self.expected} allows 0 to {self.expected - 1}"
-            )
+        if misfit := self._misfit(description):
+            if not self._started:
+                raise ConfigError(misfit)
+            self._refused[node] = misfit
+            log(WARNING, "node %d is left out: %s", node, misfit)
+            return
         other = self.nodes.setdefault(description.partition, node)
         if other != node:
             log(
@@ -115,6 +138,24 @@ class Population:
                 node,
                 description.partition,
             )
+
+    def _misfit(self, description: Description) -> str | None:
+        """Say how a node does not fit the federation that is configured, if it does not."""
+        if self.expected is None:
+            return None
+        if description.partitions not in (None, self.expected):
+            return (
+                f"federation.clients = {self.expected}, but the federation has "
+                f"{description.partitions} SuperNodes; start it with --federation-config "
+                f'"num-supernodes={self.expected}", or set federation.clients='
+                f"{description.partitions}"
+            )
+        if description.partition >= self.expected:
+            return (
+                f"a node holds partition {description.partition}, but federation.clients = "
+                f"{self.expected} allows 0 to {self.expected - 1}"
+            )
+        return None
 
     def description(self, partition: int) -> Description:
         """Return what a connected client said of itself."""
