@@ -290,11 +290,11 @@ class SelectiveStrategy(Strategy):
 
     def summary(self) -> None:
         """Log what will run."""
-        embeddings, head = self.layers.embeddings, self.layers.head
+        layers = self.layers
         log(INFO, "%s strategy", self.name)
-        log(INFO, "\t├── selectable layers: %d", self.layers.num_blocks)
-        log(INFO, "\t├── always trained: head (%d parameters)", head.elements)
-        log(INFO, "\t├── never trained: embeddings (%d parameters)", embeddings.elements)
+        log(INFO, "\t├── selectable layers: %d", layers.num_blocks)
+        log(INFO, "\t├── always trained: head (%d parameters)", layers.head.elements)
+        log(INFO, "\t├── frozen: embeddings (%d parameters)", layers.embeddings.elements)
         log(INFO, "\t├── budget: %s", self.budgets)
         log(INFO, "\t└── clients a round: %s", self.clients_per_round or "all")
 
@@ -351,9 +351,8 @@ class SelectiveStrategy(Strategy):
                 f"shape {shape} are due: a row for each client, a column for each layer"
             )
         budgets = candidates.budgets
-        problem = SelectionProblem(
-            np.zeros(shape), candidates.costs, budgets, 0.0, candidates.depth_costs
-        )
+        nothing = np.zeros(shape)
+        problem = SelectionProblem(nothing, candidates.costs, budgets, 0.0, candidates.depth_costs)
         if self.within_budget and not problem.feasible(masks):
             worst = int(np.argmax(problem.spent(masks) - budgets))
             raise ValueError(
@@ -363,13 +362,12 @@ class SelectiveStrategy(Strategy):
 
     def _train_metrics(self) -> MetricRecord:
         record = self.round.record
-        assert record.train_loss is not None
-        return MetricRecord({"loss": record.train_loss, "replies": record.replies})
+        return MetricRecord({"loss": record.train_loss or 0.0, "replies": record.replies})
 
     def _evaluate_on_clients(self, config: ConfigRecord, grid: Grid, result: Result) -> None:
         assert self.model is not None
-        number = self.round.record.round
-        messages = self.configure_evaluate(number, self.model.record(), config, grid)
+        number, arrays = self.round.record.round, self.model.record()
+        messages = self.configure_evaluate(number, arrays, config, grid)
         means = self.round.take_evaluations(exchange(grid, messages, self.timeout))
         metrics = self._client_metrics(means)
         if metrics is not None:
