@@ -95,7 +95,7 @@ class SelectiveStrategy(Strategy):
     seed : int (default: 0)
         Seed of sampling and of random masks.
     observers : Sequence[Observer] (default: ())
-        Told of each phase and round: run folder, progress line, trackers.
+        Told of each phase and round: run folder, progress line.
     """
 
     name: ClassVar[str]
@@ -159,7 +159,6 @@ class SelectiveStrategy(Strategy):
             self.population.wait(grid, timeout)
             self.budgets.check_measured(map(self.population.description, self.population.nodes))
 
-    # ------------------------------------------------------------------------------- the loop
     def start(
         self,
         grid: Grid,
@@ -351,8 +350,8 @@ class SelectiveStrategy(Strategy):
                 f"shape {shape} are due: a row for each client, a column for each layer"
             )
         budgets = candidates.budgets
-        nothing = np.zeros(shape)
-        problem = SelectionProblem(nothing, candidates.costs, budgets, 0.0, candidates.depth_costs)
+        costs, depth = candidates.costs, candidates.depth_costs
+        problem = SelectionProblem(np.zeros(shape), costs, budgets, 0.0, depth)
         if self.within_budget and not problem.feasible(masks):
             worst = int(np.argmax(problem.spent(masks) - budgets))
             raise ValueError(
@@ -362,7 +361,8 @@ class SelectiveStrategy(Strategy):
 
     def _train_metrics(self) -> MetricRecord:
         record = self.round.record
-        return MetricRecord({"loss": record.train_loss or 0.0, "replies": record.replies})
+        assert record.train_loss is not None
+        return MetricRecord({"loss": record.train_loss, "replies": record.replies})
 
     def _evaluate_on_clients(self, config: ConfigRecord, grid: Grid, result: Result) -> None:
         assert self.model is not None
