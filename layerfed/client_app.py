@@ -12,7 +12,6 @@ import sys
 import time
 from functools import lru_cache
 from itertools import islice
-from typing import cast
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from layerfed.exchange import (
     read_mask,
     train_reply,
 )
+from layerfed.node_config import NodeConfig
 from layerfed.seeding import Stream, generator, torch_seed
 from layerfed.task import Examples, Task, load_task
 from layerfed.task.costs import MEASURED_UNITS, MeasuredUnit, measure_costs
@@ -108,14 +108,6 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _partition(context: Context) -> int:
-    if "partition-id" not in context.node_config:
-        raise ValueError(
-            'this node has no partition; start it with --node-config "partition-id=0 num-partitions=1"'
-        )
-    return int(cast(int, context.node_config["partition-id"]))
-
-
 def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
     """Return what builds the local optimiser from the parameters to train."""
     if train.optimizer == "adamw":
@@ -137,21 +129,20 @@ def _peak_memory(device: torch.device) -> float:
 
 def describe(message: Message, context: Context) -> Message:
     """Say which partition this node holds, how many examples, and what it can afford."""
-    partition, node = _partition(context), context.node_config
+    node = NodeConfig.read(context.node_config)
     bench = workbench(context.run_config)
     # A partition that is not there is refused by the server, in words a user can act on.
-    exists = partition < bench.config.federation.clients
-    partitions = node.get("num-partitions")
+    exists = node.partition_id < bench.config.federation.clients
     # The workbench does not know the budget's unit: runs that differ in it share one.
     unit = RunConfig.from_flat(context.run_config).budget.unit
     costs = depth_costs = None
     if exists and unit in MEASURED_UNITS:
-        costs, depth_costs = (tuple(x) for x in bench.costs(partition, unit))
+        costs, depth_costs = (tuple(x) for x in bench.costs(node.partition_id, unit))
     description = Description(
-        partition=partition,
-        examples=len(bench.examples(partition)[0]) if exists else 1,
-        budget=float(cast(float, node["budget"])) if "budget" in node else None,
-        partitions=int(cast(int, partitions)) if partitions is not None else None,
+        partition=node.partition_id,
+        examples=len(bench.examples(node.partition_id)[0]) if exists else 1,
+        budget=node.budget,
+        partitions=node.num_partitions,
         costs=costs,
         depth_costs=depth_costs,
     )
@@ -162,7 +153,11 @@ def probe(message: Message, context: Context) -> Message:
     """Measure each layer's gradient at θ^t on this client's data."""
     bench = workbench(context.run_config)
     config = read_config(message)
-    partition, resident, train = _partition(context), bench.resident, bench.config.train
+    partition, resident, train = (
+        NodeConfig.read(context.node_config).partition_id,
+        bench.resident,
+        bench.config.train,
+    )
     resident.move_to(*read_manifest(message))
     examples, _ = bench.examples(partition)
     count = config["batches"] or -(-len(examples) // train.batch_size)
@@ -182,7 +177,11 @@ def train(message: Message, context: Context) -> Message:
     """Train the masked blocks and the head, and send back their updates only."""
     bench = workbench(context.run_config)
     config = read_config(message)
-    partition, resident, settings = _partition(context), bench.resident, bench.config.train
+    partition, resident, settings = (
+        NodeConfig.read(context.node_config).partition_id,
+        bench.resident,
+        bench.config.train,
+    )
     resident.move_to(*read_manifest(message))
     examples, _ = bench.examples(partition)
     steps = settings.local_steps or settings.local_epochs * -(-len(examples) // settings.batch_size)
@@ -215,7 +214,7 @@ def evaluate_locally(message: Message, context: Context) -> Message:
     """Evaluate the global model on this client's held-out examples."""
     bench = workbench(context.run_config)
     bench.resident.move_to(*read_manifest(message))
-    _, held_out = bench.examples(_partition(context))
+    _, held_out = bench.examples(NodeConfig.read(context.node_config).partition_id)
     batches = held_out.in_order(256, bench.device)
     accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
     return evaluate_reply(message, len(held_out), accuracy=accuracy, loss=loss)

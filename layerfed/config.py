@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-__all__ = ["ConfigError", "Flat", "RunConfig", "load_config"]
+__all__ = ["ConfigError", "Flat", "RunConfig", "explain", "load_config"]
 
 Scalar = str | int | float | bool
 Flat = dict[str, Scalar]
@@ -186,7 +186,7 @@ class RunConfig(_Section):
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
-            raise ConfigError(_explain(error)) from None
+            raise ConfigError(explain(error)) from None
 
     def to_flat(self) -> Flat:
         """Return every key with its value, in the order of the sections."""
@@ -194,22 +194,34 @@ class RunConfig(_Section):
         return {f"{s}.{k}": v for s, keys in nested.items() for k, v in keys.items()}
 
 
-def _explain(error: ValidationError) -> str:
-    """Turn pydantic's findings into one line a user can act on."""
+def explain(error: ValidationError, known: str = "") -> str:
+    """Turn pydantic's findings into one line a user can act on.
+
+    Parameters
+    ----------
+    error : pydantic.ValidationError
+    known : str
+        The keys there are, for an unknown one; empty takes those of the run configuration's section.
+    """
     lines = []
     for finding in error.errors():
         key = ".".join(str(part) for part in finding["loc"])
         if finding["type"] == "extra_forbidden":
-            section = str(finding["loc"][0])
-            fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-            allowed = ", ".join(f"{section}.{name.replace('_', '-')}" for name in fields)
-            lines.append(f"unknown key '{key}'; known keys: {allowed}")
+            lines.append(
+                f"unknown key '{key}'; known keys: {known or _section_keys(finding['loc'])}"
+            )
         elif finding["type"] == "value_error":
             lines.append(str(finding["ctx"]["error"]))
         else:
             rule = finding["msg"].removeprefix("Input should be ")
             lines.append(f"{key} = {finding['input']!r} is not allowed: it should be {rule}")
     return "; ".join(lines)
+
+
+def _section_keys(location: tuple[int | str, ...]) -> str:
+    section = str(location[0])
+    fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+    return ", ".join(f"{section}.{name.replace('_', '-')}" for name in fields)
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
