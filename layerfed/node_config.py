@@ -27,6 +27,11 @@ class NodeConfig(BaseModel):
         Into how many parts the data is cut.
     budget : float, optional
         What the node can afford to train, in the run's `budget.unit`; for `budget.kind = "per-node"`.
+    store : str
+        Folder where the node keeps layers between messages, or `memory` (this process, as long as it
+        lasts); empty takes the run's `exchange.store`.
+    store_size : float
+        Its limit in GB; 0 takes the run's `exchange.store-size`.
     """
 
     model_config = ConfigDict(
@@ -40,6 +45,8 @@ class NodeConfig(BaseModel):
     partition_id: Annotated[int, Field(ge=0)]
     num_partitions: Annotated[int, Field(ge=1)] | None = None
     budget: Annotated[float, Field(ge=0)] | None = None
+    store: str = ""
+    store_size: Annotated[float, Field(ge=0)] = 0.0
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> NodeConfig:
