@@ -95,7 +95,10 @@ def encode(values: np.ndarray) -> Array:
 
 def record_of(tensors: Mapping[str, np.ndarray]) -> ArrayRecord:
     """Return tensors as a record for a message."""
-    return ArrayRecord({name: encode(values) for name, values in tensors.items()})
+    record = ArrayRecord()
+    for name, values in tensors.items():
+        record[name] = encode(values)  # one by one: Flower's constructor would serialise them
+    return record
 
 
 def carried_bytes(arrays: Iterable[Array]) -> int:

@@ -208,6 +208,7 @@ class FolderStore(LayerStore):
     def _write(self, file: Path, tensors: Tensors) -> None:
         beside = self._beside(file)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared the cache
             save_file({n: np.asarray(t, order="C") for n, t in tensors.items()}, beside)
             os.replace(beside, file)
         except (OSError, SafetensorError) as error:
@@ -217,14 +218,18 @@ class FolderStore(LayerStore):
 
     def _evict(self, keep: Collection[Path]) -> None:
         found = []
-        for entry in os.scandir(self.folder):
-            with suppress(OSError):  # gone meanwhile, evicted by another process
-                found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+        with suppress(OSError):  # gone meanwhile, evicted by another process
+            for entry in os.scandir(self.folder):
+                with suppress(OSError):
+                    found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
         total = sum(size for _, size, _ in found)
         old = time.time() - LITTER_SECONDS
         for used, size, file in sorted(found):
-            litter = file.suffix == ".tmp" and used < old
-            if litter or (total > self.size and file.suffix == ".safetensors" and file not in keep):
+            if file.suffix == ".safetensors":
+                unwanted = total > self.size and file not in keep
+            else:
+                unwanted = used < old and file.name != IDENTITY
+            if unwanted:
                 with suppress(OSError):
                     file.unlink(missing_ok=True)
                     total -= size

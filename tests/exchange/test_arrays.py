@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
@@ -24,6 +24,13 @@ def test_nothing_is_serialised_until_it_is_asked_for() -> None:
     array = encode(values)
     assert isinstance(array, LiveArray)
     assert array._data is None
+    assert np.shares_memory(decode(array, (6,), np.dtype(float)), values)
+
+
+def test_a_record_keeps_the_arrays_as_they_are() -> None:
+    values = np.arange(6.0)
+    content = RecordDict({"arrays": record_of({"w": values})})
+    array = content.array_records["arrays"]["w"]
     assert np.shares_memory(decode(array, (6,), np.dtype(float)), values)
 
 
