@@ -117,17 +117,18 @@ class Budgets:
             raise ConfigError(first[1])
 
     def of(self, client: Description) -> float:
-        """Return R_i of one client.
+        """Return R_i of one client: what the run gives it, or what its node affords where that is less.
 
         Raises
         ------
         ConfigError
             If budgets are per node and the node states none.
         """
+        own = np.inf if client.budget is None else client.budget
         if self.config.kind == "identical":
-            return self.config.layers
+            return min(self.config.layers, own)
         if self.config.kind == "half-normal":
-            return self._half_normal(client.partition)
+            return min(self._half_normal(client.partition), own)
         if client.budget is None:
             raise ConfigError(
                 f"budget.kind = 'per-node', but the node of partition {client.partition} states no "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from typing import cast
@@ -20,7 +21,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
-from layerfed.config import ConfigError, Flat, RunConfig, TrainConfig
+from layerfed.budgets import layer_costs
+from layerfed.config import BudgetUnit, ConfigError, Flat, RunConfig, TrainConfig
 from layerfed.exchange import (
     CODECS,
     Description,
@@ -38,9 +40,10 @@ from layerfed.exchange import (
     train_reply,
 )
 from layerfed.node_config import NodeConfig
+from layerfed.node_limits import Allowance, LayerCosts, free_memory, paced
 from layerfed.seeding import Stream, generator, torch_seed
-from layerfed.task import Examples, Task, load_task
-from layerfed.task.costs import MEASURED_UNITS, MeasuredUnit, measure_costs
+from layerfed.task import Batch, Examples, Task, load_task
+from layerfed.task.costs import MEASURED_UNITS, MeasuredUnit, measure_costs, step_cost
 from layerfed.task.probe import probe_layers
 from layerfed.task.training import OptimizerFn, evaluate, train_update
 
@@ -66,8 +69,7 @@ class Workbench:
 
     def costs(self, partition: int, unit: MeasuredUnit) -> tuple[np.ndarray, np.ndarray]:
         """Return c_l and D_l as measured on this device, shape (L,) each; once a batch size."""
-        size = self.config.train.batch_size
-        batch = next(self.examples(partition)[0].in_order(size, self.device))
+        batch = self._batch(partition)
         key = unit, len(next(iter(batch.values())))
         if key not in self._costs:
             self._costs[key] = measure_costs(
@@ -80,19 +82,37 @@ class Workbench:
             )
         return self._costs[key]
 
+    def head_memory(self, partition: int) -> float:
+        """Return the bytes that a step of training the head alone takes on this device."""
+        return step_cost(
+            self.resident.model,
+            self.resident.layers,
+            [],
+            self._batch(partition),
+            self.task.loss,
+            "memory",
+            precision=self.config.train.precision,
+        )
+
+    def _batch(self, partition: int) -> Batch:
+        size = self.config.train.batch_size
+        return next(self.examples(partition)[0].in_order(size, self.device))
+
 
 @lru_cache(maxsize=2)
 def _workbench(config: RunConfig) -> Workbench:
     return Workbench(config)
 
 
-def workbench(flat: Flat) -> Workbench:
-    """Return the process's workbench for a run configuration.
+def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
+    """Return the process's workbench for a run configuration, and a node's own settings.
 
     Runs that differ only in strategy, budget or the run's name share one, so a sweep in one process
     loads data and model once.
     """
     config = RunConfig.from_flat(flat)
+    if node is not None:
+        config = node.applied_to(config)
     defaults = RunConfig()
     shared = config.model_copy(
         update={
@@ -100,7 +120,7 @@ def workbench(flat: Flat) -> Workbench:
             "budget": defaults.budget,
             "server": defaults.server,
             "exchange": defaults.exchange,
-            "run": config.run.model_copy(update={"name": "", "dir": ""}),
+            "run": config.run.model_copy(update={"name": "", "dir": "", "threads": 0}),
         }
     )
     if config.run.threads:
@@ -143,21 +163,51 @@ def node_store(context: Context) -> LayerStore:
     return open_store(str(store), float(cast(float, size)))
 
 
+def _allowance(
+    node: NodeConfig, bench: Workbench, context: Context, *, anew: bool = False
+) -> Allowance | None:
+    """Return what this node affords in the run: worked out once, or `anew`."""
+    # The workbench does not know the budget's unit: runs that differ in it share one.
+    unit = RunConfig.from_flat(context.run_config).budget.unit
+    if node.budget is None:
+        return None
+    if not anew and (known := Allowance.recall(context.state, unit)) is not None:
+        return known
+
+    def costs(unit: BudgetUnit) -> LayerCosts:
+        same = layer_costs(bench.resident.layers, unit)
+        if same is not None:
+            return LayerCosts(same, np.zeros_like(same))
+        return LayerCosts(*bench.costs(node.partition_id, cast(MeasuredUnit, unit)))
+
+    found = Allowance.of(
+        node,
+        unit,
+        costs,
+        free=lambda: free_memory(bench.device),
+        head=lambda: bench.head_memory(node.partition_id),
+    )
+    assert found is not None  # it has a budget
+    found.remember(context.state)
+    return found
+
+
 def describe(message: Message, context: Context) -> Message:
     """Say which partition this node holds, how many examples, and what it can afford."""
     node = NodeConfig.read(context.node_config)
-    bench = workbench(context.run_config)
+    bench = workbench(context.run_config, node)
     # A partition that is not there is refused by the server, in words a user can act on.
     exists = node.partition_id < bench.config.federation.clients
-    # The workbench does not know the budget's unit: runs that differ in it share one.
     unit = RunConfig.from_flat(context.run_config).budget.unit
-    costs = depth_costs = None
-    if exists and unit in MEASURED_UNITS:
-        costs, depth_costs = (tuple(x) for x in bench.costs(node.partition_id, unit))
+    costs = depth_costs = allowance = None
+    if exists:
+        allowance = _allowance(node, bench, context, anew=True)
+        if unit in MEASURED_UNITS:
+            costs, depth_costs = (tuple(x) for x in bench.costs(node.partition_id, unit))
     description = Description(
         partition=node.partition_id,
         examples=len(bench.examples(node.partition_id)[0]) if exists else 1,
-        budget=node.budget,
+        budget=None if allowance is None else allowance.budget,
         partitions=node.num_partitions,
         costs=costs,
         depth_costs=depth_costs,
@@ -167,13 +217,10 @@ def describe(message: Message, context: Context) -> Message:
 
 def probe(message: Message, context: Context) -> Message:
     """Measure each layer's gradient at θ^t on this client's data."""
-    bench = workbench(context.run_config)
+    node = NodeConfig.read(context.node_config)
+    bench = workbench(context.run_config, node)
     config = read_config(message)
-    partition, resident, train = (
-        NodeConfig.read(context.node_config).partition_id,
-        bench.resident,
-        bench.config.train,
-    )
+    partition, resident, train = node.partition_id, bench.resident, bench.config.train
     resident.move_to(*read_manifest(message), node_store(context))
     examples, _ = bench.examples(partition)
     count = config["batches"] or -(-len(examples) // train.batch_size)
@@ -191,13 +238,13 @@ def probe(message: Message, context: Context) -> Message:
 
 def train(message: Message, context: Context) -> Message:
     """Train the masked blocks and the head, and send back their updates only."""
-    bench = workbench(context.run_config)
+    node = NodeConfig.read(context.node_config)
+    bench = workbench(context.run_config, node)
     config = read_config(message)
-    partition, resident, settings = (
-        NodeConfig.read(context.node_config).partition_id,
-        bench.resident,
-        bench.config.train,
-    )
+    partition, resident, settings = node.partition_id, bench.resident, bench.config.train
+    mask = read_mask(message, resident.layers)
+    if (allowance := _allowance(node, bench, context)) is not None:
+        allowance.check(mask)
     resident.move_to(*read_manifest(message), node_store(context))
     examples, _ = bench.examples(partition)
     steps = settings.local_steps or settings.local_epochs * -(-len(examples) // settings.batch_size)
@@ -206,12 +253,16 @@ def train(message: Message, context: Context) -> Message:
     torch.manual_seed(torch_seed(seed, Stream.TRAIN, server_round, partition))  # dropout
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
+    batches: Iterator[Batch] = islice(
+        examples.shuffled(settings.batch_size, bench.device, rng), steps
+    )
+    if node.max_step_seconds is not None:
+        batches = paced(batches, node.max_step_seconds, bench.device)
     began = time.monotonic()
-    mask = read_mask(message, resident.layers)
     update, result = train_update(
         resident,
         mask,
-        islice(examples.shuffled(settings.batch_size, bench.device, rng), steps),
+        batches,
         bench.task.loss,
         _optimizer(settings, config["lr"]),
         precision=settings.precision,
@@ -238,9 +289,10 @@ def train(message: Message, context: Context) -> Message:
 
 def evaluate_locally(message: Message, context: Context) -> Message:
     """Evaluate the global model on this client's held-out examples."""
-    bench = workbench(context.run_config)
+    node = NodeConfig.read(context.node_config)
+    bench = workbench(context.run_config, node)
     bench.resident.move_to(*read_manifest(message), node_store(context))
-    _, held_out = bench.examples(NodeConfig.read(context.node_config).partition_id)
+    _, held_out = bench.examples(node.partition_id)
     batches = held_out.in_order(256, bench.device)
     accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
     return evaluate_reply(message, len(held_out), accuracy=accuracy, loss=loss)

@@ -16,12 +16,23 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-__all__ = ["ConfigError", "Flat", "RunConfig", "explain", "load_config"]
+__all__ = [
+    "BudgetUnit",
+    "ConfigError",
+    "DeviceName",
+    "Flat",
+    "RunConfig",
+    "Scalar",
+    "explain",
+    "load_config",
+]
 
 Scalar = str | int | float | bool
 Flat = dict[str, Scalar]
 
 StrategyName = Literal["ilp", "full", "top", "bottom", "both", "random", "snr", "rgn"]
+BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -103,7 +114,7 @@ class BudgetConfig(_Section):
     """How much each client can afford to train."""
 
     kind: Literal["identical", "half-normal", "per-node"] = "identical"
-    unit: Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"] = "layers"
+    unit: BudgetUnit = "layers"
     layers: Annotated[float, Field(ge=0)] = 1.0
     min: Annotated[float, Field(ge=0)] = 1.0
     max: Annotated[float, Field(ge=0)] = 4.0
@@ -167,7 +178,7 @@ class RunSection(_Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = ""
     dir: str = ""
     seed: Annotated[int, Field(ge=0)] = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: DeviceName = "auto"
     threads: Annotated[int, Field(ge=0)] = 1
     client_cpus: Annotated[float, Field(gt=0)] = 1.0
     client_gpus: Annotated[float, Field(ge=0)] = 0.25

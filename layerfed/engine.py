@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from logging import DEBUG
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from layerfed.client_app import build_client_app, client_app, workbench
-from layerfed.config import ConfigError, Flat, RunConfig
+from layerfed.config import ConfigError, Flat, RunConfig, Scalar
 from layerfed.records import Observer
 from layerfed.server_app import build_server_app, build_strategy
 
@@ -53,9 +54,17 @@ class InProcessGrid(Grid):
         Clients; node i holds partition i.
     run_config : Flat
         What each client's context says.
+    nodes : Sequence[Mapping[str, Scalar]] (default: ())
+        Further settings of the first so many nodes, as in `flower-supernode --node-config`.
     """
 
-    def __init__(self, client_app: ClientApp, num_supernodes: int, run_config: Flat) -> None:
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_supernodes: int,
+        run_config: Flat,
+        nodes: Sequence[Mapping[str, Scalar]] = (),
+    ) -> None:
         # Messages can only be made inside a run; this is one.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
         self._app = client_app
@@ -68,11 +77,12 @@ class InProcessGrid(Grid):
                     "partition-id": i,
                     "num-partitions": num_supernodes,
                     **HERE,
+                    **settings,
                 },
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
-            for i in range(num_supernodes)
+            for i, settings in zip(range(num_supernodes), chain(nodes, repeat({})), strict=False)
         }
         self._queue: deque[Message] = deque()
 
@@ -171,9 +181,20 @@ def run_on(
     config: RunConfig,
     observers: Sequence[Observer] = (),
     *,
+    nodes: Sequence[Mapping[str, Scalar]] = (),
     verbose: bool = False,
 ) -> Path:
     """Run a configuration on one machine and return the run folder.
+
+    Parameters
+    ----------
+    engine : {"inprocess", "ray"}
+    config : RunConfig
+    observers : Sequence[Observer] (default: ())
+    nodes : Sequence[Mapping[str, Scalar]] (default: ())
+        Settings that nodes of the in-process engine state of themselves, such as a budget each.
+    verbose : bool (default: False)
+        Whether Ray's own log is shown.
 
     Raises
     ------
@@ -187,10 +208,14 @@ def run_on(
     bench = workbench(flat)
     build_strategy(config, bench.resident.layers)
     bench.examples(0)
+    if nodes and engine != "inprocess":
+        raise ConfigError(
+            f"settings of nodes are for the in-process engine; Flower's {engine} sets its nodes' own"
+        )
     folders: list[Path] = []
     server = build_server_app(observers, folders.append)
     if engine == "inprocess":
-        grid = InProcessGrid(client_app, config.federation.clients, flat)
+        grid = InProcessGrid(client_app, config.federation.clients, flat, nodes)
         context = Context(
             run_id=1,
             node_id=SUPERLINK_NODE_ID,

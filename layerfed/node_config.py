@@ -6,12 +6,13 @@ the partition and its number; the rest have defaults.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from layerfed.config import ConfigError, explain
+from layerfed.config import BudgetUnit, ConfigError, DeviceName, RunConfig, explain
 
 __all__ = ["NodeConfig"]
 
@@ -25,8 +26,19 @@ class NodeConfig(BaseModel):
         Which part of the data the node holds.
     num_partitions : int, optional
         Into how many parts the data is cut.
-    budget : float, optional
-        What the node can afford to train, in the run's `budget.unit`; for `budget.kind = "per-node"`.
+    budget : float or "auto", optional
+        The most the node trains in a round, in `budget_unit`; the server can ask for less, never for
+        more. "auto" measures how much memory is free.
+    budget_unit : str, optional
+        Unit of `budget`, one of those of the run's `budget.unit`; layers where it is left out, and
+        then only in a run that counts in layers. A unit other than the run's is translated by what
+        the node measures.
+    device : str, optional
+        In place of the run's `run.device`.
+    threads : int, optional
+        In place of the run's `run.threads`.
+    max_step_seconds : float, optional
+        The node stops training in a round, with an error, once a step takes longer.
     store : str
         Folder where the node keeps layers between messages, or `memory` (this process, as long as it
         lasts); empty takes the run's `exchange.store`.
@@ -38,15 +50,40 @@ class NodeConfig(BaseModel):
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
+        strict=True,
         populate_by_name=True,
         alias_generator=lambda name: name.replace("_", "-"),
     )
 
     partition_id: Annotated[int, Field(ge=0)]
     num_partitions: Annotated[int, Field(ge=1)] | None = None
-    budget: Annotated[float, Field(ge=0)] | None = None
+    budget: float | Literal["auto"] | None = None
+    budget_unit: BudgetUnit | None = None
+    device: DeviceName | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
+    max_step_seconds: Annotated[float, Field(gt=0)] | None = None
     store: str = ""
     store_size: Annotated[float, Field(ge=0)] = 0.0
+
+    @field_validator("budget", mode="plain")
+    @classmethod
+    def _a_number_or_auto(cls, value: Any) -> Any:
+        # Pydantic's own words for a union name each of its members, which tells nobody what to do.
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value != "auto" and not (number and 0 <= value < math.inf):
+            raise ConfigError(
+                f"budget = {value!r} is not allowed: it should be 0 or more, or 'auto'"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _unit_of_a_number(self) -> NodeConfig:
+        if self.budget_unit is not None and not isinstance(self.budget, int | float):
+            raise ConfigError(
+                f"budget-unit = '{self.budget_unit}' goes with a number as budget; "
+                f"budget = {self.budget!r} has none"
+            )
+        return self
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> NodeConfig:
@@ -67,3 +104,9 @@ class NodeConfig(BaseModel):
         except ValidationError as error:
             known = ", ".join(name.replace("_", "-") for name in cls.model_fields)
             raise ConfigError(f"node-config: {explain(error, known)}") from None
+
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        """Return the run's configuration with what this node decides for itself in its place."""
+        own = {"device": self.device, "threads": self.threads}
+        section = config.run.model_copy(update={k: v for k, v in own.items() if v is not None})
+        return config.model_copy(update={"run": section})

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from layerfed.config import ConfigError
+from layerfed.config import ConfigError, RunConfig
 from layerfed.node_config import NodeConfig
 
 
 def test_settings_are_read() -> None:
-    node = NodeConfig.read({"partition-id": 1, "num-partitions": 4, "budget": 2})
-    assert (node.partition_id, node.num_partitions, node.budget) == (1, 4, 2.0)
+    node = NodeConfig.read(
+        {
+            "partition-id": 1,
+            "num-partitions": 4,
+            "budget": 2,
+            "budget-unit": "flops",
+            "device": "cuda:1",
+            "threads": 2,
+            "max-step-seconds": 3,
+        }
+    )
+    assert (node.partition_id, node.num_partitions) == (1, 4)
+    assert (node.budget, node.budget_unit) == (2, "flops")
+    assert (node.device, node.threads, node.max_step_seconds) == ("cuda:1", 2, 3)
 
 
 def test_only_the_partition_is_needed() -> None:
-    node = NodeConfig.read({"partition-id": 0})
-    assert node.num_partitions is None
-    assert node.budget is None
+    assert NodeConfig.read({"partition-id": 0}) == NodeConfig(partition_id=0)
 
 
 @pytest.mark.parametrize(
@@ -24,12 +34,32 @@ def test_only_the_partition_is_needed() -> None:
     [
         ({}, "no partition"),
         ({"partition-id": -1}, "partition-id = -1"),
-        ({"partition-id": 0, "budget": -2.0}, "budget = -2.0"),
-        ({"partition-id": 0, "budget": float("inf")}, "budget = inf"),
-        ({"partition-id": 0, "bugdet": 2}, "unknown key 'bugdet'; known keys: partition-id"),
+        ({"partition-id": "0"}, "partition-id = '0'"),
+        ({"budget": -2.0}, "budget = -2.0 is not allowed: it should be 0 or more, or 'auto'"),
+        ({"budget": float("inf")}, "budget = inf"),
+        ({"budget": "2"}, "budget = '2'"),
+        ({"budget": True}, "budget = True"),
+        ({"budget": 2, "budget-unit": "watts"}, "budget-unit = 'watts'"),
+        ({"budget": "auto", "budget-unit": "bytes"}, "budget-unit = 'bytes' goes with a number"),
+        ({"budget-unit": "bytes"}, "budget-unit = 'bytes' goes with a number"),
+        ({"device": "gpu"}, "device = 'gpu'"),
+        ({"threads": 0}, "threads = 0"),
+        ({"max-step-seconds": 0}, "max-step-seconds = 0"),
+        ({"bugdet": 2}, "unknown key 'bugdet'; known keys: partition-id"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, object], told: str) -> None:
+    if settings:
+        settings = {"partition-id": 0, **settings}
     with pytest.raises(ConfigError, match="node") as caught:
         NodeConfig.read(settings)
     assert told in str(caught.value)
+
+
+def test_a_node_decides_for_itself_what_it_runs_on() -> None:
+    config = RunConfig.from_flat({"run.device": "cuda", "run.threads": 1, "run.seed": 3})
+    node = NodeConfig.read({"partition-id": 0, "device": "cpu", "threads": 2})
+    assert node.applied_to(config).run == config.run.model_copy(
+        update={"device": "cpu", "threads": 2}
+    )
+    assert NodeConfig.read({"partition-id": 0}).applied_to(config) == config

@@ -248,7 +248,6 @@ class FolderStore(LayerStore):
         self._write(self._own_file(key), tensors)
 
 
-@lru_cache(maxsize=8)
 def open_store(location: str = "", gigabytes: float = 20.0) -> LayerStore:
     """Return the store at a location, one object a process.
 
@@ -265,7 +264,17 @@ def open_store(location: str = "", gigabytes: float = 20.0) -> LayerStore:
         If the folder cannot be written.
     """
     if location == MEMORY:
-        return MemoryStore()
+        return _memory()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(location).expanduser() if location else cache / "layerfed" / "layers"
-    return FolderStore(folder.resolve(), gigabytes * 1e9)
+    return _folder(folder.resolve(), gigabytes * 1e9)
+
+
+@lru_cache(maxsize=1)
+def _memory() -> MemoryStore:
+    return MemoryStore()
+
+
+@lru_cache(maxsize=8)
+def _folder(folder: Path, size: float) -> FolderStore:
+    return FolderStore(folder, size)

@@ -31,7 +31,7 @@ from layerfed.layers import LayerMap
 from layerfed.task.base import Batch
 from layerfed.task.training import LossFn, autocast, selected_layers
 
-__all__ = ["MEASURED_UNITS", "MeasuredUnit", "measure_costs"]
+__all__ = ["MEASURED_UNITS", "MeasuredUnit", "measure_costs", "step_cost"]
 
 MeasuredUnit = Literal["flops", "seconds", "memory"]
 MEASURED_UNITS: tuple[MeasuredUnit, ...] = ("flops", "seconds", "memory")
@@ -70,24 +70,39 @@ def measure_costs(
         c and D, shape (L,) each, non-negative, D non-increasing.
     """
     names = [block.name for block in layers.blocks]
-    device = next(model.parameters()).device
-    measure = {"flops": _flops, "seconds": _seconds, "memory": _memory}[unit]
 
     def cost(*selected: int) -> float:
-        with selected_layers(model, layers, [*(names[i] for i in selected), "head"]):
-            model.eval()  # costs are the same, and BatchNorm's statistics must not drift
-
-            def step() -> None:
-                with autocast(device, precision):
-                    value = loss(model, batch)
-                value.backward()  # type: ignore[no-untyped-call]
-
-            return measure(model, step)
+        chosen = [names[i] for i in selected]
+        return step_cost(model, layers, chosen, batch, loss, unit, precision=precision)
 
     nothing = cost()
     alone = np.array([cost(i) for i in range(len(names))]) - nothing
     with_first = np.array([cost(0, i) for i in range(1, len(names))]) - nothing
     return _split(alone, with_first)
+
+
+def step_cost(
+    model: nn.Module,
+    layers: LayerMap,
+    blocks: Iterable[str],
+    batch: Batch,
+    loss: LossFn,
+    unit: MeasuredUnit,
+    *,
+    precision: str = "float32",
+) -> float:
+    """Measure S(m), one step of training some blocks and the head; parameters as in `measure_costs`."""
+    device = next(model.parameters()).device
+    measure = {"flops": _flops, "seconds": _seconds, "memory": _memory}[unit]
+    with selected_layers(model, layers, [*blocks, "head"]):
+        model.eval()  # costs are the same, and BatchNorm's statistics must not drift
+
+        def step() -> None:
+            with autocast(device, precision):
+                value = loss(model, batch)
+            value.backward()  # type: ignore[no-untyped-call]
+
+        return measure(model, step)
 
 
 def _split(alone: np.ndarray, with_first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file
 
 from layerfed.client_app import build_client_app, client_app, workbench
-from layerfed.config import ConfigError, RunConfig, load_config
+from layerfed.config import ConfigError, RunConfig, Scalar, load_config
 from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import encode
 from layerfed.runs import read_lines
@@ -30,8 +30,13 @@ def configured(directory: Path, *overrides: str) -> RunConfig:
 class Recorded(InProcessGrid):
     """Keeps every training instruction and every reply."""
 
-    def __init__(self, config: RunConfig, app: ClientApp = client_app) -> None:
-        super().__init__(app, config.federation.clients, config.to_flat())
+    def __init__(
+        self,
+        config: RunConfig,
+        app: ClientApp = client_app,
+        nodes: Sequence[Mapping[str, Scalar]] = (),
+    ) -> None:
+        super().__init__(app, config.federation.clients, config.to_flat(), nodes)
         self.asked: list[Message] = []
         self.replies: list[tuple[Message, Message]] = []
 

@@ -167,13 +167,11 @@ def test_who_sees_the_same_folder_sees_the_same_store(tmp_path: Path) -> None:
 
 def test_one_location_is_one_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_store(str(tmp_path), 1.0) is open_store(str(tmp_path), 1.0)
-    assert open_store("memory") is open_store("memory")
+    assert open_store("memory", 1.0) is open_store("memory", 2.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    open_store.cache_clear()
     default = open_store()
     assert isinstance(default, FolderStore)
     assert default.folder == tmp_path / "layerfed" / "layers"
-    open_store.cache_clear()
 
 
 # ------------------------------------------------------------------------- many processes at once
