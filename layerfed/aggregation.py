@@ -34,8 +34,10 @@ class MaskedMean:
         self.weights: dict[str, int] = {}
         """Σ d_j over the clients that trained each layer."""
 
-    def add(self, trained: Iterable[str], update: Mapping[str, np.ndarray], examples: int) -> None:
-        """Fold in one client's update.
+    def add(
+        self, trained: Iterable[str], update: Mapping[str, np.ndarray], examples: int
+    ) -> dict[str, float]:
+        """Fold in one client's update; return ‖Δ_{i,l}‖² of each layer, over its parameters.
 
         Parameters
         ----------
@@ -46,15 +48,30 @@ class MaskedMean:
         examples : int
             d_i, the client's number of training examples.
         """
+        norms = {}
         for layer in trained:
             self.weights[layer] = self.weights.get(layer, 0) + examples
+            parameters, square = set(self._layers[layer].parameters), 0.0
             for name in self._layers[layer].tensors:
                 # d_i·Δ is exact in float64: 24 bits of mantissa times at most 29 bits of count.
                 term = np.multiply(update[name], examples, dtype=np.float64)
+                if name in parameters:
+                    square += float(np.vdot(term, term))
                 if name in self._sums:
                     self._sums[name] += term
                 else:
                     self._sums[name] = term
+            norms[layer] = square / examples**2
+        return norms
+
+    def changes(self, layer: str) -> list[np.ndarray]:
+        """Return the mean update of a layer's parameters, *times* `weights[layer]`, without a copy."""
+        return [self._sums[name] for name in self._layers[layer].parameters]
+
+    def norm_sq(self, layer: str) -> float:
+        """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters."""
+        square = sum(float(np.vdot(change, change)) for change in self.changes(layer))
+        return square / self.weights[layer] ** 2
 
     def pop(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's mean update by tensor, Σ_i w_{i,l} Δ_{i,l} in float64, and forget its sum."""

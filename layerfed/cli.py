@@ -120,8 +120,8 @@ def _print_summary(folder: Path) -> None:
 
     output = Console()
     output.print(run_table(folder))
-    for name in ("accuracy.png", "layers.png"):
-        output.print(f"picture     {folder / name}", soft_wrap=True, highlight=False)
+    for picture in sorted(folder.glob("*.png")):
+        output.print(f"picture     {picture}", soft_wrap=True, highlight=False)
     output.print(f"run folder  {folder}", soft_wrap=True, highlight=False)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from typing import cast
@@ -22,6 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
 from layerfed.budgets import layer_costs
+from layerfed.change_score import change_score, highest
 from layerfed.config import BudgetUnit, ConfigError, Flat, RunConfig, TrainConfig
 from layerfed.exchange import (
     CODECS,
@@ -37,8 +38,11 @@ from layerfed.exchange import (
     read_config,
     read_manifest,
     read_mask,
+    read_schedule,
+    read_upload,
     train_reply,
 )
+from layerfed.layers import LayerMap
 from layerfed.node_config import NodeConfig
 from layerfed.node_limits import Allowance, LayerCosts, free_memory, paced
 from layerfed.seeding import Stream, generator, torch_seed
@@ -243,11 +247,13 @@ def train(message: Message, context: Context) -> Message:
     config = read_config(message)
     partition, resident, settings = node.partition_id, bench.resident, bench.config.train
     mask = read_mask(message, resident.layers)
-    if (allowance := _allowance(node, bench, context)) is not None:
-        allowance.check(mask)
-    resident.move_to(*read_manifest(message), node_store(context))
     examples, _ = bench.examples(partition)
-    steps = settings.local_steps or settings.local_epochs * -(-len(examples) // settings.batch_size)
+    steps = settings.steps(len(examples))
+    schedule = read_schedule(message, resident.layers, steps)
+    if (allowance := _allowance(node, bench, context)) is not None:
+        for part, _steps in schedule:
+            allowance.check(part)
+    resident.move_to(*read_manifest(message), node_store(context))
     seed, server_round = bench.config.run.seed, config["round"]
     rng = generator(seed, Stream.TRAIN, server_round, partition)
     torch.manual_seed(torch_seed(seed, Stream.TRAIN, server_round, partition))  # dropout
@@ -266,12 +272,13 @@ def train(message: Message, context: Context) -> Message:
         bench.task.loss,
         _optimizer(settings, config["lr"]),
         precision=settings.precision,
+        schedule=schedule,
     )
     parts = compress(
         CODECS[config["codec"]],
         {
             layer: {t: update[t] for t in resident.layers[layer].tensors}
-            for layer in resident.layers.trained(mask)
+            for layer in _to_send(message, resident.layers, update)
         },
         node_store(context),
         f"{config['run']}/{partition}",
@@ -281,10 +288,23 @@ def train(message: Message, context: Context) -> Message:
         parts,
         len(examples),
         loss=result.loss,
+        steps=result.steps,
         flops=result.flops,
         seconds=time.monotonic() - began,
         **{"peak-memory": _peak_memory(bench.device)},
     )
+
+
+def _to_send(message: Message, layers: LayerMap, update: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the layers whose updates are due: all that were trained, or those that changed most."""
+    trained, upload = layers.trained(read_mask(message, layers)), read_upload(message)
+    if upload is None:
+        return trained
+    (count, norm), (*blocks, head) = upload, trained
+    scores = {
+        name: change_score((update[p] for p in layers[name].parameters), norm) for name in blocks
+    }
+    return [*highest(scores, count), head]
 
 
 def evaluate_locally(message: Message, context: Context) -> Message:

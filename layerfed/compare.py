@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerfed.config import ConfigError, RunConfig
+from layerfed.strategies import STRATEGIES
 
 __all__ = ["Cell", "cells", "finished", "write_tables"]
 
@@ -45,7 +46,8 @@ def cells(
 ) -> list[Cell]:
     """Return the runs of a grid, leaving out combinations that do not exist.
 
-    `full` has no budget and is run once a seed; `both` is undefined where every client has one layer.
+    A strategy that keeps to no budget (`full`, `fedtlu`) is run once a seed; `both` is undefined where
+    every client has one layer.
 
     Parameters
     ----------
@@ -66,7 +68,7 @@ def cells(
     grid = []
     for seed in seeds:
         for strategy in strategies:
-            for budget in ["-"] if strategy == "full" else budgets:
+            for budget in budgets if _has_budget(strategy) else ["-"]:
                 flat = base.to_flat() | {
                     "strategy.name": strategy,
                     "run.seed": seed,
@@ -78,6 +80,11 @@ def cells(
                     continue
                 grid.append(Cell(strategy, budget, seed, RunConfig.from_flat(flat)))
     return grid
+
+
+def _has_budget(strategy: str) -> bool:
+    # A name that is no strategy is refused with the configuration.
+    return strategy not in STRATEGIES or STRATEGIES[strategy].within_budget
 
 
 def _room_for_one(flat: dict[str, Any]) -> bool:
@@ -121,8 +128,8 @@ def finished(cell: Cell, directory: Path) -> dict[str, Any] | None:
 def write_tables(rows: Iterable[tuple[Cell, dict[str, Any]]], directory: Path) -> Path:
     """Write `runs.csv`, a line a run, and `table.md`, mean ± standard deviation over seeds.
 
-    The best accuracy of each budget is set in bold. `full` stands outside, as the paper's tables have
-    it. Returns the path of `table.md`.
+    The best accuracy of each budget is set in bold. Strategies without one stand outside, as `full`
+    does in the paper's tables. Returns the path of `table.md`.
     """
     found = list(rows)
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -141,7 +148,7 @@ def write_tables(rows: Iterable[tuple[Cell, dict[str, Any]]], directory: Path) -
     def row(strategy: str) -> list[str]:
         texts = []
         for budget in budgets:
-            key = (strategy, "-" if strategy == "full" else budget)
+            key = (strategy, budget if _has_budget(strategy) else "-")
             texts.append(_cell(groups.get(key), best[budget] if key[1] != "-" else None))
         first = next(g for (s, _), g in groups.items() if s == strategy)
         return [

@@ -30,7 +30,9 @@ __all__ = [
 Scalar = str | int | float | bool
 Flat = dict[str, Scalar]
 
-StrategyName = Literal["ilp", "full", "top", "bottom", "both", "random", "snr", "rgn"]
+StrategyName = Literal[
+    "ilp", "full", "top", "bottom", "both", "random", "cyclic", "snr", "rgn", "fedtlu"
+]
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Positive = Annotated[int, Field(ge=1)]
@@ -108,6 +110,14 @@ class StrategyConfig(_Section):
     solver: Literal["auto", "lagrangian", "milp"] = "auto"
     solver_seconds: Annotated[float, Field(gt=0)] = 10.0
     solver_gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    period: Positive = 1
+    form: Literal["paper", "code"] = "paper"
+    resample_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    side: Literal["server", "client"] = "server"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    norm: Literal["l1", "l2"] = "l2"
+    theory: bool = False
 
 
 class BudgetConfig(_Section):
@@ -152,6 +162,10 @@ class TrainConfig(_Section):
                 "adamw has its own"
             )
         return self
+
+    def steps(self, examples: int) -> int:
+        """Return τ_i, the optimiser steps of a client with so many examples in one round."""
+        return self.local_steps or self.local_epochs * -(-examples // self.batch_size)
 
 
 class ServerConfig(_Section):

@@ -14,13 +14,28 @@ __all__ = ["Choice", "Failure", "Observer", "RoundRecord", "SelectionRecord"]
 
 @dataclass(frozen=True)
 class Choice:
-    """The masks of one round, shape (n, L), and, where a solver found them, how good they are."""
+    """The masks of one round, shape (n, L), and, where a solver found them, how good they are.
+
+    Attributes
+    ----------
+    masks : numpy.ndarray
+        Booleans: the layers that each client trains in this round.
+    schedules : Sequence[numpy.ndarray], optional
+        Where clients change their layers within the round: for each client the masks that it trains one
+        after the other, shape (S_i, L). Its row of `masks` is their union, and each one by itself keeps
+        to the budget.
+    """
 
     masks: np.ndarray
     solver: str = "rule"
     objective: float | None = None
     bound: float | None = None
     gap: float | None = None
+    schedules: Sequence[np.ndarray] | None = None
+
+    def schedule(self, row: int) -> np.ndarray:
+        """Return the masks that one client trains one after the other, shape (S_i, L)."""
+        return self.masks[row : row + 1] if self.schedules is None else self.schedules[row]
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class SelectionRecord:
-    """Everything that led to a round's masks. Rows follow `clients`, columns `layers`."""
+    """Everything that led to a round's masks. Rows follow `clients`, columns `layers`.
+
+    `statistics` were probed in this round. Between two selections, `held` names the clients that keep
+    their masks, and `assumed` holds the statistics from which those of the others were chosen.
+    """
 
     clients: Sequence[int]
     layers: Sequence[str]
@@ -44,15 +63,19 @@ class SelectionRecord:
     statistics: Mapping[str, np.ndarray]
     choice: Choice
     seconds: float
+    held: Sequence[int] = ()
+    assumed: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
 class RoundRecord:
     """One round, filled in as it goes.
 
-    `peak_memory` is the most any client stated: of the round on CUDA, of its process since it started
-    elsewhere. `late` counts the clients whose training nobody waited for, since enough others had
-    answered.
+    `moved` names the layers of the global model that changed, and `updated` says for each client (by
+    partition id) to which of them it contributed. `e1` and `e2` are the two terms of the error floor,
+    see `layerfed.theory`; None where there is nothing to estimate them from. `peak_memory` is the most
+    any client stated: of the round on CUDA, of its process since it started elsewhere. `late` counts
+    the clients whose training nobody waited for, since enough others had answered.
     """
 
     round: int
@@ -71,6 +94,10 @@ class RoundRecord:
     flops: float = 0.0
     flops_probe: float = 0.0
     peak_memory: float = 0.0
+    moved: tuple[str, ...] = ()
+    updated: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    e1: float | None = None
+    e2: float | None = None
 
 
 class Observer:

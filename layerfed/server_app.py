@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from logging import INFO
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
@@ -42,16 +41,8 @@ def build_strategy(
         If budgets or strategy do not fit the model.
     """
     section = config.strategy
-    options: dict[str, Any] = {}
-    if section.name == "ilp":
-        options = {
-            "consistency": section.consistency,
-            "consistency_scale": section.consistency_scale,
-            "solver": section.solver,
-            "solver_seconds": section.solver_seconds,
-            "solver_gap": section.solver_gap,
-        }
-    return STRATEGIES[section.name](
+    strategy = STRATEGIES[section.name]
+    return strategy(
         layers,
         budget=Budgets(config.budget, layer_costs(layers, config.budget.unit), config.run.seed),
         clients_per_round=config.federation.clients_per_round,
@@ -59,6 +50,8 @@ def build_strategy(
         min_replies=config.federation.needed_replies,
         lr_decay=config.train.lr_decay,
         probe_batches=section.probe_batches,
+        period=section.period,
+        theory=section.theory,
         client_evaluation=config.task.local_test > 0,
         over_provision=config.federation.over_provision,
         optimizer=SERVER_OPTIMIZERS[config.server.optimizer](
@@ -67,7 +60,7 @@ def build_strategy(
         codec=config.exchange.codec,
         store=store,
         seed=config.run.seed,
-        **options,
+        **strategy.options(config),
     )
 
 

@@ -23,6 +23,13 @@ from layerfed.exchange.messages import (
     read_train_reply,
     train_reply,
 )
+from layerfed.exchange.partial import (
+    read_schedule,
+    read_upload,
+    read_uploaded,
+    scheduled,
+    upload_of,
+)
 from layerfed.exchange.resident import MissingLayers, ResidentModel, keeping_layers
 from layerfed.exchange.store import FolderStore, LayerStore, MemoryStore, open_store
 from layerfed.exchange.transport import exchange
@@ -59,8 +66,13 @@ __all__ = [
     "read_manifest",
     "read_mask",
     "read_missing",
+    "read_schedule",
     "read_statistics",
     "read_train_reply",
+    "read_upload",
+    "read_uploaded",
     "record_of",
+    "scheduled",
     "train_reply",
+    "upload_of",
 ]

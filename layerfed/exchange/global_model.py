@@ -63,7 +63,8 @@ class GlobalModel:
     def replace(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
         """Put a new version of a layer in place of the present one; the tensors are not copied."""
         for tensor in self.layers[name].tensors:
-            self._arrays[tensor] = LiveArray(tensors[tensor])
+            # Arithmetic on a 0-d tensor (BatchNorm's batch counter) gives a scalar, which is no array.
+            self._arrays[tensor] = LiveArray(np.asarray(tensors[tensor]))
         self._digests[name] = digest(self.layer(name))
 
     def payload(self, layers: Iterable[str]) -> ArrayRecord:

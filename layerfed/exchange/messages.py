@@ -9,9 +9,12 @@ message type    config                                        reply
 query.describe                                                partition, partitions, examples, budget
 query.probe     round, statistics, batches                    examples, one list of L a statistic
 train           round, mask (L zeros and ones), learning      arrays: Δ of the trained layers,
-                rate, codec, run                              encoded; examples, loss, costs
+                rate, codec, run; schedule, upload            encoded; examples, loss, steps, costs
 evaluate        round                                         examples, loss, accuracy
 =============== ============================================= =====================================
+
+`schedule` and `upload` come with strategies whose clients change layers within a round, or send fewer
+than they trained: see `exchange/partial.py`.
 
 Each reply says besides, in `layers`, which of the manifest's versions the node keeps and in which store,
 or, instead of an answer, which it is *missing*: those are sent again.

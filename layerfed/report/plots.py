@@ -1,4 +1,4 @@
-"""The two pictures of a run: accuracy per round, and which layers were trained when."""
+"""The pictures of a run: accuracy per round, which layers were trained when, and what held it back."""
 
 from __future__ import annotations
 
@@ -19,22 +19,39 @@ from layerfed.runs.folder import read_lines
 
 __all__ = ["draw_run", "selection_shares"]
 
+# The terms of `layerfed.theory` in metrics.jsonl: what each is called, and its colour.
+TERMS = {
+    "e1": (r"$\hat E_1$: layers nobody trains", "#c05a1a"),
+    "e2": (r"$\hat E_2$: clients that differ", "#1f5fa8"),
+}
+
 
 def selection_shares(rows: list[dict[str, Any]]) -> np.ndarray:
-    """Return the share of a round's clients that trained each layer, shape (rounds, L)."""
-    return np.array([np.asarray(row["masks"], dtype=float).mean(axis=0) for row in rows])
+    """Return the share of a round's clients that updated each layer, shape (rounds, L).
+
+    Not all that clients train comes to an update of the global model: replies fail, and `fedtlu` leaves
+    layers out afterwards.
+    """
+    tables = (np.asarray(row.get("updated", row["masks"]), dtype=float) for row in rows)
+    return np.array([table.mean(axis=0) for table in tables])
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """Draw `accuracy.png` and `layers.png` from a run folder's files; return their paths."""
+    """Draw a run folder's pictures from its files; return their paths.
+
+    `accuracy.png` and `layers.png`, and `theory.png` where a term of `layerfed.theory` is known.
+    """
     metrics = read_lines(folder / "metrics.jsonl")
     selections = read_lines(folder / "selection.jsonl")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     title = f"{summary['task']} · {summary['strategy']} · seed {summary['seed']}"
-    return [
+    pictures = [
         _accuracy(metrics, summary, title, folder / "accuracy.png"),
         _layers(selections, title, folder / "layers.png"),
     ]
+    if any(row.get(key) is not None for row in metrics for key in TERMS):
+        pictures.append(_theory(metrics, title, folder / "theory.png"))
+    return pictures
 
 
 def _accuracy(
@@ -64,10 +81,33 @@ def _accuracy(
     return file
 
 
+def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
+    """Draw the estimates of the error floor's two terms; a zero has no place on the scale."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, (label, color) in TERMS.items():
+        rows = [row for row in metrics if row.get(key)]
+        axes.plot(
+            [row["round"] for row in rows],
+            [row[key] for row in rows],
+            label=label,
+            color=color,
+            marker="o",
+            markersize=3,
+            linewidth=1.5,
+        )
+    axes.set(xlabel="round", ylabel="estimate, in squared gradients", title=title, yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    return file
+
+
 def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
     """Draw who trained what and, where a probe was made, the gradient norms behind the choice."""
     names = selections[0]["layers"]
-    probed = "grad_norm_sq" in selections[0]["statistics"]
+    probed = any("grad_norm_sq" in row["statistics"] for row in selections)
     height = min(max(2.8, 0.24 * len(names) + 1.3), 14)
     figure = Figure(figsize=(10.5 if probed else 6.4, height), layout="constrained")
     axes = figure.subplots(1, 2 if probed else 1, sharey=True, squeeze=False)[0]
@@ -81,12 +121,15 @@ def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
     }
     image = axes[0].imshow(selection_shares(selections).T, cmap="Blues", vmin=0, vmax=1, **shown)
     figure.colorbar(image, ax=axes[0], format=PercentFormatter(1.0))
-    axes[0].set_title("share of the round's clients that train it", fontsize=10)
+    axes[0].set_title("share of the round's clients that updated it", fontsize=10)
     step = -(-len(names) // 40)
     axes[0].set_yticks(range(0, len(names), step), names[::step], fontsize=8)
     axes[0].set(ylabel="layer (input at the bottom)")
     if probed:
-        norms = [np.mean(row["statistics"]["grad_norm_sq"], axis=0) for row in selections]
+        # Rounds without a probe stay blank.
+        unknown = [[np.nan] * len(names)]
+        tables = [row["statistics"].get("grad_norm_sq", unknown) for row in selections]
+        norms = [np.mean(table, axis=0) for table in tables]
         positive = np.maximum(np.sqrt(norms), np.finfo(float).tiny)
         image = axes[1].imshow(positive.T, cmap="viridis", norm=LogNorm(), **shown)
         figure.colorbar(image, ax=axes[1])

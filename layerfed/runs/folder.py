@@ -144,6 +144,8 @@ class RunFolder(Observer):
             "accuracy": record.accuracy,
             "loss": record.loss,
             "train_loss": record.train_loss,
+            "e1": record.e1,
+            "e2": record.e2,
             "client_accuracy": record.client_accuracy,
             "lr": record.lr,
             "clients": record.replies,
@@ -167,7 +169,7 @@ class RunFolder(Observer):
         self._append("metrics.jsonl", line)
         self._append("ledger.jsonl", _ledger_line(record.round, record.ledger))
         if record.selection is not None:
-            self._append("selection.jsonl", _selection_line(record.round, record.selection))
+            self._append("selection.jsonl", _selection_line(record, record.selection))
         self._summarise("running")
 
     def finish(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -216,23 +218,43 @@ def _ledger_line(server_round: int, ledger: Ledger) -> dict[str, Any]:
     return {"round": server_round, "clients": clients, **columns}
 
 
-def _selection_line(server_round: int, record: SelectionRecord) -> dict[str, Any]:
+def _selection_line(round_record: RoundRecord, record: SelectionRecord) -> dict[str, Any]:
     choice = record.choice
-    return {
-        "round": server_round,
+    masks = choice.masks.astype(int).tolist()
+    updated = [
+        [int(layer in round_record.updated.get(client, ())) for layer in record.layers]
+        for client in record.clients
+    ]
+    line: dict[str, Any] = {
+        "round": round_record.round,
         "clients": list(record.clients),
         "budgets": record.budgets.tolist(),
         "costs": _short(record.costs),
-        **({"depth_costs": _short(record.depth_costs)} if record.depth_costs.any() else {}),
         "layers": list(record.layers),
-        "masks": choice.masks.astype(int).tolist(),
-        "statistics": {name: table.tolist() for name, table in record.statistics.items()},
+        "masks": masks,
+        "statistics": _tables(record.statistics),
         "objective": choice.objective,
         "bound": choice.bound,
         "gap": choice.gap,
         "solver": choice.solver,
         "seconds": record.seconds,
     }
+    # What is out of the ordinary: lines stay short where it is not.
+    if record.depth_costs.any():
+        line["depth_costs"] = _short(record.depth_costs)
+    if choice.schedules is not None:
+        line["schedules"] = [masks.astype(int).tolist() for masks in choice.schedules]
+    if record.held:
+        line["held"] = list(record.held)
+    if record.assumed:
+        line["assumed"] = _tables(record.assumed)
+    if updated != masks:
+        line["updated"] = updated
+    return line
+
+
+def _tables(statistics: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: table.tolist() for name, table in statistics.items()}
 
 
 def _short(table: np.ndarray) -> list[Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from layerfed.strategies.base import Candidates, SelectiveStrategy
+from layerfed.strategies.base import SelectiveStrategy
 from layerfed.strategies.both import Both
 from layerfed.strategies.bottom import Bottom
+from layerfed.strategies.candidates import Candidates
+from layerfed.strategies.cyclic import Cyclic
+from layerfed.strategies.fedtlu import FedTLU
 from layerfed.strategies.full import Full
 from layerfed.strategies.ilp import ILP
 from layerfed.strategies.population import RoundFailed
@@ -21,6 +24,8 @@ __all__ = [
     "Both",
     "Bottom",
     "Candidates",
+    "Cyclic",
+    "FedTLU",
     "Full",
     "Random",
     "RoundFailed",
@@ -29,5 +34,6 @@ __all__ = [
 ]
 
 STRATEGIES: dict[str, type[SelectiveStrategy]] = {
-    strategy.name: strategy for strategy in (ILP, Full, Top, Bottom, Both, Random, SNR, RGN)
+    strategy.name: strategy
+    for strategy in (ILP, Full, Top, Bottom, Both, Random, Cyclic, SNR, RGN, FedTLU)
 }

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from logging import INFO
-from typing import ClassVar
 from uuid import uuid4
 
 import numpy as np
@@ -25,56 +22,18 @@ from flwr.serverapp.strategy import Result, Strategy
 from layerfed.budgets import Budgets
 from layerfed.exchange import CODECS, GlobalModel, Holdings, LayerStore, exchange
 from layerfed.layers import LayerMap
-from layerfed.records import Choice, Observer, SelectionRecord
-from layerfed.selection import SelectionProblem
+from layerfed.records import Observer
 from layerfed.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from layerfed.strategies.population import Population, RoundFailed
 from layerfed.strategies.round import Round
+from layerfed.strategies.selecting import Selecting
 
-__all__ = ["Candidates", "SelectiveStrategy"]
+__all__ = ["SelectiveStrategy"]
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """What a strategy selects from: n sampled clients and L selectable layers.
-
-    Attributes
-    ----------
-    round : int
-        The round t, from 1.
-    clients : Sequence[int]
-        Partition ids, length n.
-    budgets : numpy.ndarray
-        R_i, shape (n,).
-    costs : numpy.ndarray
-        c_{i,l} in the unit of the budgets, shape (n, L); given as (L,), the same for all.
-    depth_costs : numpy.ndarray
-        D_{i,l}, shape (n, L), non-increasing in l: what it costs client i that l is its lowest layer.
-        Zero for units that just add up.
-    statistics : Mapping[str, numpy.ndarray]
-        Each statistic the strategy asked for, shape (n, L).
-    seed : int
-        The run's seed.
-    """
-
-    round: int
-    clients: Sequence[int]
-    budgets: np.ndarray
-    costs: np.ndarray
-    statistics: Mapping[str, np.ndarray]
-    seed: int
-    depth_costs: np.ndarray = field(default_factory=lambda: np.zeros(1))
-
-    def __post_init__(self) -> None:
-        """Give every client its row of costs."""
-        shape = (len(self.clients), np.shape(self.costs)[-1])
-        for name in ("costs", "depth_costs"):
-            object.__setattr__(self, name, np.broadcast_to(getattr(self, name), shape))
-
-
-class SelectiveStrategy(Strategy):
+class SelectiveStrategy(Selecting, Strategy):
     """Federated fine-tuning in which each client trains only the layers selected for it.
 
     Parameters
@@ -93,6 +52,14 @@ class SelectiveStrategy(Strategy):
         The `lr` of the train config is multiplied by this after each round.
     probe_batches : int (default: 0)
         Batches a probe goes over; 0 means the client's whole data.
+    period : int (default: 1)
+        k: layers are selected in every k-th round. In between, clients keep their masks and nothing is
+        probed; one that was not there at the last selection is given masks within its own budget, see
+        `strategies.memory`.
+    theory : bool (default: False)
+        Whether to probe in every round, to estimate E1 of `layerfed.theory`, also where the selection
+        needs no probe. Selection does not see it; its cost is counted, and a client whose probe fails
+        drops out.
     client_evaluation : bool (default: False)
         Whether this round's clients evaluate the new model on their own held-out data.
     over_provision : float (default: 0)
@@ -110,12 +77,6 @@ class SelectiveStrategy(Strategy):
         Told of each phase and round: run folder, progress line.
     """
 
-    name: ClassVar[str]
-    statistics: ClassVar[tuple[str, ...]] = ()
-    """What `select` needs of a probe; nothing means that no probe is made."""
-    within_budget: ClassVar[bool] = True
-    """Whether masks must keep to the budgets."""
-
     def __init__(
         self,
         layers: LayerMap,
@@ -126,6 +87,8 @@ class SelectiveStrategy(Strategy):
         min_replies: int = 1,
         lr_decay: float = 1.0,
         probe_batches: int = 0,
+        period: int = 1,
+        theory: bool = False,
         client_evaluation: bool = False,
         over_provision: float = 0.0,
         optimizer: ServerOptimizer | None = None,
@@ -134,8 +97,7 @@ class SelectiveStrategy(Strategy):
         seed: int = 0,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self.layers = layers
-        self.budgets = budget if isinstance(budget, Budgets) else Budgets.identical(budget, layers)
+        super().__init__(layers, budget, period=period, theory=theory, seed=seed)
         self.clients_per_round = clients_per_round
         self.min_replies = min_replies
         self.lr_decay = lr_decay
@@ -145,7 +107,6 @@ class SelectiveStrategy(Strategy):
         self.optimizer = optimizer or SERVER_OPTIMIZERS["sgd"]()
         self.codec = codec
         self.store = store
-        self.seed = seed
         self.observers = tuple(observers)
         self.holdings = Holdings(store.identity if store is not None else "")
         self.population = Population(
@@ -162,13 +123,6 @@ class SelectiveStrategy(Strategy):
         """Names this run to clients that remember something of it (error feedback)."""
         self._late: set[str] = set()
         self.check()
-
-    def check(self) -> None:
-        """Refuse settings this strategy cannot work with, before any client does."""
-
-    @abstractmethod
-    def select(self, candidates: Candidates) -> Choice:
-        """Choose the layers each client trains: masks of shape (n, L) within the budgets."""
 
     def connect(self, grid: Grid, timeout: float) -> None:
         """Wait for enough clients and ask each who it is; nothing to do where that is done.
@@ -278,12 +232,15 @@ class SelectiveStrategy(Strategy):
             clients = self.population.sample(asked, server_round, self.seed)
         with self._phase("probe"):
             # Half of the spare clients are for those that are slow or fail in the probe.
-            statistics = self._probe(clients, grid, enough=math.ceil((wanted + asked) / 2))
+            statistics = self._probe(
+                server_round, clients, grid, enough=math.ceil((wanted + asked) / 2)
+            )
         with self._phase("select"):
             clients = [client for client in clients if client in statistics]
             if not clients:
                 raise self.round.failed("probe", self.min_replies)
-            selection = record.selection = self._select(clients, statistics)
+            described = [self.population.description(client) for client in clients]
+            selection = record.selection = self.choose(server_round, described, statistics)
         lr = config.get("lr")
         if isinstance(lr, int | float):
             record.lr = lr * self.lr_decay ** (server_round - 1)
@@ -291,10 +248,11 @@ class SelectiveStrategy(Strategy):
         for client in clients:
             record.ledger[client].full_down = model.bytes(self.layers.names)
         config = ConfigRecord({**config, "codec": self.codec, "run": self.run_token})
-        masks = selection.choice.masks.astype(int).tolist()
-        return self.round.instructions(
-            "train", clients, [{**config, "mask": mask} for mask in masks]
-        )
+        configs = []
+        for row, mask in enumerate(selection.choice.masks.astype(int).tolist()):
+            own = self.instructions(selection.choice, row)
+            configs.append({**config, "mask": mask, **own})
+        return self.round.instructions("train", clients, configs)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -341,15 +299,15 @@ class SelectiveStrategy(Strategy):
         return exchange(grid, messages, self.timeout, again=self.round.again, late=self._late)
 
     def _probe(
-        self, clients: Sequence[int], grid: Grid, enough: int
+        self, server_round: int, clients: Sequence[int], grid: Grid, enough: int
     ) -> dict[int, dict[str, np.ndarray]]:
-        """Ask clients for the statistics the strategy needs: {partition: {statistic: (L,)}}."""
-        if not self.statistics:
+        """Ask clients for the statistics this round needs: {partition: {statistic: (L,)}}."""
+        wanted = self.probed_in(server_round)
+        if not wanted:
             return {client: {} for client in clients}
-        config = {"statistics": list(self.statistics), "batches": self.probe_batches}
+        config = {"statistics": list(wanted), "batches": self.probe_batches}
         messages = self.round.instructions("query.probe", clients, [config] * len(clients))
-        replies = self._exchange(grid, messages)
-        return self.round.take_statistics(replies, self.statistics, enough)
+        return self.round.take_statistics(self._exchange(grid, messages), wanted, enough)
 
     def _take_updates(self, replies: Iterable[tuple[int, Message | None]]) -> None:
         """Fold updates in until enough are there."""
@@ -366,64 +324,11 @@ class SelectiveStrategy(Strategy):
     def _finish(self) -> None:
         """Move the model, and put its new layers where clients of this machine find them."""
         assert self.model is not None
-        moved = self.round.finish(self.min_replies, self.optimizer)
+        moved = self.round.finish(self.min_replies, self.optimizer, self.applied)
         if self.store is not None and self.holdings.anyone_shares:
             digests = self.model.manifest().digests
             for layer in moved:
                 self.store.put(digests[layer], self.model.layer(layer), digests.values())
-
-    def _select(
-        self, clients: Sequence[int], statistics: Mapping[int, Mapping[str, np.ndarray]]
-    ) -> SelectionRecord:
-        """Turn statistics, costs and budgets into masks."""
-        described = [self.population.description(client) for client in clients]
-        costs, depth = (
-            np.stack(t) for t in zip(*map(self.budgets.costs_of, described), strict=True)
-        )
-        candidates = Candidates(
-            round=self.round.record.round,
-            clients=clients,
-            budgets=np.array([self.budgets.of(client) for client in described]),
-            costs=costs,
-            depth_costs=depth,
-            statistics={
-                name: np.stack([statistics[client][name] for client in clients])
-                for name in self.statistics
-            },
-            seed=self.seed,
-        )
-        began = time.perf_counter()
-        choice = self.select(candidates)
-        seconds = time.perf_counter() - began
-        self._check_masks(choice.masks, candidates)
-        return SelectionRecord(
-            clients=clients,
-            layers=[block.name for block in self.layers.blocks],
-            budgets=candidates.budgets,
-            costs=costs,
-            depth_costs=depth,
-            statistics=candidates.statistics,
-            choice=choice,
-            seconds=seconds,
-        )
-
-    def _check_masks(self, masks: np.ndarray, candidates: Candidates) -> None:
-        """Refuse what a strategy must not answer, before any client is asked to train it."""
-        shape = candidates.costs.shape
-        if masks.shape != shape or masks.dtype != np.bool_:
-            raise ValueError(
-                f"strategy '{self.name}' gave masks of {masks.dtype}{masks.shape}; booleans of "
-                f"shape {shape} are due: a row for each client, a column for each layer"
-            )
-        budgets = candidates.budgets
-        costs, depth = candidates.costs, candidates.depth_costs
-        problem = SelectionProblem(np.zeros(shape), costs, budgets, 0.0, depth)
-        if self.within_budget and not problem.feasible(masks):
-            worst = int(np.argmax(problem.spent(masks) - budgets))
-            raise ValueError(
-                f"strategy '{self.name}' spends {problem.spent(masks)[worst]:g} of a client's "
-                f"budget of {budgets[worst]:g}"
-            )
 
     def _train_metrics(self) -> MetricRecord:
         record = self.round.record

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from layerfed.records import Choice
-from layerfed.strategies.base import Candidates, SelectiveStrategy
+from layerfed.strategies.base import SelectiveStrategy
+from layerfed.strategies.candidates import Candidates
 
 
 class Full(SelectiveStrategy):

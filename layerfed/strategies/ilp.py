@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
+
+from layerfed.config import RunConfig
 from layerfed.records import Choice
 from layerfed.selection import SelectionProblem, scale_consistency, solve
-from layerfed.strategies.base import Candidates, SelectiveStrategy
+from layerfed.strategies.base import SelectiveStrategy
+from layerfed.strategies.candidates import Candidates
 
 Solver = Literal["auto", "lagrangian", "milp"]
 
@@ -15,6 +19,9 @@ class ILP(SelectiveStrategy):
     """Each round solves (P1): the largest gradient norms within every budget, chosen consistently.
 
     max Σ_i Σ_l m_i(l) ‖g_{i,l}‖² − λ Σ_{i<j} ‖m_i − m_j‖₁   s.t.   Σ_l c_l m_i(l) ≤ R_i   [S, (P1)]
+
+    Between two selections (`period` > 1), the masks of clients that have some are held, and those of the
+    others solve (P1) beside them.
 
     Parameters
     ----------
@@ -55,8 +62,20 @@ class ILP(SelectiveStrategy):
         self.solver_gap = solver_gap
         super().__init__(layers, **kwargs)
 
+    @classmethod
+    def options(cls, config: RunConfig) -> dict[str, Any]:
+        """Take λ and the solver's settings."""
+        section = config.strategy
+        return {
+            "consistency": section.consistency,
+            "consistency_scale": section.consistency_scale,
+            "solver": section.solver,
+            "solver_seconds": section.solver_seconds,
+            "solver_gap": section.solver_gap,
+        }
+
     def select(self, candidates: Candidates) -> Choice:
-        """Solve (P1) on this round's squared gradient norms."""
+        """Solve (P1) on the squared gradient norms."""
         values = candidates.statistics["grad_norm_sq"]
         consistency = self.consistency
         if self.consistency_scale == "relative":
@@ -70,13 +89,35 @@ class ILP(SelectiveStrategy):
         problem = SelectionProblem(
             values, candidates.costs, candidates.budgets, consistency, candidates.depth_costs
         )
+        if candidates.held:
+            problem = _holding(problem, candidates)
         found = solve(
             problem, solver=self.solver, time_limit=self.solver_seconds, gap=self.solver_gap
         )
+        # What held clients were promised for their masks, beyond what these are worth.
+        promised = float((problem.values - values)[found.masks].sum()) if candidates.held else 0.0
+        objective, bound = found.objective - promised, found.bound - promised
         return Choice(
             masks=found.masks,
             solver=found.solver,
-            objective=found.objective,
-            bound=found.bound,
-            gap=found.gap,
+            objective=objective,
+            bound=bound,
+            gap=problem.relative_gap(objective, bound),
         )
+
+
+def _holding(problem: SelectionProblem, candidates: Candidates) -> SelectionProblem:
+    """Return (P1) with some clients' masks held: no others are affordable, and none pays to drop.
+
+    Dropping a layer changes k (n − k) by at most n − 1, so a held layer that is worth twice λ (n − 1) is
+    never dropped, whatever the others choose.
+    """
+    worth = 2.0 * abs(problem.consistency) * (problem.clients - 1) + float(problem.values.max())
+    values, costs = problem.values.copy(), problem.cost_matrix.copy()
+    budgets, depth = problem.budgets.copy(), problem.depth_matrix.copy()
+    for row, masks in candidates.held.items():
+        mask = masks.any(axis=0)
+        values[row] = np.where(mask, worth or 1.0, 0.0)
+        costs[row] = np.where(mask, 0.0, 1.0)
+        budgets[row], depth[row] = 0.0, 0.0
+    return SelectionProblem(values, costs, budgets, problem.consistency, depth)

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from layerfed.records import Choice
-from layerfed.strategies.base import Candidates
+from layerfed.seeding import Stream, generator
+from layerfed.strategies.candidates import Candidates
 
-__all__ = ["by_order", "by_score", "prefix", "skip_fill"]
+__all__ = ["affordable", "by_order", "by_score", "prefix", "skip_fill"]
 
 # Sums of costs carry rounding errors; a budget of 0.3 affords costs of 0.1 and 0.2.
 SLACK = 1 + 1e-9
@@ -77,3 +78,18 @@ def by_score(candidates: Candidates, scores: np.ndarray) -> Choice:
     orders = np.argsort(-scores, axis=1, kind="stable")
     rows = zip(orders, candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
     return Choice(np.stack([skip_fill(order, c, r, d) for order, c, r, d in rows]))
+
+
+def affordable(candidates: Candidates) -> Choice:
+    """Give each client all layers, whatever the run's budget.
+
+    A node that itself states less than they cost gets as many as fit that, drawn anew each round.
+    """
+    masks = np.ones(candidates.costs.shape, dtype=bool)
+    for row in np.flatnonzero(np.isfinite(candidates.limits)).tolist():
+        client, costs = candidates.clients[row], candidates.costs[row]
+        rng = generator(candidates.seed, Stream.MASK, candidates.round, client)
+        masks[row] = skip_fill(
+            rng.permutation(len(costs)), costs, candidates.limits[row], candidates.depth_costs[row]
+        )
+    return Choice(masks)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from layerfed.records import Choice
-from layerfed.strategies.base import Candidates, SelectiveStrategy
+from layerfed.strategies.base import SelectiveStrategy
+from layerfed.strategies.candidates import Candidates
 from layerfed.strategies.ranking import by_score
 
 
 class RGN(SelectiveStrategy):
-    """Each client trains the R_i layers with the largest ‖g_l‖ / ‖θ_l‖ [S]."""
+    """Each client trains the R_i layers with the largest ‖g_l‖ / ‖θ_l‖ [S].
+
+    The released code ranks by the square [C], which is the same order.
+    """
 
     name = "rgn"
     statistics = ("grad_norm_sq", "param_norm_sq")

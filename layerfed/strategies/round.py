@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import INFO, WARNING
 from typing import Any
@@ -24,11 +24,14 @@ from layerfed.exchange import (
     read_missing,
     read_statistics,
     read_train_reply,
+    read_upload,
+    read_uploaded,
 )
 from layerfed.exchange.arrays import carried_bytes, moved_bytes
 from layerfed.records import Failure, RoundRecord
 from layerfed.server_optimizers import ServerOptimizer
 from layerfed.strategies.population import RoundFailed
+from layerfed.theory import UpdateSpread, importance_term
 
 __all__ = ["Round"]
 
@@ -76,6 +79,7 @@ class Round:
         self._examples = examples or {}
         self._codec = codec
         self._mean = MaskedMean(model.layers)
+        self._spread = UpdateSpread()
         self._losses: dict[int, tuple[int, float]] = {}
         self._asked: dict[int, Message] = {}
         self._resent: set[tuple[int, str]] = set()
@@ -170,24 +174,41 @@ class Round:
             traffic = self.record.ledger[partition]
             traffic.up += carried_bytes(arrays)
             traffic.moved_up += moved_bytes(arrays)
-            trained = self._trained_by(partition)
-            expected = {t: v for name in trained for t, v in self._model.layer(name).items()}
+            due = self._due_from(node, partition, answer)
+            expected = {t: v for tensors in due.values() for t, v in tensors.items()}
             train = read_train_reply(answer, expected, self._codec)
             most = self._examples.get(partition, train.examples)
             if train.examples > most:
                 raise RefusedReply(
                     f"it claims {train.examples} examples, and had {most} on joining"
                 )
-            self._mean.add(trained, train.update, train.examples)
+            steps = train.metrics.get("steps")
+            if steps is not None and steps < 1:
+                raise RefusedReply(f"it claims {steps:g} local steps")
+            norms_sq = self._mean.add(due, train.update, train.examples)
             record, metrics = self.record, train.metrics
+            self._spread.add(partition, train.examples, steps, norms_sq)
+            record.updated[partition] = tuple(due)
             record.replies += 1
             traffic.full_up += self._model.bytes(self._model.layers.names)
             record.flops += metrics.get("flops", 0.0)
             record.peak_memory = max(record.peak_memory, metrics.get("peak-memory", 0.0))
             self._losses[partition] = (train.examples, metrics["loss"])
 
-    def finish(self, min_replies: int, optimizer: ServerOptimizer) -> tuple[str, ...]:
+    def finish(
+        self,
+        min_replies: int,
+        optimizer: ServerOptimizer,
+        applied: Callable[[MaskedMean], Collection[str]] = lambda mean: mean.weights,
+    ) -> tuple[str, ...]:
         """Move every layer somebody trained to θ^{t+1}; the others stay bit-identical.
+
+        Parameters
+        ----------
+        min_replies : int
+        optimizer : ServerOptimizer
+        applied : Callable[[MaskedMean], Collection[str]]
+            Chooses which of those layers move; by default all.
 
         Returns
         -------
@@ -202,8 +223,11 @@ class Round:
         """
         if self.record.replies < min_replies:
             raise self.failed("train", min_replies)
+        chosen = applied(self._mean)
+        names = tuple(layer for layer in self._mean.weights if layer in chosen)
+        self._estimate_theory(names)
         moved = {}
-        for layer in self._mean.weights:
+        for layer in names:
             before = self._model.layer(layer)
             after = optimizer.step(self._model.layers[layer], before, self._mean.pop(layer))
             if not all(np.isfinite(tensor).all() for tensor in after.values()):
@@ -212,12 +236,33 @@ class Round:
                     "train.lr or server.lr"
                 )
             moved[layer] = after
+        self._mean = MaskedMean(self._model.layers)  # frees the sums of layers that do not move
         for layer, tensors in moved.items():
             self._model.replace(layer, tensors)
+        self.record.moved = names
+        self.record.updated = {
+            client: tuple(layer for layer in layers if layer in moved)
+            for client, layers in self.record.updated.items()
+        }
         # In the order of partition ids, so that the figure does not depend on who answered first.
         losses = [self._losses[partition] for partition in sorted(self._losses)]
         self.record.train_loss = sum(n * x for n, x in losses) / sum(n for n, _ in losses)
-        return tuple(moved)
+        return names
+
+    def _estimate_theory(self, names: Sequence[str]) -> None:
+        """Estimate E1 and E2 from what this round has seen, given the layers that move."""
+        record, blocks = self.record, self._model.layers.blocks
+        selection = record.selection
+        if selection is not None and "grad_norm_sq" in selection.statistics:
+            record.e1 = importance_term(
+                selection.statistics["grad_norm_sq"],
+                np.array([self._examples.get(client, 1) for client in selection.clients]),
+                np.array([block.name in names for block in blocks]),
+            )
+        if record.lr:
+            there = [block.name for block in blocks if block.name in names]
+            norms_sq = {layer: self._mean.norm_sq(layer) for layer in there}
+            record.e2 = self._spread.heterogeneity_term(norms_sq, record.lr)
 
     def take_evaluations(
         self, replies: Iterable[tuple[int, Message | None]]
@@ -255,13 +300,24 @@ class Round:
                 WARNING, "round %d: %s of client %d: %s", self.record.round, phase, partition, error
             )
 
-    def _trained_by(self, partition: int) -> list[str]:
-        """Names of the layers a client was asked to train: its mask's blocks, and the head."""
+    def _due_from(
+        self, node: int, partition: int, answer: Message
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Return the global tensors, by layer, of which a client's reply holds the updates.
+
+        Those of its mask's blocks, and the head; where it may choose what to send, those it sent.
+        """
         selection = self.record.selection
         if selection is None or partition not in selection.clients:
             raise RefusedReply("it was not asked to train")
         row = list(selection.clients).index(partition)
-        return self._model.layers.trained(selection.choice.masks[row])
+        names = self._model.layers.trained(selection.choice.masks[row])
+        asked = {name: self._model.layer(name) for name in names}
+        upload = read_upload(self._asked[node])
+        if upload is None:
+            return asked
+        sent = read_uploaded(answer, asked, upload[0], self._codec)
+        return {name: asked[name] for name in sent}
 
 
 def _content(reply: Message | None) -> Message:

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
+from layerfed.config import RunConfig
 from layerfed.records import Choice
-from layerfed.strategies.base import Candidates, SelectiveStrategy
+from layerfed.strategies.base import SelectiveStrategy
+from layerfed.strategies.candidates import Candidates
 from layerfed.strategies.ranking import by_score
 
 
 class SNR(SelectiveStrategy):
-    """Each client trains the R_i layers with the largest |mean(g_l)| / var(g_l) [S].
+    """Each client trains the R_i layers with the largest signal-to-noise ratio of the gradient.
 
-    Mean and variance run over the elements of the layer's gradient.
+    Parameters
+    ----------
+    layers : LayerMap
+    form : {"paper", "code"} (default: "paper")
+        |mean(g_l)| / var(g_l) over all elements of the layer's gradient [S]; or mean(g)² / std(g) of
+        each tensor, summed over the layer [C]. They order layers differently. The released code takes
+        the gradient summed over its probe batches, here each batch's ratio is taken and averaged: on
+        one batch the two are the same.
+    **kwargs
+        Those of `SelectiveStrategy`.
     """
 
     name = "snr"
     statistics = ("snr",)
 
+    def __init__(self, layers: Any, *, form: Literal["paper", "code"] = "paper", **kwargs: Any):
+        if form == "code":
+            self.statistics = ("snr_code",)
+        super().__init__(layers, **kwargs)
+
+    @classmethod
+    def options(cls, config: RunConfig) -> dict[str, Any]:
+        """Take `strategy.form`."""
+        return {"form": config.strategy.form}
+
     def select(self, candidates: Candidates) -> Choice:
         """Rank by the probed ratio."""
-        return by_score(candidates, candidates.statistics["snr"])
+        (statistic,) = self.statistics
+        return by_score(candidates, candidates.statistics[statistic])

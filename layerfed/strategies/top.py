@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from layerfed.records import Choice
-from layerfed.strategies.base import Candidates, SelectiveStrategy
+from layerfed.strategies.base import SelectiveStrategy
+from layerfed.strategies.candidates import Candidates
 from layerfed.strategies.ranking import by_order
 
 

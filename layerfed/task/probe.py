@@ -21,7 +21,7 @@ from layerfed.task.training import LossFn, autocast, selected_layers
 
 __all__ = ["STATISTICS", "probe_layers"]
 
-STATISTICS = ("grad_norm_sq", "param_norm_sq", "snr")
+STATISTICS = ("grad_norm_sq", "param_norm_sq", "snr", "snr_code")
 
 # E[g²] − E[g]² of float32 sums is known to this share of E[g²]; a variance below it is none.
 ROUNDING = 1e-6
@@ -48,8 +48,8 @@ def probe_layers(
     loss : LossFn
     statistics : Iterable[str]
         Of `grad_norm_sq`, ‖g_{i,l}‖² summed over the layer's tensors (P1); `param_norm_sq`, ‖θ_l‖²;
-        `snr`, |mean(g)| / var(g) over all elements of the layer's gradient, 0 where that has no
-        variance [S].
+        `snr`, |mean(g)| / var(g) over all elements of the layer's gradient [S]; `snr_code`, mean(g)² /
+        std(g) of each tensor, summed over the layer [C]. What has no variance adds 0 to either.
     precision : {"float32", "bfloat16"}
 
     Returns
@@ -97,12 +97,12 @@ def probe_layers(
                 handle.remove()  # type: ignore[attr-defined]
     if not rows:
         raise ValueError("there is no batch to probe on")
-    means = {name: np.mean([row[name] for row in rows], axis=0) for name in ("grad_norm_sq", "snr")}
     norms = [
         sum(float(parameters[n].detach().double().square().sum()) for n in block.parameters)
         for block in layers.blocks
     ]
-    found = {"grad_norm_sq": means["grad_norm_sq"], "param_norm_sq": norms, "snr": means["snr"]}
+    found = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
+    found["param_norm_sq"] = np.array(norms)
     return {name: [float(x) for x in found[name]] for name in wanted}, total_flops
 
 
@@ -119,13 +119,27 @@ def _per_block(
 ) -> dict[str, np.ndarray]:
     """Reduce per-parameter sums (P, 2) to per-block statistics (L,)."""
     row_of = {name: row for row, name in enumerate(names)}
-    norm_sq, snr = [], []
+    norm_sq, snr, snr_code = [], [], []
     for block in layers.blocks:
-        squares, total = sums[[row_of[name] for name in block.parameters]].sum(axis=0)
-        count = sum(parameters[name].numel() for name in block.parameters)
-        mean = total / count
-        variance = squares / count - mean**2
-        varies = variance > ROUNDING * squares / count
+        of_tensors = sums[[row_of[name] for name in block.parameters]]
+        counts = np.array([parameters[name].numel() for name in block.parameters])
+        squares, total = of_tensors.sum(axis=0)
+        mean, variance = _moments(squares, total, counts.sum())
         norm_sq.append(squares)
-        snr.append(abs(mean) / variance if varies else 0.0)
-    return {"grad_norm_sq": np.array(norm_sq), "snr": np.array(snr)}
+        snr.append(abs(mean) / variance if variance > 0 else 0.0)
+        ratios = 0.0
+        for (square, part), count in zip(of_tensors, counts, strict=True):
+            mean, variance = _moments(square, part, count)
+            if variance > 0:
+                # torch.std, as the released code has it, divides by the number of elements less one.
+                ratios += mean**2 / np.sqrt(variance * count / (count - 1))
+        snr_code.append(ratios)
+    found = {"grad_norm_sq": norm_sq, "snr": snr, "snr_code": snr_code}
+    return {name: np.array(row) for name, row in found.items()}
+
+
+def _moments(squares: float, total: float, count: int) -> tuple[float, float]:
+    """Return mean and variance of elements from their sums; 0 for a variance that is only rounding."""
+    mean, square = total / count, squares / count
+    variance = square - mean**2
+    return mean, variance if variance > ROUNDING * square else 0.0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -43,6 +44,13 @@ class TrainResult:
     loss: float
     steps: int
     flops: float
+
+    @classmethod
+    def together(cls, results: Sequence[TrainResult]) -> TrainResult:
+        """Return what several stretches of training come to."""
+        steps = sum(result.steps for result in results)
+        loss = sum(result.loss * result.steps for result in results) / steps
+        return cls(loss, steps, sum(result.flops for result in results))
 
 
 @contextmanager
@@ -149,15 +157,31 @@ def train_update(
     optimizer: OptimizerFn,
     *,
     precision: str = "float32",
+    schedule: Sequence[tuple[Sequence[bool], int]] = (),
 ) -> tuple[dict[str, np.ndarray], TrainResult]:
     """Train like `train_layers` and return Δ_i (eq. 4) of the trained layers' tensors, by name.
+
+    With a schedule, of masks and steps on each, they are trained one after the other, each with a new
+    optimiser; `mask` is their union. The last one takes all the batches that are left.
 
     The resident model is back at θ^t afterwards, ready for the next message, even when training
     raises.
     """
+    stream = iter(batches)
     with resident.borrowed(resident.layers.trained(mask)) as before:
-        result = train_layers(
-            resident.model, resident.layers, mask, batches, loss, optimizer, precision=precision
+        result = TrainResult.together(
+            [
+                train_layers(
+                    resident.model,
+                    resident.layers,
+                    part,
+                    islice(stream, steps),
+                    loss,
+                    optimizer,
+                    precision=precision,
+                )
+                for part, steps in [*schedule[:-1], (schedule[-1][0] if schedule else mask, None)]
+            ]
         )
         update = {
             name: (resident.tensors[name].detach() - start).cpu().numpy()

@@ -98,7 +98,8 @@ def train(message: Message, context: Context) -> Message:
         loss,
         partial(torch.optim.SGD, lr=config["lr"]),
     )
-    return train_reply(message, update, len(items), loss=result.loss, flops=result.flops)
+    costs = {"steps": result.steps, "flops": result.flops}
+    return train_reply(message, update, len(items), loss=result.loss, **costs)
 
 
 @app.evaluate()

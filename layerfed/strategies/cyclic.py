@@ -1,0 +1,63 @@
+"""Layers in turn, from the input to the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from layerfed.config import RunConfig
+from layerfed.records import Choice
+from layerfed.strategies.base import SelectiveStrategy
+from layerfed.strategies.candidates import Candidates
+from layerfed.strategies.ranking import affordable, skip_fill
+
+
+class Cyclic(SelectiveStrategy):
+    """All clients train the layer whose turn it is, in the manner of FedPart.
+
+    FedPart (Wang et al., *Why Go Full?*, NeurIPS 2024) trains one layer after the other from the input
+    to the output, each for some rounds, again and again, after rounds on the full network. Here a turn
+    lasts `period` rounds, and with a budget for more, a client also trains the layers that come next,
+    so that clients of different budgets share what they can. The order goes round: the input follows
+    the output. A client that cannot afford the layer whose turn it is takes the next ones that it can.
+
+    Parameters
+    ----------
+    layers : LayerMap
+    warmup_rounds : int (default: 0)
+        Rounds at the beginning in which every client trains all layers, whatever the run's budget; only
+        what a node itself states is kept to.
+    **kwargs
+        Those of `SelectiveStrategy`.
+    """
+
+    name = "cyclic"
+
+    def __init__(self, layers: Any, *, warmup_rounds: int = 0, **kwargs: Any) -> None:
+        self.warmup_rounds = warmup_rounds
+        super().__init__(layers, **kwargs)
+
+    @classmethod
+    def options(cls, config: RunConfig) -> dict[str, Any]:
+        """Take `strategy.warmup-rounds`."""
+        return {"warmup_rounds": config.strategy.warmup_rounds}
+
+    def bounded(self, server_round: int) -> bool:
+        """Say that budgets hold from the first turn on."""
+        return server_round > self.warmup_rounds
+
+    def selects_in(self, server_round: int) -> bool:
+        """Say that each warm-up round selects, and then the first round of each turn."""
+        since = server_round - self.warmup_rounds - 1
+        return since < 0 or since % self.period == 0
+
+    def select(self, candidates: Candidates) -> Choice:
+        """Fill each budget from the layer whose turn it is upwards."""
+        if not self.bounded(candidates.round):
+            return affordable(candidates)
+        num_blocks = candidates.costs.shape[1]
+        turn = (candidates.round - self.warmup_rounds - 1) // self.period
+        order = np.roll(np.arange(num_blocks), -turn)
+        rows = zip(candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
+        return Choice(np.stack([skip_fill(order, c, r, d) for c, r, d in rows]))

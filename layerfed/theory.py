@@ -1,0 +1,126 @@
+"""The two terms that hold training back, estimated in every round [S, Lemma 4.6, Theorem 4.7].
+
+Training a few layers stalls at an error floor driven by E1 + E2:
+
+E1 = Σ_{l∉L_t} ‖∇_l f(θ^t)‖²
+    What is lost on the layers that nobody trains in round t, with L_t the layers that somebody does.
+E2 = Σ_{l∈L_t} χ_l κ_l²,   χ_l = Σ_i (w_{i,l} − α_i)² / α_i,   κ_l² ≥ Σ_i α_i ‖∇_l f_i − ∇_l f‖²
+    What is lost since layer l is averaged over the clients that train it, with weights w_{i,l} in place
+    of the data's α_i: χ_l says how far the two are apart, κ_l² how much clients' gradients differ.
+
+More layers for everyone lower both; choices that agree lower E2, choices that differ lower E1. The
+paper's constants could not be recovered, so the two are shown side by side and not added up. Both are
+in the unit of squared gradients. They are estimates; how far they can be trusted is said at each
+function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+__all__ = ["UpdateSpread", "importance_term", "mask_divergence"]
+
+
+def importance_term(grad_norm_sq: np.ndarray, examples: np.ndarray, moved: np.ndarray) -> float:
+    """Estimate E1 from the probe: Σ_{l∉L_t} Σ_i α_i ‖g_{i,l}‖².
+
+    Parameters
+    ----------
+    grad_norm_sq : numpy.ndarray
+        ‖g_{i,l}‖² at θ^t, shape (n, L).
+    examples : numpy.ndarray
+        d_i, shape (n,); α_i is each one's share of their sum.
+    moved : numpy.ndarray
+        Booleans, shape (L,): l ∈ L_t.
+
+    Notes ----- An estimate from above: a mean of squared norms exceeds the squared norm of the mean
+    gradient by the spread among clients and by the noise of their probe batches, so it stays positive
+    where ∇f is zero. More probe batches do not lower it, since each batch's norm is taken by itself.
+    And it sees the round's clients that answered the probe only, with α_i relative to them.
+    """
+    shares = examples / examples.sum()
+    return float((shares @ grad_norm_sq)[~moved].sum())
+
+
+def mask_divergence(trained: float, total: float) -> float:
+    """Return χ_l of a layer: 1/p − 1, with p the share of the data whose clients train it.
+
+    Parameters
+    ----------
+    trained, total : float
+        Σ d_i over the clients that train the layer, and over all of the round's.
+
+    Notes ----- Put w_{i,l} = α_i/p for clients that train the layer, and 0 for the others, into Σ_i
+    (w_{i,l} − α_i)²/α_i: p (1/p − 1)² + (1 − p) = 1/p − 1. It is 0 where everyone trains the layer.
+    """
+    return total / trained - 1.0
+
+
+class UpdateSpread:
+    """Estimates E2 from the updates, as they are folded in: a number a client and layer is kept.
+
+    κ_l² is estimated by the weighted variance of the updates in units of η τ, the learning rate times
+    the number of local steps: with plain SGD, Δ_i = −η Σ_s g_i(s), so Δ_i/(η τ) is client i's mean
+    gradient along its way:
+
+        κ_l² ≈ (Σ_i w_{i,l} ‖Δ_{i,l}‖² − ‖Σ_i w_{i,l} Δ_{i,l}‖²) / (η τ)²
+
+    Notes ----- Whom it sees: the clients that trained layer l, hence nothing of those that did not; a
+    layer of one client counts as 0, although χ_l is largest there. The noise of minibatches is part of
+    the spread (÷ τ), clients drift apart over τ steps, and codecs add their error. Under momentum or
+    AdamW an update is no multiple of a mean gradient, and E2 can be compared between strategies of the
+    same settings only. τ is the mean over the layer's clients, weighted like their updates, where
+    numbers of steps differ.
+    """
+
+    def __init__(self) -> None:
+        self._examples: dict[int, int] = {}
+        self._steps: dict[int, float | None] = {}
+        self._norms: dict[int, Mapping[str, float]] = {}
+
+    def add(
+        self, client: int, examples: int, steps: float | None, norms_sq: Mapping[str, float]
+    ) -> None:
+        """Take in one client's update.
+
+        Parameters
+        ----------
+        client : int
+        examples : int
+            d_i.
+        steps : float | None
+            τ_i; None where the client does not say, which makes E2 unknown.
+        norms_sq : Mapping[str, float]
+            ‖Δ_{i,l}‖² over the parameters of each layer it trained.
+        """
+        self._examples[client], self._steps[client] = examples, steps
+        self._norms[client] = norms_sq
+
+    def heterogeneity_term(self, mean_norms_sq: Mapping[str, float], lr: float) -> float | None:
+        """Return E2 over some layers, L_t; None where a client did not say its steps.
+
+        Parameters
+        ----------
+        mean_norms_sq : Mapping[str, float]
+            ‖Σ_i w_{i,l} Δ_{i,l}‖² of each layer of L_t.
+        lr : float
+            η.
+        """
+        # In the order of partition ids, so that the figure does not depend on who answered first.
+        clients: Sequence[int] = sorted(self._norms)
+        steps = [self._steps[client] for client in clients]
+        if not clients or any(step is None for step in steps):
+            return None
+        examples = np.array([self._examples[client] for client in clients], dtype=np.float64)
+        total, term = examples.sum(), 0.0
+        for layer, mean_norm_sq in mean_norms_sq.items():
+            there = np.array([layer in self._norms[client] for client in clients])
+            norms = [self._norms[c][layer] for c in clients if layer in self._norms[c]]
+            weights = examples[there] / examples[there].sum()
+            spread = max(float(weights @ norms) - mean_norm_sq, 0.0)  # rounding may cross zero
+            mean_steps = float(weights @ np.array(steps, dtype=np.float64)[there])
+            chi = mask_divergence(examples[there].sum(), total)
+            term += chi * spread / (lr * mean_steps) ** 2
+        return float(term)

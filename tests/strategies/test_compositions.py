@@ -1,0 +1,92 @@
+"""Every strategy with every kind of budget and every codec: whole rounds, and what must hold in each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from layerfed.client_app import workbench
+from layerfed.config import Scalar
+from layerfed.exchange import CODECS
+from layerfed.strategies import STRATEGIES
+from tests.strategies.tiny_task import Messages, configured, run
+
+pytestmark = pytest.mark.usefixtures("tiny_task")
+
+# Names and settings: each strategy, and its ways of working.
+WAYS = {
+    **{name: [f"strategy.name={name}"] for name in STRATEGIES},
+    "ilp, diverse": ["strategy.name=ilp", "strategy.consistency=-1"],
+    "ilp, every other round": ["strategy.name=ilp", "strategy.period=2"],
+    "snr, code": ["strategy.name=snr", "strategy.form=code"],
+    "random, resampled": ["strategy.name=random", "strategy.resample-steps=1"],
+    "cyclic, warmed up": ["strategy.name=cyclic", "strategy.warmup-rounds=1"],
+    "fedtlu, clients": ["strategy.name=fedtlu", "strategy.side=client"],
+    "fedtlu, clients, l1": ["strategy.name=fedtlu", "strategy.side=client", "strategy.norm=l1"],
+}
+BUDGETS = {
+    "identical": ["budget.layers=2"],
+    "half-normal": ["budget.kind=half-normal", "budget.max=3"],
+    "per-node": ["budget.kind=per-node"],
+}
+UNITS = {
+    "parameters": ["budget.unit=parameters", "budget.layers=120"],
+    "flops": ["budget.unit=flops", "budget.layers=2400"],
+}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_strategy_works_with_every_budget_and_codec(
+    way: str, budget: str, codec: str
+) -> None:
+    check(way, budget, codec, BUDGETS[budget])
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_strategy_works_with_every_unit(way: str, unit: str) -> None:
+    check(way, unit, "float32", UNITS[unit])
+
+
+def check(way: str, budget: str, codec: str, settings: list[str]) -> None:
+    """Two rounds: nothing fails, nothing moves that was not trained, and budgets hold."""
+    few = ["federation.clients-per-round=3", f"exchange.codec={codec}"]
+    config = configured(*few, *WAYS[way], *settings)
+    # `full` ignores budgets, and what a node itself states is never exceeded.
+    room = 4 if way == "full" else 1
+    nodes: list[dict[str, Scalar]] = [{"budget": max(room, 1 + i % 3)} for i in range(6)]
+    result = run(config, 2, Messages(config, nodes=nodes if budget == "per-node" else ()))
+    layers = workbench(config.to_flat()).resident.layers
+
+    assert [record.failures for record in result.rounds] == [[], []]
+    moved = {layer for record in result.rounds for layer in record.moved}
+    for layer in layers.layers:
+        same = all(np.array_equal(result.before[t], result.after[t]) for t in layer.tensors)
+        assert same == (layer.name not in moved), layer.name
+    assert "head" in moved
+    assert len(moved) > 1
+    for record in result.rounds:
+        selection = record.selection
+        assert selection is not None
+        limits = selection.budgets
+        if not STRATEGIES[config.strategy.name].within_budget or (
+            record.round <= config.strategy.warmup_rounds
+        ):
+            # Whatever the run's budget, a node's own holds.
+            limits = limits if budget == "per-node" else np.full(len(limits), np.inf)
+        for row, limit in enumerate(limits):
+            for mask in selection.choice.schedule(row):
+                spent = selection.costs[row][mask].sum()
+                if mask.any():
+                    spent += selection.depth_costs[row][mask.argmax()]
+                assert spent <= limit * (1 + 1e-9)
+
+
+def test_settings_of_other_strategies_are_no_errors() -> None:
+    """One configuration serves a whole comparison."""
+    everything = ["strategy.fraction=0.3", "strategy.warmup-rounds=2", "strategy.form=code"]
+    for name in STRATEGIES:
+        result = run(configured(f"strategy.name={name}", "budget.layers=2", *everything))
+        assert result.rounds[0].replies == 4
