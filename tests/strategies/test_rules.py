@@ -17,7 +17,7 @@ from tests.strategies.candidates import any_candidates, candidates, within_budge
 
 LAYERS = LayerMap.from_model(TinyNet())
 UNIT = [1.0] * 5
-RULES = ["top", "bottom", "both", "random", "snr", "rgn"]
+RULES = ["top", "bottom", "both", "random", "cyclic", "snr", "rgn"]
 
 
 def strategy(name: str) -> SelectiveStrategy:
