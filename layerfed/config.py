@@ -9,12 +9,20 @@ the number of layers, say) is checked by the ServerApp, still before any client 
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 __all__ = [
     "BudgetUnit",
@@ -33,6 +41,7 @@ Flat = dict[str, Scalar]
 StrategyName = Literal["ilp", "full", "top", "bottom", "both", "random", "snr", "rgn"]
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+TASK_NAMES = ("digits",)
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -54,10 +63,20 @@ class _Section(BaseModel):
 class TaskConfig(_Section):
     """Data: what is learnt and how it is spread over the clients."""
 
-    name: Literal["digits"] = "digits"
+    name: str = "digits"
     partition: Literal["dirichlet", "iid"] = "dirichlet"
     alpha: Annotated[float, Field(gt=0)] = 0.5
     local_test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in TASK_NAMES and not re.fullmatch(r"[\w.]+:\w+", name):
+            raise ConfigError(
+                f"task.name = '{name}' is not allowed: it should be one of {', '.join(TASK_NAMES)}, or "
+                "a task of your own as module:Class"
+            )
+        return name
 
 
 class ModelConfig(_Section):
