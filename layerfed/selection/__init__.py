@@ -64,7 +64,7 @@ def solve(
         with it.
     time_limit : float
         Seconds. Checked between single evaluations of a bound, of which one at least is made: some
-        milliseconds, or a second where hundreds of clients have costs on no grid (`round_costs`).
+        milliseconds, but seconds where hundreds of clients have costs on no grid: `round_costs`.
     gap : float
         Relative gap that is good enough.
 

@@ -15,7 +15,7 @@ CLOSED = 1e-10
 
 #: Steps without progress before the step length shrinks, and by how much.
 PATIENCE = 12
-SHRINK = 0.7
+SHRINK = 0.5
 
 #: A descent has stalled once so many steps took away less than this share of the gap.
 STALL = 50

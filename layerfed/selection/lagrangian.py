@@ -63,8 +63,10 @@ PROOF_ASKED = 1e-6
 #: Share of the time limit local search may take when the first descent leaves a gap.
 SEARCH_SHARE = 0.1
 
-#: Share of the time limit for deciding single picks by their bound.
+#: Share of the time limit kept for deciding single picks by their bound, and the number of parts up
+#: to which that is tried: with many open, hardly a pick is decided in all of them.
 FIXING_SHARE = 0.05
+MOST_PARTS = 16
 
 #: Size of the handicap that tells a unique optimum from a tie, as a share of the mean gain.
 HANDICAP = 1e-6
@@ -113,7 +115,7 @@ def certify(
     deadline = started + time_limit
     working = problem.saturated()
     oracle = ClientOracle(working)
-    search = PrimalSearch(working, oracle, deadline)
+    search = PrimalSearch(working, oracle, deadline - FIXING_SHARE * time_limit)
     if incumbent is not None:
         search.offer(incumbent)
     if working.clients == 0:
@@ -125,8 +127,10 @@ def certify(
     bound = parts[0].bound
     seconds = time.perf_counter() - started
     selection = Selection.certified(problem, search.masks, bound, "lagrangian", seconds)
-    until = time.perf_counter() + FIXING_SHARE * time_limit
-    reduction = union([_reduce(working, oracle, search, part, until) for part in parts])
+    if len(parts) > MOST_PARTS:
+        return selection, replace(Reduction.none(working), bound=bound)
+    search.deadline = deadline
+    reduction = union([_reduce(working, oracle, search, part) for part in parts])
     return selection, reduction
 
 
@@ -160,10 +164,11 @@ def _reduce(
     oracle: ClientOracle,
     search: PrimalSearch,
     part: Part,
-    deadline: float,
 ) -> Reduction:
     """Say what one part's bound decides about its selections."""
-    points = part.descent.points
+    points, deadline = part.descent.points, search.deadline
+    if search.late:
+        return replace(Reduction.none(problem), bound=part.bound)
     reduction = reduce_problem(problem, oracle, search.objective, points, deadline)
     proven = problem.relative_gap(search.objective, part.bound) <= PROVEN
     if proven and len(reduction.free) and not search.late:
