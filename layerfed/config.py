@@ -127,6 +127,7 @@ class StrategyConfig(_Section):
     solver: Literal["auto", "lagrangian", "milp"] = "auto"
     solver_seconds: Annotated[float, Field(gt=0)] = 10.0
     solver_gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    solver_rounding: Annotated[float, Field(ge=0, lt=1)] = 0.02
 
 
 class BudgetConfig(_Section):
