@@ -214,7 +214,11 @@ def demo(
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
 
     def say(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - began:5.0f} s[/]  {escape(text)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[dim]{time.monotonic() - began:5.0f} s[/]  {escape(text)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def configured(name: str) -> RunConfig:
         return load_config(
