@@ -61,15 +61,19 @@ class Loopback:
         *,
         register: bool = True,
         ca: Path | None = None,
+        options: Sequence[str] = (),
     ) -> Popen[bytes]:
-        """Start a SuperNode as on a machine of its own; `register` and `ca` leave room for mistakes."""
+        """Start a SuperNode as on a machine of its own, with further options of `flower-supernode`.
+
+        `register` and `ca` are for those that must not get in.
+        """
         home = self.folder / name
         key, public = create_node_key(name, home)
         if register:
             self.federation.register(public)
         (port,) = free_ports(1)
         command = supernode_command(self.gateway, ca or self.federation.ca, key, settings, port)
-        return self.processes.start(name, command, environment(home / "flower"))
+        return self.processes.start(name, [*command, *options], environment(home / "flower"))
 
 
 @contextmanager
