@@ -9,10 +9,10 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench table clean
+.PHONY: help setup run test lint bench table deploy-demo clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 # One stamp a set of extras: `make run` need not install what only the tests use.
 $(VENV)/.installed: pyproject.toml
@@ -44,6 +44,9 @@ table: $(VENV)/.installed ## every strategy on digits, R = 1 and 2, three seeds
 
 bench: $(VENV)/.installed-dev ## time selection (peers at full size: --part compare, hours)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/selection.py --part random --part costs --part scaling
+
+deploy-demo: $(VENV)/.installed ## four nodes with TLS and authentication on loopback, against the simulation
+	$(BIN)/layerfed deploy demo
 
 clean: ## remove the environment and caches (never your runs)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -170,6 +170,8 @@ class Federation:
 
     def create_certificates(self, hosts: Sequence[str], days: int) -> None:
         """Create the authority, unless it is there, and the server's certificate for these hosts."""
+        # The database holds messages in transit, updates among them.
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not self.ca_key.exists():
             create_authority(self.ca, self.ca_key)
         create_server_certificate((self.ca, self.ca_key), self.certificate, self.key, hosts, days)
