@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench table deploy-demo clean
+.PHONY: help setup run test lint bench table deploy-demo faults clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -47,6 +47,9 @@ bench: $(VENV)/.installed-dev ## time selection (peers at full size: --part comp
 
 deploy-demo: $(VENV)/.installed ## four nodes with TLS and authentication on loopback, against the simulation
 	$(BIN)/layerfed deploy demo
+
+faults: $(VENV)/.installed ## what faults do to real processes on loopback (half an hour)
+	$(BIN)/python benchmarks/faults.py
 
 clean: ## remove the environment and caches (never your runs)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

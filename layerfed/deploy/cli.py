@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 import signal
 import tempfile
 import time
@@ -198,9 +198,9 @@ def demo(
     nodes: Annotated[int, typer.Option(help="SuperNodes, of budgets 1, 2, …", min=1, max=12)] = 4,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    directory: Annotated[Path, typer.Option("--runs", help="Where the two run folders go")] = Path(
-        "runs"
-    ),
+    directory: Annotated[
+        Path, typer.Option("--runs", help="Where the two run folders and the logs go")
+    ] = Path("runs"),
     timeout: Annotated[float, typer.Option(help="Seconds for the rounds", min=1)] = 1800.0,
 ) -> None:
     """On one machine: all of this on loopback, compared with the simulation of the same seed."""
@@ -209,16 +209,14 @@ def demo(
     from layerfed.deploy.rehearsal import Comparison, on_loopback
     from layerfed.engine import run_on
 
-    began = time.monotonic()
+    began, folder = time.monotonic(), directory.resolve() / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     # Told to stop, it cleans up as after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
 
     def say(text: str) -> None:
-        console.print(
-            f"[dim]{time.monotonic() - began:5.0f} s[/]  {escape(text)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        passed = f"{time.monotonic() - began:5.0f} s"
+        console.print(f"[dim]{passed}[/]  {escape(text)}", highlight=False, soft_wrap=True)
 
     def configured(name: str) -> RunConfig:
         return load_config(
@@ -232,8 +230,8 @@ def demo(
                 "budget.kind=per-node",
                 "run.device=cpu",
                 f"run.seed={seed}",
-                f"run.dir={directory.resolve()}",
-                f"run.name={name}-{datetime.now():%Y%m%d-%H%M%S}",
+                f"run.dir={folder}",
+                f"run.name={name}",
             ],
         )
 
@@ -246,31 +244,25 @@ def demo(
         budgets = [{"budget": 1 + i} for i in range(nodes)]
         say(f"simulation: {nodes} clients, {rounds} rounds")
         simulated = run_on("inprocess", configured("simulated"), nodes=budgets)
-        folder = Path(tempfile.mkdtemp(prefix="layerfed-demo-"))
         settings = [
             {"partition-id": i, "num-partitions": nodes, **own} for i, own in enumerate(budgets)
         ]
-        try:
-            with on_loopback(folder, settings, say) as loopback:
-                config = configured("deployed")
-                identity = loopback.federation.start_run(source, config)
-                say(f"run {identity} on the SuperNodes")
-                status = loopback.federation.follow(identity, timeout)
-                if not status.completed:
-                    raise DeploymentFailed(f"run {identity} {status.status}: {status.details}")
-                say("stopping")
-        except DeploymentFailed:
-            say(f"logs are in {folder / 'logs'}")
-            raise
-        shutil.rmtree(folder)
-        deployed = Path(config.run.dir) / config.run.name
-        found = Comparison.of(simulated, deployed)
+        # Keys and certificates of a rehearsal are nobody's; only the logs stay.
+        with (
+            tempfile.TemporaryDirectory(prefix="layerfed-demo-") as private,
+            on_loopback(Path(private), settings, say, logs=folder / "logs") as loopback,
+        ):
+            identity = loopback.federation.start_run(source, configured("deployed"))
+            say(f"run {identity} on the SuperNodes; logs are in {folder / 'logs'}")
+            status = loopback.federation.follow(identity, timeout)
+            if not status.completed:
+                raise DeploymentFailed(f"run {identity} {status.status}: {status.details}")
+            say("stopping")
+        found = Comparison.of(simulated, folder / "deployed")
     say("stopped")
     typer.echo(f"{'':12}{'accuracy':>10}   run folder")
-    for name, accuracy, path in zip(
-        ("simulated", "deployed"), found.accuracies, (simulated, deployed), strict=True
-    ):
-        typer.echo(f"{name:12}{accuracy:>10.2%}   {path}")
+    for name, accuracy in zip(("simulated", "deployed"), found.accuracies, strict=True):
+        typer.echo(f"{name:12}{accuracy:>10.2%}   {folder / name}")
     typer.echo(f"masks {'identical' if found.masks else 'DIFFER'}")
     typer.echo(f"final weights differ by at most {found.weights:.1e}")
     raise typer.Exit(0 if found.same else 1)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
 from types import TracebackType
 from typing import Self
 
@@ -119,15 +120,14 @@ class Processes:
                     f"{member.name} ended with status {status}:\n" + "\n".join(lines)
                 )
 
-    def stop(self, process: subprocess.Popen[bytes]) -> None:
-        """Stop one of the processes, and what it started, before the others."""
-        (member,) = (m for m in self._members if m.process is process)
-        self._members.remove(member)
-        self._stop(member)
+    def signal(self, process: subprocess.Popen[bytes], number: Signals) -> None:
+        """Send a signal to one of the processes and to all it started: a machine that dies or hangs."""
+        _signal(_family(process.pid), number)
 
     def _stop(self, member: _Member) -> None:
         pid = member.process.pid
         family = _family(pid)
+        _signal(family, signal.SIGCONT)  # a paused process hears nothing else
         if member.process.poll() is None:
             member.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -191,7 +191,7 @@ def _family(root: int) -> set[_Entry]:
     return found
 
 
-def _signal(family: Iterable[_Entry], number: signal.Signals) -> None:
+def _signal(family: Iterable[_Entry], number: Signals) -> None:
     for entry in family:
         with contextlib.suppress(ProcessLookupError):
             os.kill(entry.pid, number)

@@ -42,8 +42,10 @@ class Loopback:
     ----------
     federation : Federation
     folder : Path
-        Holds the federation's folder, and a folder and a log for each node.
+        Holds the federation's folder, and one for each node.
     processes : Processes
+    server : Popen
+        The SuperLink.
     superlink, gateway : str
         HOST:PORT.
     """
@@ -51,6 +53,7 @@ class Loopback:
     federation: Federation
     folder: Path
     processes: Processes
+    server: Popen[bytes]
     superlink: str
     gateway: str
 
@@ -78,7 +81,11 @@ class Loopback:
 
 @contextmanager
 def on_loopback(
-    folder: Path, nodes: Sequence[NodeSettings], say: Callable[[str], None] = lambda text: None
+    folder: Path,
+    nodes: Sequence[NodeSettings],
+    say: Callable[[str], None] = lambda text: None,
+    *,
+    logs: Path | None = None,
 ) -> Iterator[Loopback]:
     """Run SuperLink, gateway and a SuperNode for each of `nodes`, until the context ends.
 
@@ -90,6 +97,8 @@ def on_loopback(
         Settings of each node, as in `flower-supernode --node-config`.
     say : Callable[[str], None], optional
         Told what is being done.
+    logs : Path, optional
+        Folder for the log of each process; `folder`/logs where left out.
 
     Raises
     ------
@@ -110,20 +119,21 @@ def on_loopback(
             return False
         return True
 
-    with Processes(folder / "logs") as processes:
+    with Processes(logs or folder / "logs") as processes:
         say(f"SuperLink on {superlink}, with TLS, SuperNode authentication and a database")
-        server = environment(federation.flower_home)
-        processes.start("superlink", federation.superlink_command(superlink_port), server)
+        variables = environment(federation.flower_home)
+        command = federation.superlink_command(superlink_port)
+        server = processes.start("superlink", command, variables)
         door = ["deploy", "gateway", "--dir", str(federation.folder), "--superlink", superlink]
         processes.start(
             "gateway",
             [program("layerfed"), *door, "--host", "127.0.0.1", "--port", str(gateway_port)],
-            server,
+            variables,
         )
         processes.wait("the SuperLink answers", lambda: answers(superlink), START_SECONDS)
         processes.wait("the gateway answers", lambda: answers(gateway), START_SECONDS)
         say(f"gateway on {gateway}, the one door for nodes")
-        loopback = Loopback(federation, folder, processes, superlink, gateway)
+        loopback = Loopback(federation, folder, processes, server, superlink, gateway)
         for number, settings in enumerate(nodes):
             listed = ", ".join(f"{k}={v}" for k, v in settings.items())
             say(f"SuperNode {number + 1} of {len(nodes)}: {listed}")
