@@ -24,10 +24,15 @@ from flwr.clientapp.typing import Mod
 from layerfed.budgets import layer_costs
 from layerfed.config import BudgetUnit, ConfigError, Flat, RunConfig, TrainConfig
 from layerfed.exchange import (
+    CODECS,
     Description,
+    LayerStore,
     ResidentModel,
+    compress,
     describe_reply,
     evaluate_reply,
+    keeping_layers,
+    open_store,
     probe_reply,
     read_config,
     read_manifest,
@@ -42,7 +47,7 @@ from layerfed.task.costs import MEASURED_UNITS, MeasuredUnit, measure_costs, ste
 from layerfed.task.probe import probe_layers
 from layerfed.task.training import OptimizerFn, evaluate, train_update
 
-__all__ = ["Workbench", "build_client_app", "client_app", "workbench"]
+__all__ = ["Workbench", "build_client_app", "client_app", "node_store", "workbench"]
 
 
 class Workbench:
@@ -113,6 +118,8 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
         update={
             "strategy": defaults.strategy,
             "budget": defaults.budget,
+            "server": defaults.server,
+            "exchange": defaults.exchange,
             "run": config.run.model_copy(update={"name": "", "dir": "", "threads": 0}),
         }
     )
@@ -146,6 +153,14 @@ def _peak_memory(device: torch.device) -> float:
         return float(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def node_store(context: Context) -> LayerStore:
+    """Return the layer store of a node, or of the server: its own setting, or else the run's."""
+    section = RunConfig.from_flat(context.run_config).exchange
+    store = context.node_config.get("store") or section.store
+    size = context.node_config.get("store-size") or section.store_size
+    return open_store(str(store), float(cast(float, size)))
 
 
 def _allowance(
@@ -204,7 +219,7 @@ def probe(message: Message, context: Context) -> Message:
     bench = workbench(context.run_config, node)
     config = read_config(message)
     partition, resident, train = node.partition_id, bench.resident, bench.config.train
-    resident.move_to(*read_manifest(message))
+    resident.move_to(*read_manifest(message), node_store(context))
     examples, _ = bench.examples(partition)
     count = config["batches"] or -(-len(examples) // train.batch_size)
     rng = generator(bench.config.run.seed, Stream.PROBE, config["round"], partition)
@@ -228,7 +243,7 @@ def train(message: Message, context: Context) -> Message:
     mask = read_mask(message, resident.layers)
     if (allowance := _allowance(node, bench, context)) is not None:
         allowance.check(mask)
-    resident.move_to(*read_manifest(message))
+    resident.move_to(*read_manifest(message), node_store(context))
     examples, _ = bench.examples(partition)
     steps = settings.local_steps or settings.local_epochs * -(-len(examples) // settings.batch_size)
     seed, server_round = bench.config.run.seed, config["round"]
@@ -250,9 +265,18 @@ def train(message: Message, context: Context) -> Message:
         _optimizer(settings, config["lr"]),
         precision=settings.precision,
     )
+    parts = compress(
+        CODECS[config["codec"]],
+        {
+            layer: {t: update[t] for t in resident.layers[layer].tensors}
+            for layer in resident.layers.trained(mask)
+        },
+        node_store(context),
+        f"{config['run']}/{partition}",
+    )
     return train_reply(
         message,
-        update,
+        parts,
         len(examples),
         loss=result.loss,
         flops=result.flops,
@@ -265,7 +289,7 @@ def evaluate_locally(message: Message, context: Context) -> Message:
     """Evaluate the global model on this client's held-out examples."""
     node = NodeConfig.read(context.node_config)
     bench = workbench(context.run_config, node)
-    bench.resident.move_to(*read_manifest(message))
+    bench.resident.move_to(*read_manifest(message), node_store(context))
     _, held_out = bench.examples(node.partition_id)
     batches = held_out.in_order(256, bench.device)
     accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
@@ -274,7 +298,8 @@ def evaluate_locally(message: Message, context: Context) -> Message:
 
 def build_client_app(mods: list[Mod] | None = None) -> ClientApp:
     """Return a ClientApp with LayerFed's handlers, wrapped in Flower mods of your own."""
-    app = ClientApp(mods=mods)
+    # Innermost: what mods of the user's see is a finished reply.
+    app = ClientApp(mods=[*(mods or ()), keeping_layers(node_store)])
     app.query("describe")(describe)
     app.query("probe")(probe)
     app.train()(train)

@@ -75,6 +75,7 @@ class FederationConfig(_Section):
     clients_per_round: Positive = 10
     rounds: Positive = 30
     min_replies: Annotated[int, Field(ge=0)] = 0
+    over_provision: Annotated[float, Field(ge=0, le=1)] = 0.0
     timeout: Annotated[float, Field(gt=0)] = 3600.0
 
     @model_validator(mode="after")
@@ -153,6 +154,24 @@ class TrainConfig(_Section):
         return self
 
 
+class ServerConfig(_Section):
+    """How the server turns the mean update of a layer into its new version."""
+
+    optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class ExchangeConfig(_Section):
+    """What travels, and where layers are kept between messages."""
+
+    codec: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    store: str = ""
+    store_size: Annotated[float, Field(gt=0)] = 10.0
+
+
 class RunSection(_Section):
     """Where the run is kept and what it runs on."""
 
@@ -180,6 +199,8 @@ class RunConfig(_Section):
     strategy: StrategyConfig = StrategyConfig()
     budget: BudgetConfig = BudgetConfig()
     train: TrainConfig = TrainConfig()
+    server: ServerConfig = ServerConfig()
+    exchange: ExchangeConfig = ExchangeConfig()
     run: RunSection = RunSection()
 
     @classmethod

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from logging import DEBUG
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 from uuid import uuid4
 
@@ -35,6 +36,10 @@ EngineName = Literal["auto", "inprocess", "ray"]
 # Ray takes about ten seconds to start and ten milliseconds a message, which a model smaller than this
 # never earns back on its clients' parallel work.
 SMALL_MODEL = 20_000_000
+
+
+# Server and clients of one process share arrays by reference.
+HERE = {"store": "memory"}
 
 
 class InProcessGrid(Grid):
@@ -68,7 +73,12 @@ class InProcessGrid(Grid):
             SUPERLINK_NODE_ID + 1 + i: Context(
                 run_id=1,
                 node_id=SUPERLINK_NODE_ID + 1 + i,
-                node_config={"partition-id": i, "num-partitions": num_supernodes, **settings},
+                node_config={
+                    "partition-id": i,
+                    "num-partitions": num_supernodes,
+                    **HERE,
+                    **settings,
+                },
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
@@ -118,6 +128,11 @@ class InProcessGrid(Grid):
                 del self._queue[position]
                 return [self._work(message)]
         return []
+
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Take messages back that no client has worked on yet."""
+        unwanted = set(message_ids)
+        self._queue = deque(m for m in self._queue if m.metadata.message_id not in unwanted)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -204,7 +219,7 @@ def run_on(
         context = Context(
             run_id=1,
             node_id=SUPERLINK_NODE_ID,
-            node_config={},
+            node_config=dict(HERE),
             state=RecordDict(),
             run_config=flat,
         )
@@ -216,11 +231,15 @@ def run_on(
                 f"run.client-cpus = {config.run.client_cpus:g}, but this machine has {cores}: no "
                 "client could ever run"
             )
-        _run_ray(server, config, flat, verbose)
+        # Unless one is named, a store for this run alone: the version in use and the one before.
+        bytes_ = sum(layer.bytes for layer in bench.resident.layers.layers)
+        with TemporaryDirectory(prefix="layerfed-", ignore_cleanup_errors=True) as folder:
+            own: Flat = {"store": folder, "store-size": 3e-9 * bytes_}
+            _run_ray(server, config, flat, {} if config.exchange.store else own, verbose)
     return folders[0]
 
 
-def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, verbose: bool) -> None:
+def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbose: bool) -> None:
     # Imported late: Ray takes seconds to import, and the in-process engine does without.
     import ray
     from flwr.simulation import run_simulation
@@ -231,7 +250,7 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, verbose: bool) ->
         mine = Context(
             run_id=context.run_id,
             node_id=context.node_id,
-            node_config=context.node_config,
+            node_config={**context.node_config, **node},
             state=context.state,
             run_config=dict(flat),
         )
@@ -241,7 +260,7 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, verbose: bool) ->
 
     @wrapped.main()
     def main(grid: Grid, context: Context) -> None:
-        context.run_config = dict(flat)
+        context.run_config, context.node_config = dict(flat), dict(node)
         server(grid, context)
 
     # Flower marks this entry point as deprecated in favour of `flwr run`, which starts a SuperLink that

@@ -39,6 +39,11 @@ class NodeConfig(BaseModel):
         In place of the run's `run.threads`.
     max_step_seconds : float, optional
         The node stops training in a round, with an error, once a step takes longer.
+    store : str
+        Folder where the node keeps layers between messages, or `memory` (this process, as long as it
+        lasts); empty takes the run's `exchange.store`.
+    store_size : float
+        Its limit in GB; 0 takes the run's `exchange.store-size`.
     """
 
     model_config = ConfigDict(
@@ -57,6 +62,8 @@ class NodeConfig(BaseModel):
     device: DeviceName | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
     max_step_seconds: Annotated[float, Field(gt=0)] | None = None
+    store: str = ""
+    store_size: Annotated[float, Field(ge=0)] = 0.0
 
     @field_validator("budget", mode="plain")
     @classmethod

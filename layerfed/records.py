@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from layerfed.exchange.ledger import Ledger
+
 __all__ = ["Choice", "Failure", "Observer", "RoundRecord", "SelectionRecord"]
 
 
@@ -48,8 +50,9 @@ class SelectionRecord:
 class RoundRecord:
     """One round, filled in as it goes.
 
-    Bytes are those of the tensors and statistics of usable replies, without framing. `peak_memory` is
-    the most any client stated: of the round on CUDA, of its process since it started elsewhere.
+    `peak_memory` is the most any client stated: of the round on CUDA, of its process since it started
+    elsewhere. `late` counts the clients whose training nobody waited for, since enough others had
+    answered.
     """
 
     round: int
@@ -63,10 +66,8 @@ class RoundRecord:
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-    bytes_full_up: int = 0
-    bytes_full_down: int = 0
+    late: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
     flops: float = 0.0
     flops_probe: float = 0.0
     peak_memory: float = 0.0

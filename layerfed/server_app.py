@@ -12,13 +12,14 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from layerfed.budgets import Budgets, layer_costs
-from layerfed.client_app import workbench
+from layerfed.client_app import node_store, workbench
 from layerfed.config import RunConfig
-from layerfed.exchange.messages import encode
+from layerfed.exchange import LayerStore, record_of
 from layerfed.layers import LayerMap
 from layerfed.records import Observer
 from layerfed.report import draw_run
 from layerfed.runs import LogLines, RunFolder
+from layerfed.server_optimizers import SERVER_OPTIMIZERS
 from layerfed.strategies import STRATEGIES, SelectiveStrategy
 from layerfed.task.training import evaluate
 
@@ -28,8 +29,12 @@ __all__ = ["build_server_app", "build_strategy", "run", "server_app"]
 ENGINES = {"InProcessGrid": "inprocess", "InMemoryGrid": "ray"}
 
 
-def build_strategy(config: RunConfig, layers: LayerMap) -> SelectiveStrategy:
+def build_strategy(
+    config: RunConfig, layers: LayerMap, store: LayerStore | None = None
+) -> SelectiveStrategy:
     """Build the strategy that a configuration names, for a model of these layers.
+
+    Clients that see the same layer store as the server are sent no layers.
 
     Raises
     ------
@@ -55,6 +60,12 @@ def build_strategy(config: RunConfig, layers: LayerMap) -> SelectiveStrategy:
         lr_decay=config.train.lr_decay,
         probe_batches=section.probe_batches,
         client_evaluation=config.task.local_test > 0,
+        over_provision=config.federation.over_provision,
+        optimizer=SERVER_OPTIMIZERS[config.server.optimizer](
+            config.server.lr, config.server.momentum, config.server.beta2, config.server.tau
+        ),
+        codec=config.exchange.codec,
+        store=store,
         seed=config.run.seed,
         **options,
     )
@@ -73,7 +84,7 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
     config = RunConfig.from_flat(context.run_config)
     bench = workbench(context.run_config)
     test = bench.task.test_examples()
-    strategy = build_strategy(config, bench.resident.layers)
+    strategy = build_strategy(config, bench.resident.layers, node_store(context))
 
     def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         # Read from the strategy's own tensors: only layers that changed are copied to the device.
@@ -90,7 +101,7 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
         strategy.observers = (folder, *observers)
         strategy.start(
             grid,
-            ArrayRecord({n: encode(t) for n, t in bench.resident.base_state().items()}),
+            record_of(bench.resident.base_state()),
             num_rounds=config.federation.rounds,
             timeout=config.federation.timeout,
             train_config=ConfigRecord({"lr": config.train.lr}),

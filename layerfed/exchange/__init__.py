@@ -1,10 +1,12 @@
 """What travels between server and clients, and how each side keeps its copy of the model."""
 
+from layerfed.exchange.arrays import RefusedReply, encode, record_of
+from layerfed.exchange.codecs import CODECS, Codec, compress
 from layerfed.exchange.global_model import GlobalModel
+from layerfed.exchange.ledger import Holdings, Ledger, Traffic
 from layerfed.exchange.messages import (
     Description,
     Manifest,
-    RefusedReply,
     TrainReply,
     describe_reply,
     evaluate_reply,
@@ -13,33 +15,52 @@ from layerfed.exchange.messages import (
     read_config,
     read_description,
     read_evaluation,
+    read_held,
     read_manifest,
     read_mask,
+    read_missing,
     read_statistics,
     read_train_reply,
     train_reply,
 )
-from layerfed.exchange.resident import ResidentModel
+from layerfed.exchange.resident import MissingLayers, ResidentModel, keeping_layers
+from layerfed.exchange.store import FolderStore, LayerStore, MemoryStore, open_store
 from layerfed.exchange.transport import exchange
 
 __all__ = [
+    "CODECS",
+    "Codec",
     "Description",
+    "FolderStore",
     "GlobalModel",
+    "Holdings",
+    "LayerStore",
+    "Ledger",
     "Manifest",
+    "MemoryStore",
+    "MissingLayers",
     "RefusedReply",
     "ResidentModel",
+    "Traffic",
     "TrainReply",
+    "compress",
     "describe_reply",
+    "encode",
     "evaluate_reply",
     "exchange",
     "instruction",
+    "keeping_layers",
+    "open_store",
     "probe_reply",
     "read_config",
     "read_description",
     "read_evaluation",
+    "read_held",
     "read_manifest",
     "read_mask",
+    "read_missing",
     "read_statistics",
     "read_train_reply",
+    "record_of",
     "train_reply",
 ]

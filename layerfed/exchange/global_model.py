@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from layerfed.exchange.messages import Manifest, RefusedReply, decode, encode
+from layerfed.exchange.arrays import LiveArray, RefusedReply, decode
+from layerfed.exchange.messages import Manifest
 from layerfed.layers import LayerMap, digest, fingerprint
 
 __all__ = ["GlobalModel"]
@@ -16,9 +17,8 @@ __all__ = ["GlobalModel"]
 class GlobalModel:
     """The global model as versioned layers.
 
-    Tensors are kept serialised, as Flower's `Array`, and read through views of those bytes: one copy of
-    the model serves aggregation, evaluation and every message. Only layers that differ from the base
-    are ever put into a message.
+    Only layers that differ from the base are ever put into a message, and every message shares the one
+    copy that aggregation and evaluation read too.
 
     Parameters
     ----------
@@ -38,10 +38,14 @@ class GlobalModel:
         needed = [name for layer in layers.layers for name in layer.tensors]
         if missing := [name for name in needed if name not in arrays]:
             raise ValueError(f"the initial arrays lack tensors of the model: {', '.join(missing)}")
-        self._arrays: dict[str, Array] = {name: _row_major(arrays[name]) for name in needed}
-        self.tensors: dict[str, np.ndarray] = {n: _view(a) for n, a in self._arrays.items()}
+        self._arrays: dict[str, LiveArray] = {name: _live(arrays[name]) for name in needed}
         self._digests = {layer.name: digest(self.layer(layer.name)) for layer in layers.layers}
         self._base = dict(self._digests)
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Every tensor by name, read-only."""
+        return {name: array.values for name, array in self._arrays.items()}
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -54,18 +58,17 @@ class GlobalModel:
 
     def layer(self, name: str) -> dict[str, np.ndarray]:
         """Return read-only views of the tensors of one layer."""
-        return {tensor: self.tensors[tensor] for tensor in self.layers[name].tensors}
+        return {tensor: self._arrays[tensor].values for tensor in self.layers[name].tensors}
 
     def replace(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
-        """Put a new version of a layer in place of the present one."""
+        """Put a new version of a layer in place of the present one; the tensors are not copied."""
         for tensor in self.layers[name].tensors:
-            self._arrays[tensor] = encode(tensors[tensor])
-            self.tensors[tensor] = _view(self._arrays[tensor])
+            self._arrays[tensor] = LiveArray(tensors[tensor])
         self._digests[name] = digest(self.layer(name))
 
-    def payload(self) -> ArrayRecord:
-        """Return the arrays a client needs to get from the base to this version."""
-        return self._record(name for layer in self.changed for name in self.layers[layer].tensors)
+    def payload(self, layers: Iterable[str]) -> ArrayRecord:
+        """Return the arrays of some layers for a message."""
+        return self._record(name for layer in layers for name in self.layers[layer].tensors)
 
     def record(self) -> ArrayRecord:
         """Return the whole model, as Flower's strategies hand it around."""
@@ -86,15 +89,12 @@ class GlobalModel:
         return sum(self.layers[name].bytes for name in layers)
 
 
-def _row_major(array: Array) -> Array:
-    # Flower writes a transposed or channels-last tensor column by column, which `decode` refuses.
+def _live(array: Array) -> LiveArray:
+    if isinstance(array, LiveArray):
+        return array
     try:
-        _view(array)
+        # A view of the record's own bytes: the base is not copied.
+        return LiveArray(decode(array, tuple(array.shape), np.dtype(array.dtype)))
     except RefusedReply:
-        return encode(array.numpy())
-    return array
-
-
-def _view(array: Array) -> np.ndarray:
-    # The server's own arrays, or the user's initial ones: trusted, so the stated dtype is believed.
-    return decode(array, tuple(array.shape), np.dtype(array.dtype))
+        # Flower writes a transposed or channels-last tensor column by column.
+        return LiveArray(np.asarray(array.numpy(), order="C"))

@@ -1,17 +1,20 @@
 """The message protocol: what each message carries, how it is written and how it is read.
 
 Every instruction carries a `config` record; one that concerns the model also carries the `manifest`
-(the version of each layer) and the `arrays` of layers that differ from the pretrained base:
+(the version of each layer) and the `arrays` of layers that the node is not known to hold:
 
 =============== ============================================= =====================================
 message type    config                                        reply
 =============== ============================================= =====================================
 query.describe                                                partition, partitions, examples, budget
 query.probe     round, statistics, batches                    examples, one list of L a statistic
-train           round, mask (L zeros and ones), learning rate arrays: Δ of the trained layers;
-                                                              examples, loss, costs
+train           round, mask (L zeros and ones), learning      arrays: Δ of the trained layers,
+                rate, codec, run                              encoded; examples, loss, costs
 evaluate        round                                         examples, loss, accuracy
 =============== ============================================= =====================================
+
+Each reply says besides, in `layers`, which of the manifest's versions the node keeps and in which store,
+or, instead of an answer, which it is *missing*: those are sent again.
 
 Replies come from machines nobody vouches for. Reading one checks it in full and raises `RefusedReply`
 with the reason; nothing in a reply is unpickled, used as a path or trusted for a size.
@@ -19,7 +22,6 @@ with the reason; nothing in a reply is unpickled, used as a path or trusted for 
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,41 +29,41 @@ from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from layerfed.exchange.arrays import RefusedReply, decode, record_of
+from layerfed.exchange.codecs import CODECS, Codec
 from layerfed.layers import LayerMap
 
 __all__ = [
     "Description",
     "Manifest",
-    "RefusedReply",
     "TrainReply",
-    "decode",
     "describe_reply",
-    "encode",
     "evaluate_reply",
+    "has_manifest",
     "instruction",
+    "missing_reply",
     "probe_reply",
     "read_config",
     "read_description",
     "read_evaluation",
+    "read_held",
     "read_manifest",
     "read_mask",
+    "read_missing",
     "read_statistics",
     "read_train_reply",
+    "state_held",
     "train_reply",
 ]
 
 # A client's say in the mean is its example count, which it states itself; beyond this it is no count.
 MAX_EXAMPLES = 2**29
+# More layer versions than any model has layers.
+MAX_HELD = 100_000
 # No gradient of finite float32 numbers comes near; beyond, sums over clients could overflow.
 MAX_STATISTIC = 1e100
-# Room for the header of the npy format beside an array's own bytes.
-MAX_HEADER = 4096
-
-
-class RefusedReply(ValueError):
-    """A client's reply that must not be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ def instruction(
     if arrays is not None:
         content["arrays"] = arrays
     return Message(content, node, kind, group_id=str(server_round), ttl=timeout)
+
+
+def has_manifest(message: Message) -> bool:
+    """Say whether an instruction concerns the model."""
+    return message.has_content() and "manifest" in message.content.config_records
 
 
 def read_manifest(message: Message) -> tuple[Manifest, ArrayRecord]:
@@ -180,14 +187,27 @@ def probe_reply(
 def train_reply(
     message: Message, update: Mapping[str, np.ndarray], examples: int, **metrics: float
 ) -> Message:
-    """Answer `train`: Δ_i of the trained layers, and what it took."""
+    """Answer `train`: Δ_i of the trained layers, as its codec wrote it, and what it took."""
     content = RecordDict(
         {
-            "arrays": ArrayRecord({name: encode(delta) for name, delta in update.items()}),
+            "arrays": record_of(update),
             "metrics": MetricRecord(cast(Any, {"examples": examples, **metrics})),
         }
     )
     return Message(content, reply_to=message)
+
+
+def missing_reply(message: Message, layers: Iterable[str]) -> Message:
+    """Answer any instruction with the layers that must be sent again before it can be followed."""
+    return Message(
+        RecordDict({"layers": ConfigRecord({"missing": list(layers)})}), reply_to=message
+    )
+
+
+def state_held(reply: Message, held: Iterable[str], store: str) -> None:
+    """Add to a reply which layer versions the node keeps, by digest, and in which store."""
+    record = reply.content.config_records.setdefault("layers", ConfigRecord())
+    record["held"], record["store"] = list(held), store
 
 
 def evaluate_reply(message: Message, examples: int, **metrics: float) -> Message:
@@ -280,43 +300,9 @@ def read_statistics(
     return statistics, metrics
 
 
-def encode(values: np.ndarray) -> Array:
-    """Serialise an array in the npy format, row-major (the one order `decode` takes)."""
-    return Array(np.asarray(values, order="C"))
-
-
-def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """View an array's bytes as the expected shape and dtype, without copying them.
-
-    The npy header is read and compared before anything is sized by it, so a forged one can neither
-    allocate memory nor smuggle in an object array.
-
-    Raises
-    ------
-    RefusedReply
-        If the bytes are not exactly an array of that shape and dtype.
-    """
-    expected = math.prod(shape) * dtype.itemsize
-    if array.stype != "numpy.ndarray" or len(array.data) > expected + MAX_HEADER:
-        raise RefusedReply(f"an array of {len(array.data)} bytes where {expected} are due")
-    stream = io.BytesIO(array.data[:MAX_HEADER])
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise ValueError(f"npy version {version}")
-        header = np.lib.format.read_array_header_1_0(stream)
-    except Exception as error:
-        # NumPy parses the header as Python; a forged one raises nearly anything, from TypeError to
-        # tokenize.TokenError and RecursionError.
-        raise RefusedReply(f"an array that cannot be read ({error})") from None
-    if header != (shape, False, dtype):
-        raise RefusedReply(f"an array of {header[2]}{header[0]} where {dtype}{shape} is due")
-    if len(array.data) != stream.tell() + expected:
-        raise RefusedReply("an array whose bytes do not match its header")
-    return np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape)
-
-
-def read_train_reply(message: Message, expected: Mapping[str, np.ndarray]) -> TrainReply:
+def read_train_reply(
+    message: Message, expected: Mapping[str, np.ndarray], codec: Codec = CODECS["float32"]
+) -> TrainReply:
     """Read and check a training reply.
 
     Parameters
@@ -326,6 +312,8 @@ def read_train_reply(message: Message, expected: Mapping[str, np.ndarray]) -> Tr
     expected : Mapping[str, numpy.ndarray]
         The global tensors that this client was asked to train; a reply holds their updates, all of
         them and nothing else.
+    codec : Codec
+        The one the client was asked to use.
 
     Raises
     ------
@@ -335,16 +323,22 @@ def read_train_reply(message: Message, expected: Mapping[str, np.ndarray]) -> Tr
     metrics = _metrics(message, required=("examples", "loss"))
     examples = _examples(metrics)
     record = message.content.array_records.get("arrays", ArrayRecord())
-    if extra := sorted(set(record) - set(expected)):
+    due = {name: codec.parts_of(name, like) for name, like in expected.items()}
+    names = {part for parts in due.values() for part in parts}
+    if extra := sorted(set(record) - names):
         raise RefusedReply(f"it holds tensors it was not asked to train: {', '.join(extra[:3])}")
-    if absent := sorted(set(expected) - set(record)):
+    if absent := sorted(names - set(record)):
         raise RefusedReply(f"it lacks tensors it was asked to train: {', '.join(absent[:3])}")
     update = {}
-    for name, tensor in expected.items():
-        try:
-            update[name] = decode(record[name], tensor.shape, tensor.dtype)
-        except RefusedReply as error:
-            raise RefusedReply(f"'{name}' is {error}") from None
+    for name, parts in due.items():
+        arrays = {}
+        for part, (shape, dtype) in parts.items():
+            try:
+                arrays[part] = decode(record[part], shape, dtype)
+            except RefusedReply as error:
+                raise RefusedReply(f"'{part}' is {error}") from None
+        with np.errstate(over="ignore", invalid="ignore"):
+            update[name] = codec.decode(name, expected[name], arrays)
         if not np.isfinite(update[name]).all():
             raise RefusedReply(f"'{name}' holds NaN or Inf")
     return TrainReply(update, examples, metrics)
@@ -354,3 +348,22 @@ def read_evaluation(message: Message) -> tuple[int, dict[str, float]]:
     """Read the answer to `evaluate`: the number of examples and the metrics over them."""
     metrics = _metrics(message, required=("examples", "loss", "accuracy"))
     return _examples(metrics), metrics
+
+
+def read_missing(message: Message, layers: LayerMap) -> tuple[str, ...]:
+    """Return the layers that a reply says are missing; none where it is an answer."""
+    record = message.content.config_records.get("layers")
+    missing = record.get("missing", []) if record is not None else []
+    if not isinstance(missing, list) or not set(missing) <= set(layers.names):
+        raise RefusedReply("it misses layers that the model does not have")
+    return tuple(str(name) for name in missing)
+
+
+def read_held(message: Message) -> tuple[tuple[str, ...], str]:
+    """Return the digests that a node says it keeps, and the identity of its store."""
+    record = message.content.config_records.get("layers")
+    held = record.get("held", []) if record is not None else []
+    store = record.get("store", "") if record is not None else ""
+    if not isinstance(held, list) or len(held) > MAX_HELD or not isinstance(store, str):
+        raise RefusedReply("its statement of the layers it holds cannot be read")
+    return tuple(str(digest) for digest in held), store

@@ -8,13 +8,56 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Context, Message
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
 
-from layerfed.exchange.messages import Manifest, decode
+from layerfed.exchange.arrays import decode
+from layerfed.exchange.messages import (
+    Manifest,
+    has_manifest,
+    missing_reply,
+    read_manifest,
+    state_held,
+)
+from layerfed.exchange.store import LayerStore
 from layerfed.layers import LayerMap, digest, fingerprint
 
-__all__ = ["ResidentModel"]
+__all__ = ["MissingLayers", "ResidentModel", "keeping_layers"]
+
+
+class MissingLayers(LookupError):
+    """Layers that a message needs and that are nowhere to be found; the server sends them again."""
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        super().__init__(f"no arrays for layers {', '.join(layers)}, unknown here")
+        self.layers = tuple(layers)
+
+
+def keeping_layers(store_of: Callable[[Context], LayerStore]) -> Mod:
+    """Return a Flower mod that speaks of layers on a client's behalf.
+
+    It turns `MissingLayers` into a reply that has the server send them again, and adds to each reply
+    which of the global model's layers are kept, so that they are not sent again.
+
+    Parameters
+    ----------
+    store_of : Callable[[flwr.app.Context], LayerStore]
+        The node's store, the same one that is given to `ResidentModel.move_to`.
+    """
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        try:
+            reply = call_next(message, context)
+        except MissingLayers as error:
+            reply = missing_reply(message, error.layers)
+        if reply.has_content():
+            store = store_of(context)
+            versions = read_manifest(message)[0].digests.values() if has_manifest(message) else ()
+            state_held(reply, [v for v in versions if store.has(v)], store.identity)
+        return reply
+
+    return mod
 
 
 class ResidentModel:
@@ -69,32 +112,71 @@ class ResidentModel:
             for name in layer.tensors
         }
 
-    def move_to(self, manifest: Manifest, arrays: Mapping[str, np.ndarray] | ArrayRecord) -> None:
+    def move_to(
+        self,
+        manifest: Manifest,
+        arrays: Mapping[str, np.ndarray] | ArrayRecord,
+        store: LayerStore | None = None,
+    ) -> None:
         """Bring the model to a global version, touching only layers that differ.
+
+        Parameters
+        ----------
+        manifest : Manifest
+        arrays : Mapping[str, numpy.ndarray] or flwr.app.ArrayRecord
+            Tensors of layers that came with the message; others are looked for in the store.
+        store : LayerStore, optional
+            Where layers are kept between messages; what came with the message is added.
 
         Raises
         ------
+        MissingLayers
+            If layers are neither here, nor in the message, nor kept, nor at their base version. The
+            model has not moved then.
         ValueError
-            If the server's base is another one than this client's, or a layer is neither here, nor in
-            the message, nor at its base version.
+            If the server's base is another one than this client's, or it names layers that the model
+            does not have.
         """
         if manifest.base != self.base:
             raise ValueError(
                 f"the server's pretrained model ({manifest.base}) is not this client's ({self.base}); "
                 "both must load the same weights, with the same seed for the new head"
             )
-        stale = [name for name, value in manifest.digests.items() if self._digests[name] != value]
-        rebuilt: dict[str, Tensor] | None = None
-        for name in stale:
+        if manifest.digests.keys() != self._digests.keys():
+            raise ValueError("the server's model falls into other layers than this client's")
+        keep = manifest.digests.values()
+        found: dict[str, dict[str, Tensor]] = {}
+        back: list[str] = []
+        missing: list[str] = []
+        for name, version in manifest.digests.items():
             names = self.layers[name].tensors
             if all(tensor in arrays for tensor in names):
-                self._load(name, {n: self._received(n, arrays) for n in names})
-            elif manifest.digests[name] == self._base[name]:
-                # A layer has to go back: the one case in which the base is loaded again.
-                rebuilt = rebuilt if rebuilt is not None else self._build().state_dict()
-                self._load(name, {n: rebuilt[n] for n in names})
+                came = {n: self._received(n, arrays) for n in names}
+                if store is not None:
+                    store.put(version, {n: t.numpy() for n, t in came.items()}, keep)
+            elif self._digests[name] == version:
+                continue
+            elif version == self._base[name]:
+                back.append(name)
+                continue
             else:
-                raise ValueError(f"the server sent no arrays for layer '{name}', unknown here")
+                kept = store.get(version) if store is not None else None
+                if kept is None:
+                    missing.append(name)
+                    continue
+                came = {n: self._received(n, kept) for n in names}
+            if self._digests[name] != version:
+                found[name] = came
+        if missing:
+            raise MissingLayers(missing)
+        if back:
+            # A layer has to go back: the one case in which the base is loaded again.
+            rebuilt = self._build().state_dict()
+            found.update(
+                {name: {n: rebuilt[n] for n in self.layers[name].tensors} for name in back}
+            )
+        for name, values in found.items():
+            self._load(name, values)
             self._digests[name] = manifest.digests[name]
 
     def _received(self, name: str, arrays: Mapping[str, np.ndarray] | ArrayRecord) -> Tensor:

@@ -21,12 +21,22 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from layerfed.config import ConfigError, RunConfig
+from layerfed.exchange import Ledger
 from layerfed.layers import LayerMap
 from layerfed.records import Observer, RoundRecord, SelectionRecord
 
 __all__ = ["RunFolder", "read_lines"]
 
 PACKAGES = ("layerfed", "flwr", "torch", "timm", "numpy", "pulp")
+# Names in the folder's files of what the ledger counts.
+TRAFFIC = {
+    "bytes_up": "up",
+    "bytes_down": "down",
+    "bytes_moved_up": "moved_up",
+    "bytes_moved_down": "moved_down",
+    "bytes_full_up": "full_up",
+    "bytes_full_down": "full_down",
+}
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -64,10 +74,7 @@ class RunFolder(Observer):
         self.engine = engine
         self._began = time.monotonic()
         self._initial: float | None = None
-        self._totals: dict[str, float] = dict.fromkeys(
-            ("bytes_up", "bytes_down", "bytes_full_up", "bytes_full_down", "flops", "flops_probe"),
-            0,
-        )
+        self._totals: dict[str, float] = dict.fromkeys((*TRAFFIC, "flops", "flops_probe"), 0)
         self._failures = 0
         self._accuracies: list[float | None] = []
         _write(path / "config.json", config.to_flat())
@@ -130,8 +137,9 @@ class RunFolder(Observer):
         self._initial = accuracy
 
     def on_round(self, record: RoundRecord) -> None:
-        """Append a line to `metrics.jsonl` and one to `selection.jsonl`."""
-        line = {
+        """Append a line each to `metrics.jsonl`, `ledger.jsonl` and `selection.jsonl`."""
+        total = record.ledger.total()
+        line: dict[str, Any] = {
             "round": record.round,
             "accuracy": record.accuracy,
             "loss": record.loss,
@@ -139,6 +147,7 @@ class RunFolder(Observer):
             "client_accuracy": record.client_accuracy,
             "lr": record.lr,
             "clients": record.replies,
+            "late": record.late,
             "failures": len(record.failures),
             "failure_reasons": [
                 {"client": f.partition, "phase": f.phase, "reason": f.reason}
@@ -146,19 +155,17 @@ class RunFolder(Observer):
             ],
             "seconds": record.seconds,
             "seconds_by_phase": record.seconds_by_phase,
-            "bytes_up": record.bytes_up,
-            "bytes_down": record.bytes_down,
-            "bytes_full_up": record.bytes_full_up,
-            "bytes_full_down": record.bytes_full_down,
+            **{key: getattr(total, field) for key, field in TRAFFIC.items()},
             "flops": record.flops,
             "flops_probe": record.flops_probe,
             "peak_memory": record.peak_memory,
         }
         for key in self._totals:
-            self._totals[key] += getattr(record, key)
+            self._totals[key] += line[key]
         self._failures += len(record.failures)
         self._accuracies.append(record.accuracy)
         self._append("metrics.jsonl", line)
+        self._append("ledger.jsonl", _ledger_line(record.round, record.ledger))
         if record.selection is not None:
             self._append("selection.jsonl", _selection_line(record.round, record.selection))
         self._summarise("running")
@@ -166,7 +173,7 @@ class RunFolder(Observer):
     def finish(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Write the final model and mark the run as completed."""
         beside = self.path / "model.safetensors.tmp"
-        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, beside)
+        save_file({name: np.asarray(t, order="C") for name, t in tensors.items()}, beside)
         os.replace(beside, self.path / "model.safetensors")
         self._summarise("completed")
 
@@ -198,6 +205,15 @@ class RunFolder(Observer):
                 },
             },
         )
+
+
+def _ledger_line(server_round: int, ledger: Ledger) -> dict[str, Any]:
+    clients = sorted(ledger.rows)
+    columns = {
+        key: [getattr(ledger.rows[client], field) for client in clients]
+        for key, field in TRAFFIC.items()
+    }
+    return {"round": server_round, "clients": clients, **columns}
 
 
 def _selection_line(server_round: int, record: SelectionRecord) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class LogLines(Observer):
             float("nan") if record.train_loss is None else record.train_loss,
             record.replies,
             len(record.failures),
-            record.bytes_up / 1e6,
+            record.ledger.total().up / 1e6,
             record.seconds,
             passed / record.round * (self._rounds - record.round),
         )

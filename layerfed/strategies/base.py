@@ -6,6 +6,7 @@ strategy is a subclass that says which statistics it needs and how masks follow 
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import INFO
 from typing import ClassVar
+from uuid import uuid4
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -21,10 +23,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from layerfed.budgets import Budgets
-from layerfed.exchange import GlobalModel, exchange
+from layerfed.exchange import CODECS, GlobalModel, Holdings, LayerStore, exchange
 from layerfed.layers import LayerMap
 from layerfed.records import Choice, Observer, SelectionRecord
 from layerfed.selection import SelectionProblem
+from layerfed.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from layerfed.strategies.population import Population, RoundFailed
 from layerfed.strategies.round import Round
 
@@ -92,6 +95,15 @@ class SelectiveStrategy(Strategy):
         Batches a probe goes over; 0 means the client's whole data.
     client_evaluation : bool (default: False)
         Whether this round's clients evaluate the new model on their own held-out data.
+    over_provision : float (default: 0)
+        Share of clients sampled beyond `clients_per_round`; a round ends with the first
+        `clients_per_round` updates, and those that come later are dropped.
+    optimizer : ServerOptimizer, optional
+        Turns mean updates into new layers; by default θ + Δ, as in the paper.
+    codec : {"float32", "float16", "bfloat16", "int8"} (default: "float32")
+        What clients write their updates in.
+    store : LayerStore, optional
+        The server's layer store: clients that see the same one are sent no layers.
     seed : int (default: 0)
         Seed of sampling and of random masks.
     observers : Sequence[Observer] (default: ())
@@ -115,6 +127,10 @@ class SelectiveStrategy(Strategy):
         lr_decay: float = 1.0,
         probe_batches: int = 0,
         client_evaluation: bool = False,
+        over_provision: float = 0.0,
+        optimizer: ServerOptimizer | None = None,
+        codec: str = "float32",
+        store: LayerStore | None = None,
         seed: int = 0,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -125,15 +141,26 @@ class SelectiveStrategy(Strategy):
         self.lr_decay = lr_decay
         self.probe_batches = probe_batches
         self.client_evaluation = client_evaluation
+        self.over_provision = over_provision
+        self.optimizer = optimizer or SERVER_OPTIMIZERS["sgd"]()
+        self.codec = codec
+        self.store = store
         self.seed = seed
         self.observers = tuple(observers)
+        self.holdings = Holdings(store.identity if store is not None else "")
         self.population = Population(
-            clients, at_least=clients_per_round or min_replies, num_blocks=layers.num_blocks
+            clients,
+            at_least=clients_per_round or min_replies,
+            num_blocks=layers.num_blocks,
+            holdings=self.holdings,
         )
         self.timeout = 3600.0
         self.model: GlobalModel | None = None
         self.round: Round
         """The round in progress; round 0 is the model as it came."""
+        self.run_token = uuid4().hex
+        """Names this run to clients that remember something of it (error feedback)."""
+        self._late: set[str] = set()
         self.check()
 
     def check(self) -> None:
@@ -201,7 +228,7 @@ class SelectiveStrategy(Strategy):
         result = Result(arrays=initial_arrays)
         self.summary()
         self.connect(grid, timeout)
-        self.round = Round(0, self.model, {}, timeout)
+        self.round = Round(0, self.model, {}, timeout, self.holdings)
         self._evaluate_centrally(evaluate_fn, result)
         for observer in self.observers:
             observer.on_start(num_rounds, self.round.record.accuracy)
@@ -212,9 +239,8 @@ class SelectiveStrategy(Strategy):
             messages = self.configure_train(server_round, self.model.record(), train_config, grid)
             # 4-5. train, and aggregate as replies arrive
             with self._phase("train"):
-                for node, reply in exchange(grid, messages, timeout):
-                    self.round.take_update(node, reply)
-                self.round.finish(self.min_replies)
+                self._take_updates(self._exchange(grid, messages))
+                self._finish()
             result.arrays = self.model.record()
             result.train_metrics_clientapp[server_round] = self._train_metrics()
             # 6. evaluate
@@ -233,17 +259,26 @@ class SelectiveStrategy(Strategy):
     ) -> Iterable[Message]:
         """Sample, probe and select; return the training messages."""
         model = self.model = self.model or GlobalModel(self.layers, arrays)
-        if not self.population.refresh(grid, self.timeout):
+        if not self.population.refresh(grid, self.timeout, model.manifest()):
             raise RoundFailed(f"round {server_round}: no client is connected any more")
         examples = {c: self.population.description(c).examples for c in self.population.nodes}
-        self.round = Round(server_round, model, self.population.nodes, self.timeout, examples)
+        self.round = Round(
+            server_round,
+            model,
+            self.population.nodes,
+            self.timeout,
+            self.holdings,
+            examples,
+            CODECS[self.codec],
+        )
         record = self.round.record
         with self._phase("sample"):
-            clients = self.population.sample(
-                self.clients_per_round or len(self.population.nodes), server_round, self.seed
-            )
+            wanted = self.clients_per_round or len(self.population.nodes)
+            asked = math.ceil(wanted * (1 + self.over_provision))
+            clients = self.population.sample(asked, server_round, self.seed)
         with self._phase("probe"):
-            statistics = self._probe(clients, grid)
+            # Half of the spare clients are for those that are slow or fail in the probe.
+            statistics = self._probe(clients, grid, enough=math.ceil((wanted + asked) / 2))
         with self._phase("select"):
             clients = [client for client in clients if client in statistics]
             if not clients:
@@ -253,7 +288,9 @@ class SelectiveStrategy(Strategy):
         if isinstance(lr, int | float):
             record.lr = lr * self.lr_decay ** (server_round - 1)
             config = ConfigRecord({**config, "lr": record.lr})
-        record.bytes_full_down = model.bytes(self.layers.names) * len(clients)
+        for client in clients:
+            record.ledger[client].full_down = model.bytes(self.layers.names)
+        config = ConfigRecord({**config, "codec": self.codec, "run": self.run_token})
         masks = selection.choice.masks.astype(int).tolist()
         return self.round.instructions(
             "train", clients, [{**config, "mask": mask} for mask in masks]
@@ -264,9 +301,8 @@ class SelectiveStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold replies in one by one and update the layers somebody trained."""
         assert self.model is not None  # configure_train comes first
-        for reply in replies:
-            self.round.take_update(reply.metadata.src_node_id, reply)
-        self.round.finish(self.min_replies)
+        self._take_updates((reply.metadata.src_node_id, reply) for reply in replies)
+        self._finish()
         return self.model.record(), self._train_metrics()
 
     def configure_evaluate(
@@ -298,13 +334,43 @@ class SelectiveStrategy(Strategy):
         log(INFO, "\t└── clients a round: %s", self.clients_per_round or "all")
 
     # --------------------------------------------------------------------- the pieces of a round
-    def _probe(self, clients: Sequence[int], grid: Grid) -> dict[int, dict[str, np.ndarray]]:
+    def _exchange(
+        self, grid: Grid, messages: Iterable[Message]
+    ) -> Iterator[tuple[int, Message | None]]:
+        """Send messages; yield replies as they arrive, after resending what clients lack."""
+        return exchange(grid, messages, self.timeout, again=self.round.again, late=self._late)
+
+    def _probe(
+        self, clients: Sequence[int], grid: Grid, enough: int
+    ) -> dict[int, dict[str, np.ndarray]]:
         """Ask clients for the statistics the strategy needs: {partition: {statistic: (L,)}}."""
         if not self.statistics:
             return {client: {} for client in clients}
         config = {"statistics": list(self.statistics), "batches": self.probe_batches}
         messages = self.round.instructions("query.probe", clients, [config] * len(clients))
-        return self.round.take_statistics(exchange(grid, messages, self.timeout), self.statistics)
+        replies = self._exchange(grid, messages)
+        return self.round.take_statistics(replies, self.statistics, enough)
+
+    def _take_updates(self, replies: Iterable[tuple[int, Message | None]]) -> None:
+        """Fold updates in until enough are there."""
+        record = self.round.record
+        assert record.selection is not None
+        asked = len(record.selection.clients)
+        enough = min(asked, self.clients_per_round or asked)
+        for answered, (node, reply) in enumerate(replies, start=1):
+            self.round.take_update(node, reply)
+            if record.replies == enough:
+                record.late = asked - answered
+                break
+
+    def _finish(self) -> None:
+        """Move the model, and put its new layers where clients of this machine find them."""
+        assert self.model is not None
+        moved = self.round.finish(self.min_replies, self.optimizer)
+        if self.store is not None and self.holdings.anyone_shares:
+            digests = self.model.manifest().digests
+            for layer in moved:
+                self.store.put(digests[layer], self.model.layer(layer), digests.values())
 
     def _select(
         self, clients: Sequence[int], statistics: Mapping[int, Mapping[str, np.ndarray]]
@@ -368,7 +434,7 @@ class SelectiveStrategy(Strategy):
         assert self.model is not None
         number, arrays = self.round.record.round, self.model.record()
         messages = self.configure_evaluate(number, arrays, config, grid)
-        means = self.round.take_evaluations(exchange(grid, messages, self.timeout))
+        means = self.round.take_evaluations(self._exchange(grid, messages))
         metrics = self._client_metrics(means)
         if metrics is not None:
             result.evaluate_metrics_clientapp[number] = metrics

@@ -11,7 +11,16 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from layerfed.config import ConfigError
-from layerfed.exchange import Description, RefusedReply, exchange, instruction, read_description
+from layerfed.exchange import (
+    Description,
+    Holdings,
+    Manifest,
+    RefusedReply,
+    exchange,
+    instruction,
+    read_description,
+    read_held,
+)
 from layerfed.seeding import Stream, generator
 
 __all__ = ["Population", "RoundFailed"]
@@ -41,12 +50,21 @@ class Population:
         Clients to wait for before the first round.
     num_blocks : int | None
         L, which the costs that clients state must fit.
+    holdings : Holdings, optional
+        Told which layers a node that joins still holds.
     """
 
-    def __init__(self, expected: int | None, at_least: int, num_blocks: int | None = None) -> None:
+    def __init__(
+        self,
+        expected: int | None,
+        at_least: int,
+        num_blocks: int | None = None,
+        holdings: Holdings | None = None,
+    ) -> None:
         self.expected = expected
         self.at_least = at_least
         self.num_blocks = num_blocks
+        self.holdings = holdings or Holdings()
         self._described: dict[int, Description] = {}
         self._refused: dict[int, str] = {}
         self._errors: dict[int, list[str]] = {}
@@ -83,8 +101,12 @@ class Population:
             time.sleep(POLL_SECONDS)
         self._started = True
 
-    def refresh(self, grid: Grid, timeout: float) -> Mapping[int, int]:
+    def refresh(
+        self, grid: Grid, timeout: float, manifest: Manifest | None = None
+    ) -> Mapping[int, int]:
         """Ask nodes that are new who they are, and return the connected ones by partition id.
+
+        With a manifest, they also say which of its layers they still hold from an earlier run or life.
 
         A node that answers with nonsense is left out for good; one that answers with an error, or not
         in time, is asked again with the next refresh, a few times.
@@ -97,7 +119,7 @@ class Population:
         ]
         patience = min(timeout, PATIENCE_SECONDS)
         questions = [
-            instruction("query.describe", node, server_round=0, timeout=patience)
+            instruction("query.describe", node, server_round=0, timeout=patience, manifest=manifest)
             for node in unknown
         ]
         for node, reply in exchange(grid, questions, patience):
@@ -108,6 +130,7 @@ class Population:
                 continue
             try:
                 self._described[node] = read_description(reply, self.num_blocks)
+                self.holdings.learn(node, *read_held(reply))
             except RefusedReply as error:
                 self._refused[node] = str(error)
                 log(WARNING, "node %d is left out, its description was refused: %s", node, error)

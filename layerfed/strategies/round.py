@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from logging import WARNING
+from logging import INFO, WARNING
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.logger import log
 
 from layerfed.aggregation import MaskedMean
 from layerfed.exchange import (
+    CODECS,
+    Codec,
     GlobalModel,
+    Holdings,
     RefusedReply,
     instruction,
     read_evaluation,
+    read_held,
+    read_missing,
     read_statistics,
     read_train_reply,
 )
+from layerfed.exchange.arrays import carried_bytes, moved_bytes
 from layerfed.records import Failure, RoundRecord
+from layerfed.server_optimizers import ServerOptimizer
 from layerfed.strategies.population import RoundFailed
 
 __all__ = ["Round"]
@@ -42,8 +49,12 @@ class Round:
         Node id of each client, by partition id.
     timeout : float
         Seconds that a message is worth answering.
+    holdings : Holdings
+        Which layers each node is known to hold; kept up to date.
     examples : Mapping[int, int], optional
         d_i as each client stated it when it joined, by partition id; an update may not claim more.
+    codec : Codec
+        What updates are written in.
     """
 
     def __init__(
@@ -52,56 +63,116 @@ class Round:
         model: GlobalModel,
         nodes: Mapping[int, int],
         timeout: float,
+        holdings: Holdings,
         examples: Mapping[int, int] | None = None,
+        codec: Codec = CODECS["float32"],
     ) -> None:
         self.record = RoundRecord(number)
         self._model = model
         self._nodes = nodes
         self._partitions = {node: partition for partition, node in nodes.items()}
         self._timeout = timeout
+        self._holdings = holdings
         self._examples = examples or {}
+        self._codec = codec
         self._mean = MaskedMean(model.layers)
         self._losses: dict[int, tuple[int, float]] = {}
+        self._asked: dict[int, Message] = {}
+        self._resent: set[tuple[int, str]] = set()
 
     def instructions(
         self, kind: str, clients: Sequence[int], configs: Sequence[Mapping[str, Any]]
     ) -> list[Message]:
-        """Build one message a client; all share the same serialised layers."""
-        manifest, payload = self._model.manifest(), self._model.payload()
-        self.record.bytes_down += self._model.bytes(self._model.changed) * len(clients)
-        return [
-            instruction(
+        """Build one message a client, each with the layers that client is not known to hold."""
+        manifest, changed = self._model.manifest(), self._model.changed
+        # Clients that lack the same layers share one record, and all share the serialised tensors.
+        payloads: dict[tuple[str, ...], ArrayRecord] = {}
+        messages = []
+        for client, config in zip(clients, configs, strict=True):
+            node = self._nodes[client]
+            lacking = self._holdings.lacks(node, manifest, changed)
+            sent = () if self._holdings.shares(node) else lacking
+            if sent not in payloads:
+                payloads[sent] = self._model.payload(sent)
+            traffic = self.record.ledger[client]
+            traffic.down += self._model.bytes(lacking)
+            traffic.moved_down += self._model.bytes(sent)
+            message = instruction(
                 kind,
-                self._nodes[client],
+                node,
                 server_round=self.record.round,
                 timeout=self._timeout,
                 manifest=manifest,
-                arrays=payload,
+                arrays=payloads[sent],
                 **config,
             )
-            for client, config in zip(clients, configs, strict=True)
-        ]
+            self._asked[node] = message
+            messages.append(message)
+        return messages
+
+    def again(self, node: int, reply: Message) -> Message | None:
+        """Return the instruction with the layers that a reply says are missing, once a node and phase.
+
+        A node that answered otherwise is done, and what it says it holds is noted.
+        """
+        partition, asked = self._partitions.get(node), self._asked.get(node)
+        if reply.has_error() or partition is None or asked is None:
+            return None
+        try:
+            missing = read_missing(reply, self._model.layers)
+            self._holdings.learn(node, *read_held(reply))
+        except RefusedReply as error:
+            log(WARNING, "round %d: client %d: %s", self.record.round, partition, error)
+            return None
+        kind = asked.metadata.message_type
+        if not missing or (node, kind) in self._resent:
+            return None
+        self._resent.add((node, kind))
+        log(
+            INFO,
+            "round %d: client %d lacks %s; sent again",
+            self.record.round,
+            partition,
+            ", ".join(missing),
+        )
+        size = self._model.bytes(missing)
+        traffic = self.record.ledger[partition]
+        traffic.down += size
+        traffic.moved_down += size
+        content = RecordDict(dict(asked.content))
+        content["arrays"] = self._model.payload(missing)
+        return Message(
+            content, node, kind, group_id=asked.metadata.group_id, ttl=asked.metadata.ttl
+        )
 
     def take_statistics(
-        self, replies: Iterable[tuple[int, Message | None]], names: Sequence[str]
+        self, replies: Iterable[tuple[int, Message | None]], names: Sequence[str], enough: int
     ) -> dict[int, dict[str, np.ndarray]]:
-        """Read probe replies: {partition: {statistic: (L,)}} of the clients that gave them."""
+        """Read up to `enough` probe replies: {partition: {statistic: (L,)}}."""
         found: dict[int, dict[str, np.ndarray]] = {}
         for node, reply in replies:
             with self._refusing(node, "probe") as partition:
                 rows, costs = read_statistics(_content(reply), names, self._model.layers.num_blocks)
                 found[partition] = rows
                 self.record.flops_probe += costs.get("flops", 0.0)
-                self.record.bytes_up += sum(row.nbytes for row in rows.values())
+                size = sum(row.nbytes for row in rows.values())
+                self.record.ledger[partition].up += size
+                self.record.ledger[partition].moved_up += size
+            if len(found) == enough:
+                break
         return found
 
     def take_update(self, node: int, reply: Message | None) -> None:
         """Check one training reply and fold it into the mean; it can be dropped then."""
         with self._refusing(node, "train") as partition:
             answer = _content(reply)
+            arrays = answer.content.array_records.get("arrays", ArrayRecord()).values()
+            traffic = self.record.ledger[partition]
+            traffic.up += carried_bytes(arrays)
+            traffic.moved_up += moved_bytes(arrays)
             trained = self._trained_by(partition)
             expected = {t: v for name in trained for t, v in self._model.layer(name).items()}
-            train = read_train_reply(answer, expected)
+            train = read_train_reply(answer, expected, self._codec)
             most = self._examples.get(partition, train.examples)
             if train.examples > most:
                 raise RefusedReply(
@@ -110,27 +181,43 @@ class Round:
             self._mean.add(trained, train.update, train.examples)
             record, metrics = self.record, train.metrics
             record.replies += 1
-            record.bytes_up += self._model.bytes(trained)
-            record.bytes_full_up += self._model.bytes(self._model.layers.names)
+            traffic.full_up += self._model.bytes(self._model.layers.names)
             record.flops += metrics.get("flops", 0.0)
             record.peak_memory = max(record.peak_memory, metrics.get("peak-memory", 0.0))
             self._losses[partition] = (train.examples, metrics["loss"])
 
-    def finish(self, min_replies: int) -> None:
+    def finish(self, min_replies: int, optimizer: ServerOptimizer) -> tuple[str, ...]:
         """Move every layer somebody trained to θ^{t+1}; the others stay bit-identical.
+
+        Returns
+        -------
+        tuple[str, ...]
+            Names of the layers that moved.
 
         Raises
         ------
         RoundFailed
-            If fewer than `min_replies` updates were usable. The model is unchanged then.
+            If fewer than `min_replies` updates were usable, or a layer would not be finite. The model
+            is unchanged then.
         """
         if self.record.replies < min_replies:
             raise self.failed("train", min_replies)
+        moved = {}
         for layer in self._mean.weights:
-            self._model.replace(layer, self._mean.apply(layer, self._model.layer(layer)))
+            before = self._model.layer(layer)
+            after = optimizer.step(self._model.layers[layer], before, self._mean.pop(layer))
+            if not all(np.isfinite(tensor).all() for tensor in after.values()):
+                raise RoundFailed(
+                    f"round {self.record.round}: layer '{layer}' would hold NaN or Inf; lower "
+                    "train.lr or server.lr"
+                )
+            moved[layer] = after
+        for layer, tensors in moved.items():
+            self._model.replace(layer, tensors)
         # In the order of partition ids, so that the figure does not depend on who answered first.
         losses = [self._losses[partition] for partition in sorted(self._losses)]
         self.record.train_loss = sum(n * x for n, x in losses) / sum(n for n, _ in losses)
+        return tuple(moved)
 
     def take_evaluations(
         self, replies: Iterable[tuple[int, Message | None]]
@@ -182,4 +269,6 @@ def _content(reply: Message | None) -> Message:
         raise RefusedReply("no reply in time")
     if reply.has_error():
         raise RefusedReply(reply.error.reason)
+    if "missing" in reply.content.config_records.get("layers", {}):
+        raise RefusedReply("it lacks layers that were sent to it")
     return reply

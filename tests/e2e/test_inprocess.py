@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from layerfed.client_app import build_client_app, client_app, workbench
 from layerfed.config import ConfigError, RunConfig, Scalar, load_config
 from layerfed.engine import InProcessGrid, run_on
-from layerfed.exchange.messages import encode
+from layerfed.exchange import encode
 from layerfed.runs import read_lines
 from layerfed.server_app import build_strategy
 from layerfed.strategies import RoundFailed

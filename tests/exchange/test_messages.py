@@ -1,19 +1,13 @@
-"""What one side writes the other reads, and no reply, however forged, does more than be refused."""
+"""What one side writes the other reads, and what cannot be meant is refused."""
 
 from __future__ import annotations
 
-import io
-import struct
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.common.serde import message_from_proto, message_to_proto
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from layerfed.exchange import (
     Description,
@@ -21,70 +15,32 @@ from layerfed.exchange import (
     RefusedReply,
     describe_reply,
     evaluate_reply,
-    instruction,
     probe_reply,
     read_description,
     read_evaluation,
+    read_held,
     read_manifest,
     read_mask,
+    read_missing,
     read_statistics,
     read_train_reply,
     train_reply,
 )
-from layerfed.exchange.messages import MAX_EXAMPLES, decode, encode
+from layerfed.exchange.arrays import decode
+from layerfed.exchange.messages import MAX_EXAMPLES, missing_reply, state_held
 from layerfed.layers import LayerMap
 from tests.conftest import BLOCKS, TinyNet
-
-SHAPE, DTYPE = (3, 4), np.dtype(np.float32)
-EXPECTED: dict[str, np.ndarray] = {
-    "w": np.zeros(SHAPE, DTYPE),
-    "count": np.zeros((), np.int64),
-}
-
-
-def ask(kind: str = "train", **config: Any) -> Message:
-    return instruction(kind, 7, server_round=3, timeout=60.0, **config)
-
-
-def update(**changes: np.ndarray) -> dict[str, np.ndarray]:
-    values = np.arange(12, dtype=np.float32).reshape(SHAPE)
-    return {"w": values, "count": np.asarray(5, dtype=np.int64), **changes}
-
-
-def over_the_wire(message: Message) -> Message:
-    """Serialise and parse, as between two machines."""
-    return message_from_proto(message_to_proto(message))
-
-
-def reply_with(array: Array, examples: float = 9, **metrics: float) -> Message:
-    """A training reply whose tensor `w` is the given array, well-formed otherwise."""
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord({"w": array, "count": encode(EXPECTED["count"])}),
-            "metrics": MetricRecord({"examples": examples, "loss": 0.5, **metrics}),
-        }
-    )
-    return Message(content, reply_to=ask())
-
-
-def raw(data: bytes, stype: str = "numpy.ndarray") -> Array:
-    """An array that claims to be the right one, whatever its bytes are."""
-    return Array(str(DTYPE), SHAPE, stype, data)
-
-
-def npy(values: np.ndarray, **kwargs: Any) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, values, **kwargs)
-    return stream.getvalue()
-
-
-def with_header(header: str, body: bytes = bytes(48), version: bytes = b"\x01\x00") -> bytes:
-    text = header.encode("latin1")
-    return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text + body
-
-
-def header(descr: str = "'<f4'", order: str = "False", shape: str = "(3, 4)") -> str:
-    return f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n"
+from tests.exchange.replies import (
+    EXPECTED,
+    SHAPE,
+    VALID,
+    ask,
+    over_the_wire,
+    raw,
+    refused,
+    reply_with,
+    update,
+)
 
 
 # --------------------------------------------------------------------------------- round trips
@@ -95,7 +51,7 @@ def test_an_instruction_brings_mask_manifest_and_changed_arrays(
     head = {name: values + 1 for name, values in model.layer("head").items()}
     model.replace("head", head)
     mask = [0, 1, 0, 1]
-    sent = ask(manifest=model.manifest(), arrays=model.payload(), mask=mask, lr=0.5)
+    sent = ask(manifest=model.manifest(), arrays=model.payload(model.changed), mask=mask, lr=0.5)
 
     message = over_the_wire(sent)
     manifest, arrays = read_manifest(message)
@@ -176,12 +132,6 @@ def test_updates_in_any_memory_order_are_written_row_major() -> None:
 
 
 # ------------------------------------------------------------------------- tensors not asked for
-def refused(message: Message, expected: Mapping[str, np.ndarray] = EXPECTED) -> str:
-    with pytest.raises(RefusedReply) as caught:
-        read_train_reply(message, expected)
-    return str(caught.value)
-
-
 def test_extra_and_missing_tensors_are_refused() -> None:
     extra = update(embed=np.zeros(2, np.float32))
     assert "not asked to train: embed" in refused(train_reply(ask(), extra, 9, loss=0.5))
@@ -220,127 +170,6 @@ def test_one_value_that_is_not_finite_is_refused(value: float) -> None:
     values = update()["w"]
     values[2, 3] = value
     assert refused(train_reply(ask(), update(w=values), 9, loss=0.5)) == "'w' holds NaN or Inf"
-
-
-# ---------------------------------------------------------------------------- forged npy arrays
-VALID = npy(update()["w"])
-FORGED = {
-    "empty": b"",
-    "no magic": b"PK\x03\x04" + VALID[4:],
-    "cut in the magic": VALID[:5],
-    "cut in the length": VALID[:9],
-    "cut in the header": VALID[:40],
-    "cut in the values": VALID[:-1],
-    "no values": VALID[:-48],
-    "bytes after the values": VALID + b"\0",
-    "version 2": npy(update()["w"], version=(2, 0)),
-    "version 3": npy(update()["w"], version=(3, 0)),
-    "version 9": b"\x93NUMPY\x09\x00" + VALID[8:],
-    "huge shape": with_header(header(shape="(1000000, 1000000)")),
-    "shape beyond 64 bits": with_header(header(shape=f"({2**40}, {2**40})")),
-    "negative shape": with_header(header(shape="(-3, -4)")),
-    "fractional shape": with_header(header(shape="(3.0, 4)")),
-    "list for a shape": with_header(header(shape="[3, 4]")),
-    "column-major": with_header(header(order="True")),
-    "order of 0": with_header(header(order="0")),
-    "pickled objects": npy(np.array([[print] * 4] * 3, dtype=object), allow_pickle=True),
-    "object header": with_header(header(descr="'|O'")),
-    "structured": with_header(header(descr="[('a', '<f4')]")),
-    "no such dtype": with_header(header(descr="'<f99'")),
-    "empty descr": with_header(header(descr="()")),
-    "code for a descr": with_header(header(descr="__import__('os')")),
-    "missing key": with_header("{'descr': '<f4', 'shape': (3, 4)}"),
-    "extra key": with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), 'x': 1}"),
-    "keys of two kinds": with_header("{1: 1, 'a': 2}"),
-    "unhashable key": with_header("{[]: 1}"),
-    "no dictionary": with_header("[1, 2]"),
-    "open bracket": with_header(header()[:-3]),
-    "open string": with_header("'''"),
-    "deep": with_header("-" * 3900 + "1"),
-    "deep brackets": with_header("(" * 3900),
-    "null bytes": with_header("\0" * 60),
-    "header of 64 KiB": with_header(header() + " " * 60_000),
-}
-
-
-@pytest.mark.parametrize("data", FORGED.values(), ids=FORGED.keys())
-def test_a_forged_array_is_refused(data: bytes) -> None:
-    says = refused(reply_with(raw(data)))
-    assert says.startswith("'w' is an array ")
-
-
-def test_the_same_array_unforged_is_taken() -> None:
-    """Or the forgeries above could be refused for another reason."""
-    for data in (VALID, with_header(header(), VALID[-48:])):
-        found = read_train_reply(reply_with(raw(data)), EXPECTED)
-        np.testing.assert_array_equal(found.update["w"], update()["w"])
-
-
-def test_another_serialisation_is_refused() -> None:
-    assert "'w' is an array" in refused(reply_with(raw(VALID, stype="pickle")))
-
-
-def test_what_an_array_says_of_itself_beside_its_bytes_is_not_believed() -> None:
-    liar = Array("float32", (3, 4), "numpy.ndarray", npy(np.zeros((3, 5), np.float32)))
-    assert "float32(3, 5) where float32(3, 4) is due" in refused(reply_with(liar))
-
-
-def test_reading_allocates_no_more_than_the_reply_brought() -> None:
-    """The update is a view of the bytes that came, and cannot be written to."""
-    found = read_train_reply(reply_with(raw(VALID)), EXPECTED).update["w"]
-    assert not found.flags.owndata
-    assert not found.flags.writeable
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.binary(max_size=200))
-def test_random_bytes_are_refused_and_nothing_else(data: bytes) -> None:
-    for forged in (data, b"\x93NUMPY" + data, b"\x93NUMPY\x01\x00" + data):
-        with pytest.raises(RefusedReply):
-            decode(raw(forged), SHAPE, DTYPE)
-
-
-PIECES = st.sampled_from(
-    [
-        *"{}()[]'\",:-+.\\\n #LOfjb0123",
-        "'descr'",
-        "'fortran_order'",
-        "'shape'",
-        "'<f4'",
-        "'|O'",
-        "False",
-        "True",
-        "None",
-        "(3, 4)",
-        "**",
-        "'''",
-        "lambda",
-    ]
-)
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.lists(PIECES, max_size=40).map("".join) | st.text(st.characters(max_codepoint=255)))
-def test_any_header_text_is_refused_and_nothing_else(text: str) -> None:
-    with pytest.raises(RefusedReply):
-        decode(raw(with_header(text)), SHAPE, DTYPE)
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.integers(0, len(VALID) - 1), st.integers(1, 255))
-def test_a_flipped_byte_is_refused_or_changes_one_value(position: int, flip: int) -> None:
-    forged = bytearray(VALID)
-    forged[position] ^= flip
-    try:
-        found = decode(raw(bytes(forged)), SHAPE, DTYPE)
-    except RefusedReply:
-        assert position < len(VALID) - 48, "every 4 bytes are some float32"
-    else:
-        assert found.shape == SHAPE
-        assert found.dtype == DTYPE
-        assert (found.view(np.uint32) != update()["w"].view(np.uint32)).sum() == (
-            position >= len(VALID) - 48
-        )
 
 
 # ------------------------------------------------------------------------------ counts and metrics
@@ -478,3 +307,30 @@ def test_statistics_nobody_asked_for_are_ignored() -> None:
     message = probe_reply(ask("query.probe"), {"snr": [1.0], "other": [-1.0, 2.0]}, 9)
     found, _ = read_statistics(message, ["snr"], 1)
     assert list(found) == ["snr"]
+
+
+# ------------------------------------------------------------------------------ layers held and missing
+def test_what_a_node_holds_and_misses_arrives_as_it_was_sent(layers: LayerMap) -> None:
+    reply = missing_reply(ask(), ["blocks.1", "head"])
+    state_held(reply, ["a" * 32], "store")
+    reply = over_the_wire(reply)
+    assert read_missing(reply, layers) == ("blocks.1", "head")
+    assert read_held(reply) == (("a" * 32,), "store")
+
+
+def test_a_reply_that_says_nothing_of_layers_holds_and_misses_nothing(layers: LayerMap) -> None:
+    reply = train_reply(ask(), update(), 9, loss=0.5)
+    assert read_missing(reply, layers) == ()
+    assert read_held(reply) == ((), "")
+
+
+def test_layers_the_model_does_not_have_cannot_be_missing(layers: LayerMap) -> None:
+    with pytest.raises(RefusedReply, match="layers that the model does not have"):
+        read_missing(missing_reply(ask(), ["blocks.1", "../etc"]), layers)
+
+
+def test_a_node_cannot_say_that_it_holds_anything_but_digests() -> None:
+    reply = train_reply(ask(), update(), 9, loss=0.5)
+    state_held(reply, ["a"] * 100_001, "store")
+    with pytest.raises(RefusedReply, match="cannot be read"):
+        read_held(reply)

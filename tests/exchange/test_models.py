@@ -8,7 +8,7 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
-from layerfed.exchange import GlobalModel, Manifest, ResidentModel
+from layerfed.exchange import GlobalModel, Manifest, MissingLayers, ResidentModel
 from layerfed.layers import LayerMap
 from tests.conftest import TinyNet
 
@@ -58,7 +58,7 @@ def change(model: GlobalModel, *layers: str, by: int = 1) -> None:
 
 
 def sync(client: ResidentModel, server: GlobalModel) -> None:
-    client.move_to(server.manifest(), server.payload())
+    client.move_to(server.manifest(), server.payload(server.changed))
 
 
 def same(client: ResidentModel, server: GlobalModel) -> bool:
@@ -84,7 +84,7 @@ def watch_loads(client: ResidentModel, monkeypatch: pytest.MonkeyPatch) -> list[
 # --------------------------------------------------------------------------------- the server
 def test_a_fresh_model_has_nothing_to_send(server: GlobalModel) -> None:
     assert server.changed == ()
-    assert len(server.payload()) == 0
+    assert len(server.payload(server.changed)) == 0
     assert set(server.manifest().digests) == set(server.layers.names)
 
 
@@ -92,7 +92,7 @@ def test_only_layers_that_changed_are_sent(server: GlobalModel) -> None:
     change(server, "blocks.2", "head")
     assert server.changed == ("blocks.2", "head")
     due = {name for layer in ("blocks.2", "head") for name in server.layers[layer].tensors}
-    assert set(server.payload()) == due
+    assert set(server.payload(server.changed)) == due
     assert server.bytes(server.changed) == sum(server.tensors[name].nbytes for name in due)
 
 
@@ -212,10 +212,15 @@ def test_a_layer_that_is_nowhere_is_an_error_that_names_it(
     server: GlobalModel, client: ResidentModel
 ) -> None:
     change(server, "blocks.2", "head")
-    arrays = server.payload()
+    arrays = server.payload(server.changed)
     del arrays["blocks.2.linear.bias"]
-    with pytest.raises(ValueError, match=r"no arrays for layer 'blocks\.2', unknown here"):
+    before = {name: tensor.clone() for name, tensor in client.tensors.items()}
+    with pytest.raises(
+        MissingLayers, match=r"no arrays for layers blocks\.2, unknown here"
+    ) as caught:
         client.move_to(server.manifest(), arrays)
+    assert caught.value.layers == ("blocks.2",)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in client.tensors.items())
     sync(client, server)
     assert same(client, server), "the next complete message sets it right"
 

@@ -11,9 +11,12 @@ from flwr.clientapp import ClientApp
 
 from layerfed.exchange import (
     Description,
+    LayerStore,
     ResidentModel,
     describe_reply,
     evaluate_reply,
+    keeping_layers,
+    open_store,
     probe_reply,
     read_config,
     read_manifest,
@@ -26,7 +29,13 @@ from layerfed.task.probe import probe_layers
 from layerfed.task.training import evaluate, train_update
 from own_app.task import Items, build_model, client_items, loader, logits, loss
 
-app = ClientApp()
+
+def layer_store(context: Context) -> LayerStore:
+    """Return where this node keeps layers between messages: a folder of its own, or the user's cache."""
+    return open_store(str(context.node_config.get("store", "")))
+
+
+app = ClientApp(mods=[keeping_layers(layer_store)])
 
 
 @lru_cache(maxsize=1)
@@ -59,7 +68,7 @@ def describe(message: Message, context: Context) -> Message:
 def probe(message: Message, context: Context) -> Message:
     """Measure what the strategy asks for: one number a layer."""
     resident, config = resident_model(), read_config(message)
-    resident.move_to(*read_manifest(message))
+    resident.move_to(*read_manifest(message), layer_store(context))
     items, _ = examples(context)
     # 0 batches means all of them.
     batches = islice(
@@ -75,7 +84,7 @@ def probe(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train the selected layers and the head; reply with their updates only."""
     resident, config, run = resident_model(), read_config(message), context.run_config
-    resident.move_to(*read_manifest(message))
+    resident.move_to(*read_manifest(message), layer_store(context))
     items, _ = examples(context)
     partition, _ = place(context)
     # A seed of this round and client, so that a run repeats on any engine.
@@ -96,7 +105,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate_locally(message: Message, context: Context) -> Message:
     """Evaluate the global model on examples this node does not train on."""
     resident = resident_model()
-    resident.move_to(*read_manifest(message))
+    resident.move_to(*read_manifest(message), layer_store(context))
     _, items = examples(context)
     accuracy, mean_loss = evaluate(resident.model, loader(items, 256), logits)
     return evaluate_reply(message, len(items), accuracy=accuracy, loss=mean_loss)

@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from layerfed.exchange import open_store
 from layerfed.layers import LayerMap
 from layerfed.strategies import ILP
 from layerfed.task.training import evaluate
@@ -33,6 +34,8 @@ def main(grid: Grid, context: Context) -> None:
         LayerMap.from_model(model),
         budget=float(run["budget"]),
         client_evaluation=True,
+        # In simulation the clients see it too, and no layer needs to be sent.
+        store=open_store(),
         seed=int(run["seed"]),
     )
     result = strategy.start(

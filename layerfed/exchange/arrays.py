@@ -1,0 +1,153 @@
+"""Tensors in messages: serialised late, read without a copy, and never believed."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.common.constant import SType
+
+__all__ = [
+    "LiveArray",
+    "RefusedReply",
+    "carried_bytes",
+    "decode",
+    "encode",
+    "moved_bytes",
+    "record_of",
+]
+
+# Room for the header of the npy format beside an array's own bytes.
+MAX_HEADER = 4096
+
+
+class RefusedReply(ValueError):
+    """A client's reply that must not be used; the message says why."""
+
+
+class LiveArray(Array):
+    """Flower's `Array`, serialised only where it leaves the machine.
+
+    Flower writes an array out when the record is made, and reads it in again where it is used. Between
+    two parts of one process that is two copies for nothing; between processes of one machine Ray moves
+    the numpy array itself, without a copy.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        Taken as it is, not copied; it must not change as long as the message lives.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.dtype = str(values.dtype)
+        self.shape = tuple(values.shape)
+        self.stype = SType.NUMPY
+        self.values = values.view()
+        self.values.flags.writeable = False
+        self.travelled = False
+        """Whether it came from another process."""
+        self._data: bytes | None = None
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The npy bytes, row-major: written when first asked for, shared by all messages."""
+        if self._data is None:
+            values = np.asarray(self.values, order="C")
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(
+                header, np.lib.format.header_data_from_array_1_0(values)
+            )
+            content = values.reshape(-1).view(np.uint8).data
+            self._data = b"".join((header.getvalue(), content))
+            # From now on a view of these bytes, so that there is no second copy.
+            self.values = np.frombuffer(self._data, values.dtype, offset=header.tell()).reshape(
+                values.shape
+            )
+        return self._data
+
+    def numpy(self) -> np.ndarray:
+        """Return a copy of the values."""
+        return self.values.copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # With pickle's out-of-band buffers, as Ray uses them, the values are not copied.
+        return _arrived, (self.values,)
+
+
+# Flower marks serialised objects with the name of their class, and knows this one as its base.
+LiveArray.__qualname__ = Array.__qualname__
+
+
+def _arrived(values: np.ndarray) -> LiveArray:
+    array = LiveArray(values)
+    array.travelled = True
+    return array
+
+
+def encode(values: np.ndarray) -> Array:
+    """Return an array for a message."""
+    return LiveArray(values)
+
+
+def record_of(tensors: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Return tensors as a record for a message."""
+    record = ArrayRecord()
+    for name, values in tensors.items():
+        record[name] = encode(values)  # one by one: Flower's constructor would serialise them
+    return record
+
+
+def carried_bytes(arrays: Iterable[Array]) -> int:
+    """Return the bytes of elements that a network would carry for some arrays."""
+    return sum(a.values.nbytes if isinstance(a, LiveArray) else _content(a.data) for a in arrays)
+
+
+def _content(data: bytes) -> int:
+    # An npy file states the length of its header; whatever it says, this is only a count.
+    return max(0, len(data) - 10 - int.from_bytes(data[8:10], "little"))
+
+
+def moved_bytes(arrays: Iterable[Array]) -> int:
+    """Return the bytes of those arrays that came from another process."""
+    return carried_bytes(a for a in arrays if not isinstance(a, LiveArray) or a.travelled)
+
+
+def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """View an array as the expected shape and dtype, without copying it.
+
+    The npy header is read and compared before anything is sized by it, so a forged one can neither
+    allocate memory nor smuggle in an object array.
+
+    Raises
+    ------
+    RefusedReply
+        If the bytes are not exactly an array of that shape and dtype.
+    """
+    if isinstance(array, LiveArray):
+        if array.values.shape != shape or array.values.dtype != dtype:
+            raise RefusedReply(
+                f"an array of {array.values.dtype}{array.values.shape} where {dtype}{shape} is due"
+            )
+        return array.values
+    expected = math.prod(shape) * dtype.itemsize
+    if array.stype != SType.NUMPY or len(array.data) > expected + MAX_HEADER:
+        raise RefusedReply(f"an array of {len(array.data)} bytes where {expected} are due")
+    stream = io.BytesIO(array.data[:MAX_HEADER])
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"npy version {version}")
+        header = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:
+        # NumPy parses the header as Python; a forged one raises nearly anything, from TypeError to
+        # tokenize.TokenError and RecursionError.
+        raise RefusedReply(f"an array that cannot be read ({error})") from None
+    if header != (shape, False, dtype):
+        raise RefusedReply(f"an array of {header[2]}{header[0]} where {dtype}{shape} is due")
+    if len(array.data) != stream.tell() + expected:
+        raise RefusedReply("an array whose bytes do not match its header")
+    return np.frombuffer(array.data, dtype, offset=stream.tell()).reshape(shape)

@@ -1,0 +1,208 @@
+"""Codecs: how many bits of an update travel, and what becomes of the rest.
+
+=========== ========= ==========================================================================
+codec       bytes     error of each element x
+=========== ========= ==========================================================================
+float32     4         none
+float16     2         |x| · 2⁻¹¹, or 2⁻²⁵ where |x| < 2⁻¹⁴ (tiny updates vanish); |x| must be < 65,520
+bfloat16    2         |x| · 2⁻⁸, over the whole range of float32
+int8        1         max|row| / 254, with rows along the first dimension; the error is remembered
+                      on the client and added to its next update of the layer (error feedback)
+=========== ========= ==========================================================================
+
+Error feedback is that of Seide et al. (2014) and Karimireddy et al. (2019): the client sends C(Δ + e)
+and keeps e ← Δ + e − C(Δ + e), so that no part of an update is lost, only delayed. Tensors of other
+types than float32 (BatchNorm's batch counter) travel as they are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from layerfed.exchange.store import LayerStore
+
+__all__ = ["CODECS", "Codec", "compress"]
+
+# Beside a tensor's name: no tensor of a torch model is called so.
+SCALE = "#scale"
+
+Parts = dict[str, np.ndarray]
+Spec = tuple[tuple[int, ...], np.dtype[Any]]
+
+
+class Codec(ABC):
+    """Writes an update's tensors as arrays for a message, and reads them back."""
+
+    lossy = True
+    feedback = False
+    """Whether the client remembers the error."""
+
+    def encode(self, update: Mapping[str, np.ndarray]) -> Parts:
+        """Return the arrays to send, by name."""
+        parts: Parts = {}
+        for name, values in update.items():
+            parts.update(self._write(name, values) if _coded(values.dtype) else {name: values})
+        return parts
+
+    def decode(self, name: str, like: np.ndarray, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return one tensor of an update, from the arrays that `parts_of` names."""
+        return self._read(name, parts) if _coded(like.dtype) else parts[name]
+
+    def parts_of(self, name: str, like: np.ndarray) -> dict[str, Spec]:
+        """Return name, shape and dtype of the arrays that one tensor travels as."""
+        return (
+            self._spec(name, like.shape) if _coded(like.dtype) else {name: (like.shape, like.dtype)}
+        )
+
+    @abstractmethod
+    def _write(self, name: str, values: np.ndarray) -> Parts: ...
+
+    @abstractmethod
+    def _read(self, name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray: ...
+
+    @abstractmethod
+    def _spec(self, name: str, shape: tuple[int, ...]) -> dict[str, Spec]: ...
+
+
+def _coded(dtype: np.dtype[Any]) -> bool:
+    return dtype == np.float32
+
+
+class _Float32(Codec):
+    lossy = False
+
+    def _write(self, name: str, values: np.ndarray) -> Parts:
+        return {name: values}
+
+    def _read(self, name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        return parts[name]
+
+    def _spec(self, name: str, shape: tuple[int, ...]) -> dict[str, Spec]:
+        return {name: (shape, np.dtype(np.float32))}
+
+
+class _Float16(Codec):
+    def _write(self, name: str, values: np.ndarray) -> Parts:
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.isfinite(half).all() and np.isfinite(values).all():
+            raise ValueError(
+                f"the update of '{name}' reaches {np.abs(values).max():g}, above what "
+                "exchange.codec = 'float16' holds; use bfloat16, or lower train.lr"
+            )
+        return {name: half}
+
+    def _read(self, name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        return parts[name].astype(np.float32)
+
+    def _spec(self, name: str, shape: tuple[int, ...]) -> dict[str, Spec]:
+        return {name: (shape, np.dtype(np.float16))}
+
+
+class _BFloat16(Codec):
+    """The upper half of a float32, rounded to nearest, ties to even; as int16, since npy lacks it."""
+
+    def _write(self, name: str, values: np.ndarray) -> Parts:
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        with np.errstate(over="ignore"):
+            rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        # Rounding could carry a NaN's bits into another number: NaN stays NaN, and is refused as such.
+        upper = np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+        return {name: upper.view(np.int16).reshape(values.shape)}
+
+    def _read(self, name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        upper = np.ascontiguousarray(parts[name]).view(np.uint16).astype(np.uint32)
+        return (upper << np.uint32(16)).view(np.float32).reshape(parts[name].shape)
+
+    def _spec(self, name: str, shape: tuple[int, ...]) -> dict[str, Spec]:
+        return {name: (shape, np.dtype(np.int16))}
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return rows and columns of a tensor: along its first dimension, vectors and scalars one row."""
+    size = int(np.prod(shape, dtype=np.int64))
+    rows = shape[0] if len(shape) > 1 else 1
+    return rows, size // rows if rows else 0
+
+
+class _Int8(Codec):
+    feedback = True
+
+    def _write(self, name: str, values: np.ndarray) -> Parts:
+        table = values.reshape(_rows(values.shape))
+        scale = np.abs(table).max(axis=1, initial=0.0) / np.float32(127)
+        # A row of zeros, or of numbers too small for a scale, is sent as zeros.
+        safe = np.where(scale > 0, scale, np.float32(1))[:, None]
+        with np.errstate(invalid="ignore"):  # NaN: the scale says so, and the server refuses it
+            levels = np.rint(table / safe).clip(-127, 127).astype(np.int8)
+        return {name: levels.reshape(values.shape), name + SCALE: scale.astype(np.float32)}
+
+    def _read(self, name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        levels, scale = parts[name], parts[name + SCALE]
+        table = levels.reshape(_rows(levels.shape)).astype(np.float32)
+        table *= scale[:, None]
+        return table.reshape(levels.shape)
+
+    def _spec(self, name: str, shape: tuple[int, ...]) -> dict[str, Spec]:
+        rows, _ = _rows(shape)
+        return {
+            name: (shape, np.dtype(np.int8)),
+            name + SCALE: ((rows,), np.dtype(np.float32)),
+        }
+
+
+CODECS: Mapping[str, Codec] = {
+    "float32": _Float32(),
+    "float16": _Float16(),
+    "bfloat16": _BFloat16(),
+    "int8": _Int8(),
+}
+
+
+def compress(
+    codec: Codec, layers: Mapping[str, Mapping[str, np.ndarray]], store: LayerStore, key: str
+) -> Parts:
+    """Encode a client's update, with error feedback where the codec has it.
+
+    Parameters
+    ----------
+    codec : Codec
+    layers : Mapping[str, Mapping[str, numpy.ndarray]]
+        Δ_i by layer and tensor.
+    store : LayerStore
+        Remembers the error of each layer. What it evicts is lost, which costs a little accuracy.
+    key : str
+        Names the run and the client.
+
+    Returns
+    -------
+    dict[str, numpy.ndarray]
+        The arrays to send, by name.
+    """
+    parts: Parts = {}
+    for layer, update in layers.items():
+        if not codec.feedback:
+            parts.update(codec.encode(update))
+            continue
+        place = f"{key}/{layer}"
+        error = store.recall(place) or {}
+        wanted = {
+            name: values + error[name] if name in error else values
+            for name, values in update.items()
+        }
+        sent = codec.encode(wanted)
+        store.remember(
+            place,
+            {
+                name: values - codec.decode(name, values, sent)
+                for name, values in wanted.items()
+                if _coded(values.dtype)
+            },
+        )
+        parts.update(sent)
+    return parts

@@ -1,0 +1,87 @@
+"""Who holds which layers, and what was carried because of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from layerfed.exchange.messages import Manifest
+
+__all__ = ["Holdings", "Ledger", "Traffic"]
+
+
+class Holdings:
+    """The layer versions that each node is known to hold.
+
+    Learnt from replies, in which a node names those it keeps; a node that says nothing is taken to hold
+    nothing but the base. Being wrong costs bytes, or a layer sent again, never a wrong result.
+
+    Parameters
+    ----------
+    store : str
+        Identity of the server's own layer store; empty where it has none.
+    """
+
+    def __init__(self, store: str = "") -> None:
+        self._store = store
+        self._held: dict[int, frozenset[str]] = {}
+        self._stores: dict[int, str] = {}
+
+    def learn(self, node: int, held: Iterable[str], store: str = "") -> None:
+        """Take note of the digests a node says it holds, and of the store it keeps them in."""
+        self._held[node] = frozenset(held)
+        if store:
+            self._stores[node] = store
+
+    def shares(self, node: int) -> bool:
+        """Say whether a node sees the server's own store, so that nothing need be sent to it."""
+        return bool(self._store) and self._stores.get(node) == self._store
+
+    @property
+    def anyone_shares(self) -> bool:
+        """Whether any node sees the server's store."""
+        return any(self.shares(node) for node in self._stores)
+
+    def lacks(self, node: int, manifest: Manifest, changed: Iterable[str]) -> tuple[str, ...]:
+        """Return which of the changed layers a node, as a device of its own, does not hold."""
+        held = self._held.get(node, frozenset())
+        return tuple(layer for layer in changed if manifest.digests[layer] not in held)
+
+
+@dataclass
+class Traffic:
+    """Bytes of tensors and statistics of one client in one round, without framing.
+
+    Attributes
+    ----------
+    down, up : int
+        What a network would have carried, with each client a device of its own.
+    moved_down, moved_up : int
+        What really went from process to process in messages.
+    full_down, full_up : int
+        What sending the whole model each way would have taken: once a client and round, with no probe.
+    """
+
+    down: int = 0
+    up: int = 0
+    moved_down: int = 0
+    moved_up: int = 0
+    full_down: int = 0
+    full_up: int = 0
+
+
+class Ledger:
+    """The traffic of one round, by client (partition id)."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Traffic] = defaultdict(Traffic)
+
+    def __getitem__(self, client: int) -> Traffic:
+        """Return a client's traffic, to be added to."""
+        return self.rows[client]
+
+    def total(self) -> Traffic:
+        """Return the sums over clients."""
+        names = [field.name for field in fields(Traffic)]
+        return Traffic(*(sum(getattr(row, name) for row in self.rows.values()) for name in names))

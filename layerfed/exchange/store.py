@@ -1,0 +1,280 @@
+"""The layer store: layers by content, kept between messages, so that none travels twice.
+
+A node that runs a process per message (a SuperNode does) has nothing else to remember them by. Server
+and clients of one machine find the same store, and nothing needs to travel between them at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from functools import lru_cache
+from logging import WARNING
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+from flwr.common.logger import log
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from layerfed.config import ConfigError
+from layerfed.layers import digest
+
+__all__ = ["FolderStore", "LayerStore", "MemoryStore", "open_store"]
+
+MEMORY = "memory"
+IDENTITY = "identity"
+# A digest names a file; one that came in a message must be nothing but a digest.
+DIGEST = re.compile(r"[0-9a-f]{32}")
+# What a process leaves that was killed while writing is litter once it is this old.
+LITTER_SECONDS = 3600.0
+
+Tensors = Mapping[str, np.ndarray]
+
+
+class LayerStore(ABC):
+    """Layers by content digest, and what a client keeps for itself.
+
+    Attributes
+    ----------
+    identity : str
+        The same for everyone who sees this store, and for no one else.
+    """
+
+    identity: str
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Say whether a layer of that digest is kept."""
+
+    @abstractmethod
+    def get(self, name: str) -> dict[str, np.ndarray] | None:
+        """Return a layer by digest, or None; what is returned has that digest."""
+
+    @abstractmethod
+    def put(self, name: str, tensors: Tensors, keep: Collection[str]) -> None:
+        """Keep a layer under its digest.
+
+        Parameters
+        ----------
+        name : str
+            The layer's digest.
+        tensors : Mapping[str, numpy.ndarray]
+        keep : Collection[str]
+            Digests that must not be evicted for it: what the current round needs.
+        """
+
+    @abstractmethod
+    def recall(self, key: str) -> dict[str, np.ndarray] | None:
+        """Return what was remembered under a key, or None where it is lost."""
+
+    @abstractmethod
+    def remember(self, key: str, tensors: Tensors) -> None:
+        """Keep tensors of the client's own, such as error feedback, under any key."""
+
+
+class MemoryStore(LayerStore):
+    """The store of one process: of layers, the current version and no other.
+
+    Used by the in-process engine, whose server and clients share arrays by reference.
+    """
+
+    def __init__(self) -> None:
+        self.identity = uuid4().hex
+        self._layers: dict[str, dict[str, np.ndarray]] = {}
+        self._own: dict[str, dict[str, np.ndarray]] = {}
+
+    def has(self, name: str) -> bool:
+        """Say whether a layer of that digest is kept."""
+        return name in self._layers
+
+    def get(self, name: str) -> dict[str, np.ndarray] | None:
+        """Return a layer by digest, or None."""
+        return self._layers.get(name)
+
+    def put(self, name: str, tensors: Tensors, keep: Collection[str]) -> None:
+        """Keep a layer, by reference, and drop all that are not in `keep`."""
+        self._layers = {n: t for n, t in self._layers.items() if n in keep}
+        self._layers[name] = dict(tensors)
+
+    def recall(self, key: str) -> dict[str, np.ndarray] | None:
+        """Return what was remembered under a key, or None."""
+        return self._own.get(key)
+
+    def remember(self, key: str, tensors: Tensors) -> None:
+        """Keep tensors by reference; those of earlier runs are dropped with the run's name."""
+        run = key.partition("/")[0]
+        self._own = {k: t for k, t in self._own.items() if k.partition("/")[0] == run}
+        self._own[key] = dict(tensors)
+
+
+class FolderStore(LayerStore):
+    """A folder of safetensors files, each named by its layer's digest.
+
+    Several processes may use it at once: files are written beside their place and renamed, one of a
+    digest is as good as another, and whoever finds a file gone or damaged treats it as not kept.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it is not there.
+    size : float
+        Bytes to keep at most; the least recently used go first.
+
+    Raises
+    ------
+    ConfigError
+        If the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, size: float) -> None:
+        self.folder = folder
+        self.size = size
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.identity = self._identify()
+        except OSError as error:
+            raise ConfigError(
+                f"the layer store {folder} cannot be written: {error.strerror}; name another folder "
+                "(exchange.store, or store in the node's --node-config)"
+            ) from None
+
+    def _identify(self) -> str:
+        file = self.folder / IDENTITY
+        if not file.exists():
+            beside = self._beside(file)
+            beside.write_text(uuid4().hex, encoding="ascii")
+            # A link fails where another process was first, whose identity then holds for all.
+            with suppress(FileExistsError):
+                os.link(beside, file)
+            beside.unlink()
+        return file.read_text(encoding="ascii")
+
+    def _file(self, name: str) -> Path:
+        if not DIGEST.fullmatch(name):
+            raise ValueError(f"{name!r} is not a layer's digest")
+        return self.folder / f"{name}.safetensors"
+
+    @staticmethod
+    def _beside(file: Path) -> Path:
+        return file.with_name(f"{file.name}.{uuid4().hex}.tmp")
+
+    def has(self, name: str) -> bool:
+        """Say whether a layer of that digest is kept (unread: `get` may still find it damaged)."""
+        return self._file(name).exists()
+
+    def get(self, name: str) -> dict[str, np.ndarray] | None:
+        """Return a layer by digest, or None; a damaged file is removed."""
+        file = self._file(name)
+        tensors = self._read(file)
+        if tensors is None:
+            return None
+        if digest(tensors) != name:
+            log(WARNING, "the layer store held a damaged layer, %s; it is fetched again", file)
+            file.unlink(missing_ok=True)
+            return None
+        return tensors
+
+    @staticmethod
+    def _read(file: Path) -> dict[str, np.ndarray] | None:
+        try:
+            tensors = load_file(file)
+            os.utime(file)  # used now: the last to be evicted
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError) as error:
+            log(WARNING, "%s cannot be read and is removed: %s", file, error)
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+            return None
+        return tensors
+
+    def put(self, name: str, tensors: Tensors, keep: Collection[str]) -> None:
+        """Keep a layer; where the disk is full, go on without."""
+        file = self._file(name)
+        if file.exists():
+            with suppress(OSError):
+                os.utime(file)
+            return
+        self._write(file, tensors)
+        self._evict({self._file(digest) for digest in (name, *keep)})
+
+    def _write(self, file: Path, tensors: Tensors) -> None:
+        beside = self._beside(file)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared the cache
+            save_file({n: np.asarray(t, order="C") for n, t in tensors.items()}, beside)
+            os.replace(beside, file)
+        except (OSError, SafetensorError) as error:
+            log(WARNING, "%s could not be kept: %s", file, error)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+
+    def _evict(self, keep: Collection[Path]) -> None:
+        found = []
+        with suppress(OSError):  # gone meanwhile, evicted by another process
+            for entry in os.scandir(self.folder):
+                with suppress(OSError):
+                    found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+        total = sum(size for _, size, _ in found)
+        old = time.time() - LITTER_SECONDS
+        for used, size, file in sorted(found):
+            if file.suffix == ".safetensors":
+                unwanted = total > self.size and file not in keep
+            else:
+                unwanted = used < old and file.name != IDENTITY
+            if unwanted:
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
+                    total -= size
+
+    def _own_file(self, key: str) -> Path:
+        # Hashed, since parts of the key come from messages.
+        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        return self.folder / f"own-{name}.safetensors"
+
+    def recall(self, key: str) -> dict[str, np.ndarray] | None:
+        """Return what was remembered under a key, or None where it was evicted."""
+        return self._read(self._own_file(key))
+
+    def remember(self, key: str, tensors: Tensors) -> None:
+        """Keep tensors under a key, in place of what was there."""
+        self._write(self._own_file(key), tensors)
+
+
+def open_store(location: str = "", gigabytes: float = 20.0) -> LayerStore:
+    """Return the store at a location, one object a process.
+
+    Parameters
+    ----------
+    location : str
+        A folder; `memory`, that of this process; empty is the user's cache folder.
+    gigabytes : float
+        Limit of a folder's size.
+
+    Raises
+    ------
+    ConfigError
+        If the folder cannot be written.
+    """
+    if location == MEMORY:
+        return _memory()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(location).expanduser() if location else cache / "layerfed" / "layers"
+    return _folder(folder.resolve(), gigabytes * 1e9)
+
+
+@lru_cache(maxsize=1)
+def _memory() -> MemoryStore:
+    return MemoryStore()
+
+
+@lru_cache(maxsize=8)
+def _folder(folder: Path, size: float) -> FolderStore:
+    return FolderStore(folder, size)

@@ -1,0 +1,209 @@
+"""The layer store gives back what it was given, or nothing; whatever happens to its files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layerfed.config import ConfigError
+from layerfed.exchange import FolderStore, LayerStore, MemoryStore, open_store
+from layerfed.layers import digest
+
+KB = 1000
+
+
+def layer(seed: int, elements: int = 200) -> tuple[str, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    tensors = {
+        "w": rng.standard_normal(elements).astype(np.float32),
+        "count": np.asarray(seed, dtype=np.int64),
+    }
+    return digest(tensors), tensors
+
+
+@pytest.fixture(params=["folder", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> LayerStore:
+    return MemoryStore() if request.param == "memory" else FolderStore(tmp_path, 1e9)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FolderStore:
+    return FolderStore(tmp_path / "layers", 1e9)
+
+
+def kept(store: FolderStore) -> set[str]:
+    return {file.stem for file in store.folder.glob("*.safetensors")}
+
+
+def test_a_layer_comes_back_bit_for_bit(store: LayerStore) -> None:
+    name, tensors = layer(1)
+    assert not store.has(name)
+    assert store.get(name) is None
+    store.put(name, tensors, keep=[])
+    assert store.has(name)
+    found = store.get(name)
+    assert found is not None
+    assert set(found) == set(tensors)
+    for key, values in tensors.items():
+        np.testing.assert_array_equal(found[key], values)
+        assert found[key].dtype == values.dtype
+
+
+def test_what_is_remembered_comes_back_and_is_replaced(store: LayerStore) -> None:
+    assert store.recall("run/0/head") is None
+    for value in (1.0, 2.0):
+        store.remember("run/0/head", {"w": np.full(3, value, np.float32)})
+        found = store.recall("run/0/head")
+        assert found is not None
+        assert found["w"].tolist() == [value] * 3
+
+
+def test_memory_keeps_the_current_version_only() -> None:
+    store = MemoryStore()
+    (a, first), (b, second) = layer(1), layer(2)
+    store.put(a, first, keep=[a])
+    store.put(b, second, keep=[b])
+    assert store.has(b)
+    assert not store.has(a)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "garbage"])
+def test_a_damaged_layer_is_as_good_as_none(folder: FolderStore, damage: str) -> None:
+    name, tensors = layer(1)
+    folder.put(name, tensors, keep=[])
+    file = folder.folder / f"{name}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    content = {"flip": bytes(data), "cut": bytes(data[:-7]), "empty": b"", "garbage": b"\xff" * 99}
+    file.write_bytes(content[damage])
+    assert folder.get(name) is None
+    assert not file.exists(), "it is gone, so that the layer is asked for again"
+    folder.put(name, tensors, keep=[])
+    assert folder.get(name) is not None
+
+
+def test_a_file_of_another_layer_is_not_believed(folder: FolderStore) -> None:
+    (a, first), (b, _) = layer(1), layer(2)
+    folder.put(a, first, keep=[])
+    os.replace(folder.folder / f"{a}.safetensors", folder.folder / f"{b}.safetensors")
+    assert folder.get(b) is None
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "", "A" * 32, "a" * 31, "a" * 33, "a/" * 16])
+def test_a_name_from_a_message_is_never_a_path(folder: FolderStore, name: str) -> None:
+    for use in (folder.has, folder.get, lambda n: folder.put(n, {}, keep=[])):
+        with pytest.raises(ValueError, match="is not a layer's digest"):
+            use(name)
+
+
+def test_keys_of_any_text_stay_inside_the_folder(folder: FolderStore) -> None:
+    folder.remember("../../evil/0/head", {"w": np.zeros(1)})
+    assert {f.parent for f in folder.folder.rglob("*")} == {folder.folder}
+
+
+def test_the_least_recently_used_goes_first_and_what_is_needed_stays(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path, 4 * KB)
+    layers = [layer(seed) for seed in range(6)]  # about 1 kB each
+    needed, recent = layers[0][0], layers[1][0]
+    for position, (name, tensors) in enumerate(layers[:4]):
+        store.put(name, tensors, keep=[needed])
+        os.utime(store.folder / f"{name}.safetensors", (position, position))
+    assert store.get(recent) is not None  # used now
+    for name, tensors in layers[4:]:
+        store.put(name, tensors, keep=[needed])
+    assert {needed, recent, layers[5][0]} <= kept(store)
+    assert layers[2][0] not in kept(store)
+    assert sum(f.stat().st_size for f in store.folder.glob("*.safetensors")) <= 4 * KB
+
+
+def test_what_the_round_needs_is_kept_even_beyond_the_limit(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path, 1 * KB)
+    layers = [layer(seed) for seed in range(4)]
+    names = [name for name, _ in layers]
+    for name, tensors in layers:
+        store.put(name, tensors, keep=names)
+    assert kept(store) == set(names)
+
+
+def test_litter_of_killed_writers_is_cleared_and_of_living_ones_is_not(folder: FolderStore) -> None:
+    old, new = folder.folder / "x.safetensors.1.tmp", folder.folder / "x.safetensors.2.tmp"
+    old.write_bytes(b"half")
+    new.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    name, tensors = layer(1)
+    folder.put(name, tensors, keep=[])
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_full_disk_is_no_error(folder: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    name, tensors = layer(1)
+    monkeypatch.setattr("layerfed.exchange.store.save_file", full)
+    folder.put(name, tensors, keep=[])
+    assert not folder.has(name)
+    assert kept(folder) == set()
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_that_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/layers cannot be written.*exchange\.store"):
+        FolderStore(tmp_path / "file" / "layers", 1e9)
+
+
+def test_who_sees_the_same_folder_sees_the_same_store(tmp_path: Path) -> None:
+    here, there = FolderStore(tmp_path / "a", 1e9), FolderStore(tmp_path / "a", 5e9)
+    assert here.identity == there.identity
+    assert FolderStore(tmp_path / "b", 1e9).identity != here.identity
+    assert MemoryStore().identity != MemoryStore().identity
+
+
+def test_one_location_is_one_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_store(str(tmp_path), 1.0) is open_store(str(tmp_path), 1.0)
+    assert open_store("memory", 1.0) is open_store("memory", 2.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    default = open_store()
+    assert isinstance(default, FolderStore)
+    assert default.folder == tmp_path / "layerfed" / "layers"
+
+
+# ------------------------------------------------------------------------- many processes at once
+def hammer(folder: Path, seed: int, failures: multiprocessing.Queue) -> None:
+    store = FolderStore(folder, 6 * KB)  # small, so that each evicts what the others use
+    rng = np.random.default_rng(seed)
+    try:
+        for _ in range(150):
+            name, tensors = layer(int(rng.integers(12)))
+            found = store.get(name)
+            if found is None:
+                store.put(name, tensors, keep=[name])
+            else:
+                assert digest(found) == name
+            store.remember("shared", {"w": np.full(50, seed, np.float32)})
+            mine = store.recall("shared")
+            assert mine is None or len(set(mine["w"].tolist())) == 1, "half of each"
+        failures.put(store.identity)
+    except BaseException as error:
+        failures.put(f"{type(error).__name__}: {error}")
+
+
+def test_processes_that_write_read_and_evict_at_once_never_see_a_broken_layer(
+    tmp_path: Path,
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue = context.Queue()
+    workers = [context.Process(target=hammer, args=(tmp_path, i, results)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    identities = {results.get(timeout=120) for _ in workers}
+    for worker in workers:
+        worker.join(timeout=30)
+    assert identities == {FolderStore(tmp_path, 1e9).identity}
+    assert not list(tmp_path.glob("*.tmp"))
