@@ -89,7 +89,7 @@ class Scene:
         return load_config(None, [f"{key}={value}" for key, value in settings.items()])
 
     def start(self, name: str = "faulty") -> int:
-        return self.loopback.federation.start_run(self.app, self.configured(name))
+        return self.loopback.start_run(self.app, self.configured(name))
 
     def finish(self, run: int) -> RunStatus:
         return self.loopback.federation.follow(run, WAIT_SECONDS)
@@ -237,7 +237,7 @@ def replayed(folder: Path, flat: Flat) -> dict[str, np.ndarray]:
     flat = {**flat, "federation.clients-per-round": flat["federation.clients"]}
     grid = InProcessGrid(build_client_app([silent]), int(flat["federation.clients"]), flat)
     with tempfile.TemporaryDirectory() as runs:
-        flat |= {"run.dir": runs, "run.name": "replay"}
+        flat |= {"run.dir": runs, "run.name": "replay", "exchange.store": "memory"}
         context = Context(1, SUPERLINK_NODE_ID, {}, RecordDict(), flat)
         build_server_app([], lambda path: None)(grid, context)
         return load_file(Path(runs) / "replay/model.safetensors")

@@ -252,7 +252,7 @@ def demo(
             tempfile.TemporaryDirectory(prefix="layerfed-demo-") as private,
             on_loopback(Path(private), settings, say, logs=folder / "logs") as loopback,
         ):
-            identity = loopback.federation.start_run(source, configured("deployed"))
+            identity = loopback.start_run(source, configured("deployed"))
             say(f"run {identity} on the SuperNodes; logs are in {folder / 'logs'}")
             status = loopback.federation.follow(identity, timeout)
             if not status.completed:

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 from safetensors.numpy import load_file
 
-from layerfed.config import Scalar
+from layerfed.config import RunConfig, Scalar
 from layerfed.deploy.credentials import create_node_key
 from layerfed.deploy.federation import Federation, environment, program, supernode_command
 from layerfed.deploy.processes import Processes, free_ports
@@ -71,12 +71,19 @@ class Loopback:
         `register` and `ca` are for those that must not get in.
         """
         home = self.folder / name
+        settings = {"store": str(home / "layers"), **settings}
         key, public = create_node_key(name, home)
         if register:
             self.federation.register(public)
         (port,) = free_ports(1)
         command = supernode_command(self.gateway, ca or self.federation.ca, key, settings, port)
         return self.processes.start(name, [*command, *options], environment(home / "flower"))
+
+    def start_run(self, app: Path, config: RunConfig) -> int:
+        """Hand a run to the SuperLink, with a layer store that no node sees; return its id."""
+        store = {"store": str(self.federation.folder / "layers")}
+        section = config.exchange.model_copy(update=store)
+        return self.federation.start_run(app, config.model_copy(update={"exchange": section}))
 
 
 @contextmanager

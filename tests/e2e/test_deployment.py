@@ -53,7 +53,7 @@ def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
 def deployed(loopback: Loopback) -> Path:
     """The folder of a run on the SuperNodes."""
     config = configured(loopback.folder / "runs", "deployed")
-    run = loopback.federation.start_run(ROOT, config)
+    run = loopback.start_run(ROOT, config)
     status = loopback.federation.follow(run, timeout=600)
     assert status.completed, status
     return loopback.folder / "runs/deployed"
