@@ -1,4 +1,4 @@
-"""`layerfed`: run, compare, report, layers, solve."""
+"""`layerfed`: run, compare, report, layers, solve, deploy."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 from layerfed.config import ConfigError, RunConfig, load_config
+from layerfed.deploy.cli import app as deploy
 
 EngineName = Literal["auto", "inprocess", "ray"]
 ENGINES = get_args(EngineName)
@@ -34,6 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(deploy, name="deploy")
 console = Console(stderr=True)
 
 Settings = Annotated[

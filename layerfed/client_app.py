@@ -180,8 +180,6 @@ def _allowance(
     """Return what this node affords in the run: worked out once, or `anew`."""
     # The workbench does not know the budget's unit: runs that differ in it share one.
     unit = _run_config(context.run_config).budget.unit
-    if node.budget is None:
-        return None
     if not anew and (known := Allowance.recall(context.state, unit)) is not None:
         return known
 
@@ -198,8 +196,8 @@ def _allowance(
         free=lambda: free_memory(bench.device),
         head=lambda: bench.head_memory(node.partition_id),
     )
-    assert found is not None  # it has a budget
-    found.remember(context.state)
+    if found is not None:
+        found.remember(context.state)
     return found
 
 
