@@ -21,6 +21,7 @@ from layerfed.models import build_image_classifier
 from layerfed.task.base import Batch
 from layerfed.task.dataset_task import Columns, DatasetTask, Encoder
 from layerfed.task.loading import (
+    CHANGED,
     TEST_SPLITS,
     Part,
     image_folders,
@@ -81,8 +82,9 @@ class ImageTask(DatasetTask):
         """Read `CLASS/`, `GROUP/CLASS/`, and each below a folder for each split."""
         found: dict[str, dict[str, dict[str, Sequence[Path]]]] = {}
         for path, images in folders.items():
-            split = path[0] if len(path) > 1 and path[0] in SPLITS else "train"
-            *group, label = path[path[0] == split :] or ("",)
+            below = len(path) > 1 and path[0] in SPLITS
+            split = path[0] if below else "train"
+            *group, label = path[below:] or ("",)
             if len(group) > 1 or not label:
                 raise ConfigError(
                     f"task.data = '{self.data}': images in {root.joinpath(*path)} have no class; "
@@ -115,18 +117,16 @@ class ImageTask(DatasetTask):
         """
         given = self.config.task.input_columns
         column = pick_columns(given, self.inputs, found, "task.input-columns")[0]
-        rows = found.rows
-        if rows.features[column] == Value("string") and "changed" not in rows.column_names:
-            # Paths in a table are relative to the table.
-            base = local_path(self.data)
-            folder = base.parent if base and base.is_file() else base or Path()
-            rows = _with_paths(rows, column, folder)
-        elif rows.features[column] != Value("string") and not isinstance(
-            rows.features[column], Image
-        ):
+        rows, feature = found.rows, found.rows.features[column]
+        if getattr(feature, "dtype", "") in ("string", "large_string"):
+            if CHANGED not in rows.column_names:
+                # Paths in a table are relative to the table.
+                base = local_path(self.data)
+                rows = _with_paths(rows, column, base.parent if base and base.is_file() else base)
+        elif not isinstance(feature, Image):
             raise ConfigError(
-                f"{found.where}: column '{column}' is of type {rows.features[column]}, not of images or "
-                "paths of images; choose another by task.input-columns=NAME"
+                f"{found.where}: column '{column}' is of type {feature}, not of images or paths of "
+                "images; choose another by task.input-columns=NAME"
             )
         return Part(rows.cast_column(column, Image(decode=False)), found.where, found.group)
 
@@ -146,12 +146,12 @@ class ImageTask(DatasetTask):
         return scores
 
 
-def _with_paths(rows: Dataset, column: str, folder: Path) -> Dataset:
+def _with_paths(rows: Dataset, column: str, folder: Path | None) -> Dataset:
     """Make paths absolute, and have a file that changes make another table."""
-    paths = [folder / (path or "") for path in rows[column]]
+    paths = [Path(folder or "", path or "") for path in rows[column]]
     changed = [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
     rows = rows.remove_columns(column).add_column(column, [str(path) for path in paths])
-    return rows.add_column("__changed__", changed)
+    return rows.add_column(CHANGED, changed)
 
 
 def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:

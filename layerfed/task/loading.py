@@ -22,6 +22,7 @@ from layerfed.block_finder import some
 from layerfed.config import ConfigError
 
 __all__ = [
+    "CHANGED",
     "TEST_SPLITS",
     "Part",
     "data_files",
@@ -45,6 +46,9 @@ READERS = {
 }
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Times of change of the image files that a table points at: a column that nobody reads, but that makes a
+# table whose files have changed another one.
+CHANGED = "__changed__"
 TEST_SPLITS = ("test", "validation", "dev", "valid")
 
 
@@ -169,7 +173,7 @@ def image_rows(files: Mapping[str, Sequence[Path]]) -> Dataset:
         {
             "image": [str(path) for path in paths],
             "label": [label for label, images in files.items() for _ in images],
-            "changed": [path.stat().st_mtime_ns for path in paths],
+            CHANGED: [path.stat().st_mtime_ns for path in paths],
         }
     )
 
