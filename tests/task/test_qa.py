@@ -172,10 +172,16 @@ def test_sets_and_columns_that_are_not_there_are_named(
     missing = ["no folder sciq", "hf download allenai/sciq", "task.groups"]
     refused(lambda: qa_task(tmp_path / "qa", weights), *missing)
     refused(lambda: qa_task(data, weights, "task.groups=sciq,mmlu"), "'mmlu'", "arc-easy")
-    file = tmp_path / "qa/piqa/plain_text/train-00000-of-00001.parquet"
-    Dataset.from_dict({"goal": ["a"], "sol1": ["b"], "label": [0]}).to_parquet(str(file))
+    folder = tmp_path / "qa/piqa/plain_text"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    file = folder / "train-00000-of-00001.parquet"
+    Dataset.from_dict({"goal": ["a"] * 9, "sol1": ["b"] * 9, "label": [0] * 9}).to_parquet(
+        str(file)
+    )
     only = ["task.groups=piqa", "federation.clients=1", "federation.clients-per-round=1"]
-    refused(lambda: qa_task(tmp_path / "qa", weights, *only), "piqa")
+    missing = ["piqa", "column 'sol2' is missing", "goal, sol1, label"]
+    refused(lambda: qa_task(tmp_path / "qa", weights, *only), *missing)
 
 
 def test_a_tokenizer_without_the_letters_is_refused(
