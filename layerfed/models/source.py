@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -52,13 +53,14 @@ def loading(section: ModelConfig, source: str, key: str = "model.weights") -> It
         raise
     except Exception as error:  # libraries raise all kinds; a user can act on the reason only
         lines = str(error).strip().splitlines() or ["no more is said"]
-        gated = "gated" in str(error).lower() or "401" in str(error) or "403" in str(error)
+        gated = re.search(r"gated|\b40[13]\b", str(error), re.IGNORECASE) is not None
         access = f"ask for access at https://huggingface.co/{source}, `hf auth login`, and " * gated
         raise ConfigError(
             f"cannot load '{source}' for model.name = '{section.name}': {type(error).__name__}: "
             f"{lines[0]}. To use it without a network, {access}run `hf download REPO --local-dir DIR` "
-            f"where there is one (REPO is its id on huggingface.co), and set {key}=DIR; for random "
-            "weights say model.weights=random"
+            f"where there is one (REPO is its id on huggingface.co), and set {key}=DIR"
+            + "; for random weights say model.weights=random"
+            * (key == "model.weights")
         ) from error
 
 

@@ -174,16 +174,15 @@ def _quiet(transformers: Any) -> Iterator[None]:
 def _refuse_random_base(
     model: PreTrainedModel, report: dict[str, Any], source: str, section: ModelConfig
 ) -> None:
-    """Refuse weights that lack some of the model below its head, which would silently be random."""
+    """Refuse weights that lack more than a new head, which would silently be random."""
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
-    base = [
-        name
-        for name in sorted({*report["missing_keys"], *mismatched})
-        if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name
-    ]
-    if base:
+    missing = sorted({*report["missing_keys"], *mismatched})
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        base = f"{model.base_model_prefix}."
+        missing = [name for name in missing if name.startswith(base) and ".pooler." not in name]
+    if missing:
         raise ConfigError(
-            f"'{source}' has no weights of the right size for {some(base)} of model.name = "
+            f"'{source}' has no weights of the right size for {some(missing)} of model.name = "
             f"'{section.name}' ({type(model).__name__}); give weights of this architecture "
             "(model.weights)"
         )

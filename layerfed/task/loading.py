@@ -44,7 +44,8 @@ READERS = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
 }
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Owner, name and, where a data set has several, one of its subsets.
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Times of change of the image files that a table points at: a column that nobody reads, but that makes a
 # table whose files have changed another one.
@@ -89,8 +90,8 @@ def local_path(data: str) -> Path | None:
     if HUB_ID.fullmatch(data):
         return None
     raise ConfigError(
-        f"task.data = '{data}' does not exist, and is not of the form of a hub id (owner/name); give a "
-        "file, a folder or a hub id"
+        f"task.data = '{data}' does not exist, and is not of the form of a hub id (owner/name or "
+        "owner/name:subset); give a file, a folder or a hub id"
     )
 
 
@@ -100,7 +101,8 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
     Parameters
     ----------
     data : str
-        Hub id, folder (in the hub's layout, as `save_to_disk` leaves it, or of images) or file.
+        Hub id, with a subset after a colon where there are several; folder (in the hub's layout, as
+        `save_to_disk` leaves it, or of images) or file.
     subset : str
         Name of a configuration on the hub; locally, of a folder inside, if there is one.
     revision : str, optional
@@ -114,7 +116,9 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
     path = local_path(data)
     try:
         if path is None:
-            found = load_dataset(data, subset or None, revision=revision)
+            name = HUB_ID.fullmatch(data)
+            assert name  # or it would have been refused
+            found = load_dataset(name[1], subset or name[2], revision=revision)
         elif path.is_file():
             return {"train": load_file_list([path])}
         else:
@@ -188,10 +192,11 @@ def _reason(error: Exception) -> str:
 def _unreadable(data: str, subset: str, path: Path | None, error: Exception) -> str:
     if path is not None:
         return f"cannot read task.data = '{data}': {_reason(error)}"
+    repository = data.partition(":")[0]
     return (
         f"cannot load '{data}'{f' ({subset})' if subset else ''}, which is no file or folder here, from "
-        f"the hub: {_reason(error)}. Where there is a network, run `hf download {data} --repo-type "
-        "dataset --local-dir DIR`, and give that folder: task.data=DIR"
+        f"the hub: {_reason(error)}. Where there is a network, run `hf download {repository} "
+        "--repo-type dataset --local-dir DIR`, and give that folder: task.data=DIR"
     )
 
 

@@ -36,14 +36,13 @@ from layerfed.task.loading import (
 from layerfed.task.text import TextTask
 
 LANGUAGES = ("en", "de", "es", "fr", "ru")
-SUBSET = "nc"
 CLASSES = 10
 
 
 class XglueNc(TextTask):
     """News by language."""
 
-    hub: ClassVar[str] = "hgissbkh/xglue"
+    hub: ClassVar[str] = "hgissbkh/xglue:nc"
     inputs: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("news_title", "news_body"),
         ("headline", "text"),
@@ -65,8 +64,7 @@ class XglueNc(TextTask):
         if path is not None and path.is_dir():
             by_language = self._files(path)
         else:
-            splits = load_splits(self.data, "" if self.config.task.data else SUBSET)
-            by_language = self._splits(splits)
+            by_language = self._splits(load_splits(self.data))
         if not by_language:
             return super().parts
         section = self.config.task

@@ -196,6 +196,18 @@ def test_weights_that_lack_some_of_the_base_are_refused(
         text(tmp_path)
 
 
+def test_a_language_model_without_its_output_layer_is_refused(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    stored = load_file(saved["llama"] / "model.safetensors")
+    stored.pop("lm_head.weight")
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((saved["llama"] / "config.json").read_text())
+    section = hub.config("model.name=transformers/x/y", f"model.weights={tmp_path}").model
+    with pytest.raises(ConfigError, match=r"no weights of the right size for lm_head\.weight"):
+        build_choice_model(section, [0, 1], 0)
+
+
 def test_a_pickle_that_holds_more_than_weights_is_not_run(
     saved: dict[str, Path], tmp_path: Path
 ) -> None:

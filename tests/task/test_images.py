@@ -171,8 +171,11 @@ def test_data_that_is_not_there_is_named_with_what_to_do(tmp_path: Path) -> None
         "hf download uoft-cs/none",
         "task.data=DIR",
     )
-    refused(lambda: cifar_task(tmp_path), "cannot read task.data")
-    refused(lambda: cifar_task(tmp_path), str(tmp_path))
+    refused(
+        lambda: hub.task("task.name=cifar10", "task.data=uoft-cs/none:some"),
+        "hf download uoft-cs/none --repo-type",
+    )
+    refused(lambda: cifar_task(tmp_path), "cannot read task.data", str(tmp_path))
 
 
 def test_a_split_that_does_not_exist_is_refused(cifar: Path) -> None:
