@@ -209,7 +209,7 @@ def layers(settings: Settings = None) -> None:
         from layerfed.task import load_task
 
         task = load_task(config)
-        found = task.layers(task.build_model())
+        found = task.layers(task.skeleton())
     table = Table(title=f"{config.task.name}: {found.num_blocks} selectable layers")
     table.add_column("layer", no_wrap=True)
     table.add_column("role", no_wrap=True)
