@@ -42,8 +42,8 @@ lint: $(VENV)/.installed-dev ## ruff and mypy --strict
 table: $(VENV)/.installed ## every strategy on digits, R = 1 and 2, three seeds
 	$(BIN)/layerfed compare conf/default.toml --dir runs/digits-table
 
-bench: $(VENV)/.installed-dev ## time selection (peers at full size: --part compare, hours)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/selection.py --part random --part costs --part scaling
+bench: $(VENV)/.installed-dev ## time selection (all peers at full size: --part compare as well)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/selection.py --time-limit 20 --part random --part costs --part scaling
 
 deploy-demo: $(VENV)/.installed ## four nodes with TLS and authentication on loopback, against the simulation
 	$(BIN)/layerfed deploy demo

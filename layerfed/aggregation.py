@@ -18,6 +18,8 @@ from layerfed.layers import LayerMap
 
 __all__ = ["MaskedMean"]
 
+PIECE = 2**15
+
 
 class MaskedMean:
     """The weighted mean update of each layer over the clients that trained it.
@@ -31,6 +33,7 @@ class MaskedMean:
     def __init__(self, layers: LayerMap) -> None:
         self._layers = layers
         self._sums: dict[str, np.ndarray] = {}
+        self._term = np.empty(PIECE)
         self.weights: dict[str, int] = {}
         """Σ d_j over the clients that trained each layer."""
 
@@ -49,12 +52,18 @@ class MaskedMean:
         for layer in trained:
             self.weights[layer] = self.weights.get(layer, 0) + examples
             for name in self._layers[layer].tensors:
-                # d_i·Δ is exact in float64: 24 bits of mantissa times at most 29 bits of count.
-                term = np.multiply(update[name], examples, dtype=np.float64)
-                if name in self._sums:
-                    self._sums[name] += term
-                else:
-                    self._sums[name] = term
+                if name not in self._sums:
+                    self._sums[name] = np.zeros(update[name].shape)
+                self._add(self._sums[name].reshape(-1), update[name].reshape(-1), examples)
+
+    def _add(self, total: np.ndarray, delta: np.ndarray, examples: int) -> None:
+        """Add d_i·Δ to a sum, a piece at a time: the product never leaves the processor's cache."""
+        for start in range(0, total.size, PIECE):
+            piece = delta[start : start + PIECE]
+            term = self._term[: piece.size]
+            # Exact in float64: 24 bits of mantissa times at most 29 bits of count.
+            np.multiply(piece, examples, out=term, dtype=np.float64)
+            total[start : start + PIECE] += term
 
     def pop(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's mean update by tensor, Σ_i w_{i,l} Δ_{i,l} in float64, and forget its sum."""

@@ -14,13 +14,19 @@ __all__ = ["Choice", "Failure", "Observer", "RoundRecord", "SelectionRecord"]
 
 @dataclass(frozen=True)
 class Choice:
-    """The masks of one round, shape (n, L), and, where a solver found them, how good they are."""
+    """The masks of one round, shape (n, L), and, where a solver found them, how good they are.
+
+    `objective`, `bound` and `gap` are those of the problem that was solved. Where its costs were
+    rounded, `rounding` is the share of a budget that this may have taken: the bound then holds for
+    every selection that leaves as much of each budget unspent. 0 means the costs as they are.
+    """
 
     masks: np.ndarray
     solver: str = "rule"
     objective: float | None = None
     bound: float | None = None
     gap: float | None = None
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def build_strategy(
             "solver": section.solver,
             "solver_seconds": section.solver_seconds,
             "solver_gap": section.solver_gap,
+            "solver_rounding": section.solver_rounding,
         }
     return STRATEGIES[section.name](
         layers,

@@ -105,7 +105,7 @@ def test_solve_prints_the_masks(tmp_path: Path) -> None:
     result = cli.invoke(app, ["solve", str(instance)])
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert set(found) == {"masks", "objective", "bound", "gap", "solver", "seconds"}
+    assert set(found) == {"masks", "objective", "bound", "gap", "solver", "seconds", "rounding"}
     assert found["masks"] == [[1, 0, 0], [0, 1, 1]]
     assert found["objective"] == pytest.approx(10.0)
 

@@ -230,6 +230,7 @@ def _selection_line(server_round: int, record: SelectionRecord) -> dict[str, Any
         "objective": choice.objective,
         "bound": choice.bound,
         "gap": choice.gap,
+        "rounding": choice.rounding,
         "solver": choice.solver,
         "seconds": record.seconds,
     }
