@@ -47,16 +47,17 @@ GARBAGE = '''
 """A client whose updates are NaN."""
 
 import numpy as np
+from flwr.app import Array
 
 from layerfed.client_app import build_client_app
-from layerfed.exchange.messages import encode
 
 
 def poison(message, context, call_next):
     reply = call_next(message, context)
     if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
-        for name, array in reply.content.array_records["arrays"].items():
-            reply.content.array_records["arrays"][name] = encode(array.numpy() * np.float32("nan"))
+        arrays = reply.content.array_records["arrays"]
+        for name in list(arrays):
+            arrays[name] = Array(np.full_like(arrays[name].numpy(), np.nan))
     return reply
 
 
