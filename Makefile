@@ -9,10 +9,10 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench table clean
+.PHONY: help setup run test lint bench table deploy-demo faults clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 # One stamp a set of extras: `make run` need not install what only the tests use.
 $(VENV)/.installed: pyproject.toml
@@ -42,8 +42,14 @@ lint: $(VENV)/.installed-dev ## ruff and mypy --strict
 table: $(VENV)/.installed ## every strategy on digits, R = 1 and 2, three seeds
 	$(BIN)/layerfed compare conf/default.toml --dir runs/digits-table
 
-bench: $(VENV)/.installed-dev ## time selection (peers at full size: --part compare, hours)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/selection.py --part random --part costs --part scaling
+bench: $(VENV)/.installed-dev ## time selection (all peers at full size: --part compare as well)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/selection.py --time-limit 20 --part random --part costs --part scaling
+
+deploy-demo: $(VENV)/.installed ## four nodes with TLS and authentication on loopback, against the simulation
+	$(BIN)/layerfed deploy demo
+
+faults: $(VENV)/.installed ## what faults do to real processes on loopback (half an hour)
+	$(BIN)/python benchmarks/faults.py
 
 clean: ## remove the environment and caches (never your runs)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,15 +4,19 @@
     python benchmarks/selection.py --part compare --time-limit 20
     python benchmarks/selection.py --quick
 
-Same instances, one process, one thread (set OMP_NUM_THREADS=1): ours; PuLP on the pairwise form of
-the paper (CBC and HiGHS); PuLP on the count form (HiGHS); and cvxpy with ECOS_BB on the pairwise
-form, with squared differences of scalar variables as the paper's released code poses it, and with
-the 1-norm, which cvxpy handles much better. These need `pip install cvxpy ecos` and are skipped,
-saying so, where that is missing.
+Same instances, one thread (set OMP_NUM_THREADS=1): ours; PuLP on the pairwise form of the paper (CBC and
+HiGHS); PuLP on the count form (HiGHS); and cvxpy with ECOS_BB on the pairwise form, with squared
+differences of scalar variables as the paper's released code poses it, and with the 1-norm, which cvxpy
+handles much better. The last two need `pip install cvxpy ecos` and are skipped, saying so, where that is
+missing.
+
+Each peer runs in a process of its own that is ended --time-limit seconds (and 5 s for starting it)
+after it began, so `compare` takes at most 18 instances x 5 peers x that long; about a quarter of an
+hour at 20 s. A peer that was ended, ran out of memory or would need millions of variables is reported
+as that. It counts with the time it took, so its ratio is a lower bound (marked ≥).
 
 Values are log-normal, with one factor per layer and one per client and layer; budgets are the same
-for all clients or a half-normal on 1..4; λ is scale-free. A peer stopped by its time limit
-counts with the time it took, so its ratio is a lower bound (marked ≥).
+for all clients or a half-normal on 1..4; λ is scale-free.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
-from selection_peers import Answer, cvxpy_present, ours, pairwise, peers_for
+from selection_peers import PEERS, Answer, bounded, ours, pairwise, present_peers
 
 from layerfed.selection import SelectionProblem, scale_consistency
 
@@ -39,6 +43,7 @@ from matplotlib import pyplot as plt
 
 SIZES = [(20, 12), (100, 32), (1000, 80)]
 BUDGETS = ["identical", "heterogeneous"]
+DEPTHS = [12, 32, 80]
 
 console = Console(width=140)
 
@@ -69,6 +74,7 @@ class Row:
     ratio: float | None = None
     objective_difference: float | None = None
     count: int = 1
+    note: str = ""
 
 
 def instance(
@@ -160,9 +166,9 @@ def compare(
     sizes: list[tuple[int, int]],
     lambdas: list[float],
     limit: float,
-    with_cvxpy: bool,
+    peers: list[str],
 ) -> Iterator[Row]:
-    """Ours and every peer that can hold the instance, on the same instances."""
+    """Ours and every peer, on the same instances."""
     for n, layers in sizes:
         for budgets in BUDGETS:
             for relative in lambdas:
@@ -171,8 +177,8 @@ def compare(
                 mine = sorted(runs, key=lambda answer: answer.seconds)[1]
                 place = ("compare", n, layers, budgets, relative)
                 yield _row(place, "ours", mine, mine)
-                for name, peer in peers_for(n, layers, with_cvxpy).items():
-                    yield _row(place, name, peer(problem, limit), mine)
+                for name in peers:
+                    yield _row(place, name, bounded(name, problem, limit), mine)
 
 
 def _difference(mine: Answer, other: Answer) -> float | None:
@@ -196,33 +202,60 @@ def _row(place: tuple[str, int, int, str, float], name: str, answer: Answer, min
         answer.objective,
         answer.gap,
         answer.limited,
-        answer.seconds / mine.seconds,
+        answer.seconds / mine.seconds if answer.seconds else None,
         difference,
+        note=answer.note,
     )
-    shown = "none" if difference is None else f"{difference:+.1e}"
+    shown = "no answer" if difference is None else f"ours better by {difference:+.1e}"
+    stopped = " (stopped)" if answer.limited and not answer.note else ""
     console.print(
         f"  ({n}, {layers}) {budgets:13} λ={relative:<5g} {name:20} {answer.seconds:9.4f} s  "
-        f"ours better by {shown}",
+        f"{shown}{stopped} {answer.note}",
         highlight=False,
     )
     return row
 
 
-def scaling(rng: np.random.Generator, counts: list[int], limit: float) -> list[Row]:
-    """Ours alone over the number of clients, at three depths of model."""
-    rows = []
-    for layers in (12, 32, 80):
+def scaling(
+    rng: np.random.Generator, counts: list[int], limit: float, peers: list[str]
+) -> Iterator[Row]:
+    """Time over the number of clients: ours at three depths of model, the peers at the first.
+
+    A peer is not tried on more clients than it first reached its limit with.
+    """
+    for layers in DEPTHS:
         for n in counts:
-            answers = [
-                ours(instance(rng, n, layers, "heterogeneous", relative), limit)
-                for relative in (0.1, 0.5, 2.0)
-            ]
-            seconds = statistics.median(answer.seconds for answer in answers)
-            gap = max(answer.gap or 0.0 for answer in answers)
-            rows.append(
-                Row("scaling", "ours", n, layers, "heterogeneous", 0.5, seconds, gap=gap, count=3)
-            )
-    return rows
+            problems = [instance(rng, n, layers, "heterogeneous", lam) for lam in (0.1, 0.5, 2.0)]
+            yield _medians("ours", problems, [ours(problem, limit) for problem in problems])
+            if layers != DEPTHS[0]:
+                continue
+            for name in list(peers):
+                answer = bounded(name, problems[1], limit)
+                if answer.limited:
+                    peers = [peer for peer in peers if peer != name]
+                if answer.seconds:
+                    yield _medians(name, problems[1:2], [answer])
+
+
+def _medians(name: str, problems: list[SelectionProblem], answers: list[Answer]) -> Row:
+    seconds = statistics.median(answer.seconds for answer in answers)
+    problem, limited = problems[0], any(answer.limited for answer in answers)
+    console.print(
+        f"  ({problem.clients}, {problem.layers}) {name:20} {seconds:9.4f} s {answers[-1].note}",
+        highlight=False,
+    )
+    return Row(
+        "scaling",
+        name,
+        problem.clients,
+        problem.layers,
+        "heterogeneous",
+        seconds=seconds,
+        gap=max((answer.gap or 0.0 for answer in answers), default=None),
+        limited=limited,
+        count=len(answers),
+        note=answers[-1].note,
+    )
 
 
 def print_table(rows: list[Row]) -> None:
@@ -236,7 +269,11 @@ def print_table(rows: list[Row]) -> None:
     for row in rows:
         groups.setdefault((row.clients, row.layers, row.solver), []).append(row)
     for (n, layers, solver), group in groups.items():
-        ratios = [row.ratio or 1.0 for row in group]
+        tried = [row for row in group if row.ratio is not None]
+        if not tried:
+            table.add_row(str(n), str(layers), solver, str(len(group)), group[0].note)
+            continue
+        ratios = [row.ratio or 0.0 for row in tried]
         differences = [d for row in group if (d := row.objective_difference) is not None]
         bound = "≥ " if any(row.limited for row in group) else ""
         table.add_row(
@@ -244,7 +281,7 @@ def print_table(rows: list[Row]) -> None:
             str(layers),
             solver,
             str(len(group)),
-            f"{bound}{statistics.median(row.seconds for row in group):.4f}",
+            f"{bound}{statistics.median(row.seconds for row in tried):.4f}",
             f"{bound}{min(ratios):,.1f}",
             f"{bound}{statistics.median(ratios):,.1f}",
             f"{bound}{max(ratios):,.1f}",
@@ -256,34 +293,38 @@ def print_table(rows: list[Row]) -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Time over clients, log-log: ours as lines, the peers as points."""
-    figure, axes = plt.subplots(figsize=(7.0, 4.5), constrained_layout=True)
-    for layers in sorted({row.layers or 0 for row in rows if row.part == "scaling"}):
-        line = [row for row in rows if row.part == "scaling" and row.layers == layers]
-        axes.plot(
-            [row.clients or 0 for row in line],
+    """Time over clients, log-log; a cross marks where a limit ended a peer."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
+    scaled = [row for row in rows if row.part == "scaling"]
+    lines = sorted({(row.solver != "ours", row.solver, row.layers or 0) for row in scaled})
+    for is_peer, solver, layers in lines:
+        line = [row for row in scaled if (row.solver, row.layers) == (solver, layers)]
+        clients = [row.clients or 0 for row in line]
+        name = solver if is_peer else "LayerFed"
+        (drawn,) = axes.plot(
+            clients,
             [row.seconds for row in line],
+            linestyle="--" if is_peer else "-",
             marker="o",
             markersize=3,
-            label=f"LayerFed, L = {layers}",
+            label=f"{name}, L = {layers}",
         )
-    compared = [row for row in rows if row.part == "compare" and row.solver != "ours"]
-    for marker, solver in zip("sD^vP", sorted({row.solver for row in compared}), strict=False):
-        points = [row for row in compared if row.solver == solver]
+        ended = [row for row in line if row.limited]
         axes.scatter(
-            [row.clients or 0 for row in points],
-            [row.seconds for row in points],
-            marker=marker,
-            s=24,
-            alpha=0.6,
-            label=solver,
+            [row.clients or 0 for row in ended],
+            [row.seconds for row in ended],
+            marker="x",
+            s=60,
+            color=drawn.get_color(),
         )
+    if any(row.limited for row in scaled):
+        axes.scatter([], [], marker="x", s=60, color="gray", label="ended by its limit")
     axes.set(xscale="log", yscale="log", xlabel="clients in the round", ylabel="seconds")
-    axes.set_title("Time to select layers (LayerFed: proved optimal; peers: up to a time limit)")
+    axes.set_title("Time to select layers, proved optimal (gap ≤ 1e-6)")
     axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
     console.print(f"scaling plot: {path}")
 
@@ -293,7 +334,7 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw the scaling plot here.")] = None,
     part: Annotated[list[Part] | None, typer.Option(help="Run only this; repeatable.")] = None,
     quick: Annotated[bool, typer.Option(help="Few, small instances: under a minute.")] = False,
-    time_limit: Annotated[float, typer.Option(help="Seconds per peer and instance.")] = 60.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds per solver and instance.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Seed of all instances.")] = 0,
 ) -> None:
     """Run the parts, print the figures, write the table and the plot."""
@@ -305,20 +346,20 @@ def main(
         rows += random_instances(rng, 100 if quick else 1000, 10 if quick else 100, limit)
     if Part.COSTS in parts:
         rows += parameter_costs(np.random.default_rng(seed + 1), 10 if quick else 60, limit)
+    peers = present_peers()
+    if len(peers) < len(PEERS) and {Part.COMPARE, Part.SCALING} & set(parts):
+        console.print("cvxpy with ECOS is missing: skipped; `pip install cvxpy ecos`")
+    if quick:
+        peers = [peer for peer in peers if not peer.startswith("cvxpy")]  # they take minutes
     if Part.COMPARE in parts:
-        present = cvxpy_present()
-        if not present:
-            console.print("cvxpy with ECOS is missing: columns skipped; `pip install cvxpy ecos`")
-        elif quick:
-            console.print("--quick skips the cvxpy columns: they take minutes")
         sizes, lambdas = (SIZES[:1], [0.5]) if quick else (SIZES, [0.05, 0.5, 2.0])
         rng = np.random.default_rng(seed + 2)
-        compared = list(compare(rng, sizes, lambdas, limit, present and not quick))
+        compared = list(compare(rng, sizes, lambdas, limit, peers))
         print_table(compared)
         rows += compared
     if Part.SCALING in parts:
         counts = [10, 100] if quick else [10, 30, 100, 300, 1000]
-        rows += scaling(np.random.default_rng(seed + 3), counts, limit)
+        rows += scaling(np.random.default_rng(seed + 3), counts, limit, peers)
     if plot is not None:
         draw(rows, plot)
     if json_path is not None:

@@ -1,13 +1,26 @@
-"""Ways to solve (P1) that `benchmarks/selection.py` compares: ours, PuLP's and cvxpy's."""
+"""Ways to solve (P1) that `benchmarks/selection.py` compares: ours, PuLP's and cvxpy's.
+
+Peers run in a child process each, bounded by wall clock and memory: CBC looks at its time limit every
+few minutes, ECOS_BB has none, and models of pairs outgrow any memory. What a bound ended is said so.
+The child is this file: `python selection_peers.py PEER LIMIT`, instance on stdin, answer on stdout.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,21 +28,28 @@ import pulp
 
 from layerfed.selection import SelectionError, SelectionProblem, solve, solve_milp
 
-#: Largest n * n * L / 2 for which the pairwise form is written down at all.
-MOST_PAIRS = 300_000
+#: Bytes of address space of a peer, its own child processes included.
+MEMORY = 6 * 2**30
 
-#: ECOS_BB cannot be stopped by time, so the cvxpy form stays at the paper's size.
-MOST_PAIRS_CVXPY = 3_000
+#: Models of more variables are not written down: PuLP takes about a kilobyte for each.
+MOST_VARIABLES = 3_000_000
+
+#: Seconds on top of the limit for starting Python, writing the model and reading the answer.
+GRACE = 5.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a solver says about one instance."""
+    """What a solver says about one instance; `note` says what ended it early, if anything did."""
 
     objective: float | None
     seconds: float
     gap: float | None = None
     limited: bool = False
+    note: str = ""
+
+
+Peer = Callable[[SelectionProblem, float], Answer]
 
 
 def ours(problem: SelectionProblem, limit: float) -> Answer:
@@ -41,14 +61,14 @@ def count_form(problem: SelectionProblem, limit: float) -> Answer:
     started = time.perf_counter()
     try:
         selection = solve_milp(problem, time_limit=limit, backend="highs")
-    except SelectionError:  # no masks in time
-        return Answer(None, time.perf_counter() - started, limited=True)
+    except SelectionError as error:
+        return Answer(None, time.perf_counter() - started, limited=True, note=str(error))
     return Answer(
         selection.objective, selection.seconds, selection.gap, limited=selection.gap > 1e-6
     )
 
 
-def pairwise(backend: str) -> Callable[[SelectionProblem, float], Answer]:
+def pairwise(backend: str) -> Peer:
     """PuLP on (P1) as the paper writes it: a variable for each pair's dissent on each layer."""
 
     def run(problem: SelectionProblem, limit: float) -> Answer:
@@ -68,9 +88,10 @@ def pairwise(backend: str) -> Callable[[SelectionProblem, float], Answer]:
             program += pulp.LpAffineExpression(spent) <= float(problem.limits[i])
         program.setObjective(pulp.LpAffineExpression(terms))
         maker = pulp.PULP_CBC_CMD if backend == "cbc" else pulp.HiGHS
+        left = max(limit - (time.perf_counter() - started), 0.1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program.solve(maker(msg=False, timeLimit=limit, gapRel=1e-6, threads=1))
+            program.solve(maker(msg=False, timeLimit=left, gapRel=1e-6, threads=1))
         proven = program.sol_status == pulp.constants.LpSolutionOptimal
         masks = np.array([[(x.varValue or 0.0) > 0.5 for x in row] for row in m])
         objective = problem.objective(masks) if problem.feasible(masks) else None
@@ -79,7 +100,7 @@ def pairwise(backend: str) -> Callable[[SelectionProblem, float], Answer]:
     return run
 
 
-def cvxpy_form(squares: bool) -> Callable[[SelectionProblem, float], Answer]:
+def cvxpy_form(squares: bool) -> Peer:
     """(P1) in cvxpy with ECOS_BB, which takes no time limit; no usable masks, no objective."""
 
     def run(problem: SelectionProblem, _limit: float) -> Answer:
@@ -101,8 +122,8 @@ def cvxpy_form(squares: bool) -> Callable[[SelectionProblem, float], Answer]:
             )
             try:
                 program.solve(solver="ECOS_BB")
-            except cp.SolverError:
-                return Answer(None, time.perf_counter() - started)
+            except cp.SolverError as error:
+                return Answer(None, time.perf_counter() - started, note=f"failed: {error}")
         masks = None if m.value is None else np.asarray(m.value) > 0.5
         usable = masks is not None and problem.feasible(masks)
         objective = problem.objective(masks) if masks is not None and usable else None
@@ -111,20 +132,68 @@ def cvxpy_form(squares: bool) -> Callable[[SelectionProblem, float], Answer]:
     return run
 
 
-def cvxpy_present() -> bool:
-    """Whether the cvxpy peers can run here."""
+PEERS: dict[str, Peer] = {
+    "pulp count highs": count_form,
+    "pulp pairwise cbc": pairwise("cbc"),
+    "pulp pairwise highs": pairwise("highs"),
+    "cvxpy squares": cvxpy_form(squares=True),
+    "cvxpy 1-norm": cvxpy_form(squares=False),
+}
+
+
+def present_peers() -> list[str]:
+    """Return the names of the peers that can run here."""
+    with_cvxpy = find_spec("cvxpy") is not None and find_spec("ecos") is not None
+    return [name for name in PEERS if with_cvxpy or not name.startswith("cvxpy")]
+
+
+def bounded(name: str, problem: SelectionProblem, limit: float) -> Answer:
+    """Run a peer in a process of its own, for at most `limit` + `GRACE` seconds."""
+    n, layers = problem.values.shape
+    variables = n * layers + (0 if name == "pulp count highs" else n * (n - 1) // 2 * layers)
+    if variables > MOST_VARIABLES:
+        note = f"model too large: {variables:,} variables"
+        return Answer(None, 0.0, limited=True, note=note)
+    instance = {
+        "values": problem.values.tolist(),
+        "costs": problem.costs.tolist(),
+        "budgets": problem.budgets.tolist(),
+        "consistency": problem.consistency,
+    }
+    started = time.perf_counter()
+    child = subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve()), name, str(limit)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # so that a solver it started ends with it
+    )
     try:
-        cp: Any = import_module("cvxpy")
-    except ImportError:
-        return False
-    return "ECOS_BB" in cp.installed_solvers()
+        output, _ = child.communicate(json.dumps(instance), timeout=limit + GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        seconds = time.perf_counter() - started
+        return Answer(None, seconds, limited=True, note=f"over {limit:g} s, ended")
+    seconds = time.perf_counter() - started
+    if child.returncode != 0 or not output:
+        return Answer(None, seconds, limited=True, note=f"ended by itself ({child.returncode})")
+    return Answer(**json.loads(output.splitlines()[-1]))
 
 
-def peers_for(n: int, layers: int, with_cvxpy: bool) -> dict[str, Callable[..., Answer]]:
-    peers: dict[str, Callable[..., Answer]] = {"pulp count highs": count_form}
-    pairs = n * n * layers // 2
-    if pairs <= MOST_PAIRS:
-        peers |= {"pulp pairwise cbc": pairwise("cbc"), "pulp pairwise highs": pairwise("highs")}
-    if pairs <= MOST_PAIRS_CVXPY and with_cvxpy:
-        peers |= {"cvxpy squares": cvxpy_form(True), "cvxpy 1-norm": cvxpy_form(False)}
-    return peers
+def _run_as_child(name: str, limit: float) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    problem = SelectionProblem.from_json(json.load(sys.stdin))
+    started = time.perf_counter()
+    try:
+        answer = PEERS[name](problem, limit)
+    except MemoryError:
+        seconds = time.perf_counter() - started
+        note = f"more than {MEMORY / 2**30:g} GiB of memory"
+        answer = Answer(None, seconds, limited=True, note=note)
+    print(json.dumps(asdict(answer)))
+
+
+if __name__ == "__main__":
+    _run_as_child(sys.argv[1], float(sys.argv[2]))

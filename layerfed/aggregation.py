@@ -18,6 +18,8 @@ from layerfed.layers import LayerMap
 
 __all__ = ["MaskedMean"]
 
+PIECE = 2**15
+
 
 class MaskedMean:
     """The weighted mean update of each layer over the clients that trained it.
@@ -31,6 +33,7 @@ class MaskedMean:
     def __init__(self, layers: LayerMap) -> None:
         self._layers = layers
         self._sums: dict[str, np.ndarray] = {}
+        self._term = np.empty(PIECE)
         self.weights: dict[str, int] = {}
         """Σ d_j over the clients that trained each layer."""
 
@@ -53,16 +56,28 @@ class MaskedMean:
             self.weights[layer] = self.weights.get(layer, 0) + examples
             parameters, square = set(self._layers[layer].parameters), 0.0
             for name in self._layers[layer].tensors:
-                # d_i·Δ is exact in float64: 24 bits of mantissa times at most 29 bits of count.
-                term = np.multiply(update[name], examples, dtype=np.float64)
-                if name in parameters:
-                    square += float(np.vdot(term, term))
-                if name in self._sums:
-                    self._sums[name] += term
-                else:
-                    self._sums[name] = term
+                if name not in self._sums:
+                    self._sums[name] = np.zeros(update[name].shape)
+                total, delta = self._sums[name].reshape(-1), update[name].reshape(-1)
+                norm_sq = self._add(total, delta, examples)
+                square += norm_sq if name in parameters else 0.0
             norms[layer] = square / examples**2
         return norms
+
+    def _add(self, total: np.ndarray, delta: np.ndarray, examples: int) -> float:
+        """Add d_i·Δ to a sum, a piece at a time, so that the product never leaves the processor's cache.
+
+        Returns its squared norm.
+        """
+        norm_sq = 0.0
+        for start in range(0, total.size, PIECE):
+            piece = delta[start : start + PIECE]
+            term = self._term[: piece.size]
+            # Exact in float64: 24 bits of mantissa times at most 29 bits of count.
+            np.multiply(piece, examples, out=term, dtype=np.float64)
+            total[start : start + PIECE] += term
+            norm_sq += float(term @ term)
+        return norm_sq
 
     def changes(self, layer: str) -> list[np.ndarray]:
         """Return the mean update of a layer's parameters, *times* `weights[layer]`, without a copy."""

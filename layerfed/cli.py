@@ -1,4 +1,4 @@
-"""`layerfed`: run, compare, report, layers, solve."""
+"""`layerfed`: run, compare, report, layers, solve, deploy."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 from layerfed.config import ConfigError, RunConfig, load_config
+from layerfed.deploy.cli import app as deploy
 
 EngineName = Literal["auto", "inprocess", "ray"]
 ENGINES = get_args(EngineName)
@@ -34,6 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(deploy, name="deploy")
 console = Console(stderr=True)
 
 Settings = Annotated[
@@ -207,7 +209,7 @@ def layers(settings: Settings = None) -> None:
         from layerfed.task import load_task
 
         task = load_task(config)
-        found = task.layers(task.build_model())
+        found = task.layers(task.skeleton())
     table = Table(title=f"{config.task.name}: {found.num_blocks} selectable layers")
     table.add_column("layer", no_wrap=True)
     table.add_column("role", no_wrap=True)
@@ -268,9 +270,12 @@ def solve(
     solver: Annotated[str, typer.Option(help="auto, lagrangian or milp")] = "auto",
     time_limit: Annotated[float, typer.Option(help="Seconds", min=0.0)] = 60.0,
     gap: Annotated[float, typer.Option(help="Relative gap that counts as optimal")] = 1e-6,
+    rounding: Annotated[
+        float, typer.Option(help="Share of a budget that rounding costs may take; 0: exact")
+    ] = 0.0,
 ) -> None:
     """Solve one instance of the selection problem (P1) and print the masks as JSON."""
-    from layerfed.selection import SelectionError, SelectionProblem
+    from layerfed.selection import SelectionError, SelectionProblem, round_costs
     from layerfed.selection import solve as solve_problem
 
     with _one_line_errors(ValueError, SelectionError):
@@ -280,13 +285,14 @@ def solve(
             raise ValueError(f"{instance} is not valid JSON: {error}") from None
         if solver not in ("auto", "lagrangian", "milp"):
             raise ValueError(f"--solver {solver} is unknown; choose auto, lagrangian or milp")
+        problem, taken = round_costs(SelectionProblem.from_json(data), rounding)
         found = solve_problem(
-            SelectionProblem.from_json(data),
+            problem,
             solver=solver,  # type: ignore[arg-type]
             time_limit=time_limit,
             gap=gap,
         )
-    typer.echo(json.dumps(found.to_json()))
+    typer.echo(json.dumps({**found.to_json(), "rounding": taken}))
 
 
 if __name__ == "__main__":

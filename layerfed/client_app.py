@@ -23,7 +23,7 @@ from flwr.clientapp.typing import Mod
 
 from layerfed.budgets import layer_costs
 from layerfed.change_score import change_score, highest
-from layerfed.config import BudgetUnit, ConfigError, Flat, RunConfig, TrainConfig
+from layerfed.config import BudgetUnit, ConfigError, Flat, RunConfig, Scalar, TrainConfig
 from layerfed.exchange import (
     CODECS,
     Description,
@@ -103,6 +103,17 @@ class Workbench:
         return next(self.examples(partition)[0].in_order(size, self.device))
 
 
+@lru_cache(maxsize=64)
+def _parsed(items: tuple[tuple[str, type, Scalar], ...]) -> RunConfig:
+    return RunConfig.from_flat({key: value for key, _, value in items})
+
+
+def _run_config(flat: Flat) -> RunConfig:
+    """Return a run configuration, checked once a process: every message brings the same."""
+    # With types, or True would be found where 1 was checked.
+    return _parsed(tuple([(key, type(value), value) for key, value in flat.items()]))
+
+
 @lru_cache(maxsize=2)
 def _workbench(config: RunConfig) -> Workbench:
     return Workbench(config)
@@ -114,7 +125,7 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
     Runs that differ only in strategy, budget or the run's name share one, so a sweep in one process
     loads data and model once.
     """
-    config = RunConfig.from_flat(flat)
+    config = _run_config(flat)
     if node is not None:
         config = node.applied_to(config)
     defaults = RunConfig()
@@ -161,7 +172,7 @@ def _peak_memory(device: torch.device) -> float:
 
 def node_store(context: Context) -> LayerStore:
     """Return the layer store of a node, or of the server: its own setting, or else the run's."""
-    section = RunConfig.from_flat(context.run_config).exchange
+    section = _run_config(context.run_config).exchange
     store = context.node_config.get("store") or section.store
     size = context.node_config.get("store-size") or section.store_size
     return open_store(str(store), float(cast(float, size)))
@@ -172,9 +183,7 @@ def _allowance(
 ) -> Allowance | None:
     """Return what this node affords in the run: worked out once, or `anew`."""
     # The workbench does not know the budget's unit: runs that differ in it share one.
-    unit = RunConfig.from_flat(context.run_config).budget.unit
-    if node.budget is None:
-        return None
+    unit = _run_config(context.run_config).budget.unit
     if not anew and (known := Allowance.recall(context.state, unit)) is not None:
         return known
 
@@ -191,8 +200,8 @@ def _allowance(
         free=lambda: free_memory(bench.device),
         head=lambda: bench.head_memory(node.partition_id),
     )
-    assert found is not None  # it has a budget
-    found.remember(context.state)
+    if found is not None:
+        found.remember(context.state)
     return found
 
 
@@ -202,7 +211,7 @@ def describe(message: Message, context: Context) -> Message:
     bench = workbench(context.run_config, node)
     # A partition that is not there is refused by the server, in words a user can act on.
     exists = node.partition_id < bench.config.federation.clients
-    unit = RunConfig.from_flat(context.run_config).budget.unit
+    unit = _run_config(context.run_config).budget.unit
     costs = depth_costs = allowance = None
     if exists:
         allowance = _allowance(node, bench, context, anew=True)

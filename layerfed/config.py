@@ -9,12 +9,20 @@ the number of layers, say) is checked by the ServerApp, still before any client 
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 __all__ = [
     "BudgetUnit",
@@ -35,6 +43,9 @@ StrategyName = Literal[
 ]
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+TASK_NAMES = ("digits", "cifar10", "domainnet", "xglue_nc", "qa", "custom")
+# Libraries that models come from, with a slash before the model's name there.
+MODEL_FAMILIES = ("layerfed", "open_clip", "timm", "transformers")
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -56,18 +67,79 @@ class _Section(BaseModel):
 class TaskConfig(_Section):
     """Data: what is learnt and how it is spread over the clients."""
 
-    name: Literal["digits"] = "digits"
-    partition: Literal["dirichlet", "iid"] = "dirichlet"
+    name: str = "digits"
+    data: str = ""
+    partition: Literal["dirichlet", "by-column", "iid"] = "dirichlet"
     alpha: Annotated[float, Field(gt=0)] = 0.5
+    input_columns: str = ""
+    label_column: str = ""
+    group_column: str = ""
+    classes: str = ""
+    groups: str = ""
+    train_split: str = ""
+    test_split: str = ""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    image_size: Annotated[int, Field(ge=0)] = 0
+    max_tokens: Annotated[int, Field(ge=8)] = 128
     local_test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in TASK_NAMES and not re.fullmatch(r"[\w.]+:\w+", name):
+            raise ConfigError(
+                f"task.name = '{name}' is not allowed: it should be one of {', '.join(TASK_NAMES)}, or "
+                "a task of your own as module:Class"
+            )
+        return name
 
 
 class ModelConfig(_Section):
     """The model that is fine-tuned and how it falls into layers."""
 
-    weights: Literal["embedded", "random"] = "embedded"
+    name: str = "layerfed/vit"
+    weights: Annotated[str, Field(min_length=1)] = "embedded"
+    tokenizer: str = ""
     blocks: str = ""
     head: str = ""
+
+    @property
+    def family(self) -> str:
+        """The library a model comes from: what stands before the first slash of its name."""
+        return self.name.partition("/")[0]
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model in its library."""
+        return self.name.partition("/")[2]
+
+    @model_validator(mode="after")
+    def _loadable(self) -> Self:
+        if self.family not in MODEL_FAMILIES or not self.architecture:
+            raise ConfigError(
+                f"model.name = '{self.name}' is not allowed: it should be layerfed/vit, open_clip/NAME, "
+                "timm/NAME or transformers/HUB-ID-OR-FOLDER, as in open_clip/ViT-B-32"
+            )
+        if self.family == "layerfed":
+            if self.architecture != "vit" or self.weights not in ("embedded", "random"):
+                raise ConfigError(
+                    f"model.name = '{self.name}' with model.weights = '{self.weights}' does not exist: "
+                    "layerfed/vit comes with weights embedded (the shipped ones) or random; for weights "
+                    "of your own name their family too, as in model.name=timm/vit_small_patch16_224"
+                )
+        elif self.weights == "embedded":
+            raise ConfigError(
+                f"model.weights = 'embedded' goes with model.name = 'layerfed/vit' only; for "
+                f"'{self.name}' give a hub id, a folder, "
+                + ("a tag of open_clip" if self.family == "open_clip" else "'pretrained'")
+                + " or 'random'"
+            )
+        if self.tokenizer and self.family != "transformers":
+            raise ConfigError(
+                f"model.tokenizer = '{self.tokenizer}' has no use for model.name = '{self.name}'; leave "
+                "it empty, or name a transformers model"
+            )
+        return self
 
 
 class FederationConfig(_Section):
@@ -110,6 +182,7 @@ class StrategyConfig(_Section):
     solver: Literal["auto", "lagrangian", "milp"] = "auto"
     solver_seconds: Annotated[float, Field(gt=0)] = 10.0
     solver_gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    solver_rounding: Annotated[float, Field(ge=0, lt=1)] = 0.02
     period: Positive = 1
     form: Literal["paper", "code"] = "paper"
     resample_steps: Annotated[int, Field(ge=0)] = 0

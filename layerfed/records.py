@@ -16,6 +16,10 @@ __all__ = ["Choice", "Failure", "Observer", "RoundRecord", "SelectionRecord"]
 class Choice:
     """The masks of one round, shape (n, L), and, where a solver found them, how good they are.
 
+    `objective`, `bound` and `gap` are those of the problem that was solved. Where its costs were
+    rounded, `rounding` is the share of a budget that this may have taken: the bound then holds for
+    every selection that leaves as much of each budget unspent. 0 means the costs as they are.
+
     Attributes
     ----------
     masks : numpy.ndarray
@@ -31,6 +35,7 @@ class Choice:
     objective: float | None = None
     bound: float | None = None
     gap: float | None = None
+    rounding: float = 0.0
     schedules: Sequence[np.ndarray] | None = None
 
     def schedule(self, row: int) -> np.ndarray:

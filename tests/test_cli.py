@@ -50,10 +50,12 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
         "config.json",
         "layers.json",
         "layers.png",
+        "ledger.jsonl",
         "metrics.jsonl",
         "model.safetensors",
         "selection.jsonl",
         "summary.json",
+        "theory.png",
     }
     assert str(folder) in result.stdout
     assert "round 2/2" in result.stderr
@@ -105,7 +107,7 @@ def test_solve_prints_the_masks(tmp_path: Path) -> None:
     result = cli.invoke(app, ["solve", str(instance)])
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert set(found) == {"masks", "objective", "bound", "gap", "solver", "seconds"}
+    assert set(found) == {"masks", "objective", "bound", "gap", "solver", "seconds", "rounding"}
     assert found["masks"] == [[1, 0, 0], [0, 1, 1]]
     assert found["objective"] == pytest.approx(10.0)
 

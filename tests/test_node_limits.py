@@ -195,6 +195,13 @@ def test_an_old_kind_of_container_has_less(machine: Path) -> None:
     assert free_memory(CPU) == 300_000
 
 
+def test_a_gpu_has_what_the_driver_and_the_allocator_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
+    assert free_memory(torch.device("cuda")) == 1300
+
+
 def test_a_system_that_does_not_say_is_refused(machine: Path) -> None:
     (machine / "meminfo").unlink()
     with pytest.raises(ConfigError, match=r"does not say how much memory is free; state a number"):

@@ -236,6 +236,7 @@ def _selection_line(round_record: RoundRecord, record: SelectionRecord) -> dict[
         "objective": choice.objective,
         "bound": choice.bound,
         "gap": choice.gap,
+        "rounding": choice.rounding,
         "solver": choice.solver,
         "seconds": record.seconds,
     }

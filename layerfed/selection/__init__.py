@@ -15,13 +15,16 @@ from layerfed.selection.milp import solve_milp
 from layerfed.selection.oracle import ClientOracle
 from layerfed.selection.problem import PROVEN, Selection, SelectionError, SelectionProblem
 from layerfed.selection.reduction import Reduction
-from layerfed.selection.scale import scale_consistency
+from layerfed.selection.rounding import round_costs
+from layerfed.selection.scale import limit_weights, scale_consistency
 
 __all__ = [
     "Selection",
     "SelectionError",
     "SelectionProblem",
     "Solver",
+    "limit_weights",
+    "round_costs",
     "scale_consistency",
     "solve",
     "solve_lagrangian",
@@ -32,8 +35,10 @@ logger = logging.getLogger(__name__)
 
 Solver = Literal["auto", "lagrangian", "milp"]
 
-#: Share of the time limit after which ``"auto"`` leaves a gap to the integer program.
-LAGRANGIAN_SHARE = 0.5
+#: Share of the time limit after which ``"auto"`` leaves a gap to the integer program, and the
+#: number of picks above which it never does: that program is no help with more in a round's time.
+LAGRANGIAN_SHARE = 0.7
+MOST_PICKS = 10_000
 
 #: Share of the time limit that breaking ties may take.
 TIE_SHARE = 0.1
@@ -53,11 +58,13 @@ def solve(
     problem : SelectionProblem
         One round's instance of (P1).
     solver : {"auto", "lagrangian", "milp"}
-        ``"auto"`` runs the Lagrangian and, only where that leaves a gap, the integer program on
-        what is still undecided, started from the best masks. ``"lagrangian"`` never calls the
-        integer program to close a gap, ``"milp"`` always solves with it.
+        ``"auto"`` runs the Lagrangian and, only where that leaves a gap on up to `MOST_PICKS`
+        picks, the integer program on what is still undecided, started from the best masks.
+        ``"lagrangian"`` never calls the integer program to close a gap, ``"milp"`` always solves
+        with it.
     time_limit : float
-        Seconds.
+        Seconds. Checked between single evaluations of a bound, of which one at least is made: some
+        milliseconds, but seconds where hundreds of clients have costs on no grid: `round_costs`.
     gap : float
         Relative gap that is good enough.
 
@@ -89,9 +96,10 @@ def _solve_together(
     if solver == "milp" and problem.clients:
         selection, reduction = _solve_with_milp(problem, time_limit, gap)
     else:
-        share = LAGRANGIAN_SHARE if solver == "auto" else 1.0
+        both = solver == "auto" and problem.values.size <= MOST_PICKS
+        share = LAGRANGIAN_SHARE if both else 1.0
         selection, reduction = certify(problem, time_limit=share * time_limit, gap=gap)
-        if solver == "auto" and selection.gap > gap:
+        if both and selection.gap > gap:
             selection = _close_gap(problem, selection, reduction, deadline, gap)
     if selection.gap <= PROVEN:
         limit = min(deadline, time.perf_counter() + TIE_SHARE * time_limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,7 @@ def pick_backend(backend: Backend) -> str:
 def run_backend(
     name: str,
     model: CountModel,
-    time_limit: float,
+    deadline: float,
     gap: float,
     *,
     warm: bool = False,
@@ -55,8 +56,8 @@ def run_backend(
         From `pick_backend`.
     model : CountModel
         Its variables carry the solution afterwards.
-    time_limit : float
-        Seconds.
+    deadline : float
+        ``time.perf_counter()`` value at which the backend stops; handing the model over counts.
     gap : float
         Relative gap at which the backend may stop.
     warm : bool
@@ -78,7 +79,7 @@ def run_backend(
         If the backend failed or its status cannot be true.
     """
     run = _run_highs if name == "highs" else _run_cbc
-    bound = run(model, max(time_limit, 0.01), gap, warm, not proven)
+    bound = run(model, deadline, gap, warm, not proven)
     program = model.program
     if program.status in (pulp.constants.LpStatusInfeasible, pulp.constants.LpStatusUnbounded):
         raise SelectionError(
@@ -92,29 +93,41 @@ def run_backend(
     return program.sol_status in accepted, bound
 
 
-class _WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
-    """PuLP's HiGHS, started from the variables' initial values."""
+class _PunctualHiGHS(pulp.HiGHS):  # type: ignore[misc]
+    """PuLP's HiGHS, stopped by a deadline and started from the variables' initial values."""
+
+    def __init__(self, deadline: float, warm: bool, **options: Any) -> None:
+        super().__init__(msg=False, threads=1, **options)
+        self._deadline = deadline
+        self._warm = warm
+
+    def actualSolve(self, lp: Any) -> Any:  # noqa: N802 (PuLP's name)
+        """Note when the model's hand-over begins."""
+        self._began = time.perf_counter()
+        return super().actualSolve(lp)
 
     def callSolver(self, lp: Any) -> None:  # noqa: N802 (PuLP's name)
-        """Hand over the initial values, then solve."""
+        """Hand over the initial values and the time that is left, then solve."""
         import highspy
 
-        start = highspy.HighsSolution()
-        start.col_value = [float(variable.varValue or 0.0) for variable in lp.variables()]
-        lp.solverModel.setSolution(start)
+        if self._warm:
+            start = highspy.HighsSolution()
+            start.col_value = [float(variable.varValue or 0.0) for variable in lp.variables()]
+            lp.solverModel.setSolution(start)
+        now = time.perf_counter()
+        # Reading the answer takes about as long as handing the model over.
+        left = self._deadline - now - (now - self._began)
+        lp.solverModel.setOptionValue("time_limit", max(left, 0.01))
         super().callSolver(lp)
 
 
-def _run_highs(
-    model: CountModel, time_limit: float, gap: float, warm: bool, presolve: bool
-) -> float:
+def _run_highs(model: CountModel, deadline: float, gap: float, warm: bool, presolve: bool) -> float:
     """Solve with HiGHS; returns its upper bound."""
-    solver = (_WarmHiGHS if warm else pulp.HiGHS)(
-        msg=False,
+    solver = _PunctualHiGHS(
+        deadline,
+        warm,
         gapRel=gap,
         gapAbs=0.0,
-        threads=1,
-        timeLimit=time_limit,
         presolve="choose" if presolve else "off",
         mip_feasibility_tolerance=FEASIBILITY,
         primal_feasibility_tolerance=FEASIBILITY,
@@ -123,7 +136,7 @@ def _run_highs(
     return model.unscaled(float(model.program.solverModel.getInfo().mip_dual_bound))
 
 
-def _run_cbc(model: CountModel, time_limit: float, gap: float, warm: bool, presolve: bool) -> float:
+def _run_cbc(model: CountModel, deadline: float, gap: float, warm: bool, presolve: bool) -> float:
     """Solve with CBC; returns the upper bound from its log."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PuLP announces that it will move CBC to an extra
@@ -133,7 +146,7 @@ def _run_cbc(model: CountModel, time_limit: float, gap: float, warm: bool, preso
             gapRel=gap,
             gapAbs=0.0,
             threads=1,
-            timeLimit=time_limit,
+            timeLimit=max(deadline - time.perf_counter(), 0.01),
             presolve=presolve,
             warmStart=warm,
             logPath=str(log),

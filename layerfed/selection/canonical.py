@@ -110,15 +110,15 @@ def _optimise_rules(
     costs one program instead of one per `PICKS_AT_ONCE` undecided picks.
     """
     deadline = time.perf_counter() + time_limit
-    model = CountModel(problem, reduction)
+    model = CountModel(problem, reduction, deadline)
     model.keep_objective(masks)
     picks = model.picks(reading_order(reduction.free))
     backend = pick_backend("auto")
 
     def minimise(terms: list[tuple[Any, float]]) -> BoolArray:
-        left = deadline - time.perf_counter()
         model.minimise(terms)
-        if left <= 0 or not run_backend(backend, model, left, 0.0, proven=True)[0]:
+        late = time.perf_counter() > deadline
+        if late or not run_backend(backend, model, deadline, 0.0, proven=True)[0]:
             raise SelectionError(f"{len(picks)} picks not resolved in {time_limit:.3g} s")
         return model.masks()
 

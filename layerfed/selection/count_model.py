@@ -20,6 +20,7 @@ per client: ``m_il <= sum_{s<=l} y_is``, priced ``D_is``.
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 import pulp
 from numpy.typing import NDArray
 
-from layerfed.selection.problem import BoolArray, SelectionProblem
+from layerfed.selection.problem import BoolArray, SelectionError, SelectionProblem
 from layerfed.selection.reduction import Reduction
 
 #: The largest objective coefficient is scaled to this. Solvers' tolerances are absolute, and
@@ -39,10 +40,28 @@ OBJECTIVE_SLACK = 1e-5
 
 
 class CountModel:
-    """The PuLP model of one problem, as a minimisation of the negated, scaled objective."""
+    """The PuLP model of one problem, as a minimisation of the negated, scaled objective.
 
-    def __init__(self, problem: SelectionProblem, reduction: Reduction) -> None:
+    Parameters
+    ----------
+    problem : SelectionProblem
+        The instance.
+    reduction : Reduction
+        Variables fixed, and orders for the cuts.
+    deadline : float
+        ``time.perf_counter()`` value at which the model must have been written down.
+
+    Raises
+    ------
+    SelectionError
+        If the model is too large for that.
+    """
+
+    def __init__(
+        self, problem: SelectionProblem, reduction: Reduction, deadline: float = np.inf
+    ) -> None:
         problem = problem.saturated()
+        self._deadline = deadline
         self._problem = problem
         largest = max(np.abs(problem.values).max(initial=0.0), abs(problem.consistency))
         self._scale = OBJECTIVE_SCALE / largest if largest > 0 else 1.0
@@ -53,16 +72,20 @@ class CountModel:
         self.program = pulp.LpProblem("layer_selection", pulp.LpMinimize)
         self._force = reduction.force
         free = reduction.allow & ~reduction.force
-        self._picks: dict[tuple[int, int], Any] = {
-            (int(i), int(layer)): self.program.add_variable(f"m_{i}_{layer}", cat="Binary")
-            for i, layer in np.argwhere(free)
-        }
+        self._picks: dict[tuple[int, int], Any] = {}
+        for client in range(problem.clients):
+            self._check_time()
+            for j in np.flatnonzero(free[client]):
+                pick = self.program.add_variable(f"m_{client}_{j}", cat="Binary")
+                self._picks[client, int(j)] = pick
         self.empty = not self._picks
         self._add_gains()
-        for client in np.flatnonzero(free.any(axis=1)):
-            self._add_budget(int(client))
+        for i in np.flatnonzero(free.any(axis=1)):
+            self._check_time()
+            self._add_budget(int(i))
         if problem.consistency and problem.clients > 1:
             for layer in range(problem.layers):
+                self._check_time()
                 self._add_penalty(layer, [order[layer] for order in reduction.orders])
         self.program += pulp.LpAffineExpression(self._objective)
 
@@ -113,6 +136,14 @@ class CountModel:
         for pick in picks:
             value = round(pick.varValue or 0.0)
             pick.bounds(value, value)
+
+    def _check_time(self) -> None:
+        if time.perf_counter() > self._deadline:
+            problem = self._problem
+            raise SelectionError(
+                f"the integer program of {problem.clients} clients x {problem.layers} layers is too "
+                f"large to write down in time: it got to {len(self._picks)} picks"
+            )
 
     def _add_gains(self) -> None:
         values = self._problem.values

@@ -29,9 +29,10 @@ Optimization*, 1987), ``θ (B(u) - objective of the incumbent) / |g|²``: where 
 meet, the target is exact and the steps converge linearly. For the prices, steps follow the
 subgradient deflected by the previous direction (Camerini, Fratta & Maffioli, 1975).
 
-The masks of both parts feed :class:`~layerfed.selection.search.PrimalSearch`. At the end, forcing
-a single pick in or out of the two parts bounds every selection with that pick; what falls below
-the incumbent is fixed, and only the rest is left for the integer program (reduced-cost fixing).
+The masks of both parts feed :class:`~layerfed.selection.search.PrimalSearch`. Where a gap stays,
+:mod:`~layerfed.selection.branching` splits the problem by counts. At the end, forcing a single pick
+in or out of the two parts bounds every selection with that pick; what falls below the incumbent is
+fixed, and only the rest is left for the integer program (reduced-cost fixing).
 """
 
 from __future__ import annotations
@@ -41,33 +42,31 @@ from dataclasses import replace
 
 import numpy as np
 
+from layerfed.selection.branching import Part, branch
+from layerfed.selection.descent import descend
 from layerfed.selection.oracle import ClientOracle
-from layerfed.selection.problem import (
-    PROVEN,
-    BoolArray,
-    FloatArray,
-    Selection,
-    SelectionProblem,
-)
-from layerfed.selection.reduction import Reduction, reduce_problem
-from layerfed.selection.relaxation import Point, Relaxation, relax
+from layerfed.selection.problem import PROVEN, BoolArray, Selection, SelectionProblem
+from layerfed.selection.reduction import Reduction, reduce_problem, union
+from layerfed.selection.relaxation import CountRange, Point, relax
 from layerfed.selection.search import PrimalSearch
 
-#: Subgradient steps before giving up; instances that close do so within a few dozen.
+#: Steps of the first descent; instances that it closes are closed within a few dozen.
 MAX_STEPS = 600
 
 #: Steps for telling a unique optimum from a tie: a refinement, not worth a round's time.
 INTERIOR_STEPS = 150
 
-#: Relative gap at which a descent is done.
-CLOSED = 1e-10
-
-#: Steps without progress before the step length shrinks, and by how much.
-PATIENCE = 12
-SHRINK = 0.7
+#: Asking for a gap up to this asks for a proof (`PROVEN`), with which the masks no longer depend
+#: on the solver.
+PROOF_ASKED = 1e-6
 
 #: Share of the time limit local search may take when the first descent leaves a gap.
-SEARCH_SHARE = 0.3
+SEARCH_SHARE = 0.1
+
+#: Share of the time limit kept for deciding single picks by their bound, and the number of parts up
+#: to which that is tried: with many open, hardly a pick is decided in all of them.
+FIXING_SHARE = 0.05
+MOST_PARTS = 16
 
 #: Size of the handicap that tells a unique optimum from a tie, as a share of the mean gain.
 HANDICAP = 1e-6
@@ -116,7 +115,7 @@ def certify(
     deadline = started + time_limit
     working = problem.saturated()
     oracle = ClientOracle(working)
-    search = PrimalSearch(working, oracle)
+    search = PrimalSearch(working, oracle, deadline - FIXING_SHARE * time_limit)
     if incumbent is not None:
         search.offer(incumbent)
     if working.clients == 0:
@@ -124,94 +123,77 @@ def certify(
         return empty, Reduction.none(problem)
     search.settle(np.zeros(working.layers))
     search.settle(oracle.best(working.values).sum(axis=0))
-    slopes = search.slopes(search.masks.sum(axis=0))
-    relaxation = relax(working, oracle, slopes)
-    variables, points = _descend(working, search, relaxation, deadline)
-    if working.relative_gap(search.objective, points[-1].bound) > gap:
-        target = points[-1].bound * (1.0 - gap * np.sign(points[-1].bound))
-        pause = time.perf_counter() + SEARCH_SHARE * time_limit
-        search.intensify(min(deadline, pause), target)
-        again = replace(relaxation, start=variables)
-        variables, more = _descend(working, search, again, deadline)
-        points = sorted([*points, *more], key=lambda point: -point.bound)
-    selection = Selection.certified(
-        problem,
-        search.masks,
-        points[-1].bound,
-        "lagrangian",
-        time.perf_counter() - started,
-    )
-    reduction = reduce_problem(working, oracle, search.objective, points)
-    if selection.gap <= PROVEN and len(reduction.free):
-        inner = _interior_point(working, oracle, search.masks, variables, deadline)
-        reduction = reduce_problem(working, oracle, search.objective, [inner, *points])
+    parts = _bound(working, oracle, search, time_limit, gap)
+    bound = parts[0].bound
+    seconds = time.perf_counter() - started
+    selection = Selection.certified(problem, search.masks, bound, "lagrangian", seconds)
+    if len(parts) > MOST_PARTS:
+        return selection, replace(Reduction.none(working), bound=bound)
+    search.deadline = deadline
+    reduction = union([_reduce(working, oracle, search, part) for part in parts])
     return selection, reduction
 
 
-def _descend(
+def _bound(
     problem: SelectionProblem,
+    oracle: ClientOracle,
     search: PrimalSearch,
-    relaxation: Relaxation,
-    deadline: float,
-    steps: int = MAX_STEPS,
-) -> tuple[FloatArray, list[Point]]:
-    """Minimise the bound; returns the best variables and the last improving points."""
-    variables = best_variables = relaxation.start
-    direction = np.zeros_like(variables)
-    best: list[Point] = []
-    length, waited = 1.0, 0
-    for step in range(steps):
-        point = relaxation.evaluate(variables)
-        progress = not best or point.bound < best[-1].bound - 1e-7 * abs(best[-1].bound)
-        waited = 0 if progress else waited + 1
-        if not best or point.bound < best[-1].bound:
-            best, best_variables = [*best[-2:], point], variables
-        if step % 10 == 0 or (step < 20 and progress):
-            _settle_from(search, point)
-        if problem.relative_gap(search.objective, best[-1].bound) <= CLOSED:
-            break
-        if time.perf_counter() > deadline:
-            break
-        if waited >= PATIENCE:
-            length, waited = length * SHRINK, 0
-            variables, direction = best_variables, np.zeros_like(direction)
-            continue
-        direction = point.gradient + relaxation.deflection * direction
-        square = float((direction**2).sum())
-        if square == 0.0:
-            _settle_from(search, point)
-            break
-        size = length * (point.bound - search.objective) / square
-        variables = np.maximum(variables - size * direction, relaxation.floor)
-    return best_variables, best
+    time_limit: float,
+    gap: float,
+) -> list[Part]:
+    """Bound all selections as good as the incumbent, which improves on the way."""
+    counts = CountRange.whole(problem)
+    relaxation = relax(problem, oracle, search.slopes(search.masks.sum(axis=0)), counts)
+    descent = descend(problem, search, relaxation, MAX_STEPS)
+    parts = [Part(counts, descent)]
+    enough = gap if gap > PROOF_ASKED else PROVEN
+    if problem.relative_gap(search.objective, descent.bound) <= enough:
+        return parts
+    parts = branch(problem, oracle, search, parts)
+    bound = parts[0].bound
+    if problem.relative_gap(search.objective, bound) <= enough:
+        return parts
+    before = search.objective
+    target = bound * (1.0 - enough * np.sign(bound))
+    search.intensify(time.perf_counter() + SEARCH_SHARE * time_limit, target)
+    return branch(problem, oracle, search, parts) if search.objective > before else parts
 
 
-def _settle_from(search: PrimalSearch, point: Point) -> None:
-    """Repair what the two parts of the relaxation propose."""
-    search.settle(point.layer_masks.sum(axis=0))
-    if point.client_masks is not None:
-        search.settle(point.client_masks.sum(axis=0))
+def _reduce(
+    problem: SelectionProblem,
+    oracle: ClientOracle,
+    search: PrimalSearch,
+    part: Part,
+) -> Reduction:
+    """Say what one part's bound decides about its selections."""
+    points, deadline = part.descent.points, search.deadline
+    if search.late:
+        return replace(Reduction.none(problem), bound=part.bound)
+    reduction = reduce_problem(problem, oracle, search.objective, points, deadline)
+    proven = problem.relative_gap(search.objective, part.bound) <= PROVEN
+    if proven and len(reduction.free) and not search.late:
+        inner = _interior_point(problem, oracle, search, part)
+        points = [inner, *points]
+        reduction = reduce_problem(problem, oracle, search.objective, points, deadline)
+    return reduction
 
 
 def _interior_point(
-    problem: SelectionProblem,
-    oracle: ClientOracle,
-    masks: BoolArray,
-    variables: FloatArray,
-    deadline: float,
+    problem: SelectionProblem, oracle: ClientOracle, search: PrimalSearch, part: Part
 ) -> Point:
-    """Evaluate the bound where it decides as many picks as possible about optimal `masks`.
+    """Evaluate the bound where it decides as many picks as possible about the incumbent.
 
     Polyak's step lands on the edge of the set of optimal variables, where picks look tied that
-    are not. So every pick of `masks` is handicapped a little and every other one favoured. If
-    `masks` stay optimal, no other selection comes close, and the variables that prove it lie
-    well inside.
+    are not. So every pick of the incumbent is handicapped a little and every other one favoured.
+    If it stays optimal, no other selection comes close, and the variables that prove it lie well
+    inside.
     """
     handicap = HANDICAP * problem.magnitude / problem.values.size
-    harder = replace(problem, values=problem.values + np.where(masks, -handicap, handicap))
-    search = PrimalSearch(harder, oracle)
-    search.offer(masks)
-    slopes = search.slopes(masks.sum(axis=0))
-    start = replace(relax(harder, oracle, slopes), start=variables)
-    inner, _ = _descend(harder, search, start, deadline, INTERIOR_STEPS)
-    return relax(problem, oracle, slopes).evaluate(inner)
+    shift = np.where(search.masks, -handicap, handicap)
+    harder = replace(problem, values=problem.values + shift)
+    rival = PrimalSearch(harder, oracle, search.deadline)
+    rival.offer(search.masks)
+    slopes = search.slopes(search.masks.sum(axis=0))
+    start = replace(relax(harder, oracle, slopes, part.counts), start=part.descent.variables)
+    inner = descend(harder, rival, start, INTERIOR_STEPS)
+    return relax(problem, oracle, slopes, part.counts).evaluate(inner.variables)

@@ -19,6 +19,10 @@ from layerfed.selection.reduction import Reduction
 
 logger = logging.getLogger(__name__)
 
+#: Share of the time limit that writing the model down may take. Handing it over and reading the
+#: answer take as long again, and a model this large has no chance in what is left.
+BUILD_SHARE = 0.15
+
 
 def solve_milp(
     problem: SelectionProblem,
@@ -36,7 +40,8 @@ def solve_milp(
     problem : SelectionProblem
         The instance.
     time_limit : float
-        Seconds for the solver; building the model comes on top.
+        Seconds, of which writing the model down may take `BUILD_SHARE`. CBC looks at its clock
+        seldom and may run on for minutes; HiGHS keeps to it.
     gap : float
         Relative gap at which the solver may stop.
     incumbent : array of bool, shape (n, L), optional
@@ -56,19 +61,22 @@ def solve_milp(
     ValueError
         If `incumbent` is not feasible.
     SelectionError
-        If the backend is missing or failed, or found no masks and there is no incumbent.
+        If the backend is missing or failed, the program is too large to be written down in time,
+        or no masks were found and there is no incumbent.
     """
     started = time.perf_counter()
     if incumbent is not None and not problem.feasible(incumbent):
         raise ValueError("the incumbent exceeds a budget; expected masks within all budgets")
     name = pick_backend(backend)
-    model = CountModel(problem, reduction or Reduction.none(problem))
+    deadline = started + time_limit
+    known = reduction or Reduction.none(problem)
+    model = CountModel(problem, known, started + BUILD_SHARE * time_limit)
     if incumbent is not None:
         model.start_from(incumbent)
     masks: BoolArray | None = model.masks()
     bound = model.constant
     if not model.empty:
-        solved, bound = run_backend(name, model, time_limit, gap, warm=incumbent is not None)
+        solved, bound = run_backend(name, model, deadline, gap, warm=incumbent is not None)
         masks = _within_budgets(problem, model.masks()) if solved else None
     masks = _better(problem, masks, incumbent, f"{name} in {time_limit} s")
     if reduction is not None:

@@ -1,11 +1,10 @@
 """A client's exact best response: the affordable set of layers with the largest total score.
 
-This is a knapsack per client. Three exact methods share the work, by what the costs allow:
+This is a knapsack per client. Exact methods share the work, by what the costs allow:
 
 - equal costs: take the best layers that fit (a sort);
 - few layers: score every set of layers at once (a matrix product);
-- anything else: keep the Pareto-optimal (cost, score) pairs while adding one layer at a time
-  (Nemhauser & Ullmann, *Discrete dynamic programming and capital allocation*, 1969).
+- anything else: :mod:`layerfed.selection.knapsack`.
 
 Depth costs are handled by trying each layer ``s`` as the lowest allowed one, at the price
 ``D[s]``. A set whose true lowest layer lies above ``s`` is charged too much by that, never too
@@ -17,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from layerfed.selection.knapsack import Knapsacks
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
 
 #: Up to this many layers all 2^L sets are scored at once; 4,096 sets cost less than one sort.
@@ -41,18 +41,18 @@ class ClientOracle:
         self._uniform = bool(np.all(self._costs == self._costs[:, :1]))
         self._room = self._room_for_layers() if self._uniform else None
         self._sets: BoolArray | None = None
-        if not self._uniform and problem.layers <= ENUMERATION_LAYERS:
+        self._knapsacks: Knapsacks | None = None
+        if self._uniform:
+            return
+        if problem.layers <= ENUMERATION_LAYERS:
             self._enumerate(problem)
+        else:
+            self._knapsacks = Knapsacks(problem)
 
     @property
     def integral(self) -> bool:
         """Whether pricing the budgets leaves no knapsack gap: equal costs, no depth costs."""
         return self._uniform and not self.has_depth
-
-    @property
-    def fast(self) -> bool:
-        """Whether a call costs about as much as a sort, not a search per client."""
-        return self._uniform or self._sets is not None
 
     @property
     def room(self) -> FloatArray | None:
@@ -79,9 +79,8 @@ class ClientOracle:
             return self._best_enumerated(scores, rows)
         if self._room is not None:
             return self._best_uniform(scores, self._room[rows])
-        indices = range(*rows.indices(len(self._limits)))
-        picks = [self._best_pareto(row, i) for row, i in zip(scores, indices, strict=True)]
-        return np.array(picks, dtype=bool).reshape(scores.shape)
+        assert self._knapsacks is not None
+        return self._knapsacks.best(scores, rows)
 
     def _room_for_layers(self) -> FloatArray:
         """How many layers fit when the lowest allowed one is ``s``, shape (n, L)."""
@@ -122,23 +121,6 @@ class ClientOracle:
         winner = (scores @ self._weights + self._excluded[rows]).argmax(axis=1)
         return np.asarray(self._sets[winner] & (scores > 0))
 
-    def _best_pareto(self, scores: FloatArray, client: int) -> BoolArray:
-        best = np.zeros(len(scores), dtype=bool)
-        best_total = 0.0
-        starts = range(len(scores)) if self.has_depth else (0,)
-        for start in starts:
-            room = self._limits[client] - self._depth[client, start]
-            useful = start + np.flatnonzero(scores[start:] > 0)
-            if room < 0 or scores[useful].sum() <= best_total:
-                continue
-            chosen = _pareto(scores[useful], self._costs[client, useful], room)
-            total = scores[useful[chosen]].sum()
-            if total > best_total:
-                best[:] = False
-                best[useful[chosen]] = True
-                best_total = total
-        return best
-
 
 def largest(entries: FloatArray, ranked: FloatArray, counts: NDArray[np.intp]) -> BoolArray:
     """Mark in each row of `entries` its `counts` largest; equal ones count from the left.
@@ -164,33 +146,3 @@ def _top(scores: FloatArray, room: FloatArray) -> BoolArray:
     """Per row, the `room` largest positive scores."""
     counts = np.minimum(room, scores.shape[1]).astype(np.intp)
     return largest(scores, -np.sort(-scores, axis=1), counts) & (scores > 0)
-
-
-def _pareto(scores: FloatArray, costs: FloatArray, room: float) -> list[int]:
-    """Indices of the best set within `room`; both arrays of shape (items,)."""
-    # Good value for money first: the early frontier then already dominates most later pairs.
-    order = np.argsort(-scores / np.maximum(costs, 1e-300), kind="stable")
-    frontier_cost, frontier_score = np.zeros(1), np.zeros(1)
-    history: list[tuple[FloatArray, FloatArray]] = []
-    for item in order:
-        with_cost = frontier_cost + costs[item]
-        fits = with_cost <= room
-        cost = np.concatenate([frontier_cost, with_cost[fits]])
-        score = np.concatenate([frontier_score, frontier_score[fits] + scores[item]])
-        by_cost = np.lexsort((-score, cost))
-        cost, score = cost[by_cost], score[by_cost]
-        best_before = np.maximum.accumulate(np.concatenate([[-np.inf], score[:-1]]))
-        keep = score > best_before
-        history.append((frontier_cost, frontier_score))
-        frontier_cost, frontier_score = cost[keep], score[keep]
-    chosen = []
-    cost_at, score_at = frontier_cost[-1], frontier_score[-1]
-    for item, (costs_before, scores_before) in zip(order[::-1], history[::-1], strict=True):
-        # The pair was there before this item, bit for bit, or this item made it.
-        if np.any((costs_before == cost_at) & (scores_before == score_at)):
-            continue
-        chosen.append(int(item))
-        made = (costs_before + costs[item] == cost_at) & (scores_before + scores[item] == score_at)
-        source = int(np.flatnonzero(made)[0])
-        cost_at, score_at = costs_before[source], scores_before[source]
-    return chosen

@@ -242,8 +242,11 @@ class SelectionProblem:
     def relative_gap(self, objective: float, bound: float) -> float:
         """Share of the larger of `objective` and `bound` by which they differ; never negative.
 
-        A difference within the rounding error of the sums counts as 0.
+        A difference within the rounding error of the sums counts as 0; without a bound the gap is
+        infinite.
         """
+        if np.isinf(bound):
+            return np.inf
         difference = bound - objective
         if difference <= ROUNDING * self.magnitude:
             return 0.0

@@ -7,6 +7,7 @@ that bound falls below the incumbent the pick is decided, and only the rest is l
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from layerfed.selection.oracle import ClientOracle
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
-from layerfed.selection.relaxation import Point, prefix_totals
+from layerfed.selection.relaxation import CountRange, Point, ranked_sums
 
 #: Selections this much worse than the best, relative to the magnitude, count as tied with it.
 TIE = 1e-11
@@ -54,7 +55,11 @@ class Reduction:
 
 
 def reduce_problem(
-    problem: SelectionProblem, oracle: ClientOracle, objective: float, points: Sequence[Point]
+    problem: SelectionProblem,
+    oracle: ClientOracle,
+    objective: float,
+    points: Sequence[Point],
+    deadline: float = np.inf,
 ) -> Reduction:
     """Decide every pick that no selection as good as `objective` has, or lacks.
 
@@ -67,29 +72,52 @@ def reduce_problem(
     objective : float
         Objective of the incumbent.
     points : sequence of Point
-        Evaluations of the bound on this instance. Each decides picks of its own; the last one
-        should be the best.
+        Evaluations of the bound on this instance, in the same range of counts. Each decides
+        picks of its own; the last one should be the best.
+    deadline : float
+        ``time.perf_counter()`` value after which fewer picks are decided.
     """
     allow = problem.affordable.copy()
     force = np.zeros(allow.shape, dtype=bool)
-    for point in points:
-        loss_in, loss_out = _layer_losses(problem, point.prices)
-        if point.client_masks is not None and oracle.fast:
-            client_in, client_out = _client_losses(problem, oracle, point.prices)
+    for point in reversed(points):
+        loss_in, loss_out = _layer_losses(problem, point)
+        if point.client_masks is not None:
+            client_in, client_out = _client_losses(problem, oracle, point.prices, deadline)
             loss_in, loss_out = loss_in + client_in, loss_out + client_out
         slack = point.bound - objective + TIE * problem.magnitude
         allow &= loss_in <= slack
         force |= loss_out > slack
-    orders = [prefix_totals(problem, point.prices)[0] for point in points[-2:]]
+    orders = [ranked_sums(problem, point.prices)[0] for point in points[-2:]]
     bound = min(point.bound for point in points)
     return Reduction(allow | force, force, orders, bound)
 
 
-def _layer_losses(problem: SelectionProblem, prices: FloatArray) -> tuple[FloatArray, FloatArray]:
+def possible_counts(
+    problem: SelectionProblem, objective: float, point: Point, counts: CountRange
+) -> CountRange:
+    """Narrow `counts` to those of selections as good as `objective`."""
+    totals = ranked_sums(problem, point.prices)[1] + point.penalties
+    slack = point.bound - objective + TIE * problem.magnitude
+    possible = totals >= totals.max(axis=1, keepdims=True) - slack
+    last = problem.clients - possible[:, ::-1].argmax(axis=1)
+    return CountRange(
+        np.maximum(counts.low, possible.argmax(axis=1)), np.minimum(counts.high, last)
+    )
+
+
+def union(parts: Sequence[Reduction]) -> Reduction:
+    """Combine what is known of each part of a search into what is known of all of it."""
+    allow = np.logical_or.reduce([part.allow for part in parts])
+    force = np.logical_and.reduce([part.force for part in parts])
+    orders = [order for part in parts[:2] for order in part.orders[-1:]]
+    return Reduction(allow, force, orders, max(part.bound for part in parts))
+
+
+def _layer_losses(problem: SelectionProblem, point: Point) -> tuple[FloatArray, FloatArray]:
     """What the layer part loses by forcing each pick in, and out; both of shape (n, L)."""
-    order, totals = prefix_totals(problem, prices)
-    n, f = problem.clients, problem.penalties
-    sums = totals - f
+    order, sums = ranked_sums(problem, point.prices)
+    n, f = problem.clients, point.penalties
+    totals = sums + f
     best = totals.max(axis=1, keepdims=True)
     price = np.diff(sums, axis=1)
     nothing = np.full((problem.layers, 1), -np.inf)
@@ -97,11 +125,11 @@ def _layer_losses(problem: SelectionProblem, prices: FloatArray) -> tuple[FloatA
     upto = np.maximum.accumulate(totals, axis=1)[:, :n]
     beyond = np.maximum.accumulate(totals[:, ::-1], axis=1)[:, ::-1][:, 1:]
     # Force in the client of rank r: k - 1 better ones and itself (k <= r), or the best k > r.
-    joining = np.maximum.accumulate(sums[:, :n] + f[1:], axis=1)
+    joining = np.maximum.accumulate(sums[:, :n] + f[:, 1:], axis=1)
     joining = np.hstack([nothing, joining[:, :-1]])
     forced_in = np.maximum(beyond, joining + price)
     # Force it out: the best k <= r, or k + 1 best ones without it (k > r).
-    leaving = np.maximum.accumulate((sums[:, 1:] + f[:n])[:, ::-1], axis=1)[:, ::-1]
+    leaving = np.maximum.accumulate((sums[:, 1:] + f[:, :n])[:, ::-1], axis=1)[:, ::-1]
     leaving = np.hstack([leaving[:, 1:], nothing])
     forced_out = np.maximum(upto, leaving - price)
     losses = []
@@ -113,14 +141,19 @@ def _layer_losses(problem: SelectionProblem, prices: FloatArray) -> tuple[FloatA
 
 
 def _client_losses(
-    problem: SelectionProblem, oracle: ClientOracle, prices: FloatArray
+    problem: SelectionProblem, oracle: ClientOracle, prices: FloatArray, deadline: float
 ) -> tuple[FloatArray, FloatArray]:
-    """What the client part loses by forcing each pick in, and out; both of shape (n, L)."""
+    """What the client part loses by forcing each pick in, and out; both of shape (n, L).
+
+    Layers that the time does not suffice for count as losing nothing, which is always true.
+    """
     rest = problem.values - prices
     loss_in, loss_out = np.zeros(rest.shape), np.zeros(rest.shape)
     best = np.where(oracle.best(rest), rest, 0.0).sum(axis=1)
     surely = 1.0 + 2.0 * np.abs(rest).sum()
     for layer in range(problem.layers):
+        if time.perf_counter() > deadline:
+            break
         scores = rest.copy()
         scores[:, layer] = surely
         total = np.where(oracle.best(scores), rest, 0.0).sum(axis=1)

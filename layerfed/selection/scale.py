@@ -1,12 +1,20 @@
-"""λ on a scale that does not depend on the model or the loss."""
+"""λ on a scale that does not depend on the model, the loss, or what one client claims."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from layerfed.selection.oracle import ClientOracle
-from layerfed.selection.problem import SelectionProblem
+from layerfed.selection.problem import FloatArray, SelectionProblem
+
+#: A client's mean gain counts for the scale up to this many times the median client's.
+MOST_FOR_SCALE = 3.0
+
+#: A client whose mean gain is more than this many times the median client's is scaled down to it.
+MOST_WEIGHT = 1e3
 
 
 def scale_consistency(
@@ -20,10 +28,17 @@ def scale_consistency(
 
     .. math:: \lambda = \lambda_\text{relative} \, \bar g / n
 
-    where :math:`\bar g` is the mean value over all picks that the clients make on their own (the
+    where :math:`\bar g` is the mean gain over all picks that the clients make on their own (the
     optimum at λ = 0). A client that leaves a choice shared by all others pays λ (n - 1), so at a
     relative λ of 1 dissent costs about one average layer's gain, whatever the gradients' scale
     and the number of clients.
+
+    Gains are what clients claim, so no client's mean gain counts for more than `MOST_FOR_SCALE`
+    times the median client's (the lower one of two in the middle; clients that pick nothing left
+    out). Where all are below that, :math:`\bar g` is the plain mean. Else it stays within
+    `MOST_FOR_SCALE` times the median, which fewer than half of the clients cannot push above
+    what the others claim: one client of n that claims any number moves λ by a factor below
+    ``1 + MOST_FOR_SCALE / (n - 1)`` where the others' gains are alike.
 
     Parameters
     ----------
@@ -46,7 +61,54 @@ def scale_consistency(
     )
     if not np.isfinite(relative):
         raise ValueError(f"the relative consistency is {relative}; expected a finite number")
-    picks = ClientOracle(problem).best(problem.values)
+    gains, picks = _own_gains(problem)
     if not picks.any():
         return 0.0
-    return float(relative * problem.values[picks].mean() / problem.clients)
+    counted = np.minimum(gains, MOST_FOR_SCALE * _median(gains[picks > 0]))
+    return float(relative * np.average(counted, weights=picks) / problem.clients)
+
+
+def limit_weights(problem: SelectionProblem) -> tuple[SelectionProblem, FloatArray]:
+    """Scale down the gains of clients that outweigh all others.
+
+    (P1) adds up gains, and a solver's tolerance is relative to their sum: next to a client that
+    claims 1e12 times the others' gains, theirs are rounding errors, and their masks arbitrary. A
+    client whose mean gain over its own picks exceeds `MOST_WEIGHT` times the median client's is
+    scaled down to that. The order of its layers stays, and so do its picks at λ = 0.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+        The instance.
+
+    Returns
+    -------
+    problem : SelectionProblem
+        The same object where no client is that far off.
+    weights : array of shape (n,)
+        What each client's gains were multiplied by, 1 for all but outliers.
+    """
+    gains, picks = _own_gains(problem)
+    weights = np.ones(problem.clients)
+    if not picks.any():
+        return problem, weights
+    limit = MOST_WEIGHT * _median(gains[picks > 0])
+    outliers = gains > limit
+    if not outliers.any():
+        return problem, weights
+    weights[outliers] = limit / gains[outliers]
+    return replace(problem, values=problem.values * weights[:, None]), weights
+
+
+def _own_gains(problem: SelectionProblem) -> tuple[FloatArray, FloatArray]:
+    """Mean gain of each client's own picks (0 if it has none), and their number; (n,) each."""
+    chosen = ClientOracle(problem).best(problem.values)
+    picks = chosen.sum(axis=1).astype(np.float64)
+    # Dividing first keeps the sum of huge claims finite.
+    shares = problem.values / np.maximum(picks, 1.0)[:, None]
+    return np.where(chosen, shares, 0.0).sum(axis=1), picks
+
+
+def _median(gains: FloatArray) -> float:
+    """Lower median: of two clients that disagree, the one that claims less sets the scale."""
+    return float(np.sort(gains)[(len(gains) - 1) // 2])

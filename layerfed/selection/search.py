@@ -26,6 +26,8 @@ class PrimalSearch:
         The instance.
     oracle : ClientOracle
         Best responses under the instance's budgets.
+    deadline : float
+        ``time.perf_counter()`` value after which no new move is begun.
 
     Attributes
     ----------
@@ -35,11 +37,19 @@ class PrimalSearch:
         Its objective.
     """
 
-    def __init__(self, problem: SelectionProblem, oracle: ClientOracle) -> None:
+    def __init__(
+        self, problem: SelectionProblem, oracle: ClientOracle, deadline: float = np.inf
+    ) -> None:
         self._problem = problem
         self._oracle = oracle
+        self.deadline = deadline
         self.masks = np.zeros(problem.values.shape, dtype=bool)
         self.objective = problem.objective(self.masks)
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.perf_counter() > self.deadline
 
     def offer(self, masks: BoolArray) -> float:
         """Make feasible `masks` the incumbent if they are better; returns their objective."""
@@ -61,8 +71,10 @@ class PrimalSearch:
         masks = self._oracle.best(problem.values + self.slopes(counts))
         reached = self.offer(masks)
         if problem.consistency < 0:
-            return self._respond_in_turn(masks)
+            return self._respond_in_turn(masks, self.deadline)
         for _ in range(SETTLING_ROUNDS):
+            if self.late:
+                break
             following = self._oracle.best(problem.values + self.slopes(masks.sum(axis=0)))
             objective = self.offer(following)
             if objective <= reached:
@@ -83,13 +95,14 @@ class PrimalSearch:
         pairs, and the clients settle from there.
         """
         before = -np.inf
+        deadline = min(deadline, self.deadline)
         while self.objective > before and self.objective < target:
             before = self.objective
             self._respond_in_turn(self.masks, deadline)
             if self._problem.consistency > 0:
                 self._kick(deadline, target)
 
-    def _respond_in_turn(self, masks: BoolArray, deadline: float = np.inf) -> BoolArray:
+    def _respond_in_turn(self, masks: BoolArray, deadline: float) -> BoolArray:
         """Exact best response of one client after the other, given all others' masks."""
         problem, lam = self._problem, self._problem.consistency
         masks = masks.copy()

@@ -68,14 +68,18 @@ def by_order(candidates: Candidates, order: Sequence[int]) -> Choice:
 
 
 def by_score(candidates: Candidates, scores: np.ndarray) -> Choice:
-    """Give each client its highest-scored layers that fit; ties go to the layer nearer the input.
+    """Give each client its highest-scored layers that fit; ties go to the layer nearer the output.
+
+    That is the solvers' rule as well (:mod:`layerfed.selection.canonical`): of equal layers the one
+    nearer the output needs the shorter backward pass.
 
     Parameters
     ----------
     scores : numpy.ndarray
         Shape (n, L), higher is better.
     """
-    orders = np.argsort(-scores, axis=1, kind="stable")
+    last = scores.shape[1] - 1
+    orders = last - np.argsort(-scores[:, ::-1], axis=1, kind="stable")
     rows = zip(orders, candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
     return Choice(np.stack([skip_fill(order, c, r, d) for order, c, r, d in rows]))
 

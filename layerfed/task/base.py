@@ -5,23 +5,37 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerfed.config import ConfigError, RunConfig
+from layerfed.config import ConfigError, RunConfig, TaskConfig
 from layerfed.layers import LayerMap, LayerMapError
 from layerfed.seeding import Stream, generator
 
-__all__ = ["Batch", "Examples", "Task"]
+__all__ = ["Batch", "Examples", "InMemory", "Store", "Task"]
 
 Batch = Mapping[str, Tensor]
 
+# What every task reads; `by-column` is refused by tasks without groups.
+COMMON = {"name", "partition", "alpha", "local_test"}
+
+
+class Store(Protocol):
+    """Where examples lie: in memory, or in a memory-mapped file that processes share."""
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Return some of the examples in the order asked for, as tensors of equal first dimension."""
+
 
 @dataclass(frozen=True)
-class Examples:
-    """A set of examples in memory: tensors of equal first dimension, by name."""
+class InMemory:
+    """A store of tensors of equal first dimension, by name."""
 
     tensors: Mapping[str, Tensor]
 
@@ -29,16 +43,44 @@ class Examples:
         """Return the number of examples."""
         return len(next(iter(self.tensors.values())))
 
-    def select(self, indices: np.ndarray) -> Examples:
+    def batch(self, indices: np.ndarray) -> Batch:
         """Return some of the examples."""
         index = torch.as_tensor(indices)
-        return Examples({name: tensor[index] for name, tensor in self.tensors.items()})
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Some of a store's examples: a client's share costs its indices, never a copy of the data.
+
+    Attributes
+    ----------
+    store : Store
+    indices : numpy.ndarray
+        Positions in the store, shape (N,), int64.
+    """
+
+    store: Store
+    indices: np.ndarray
+
+    @classmethod
+    def of(cls, store: Store | Mapping[str, Tensor]) -> Examples:
+        """Return all examples of a store, or of tensors by name."""
+        held = InMemory(store) if isinstance(store, Mapping) else store
+        return cls(held, np.arange(len(held)))
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.indices)
+
+    def select(self, positions: np.ndarray) -> Examples:
+        """Return some of the examples, by their positions among these."""
+        return Examples(self.store, self.indices[positions])
 
     def in_order(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Yield all examples once, in order; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):
-            stop = start + batch_size
-            yield {n: t[start:stop].to(device) for n, t in self.tensors.items()}
+            yield self._batch(slice(start, start + batch_size), device)
 
     def shuffled(
         self, batch_size: int, device: torch.device, rng: np.random.Generator
@@ -51,8 +93,11 @@ class Examples:
         while True:
             order = rng.permutation(len(self))
             for start in range(0, len(order), batch_size):
-                index = torch.from_numpy(order[start : start + batch_size])
-                yield {n: t[index].to(device) for n, t in self.tensors.items()}
+                yield self._batch(order[start : start + batch_size], device)
+
+    def _batch(self, positions: np.ndarray | slice, device: torch.device) -> Batch:
+        found = self.store.batch(self.indices[positions])
+        return {name: tensor.to(device) for name, tensor in found.items()}
 
 
 class Task(ABC):
@@ -67,14 +112,42 @@ class Task(ABC):
     -----
     A task is built once per process and asked often, so loading and partitioning belong in cached
     properties. Everything must depend on the configuration only: server and clients build their own.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is given that the task does not read, or a model it cannot use.
     """
+
+    settings: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `TaskConfig` that this task reads besides those that all read."""
+    families: ClassVar[tuple[str, ...]] = ("layerfed",)
+    """Families of models (`model.name`) that fit its data."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        section, defaults = config.task, TaskConfig()
+        unread = set(TaskConfig.model_fields) - self.settings - COMMON
+        for name in sorted(unread):
+            if getattr(section, name) != getattr(defaults, name):
+                read = ", ".join(map(_key, sorted(self.settings | COMMON)))
+                raise ConfigError(
+                    f"{_key(name)} = {getattr(section, name)!r} has no use for task.name = "
+                    f"'{section.name}', which reads {read}"
+                )
+        if config.model.family not in self.families:
+            raise ConfigError(
+                f"model.name = '{config.model.name}' does not fit task.name = '{section.name}', whose "
+                f"models come from {', '.join(self.families)}"
+            )
 
     @abstractmethod
     def build_model(self) -> nn.Module:
         """Return the pretrained model with a new head, drawn from `Stream.HEAD`."""
+
+    def skeleton(self) -> nn.Module:
+        """Return a model of the same layers whose weights need not be there: what `layers` shows."""
+        return self.build_model()
 
     @abstractmethod
     def partition(self, partition_id: int) -> Examples:
@@ -117,3 +190,8 @@ class Task(ABC):
         if not held_out:
             return examples, examples.select(order[:0])
         return examples.select(np.sort(order[held_out:])), examples.select(order[:held_out])
+
+
+def _key(field: str) -> str:
+    """Return the dotted key of a field of `TaskConfig`."""
+    return f"task.{field.replace('_', '-')}"

@@ -37,14 +37,15 @@ class Digits(Task):
         pixels = torch.from_numpy(raw.images).float().unsqueeze(1)
         large = nn.functional.interpolate(pixels, size=32, mode="bilinear", align_corners=False)
         # Pixels run from 0 to 16; the backbone was trained on [-1, 1].
-        everything = Examples(
+        self._labels = raw.target[train]
+        everything = Examples.of(
             {"image": large / 8 - 1, "label": torch.from_numpy(raw.target).long()}
         )
         self._train, self._test = everything.select(train), everything.select(test)
 
     @cached_property
     def _indices(self) -> list[np.ndarray]:
-        return partition_indices(self._train.tensors["label"].numpy(), self.config)
+        return partition_indices(self._labels, self.config)
 
     def build_model(self) -> nn.Module:
         """Return the shipped ViT, or the same net from random weights (`model.weights`)."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 
+from layerfed.block_finder import some
 from layerfed.config import ConfigError, RunConfig
 from layerfed.seeding import Stream, torch_seed
 
@@ -17,7 +19,12 @@ __all__ = ["partition_indices"]
 MIN_EXAMPLES = 8
 
 
-def partition_indices(labels: np.ndarray, config: RunConfig) -> list[np.ndarray]:
+def partition_indices(
+    labels: np.ndarray,
+    config: RunConfig,
+    groups: np.ndarray | None = None,
+    group_names: Sequence[str] = (),
+) -> list[np.ndarray]:
     """Return each client's example indices; disjoint, and together all of them.
 
     Parameters
@@ -26,17 +33,25 @@ def partition_indices(labels: np.ndarray, config: RunConfig) -> list[np.ndarray]
         Class of each training example, shape (N,).
     config : RunConfig
         `task.partition`, `task.alpha`, `federation.clients`, `run.seed`.
+    groups : numpy.ndarray, optional
+        What each example belongs to (its domain, language, …), as a position in `group_names`, shape
+        (N,); what `task.partition = "by-column"` goes by. A client holds examples of one group; groups
+        get clients in equal numbers, side by side, and share their examples among these at random.
+    group_names : Sequence[str]
 
     Raises
     ------
     ConfigError
-        If there are more clients than examples, or no draw leaves every client enough of them.
+        If there are more clients than examples, fewer than groups, or no draw leaves every client
+        enough of them.
     """
     clients, seed = config.federation.clients, torch_seed(config.run.seed, Stream.PARTITION)
     if clients > len(labels):
         raise ConfigError(
             f"federation.clients = {clients} is above the {len(labels)} training examples; lower it"
         )
+    if config.task.partition == "by-column":
+        return _by_group(groups, group_names, config, seed)
     partitioner: Partitioner
     if config.task.partition == "iid":
         partitioner = IidPartitioner(clients)
@@ -44,6 +59,18 @@ def partition_indices(labels: np.ndarray, config: RunConfig) -> list[np.ndarray]
         partitioner = DirichletPartitioner(
             clients, "label", config.task.alpha, MIN_EXAMPLES, seed=seed % 2**32
         )
+    parts = _cut(partitioner, labels, seed)
+    if not parts or min(len(part) for part in parts) < MIN_EXAMPLES:
+        skew = f"task.alpha = {config.task.alpha:g} and " * (config.task.partition == "dirichlet")
+        raise ConfigError(
+            f"{skew}federation.clients = {clients} leave some client with fewer than {MIN_EXAMPLES} of "
+            f"{len(labels)} examples; {'raise task.alpha or ' * bool(skew)}lower federation.clients"
+        )
+    return parts
+
+
+def _cut(partitioner: Partitioner, labels: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Let a partitioner cut the examples; return nothing if it gives up."""
     # Only labels and indices go through the partitioner; the examples themselves stay where they are.
     order = np.random.default_rng(seed).permutation(len(labels))
     partitioner.dataset = Dataset.from_dict({"label": labels[order], "index": order})
@@ -51,15 +78,39 @@ def partition_indices(labels: np.ndarray, config: RunConfig) -> list[np.ndarray]
         with warnings.catch_warnings():
             # It warns of each draw that is made again; the one that counts is the last.
             warnings.simplefilter("ignore", UserWarning)
-            parts = [
-                np.sort(np.asarray(partitioner.load_partition(i)["index"])) for i in range(clients)
+            return [
+                np.sort(partitioner.load_partition(i).with_format("numpy")[:]["index"])
+                for i in range(partitioner.num_partitions)
             ]
     except ValueError:
-        parts = []  # flwr-datasets gives up after ten draws
-    if not parts or min(len(part) for part in parts) < MIN_EXAMPLES:
-        skew = f"task.alpha = {config.task.alpha:g} and " * (config.task.partition == "dirichlet")
+        return []  # flwr-datasets gives up after ten draws
+
+
+def _by_group(
+    groups: np.ndarray | None, names: Sequence[str], config: RunConfig, seed: int
+) -> list[np.ndarray]:
+    clients = config.federation.clients
+    if groups is None:
         raise ConfigError(
-            f"{skew}federation.clients = {clients} leave some client with fewer than {MIN_EXAMPLES} of "
-            f"{len(labels)} examples; {'raise task.alpha or ' * bool(skew)}lower federation.clients"
+            f"task.partition = 'by-column', but the examples of task.name = '{config.task.name}' have "
+            "no groups; use dirichlet or iid, or name a column of groups where the task reads one "
+            "(task.group-column)"
         )
+    if clients < len(names):
+        raise ConfigError(
+            f"federation.clients = {clients} is below the {len(names)} groups of task.partition = "
+            f"'by-column' ({some(names)}); raise it, or choose fewer groups (task.groups)"
+        )
+    shares = np.array_split(np.arange(clients), len(names))
+    parts: list[np.ndarray] = []
+    for group, share in enumerate(shares):
+        members = np.flatnonzero(groups == group)
+        if len(members) < MIN_EXAMPLES * len(share):
+            raise ConfigError(
+                f"group '{names[group]}' has {len(members)} training examples for {len(share)} clients, "
+                f"fewer than {MIN_EXAMPLES} each; lower federation.clients = {clients}, or leave the "
+                "group out (task.groups)"
+            )
+        cut = _cut(IidPartitioner(len(share)), np.zeros(len(members), np.int64), seed + group)
+        parts += [members[part] for part in cut]
     return parts

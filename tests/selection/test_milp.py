@@ -20,13 +20,18 @@ def test_time_out_keeps_incumbent_and_states_an_honest_bound(backend: str) -> No
     incumbent = np.zeros(HARD.values.shape, dtype=bool)
     incumbent[:, 3] = True
 
-    selection = solve_milp(HARD, time_limit=0.5, incumbent=incumbent, backend=backend)  # type: ignore[arg-type]
+    selection = solve_milp(HARD, time_limit=3.0, incumbent=incumbent, backend=backend)  # type: ignore[arg-type]
 
     assert selection.gap > 1e-6
     assert HARD.feasible(selection.masks)
     assert HARD.objective(incumbent) <= selection.objective <= optimum.objective + 1e-6
     assert selection.bound >= optimum.objective - 1e-6
     assert selection.solver == f"milp-{backend}"
+
+
+def test_a_program_too_large_to_write_down_in_time_is_an_error() -> None:
+    with pytest.raises(SelectionError, match="60 clients x 30 layers is too large to write down"):
+        solve_milp(HARD, time_limit=1e-3)
 
 
 def test_time_out_without_masks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

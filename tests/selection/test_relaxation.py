@@ -9,12 +9,14 @@ from selection_cases import brute_force, problems
 
 from layerfed.selection import SelectionProblem
 from layerfed.selection.oracle import ClientOracle
-from layerfed.selection.relaxation import Relaxation, relax
+from layerfed.selection.relaxation import CountRange, Relaxation, relax
 
 
 def relaxation_of(problem: SelectionProblem) -> Relaxation:
     problem = problem.saturated()
-    return relax(problem, ClientOracle(problem), np.zeros(problem.layers))
+    return relax(
+        problem, ClientOracle(problem), np.zeros(problem.layers), CountRange.whole(problem)
+    )
 
 
 def anywhere(relaxation: Relaxation, seed: int) -> np.ndarray:

@@ -153,3 +153,37 @@ def test_a_raw_consistency_does_not_scale_with_the_gradients() -> None:
 def test_gradients_of_zero_select_nothing() -> None:
     case = candidates([1, 2], [1.0] * 3, {"grad_norm_sq": [[0.0] * 3] * 2})
     assert not ILP(LAYERS).select(case).masks.any()
+
+
+def test_a_relative_consistency_spans_independent_to_identical_despite_a_huge_claim(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    values = np.random.default_rng(5).random((5, 6)) + 0.1
+    values[2] *= 1e13
+    case = candidates([2] * 5, [1.0] * 6, {"grad_norm_sq": values.tolist()})
+
+    free = ILP(LAYERS, consistency=0.0).select(case).masks
+    tied = ILP(LAYERS, consistency=1e6).select(case).masks
+
+    np.testing.assert_array_equal(
+        np.sort(np.argsort(values)[:, -2:]), np.nonzero(free)[1].reshape(5, 2)
+    )
+    assert (tied == tied[0]).all()
+    assert tied[0].sum() == 2
+    assert "client of partition 2 claims gains" in caplog.text
+
+
+def test_measured_costs_are_rounded_and_the_choice_says_so() -> None:
+    rng = np.random.default_rng(0)
+    table = {"grad_norm_sq": rng.lognormal(size=(6, 24)).tolist()}
+    noisy = (1 + 0.05 * rng.standard_normal((6, 24))).tolist()
+    case = candidates([3.0] * 6, noisy, table)
+
+    rounded = ILP(LAYERS).select(case)
+    exact = ILP(LAYERS, solver_rounding=0.0).select(case)
+
+    assert 0.0 < rounded.rounding <= 0.02
+    assert exact.rounding == 0.0
+    assert within_budgets(case, rounded.masks)
+    assert rounded.gap is not None
+    assert rounded.gap <= 1e-6

@@ -197,8 +197,11 @@ def test_rgn_ranks_a_layer_of_zero_parameters_first_and_warns_of_nothing() -> No
         assert picks("rgn", candidates([1], [1.0] * 3, table)) == [[1]]
 
 
-def test_ties_go_to_the_layer_nearer_the_input() -> None:
-    assert picks("snr", candidates([2], UNIT, {"snr": [[1.0, 2.0, 1.0, 1.0, 1.0]]})) == [[0, 1]]
+def test_ties_go_to_the_layer_nearer_the_output_as_with_the_solvers() -> None:
+    scores = [[1.0, 2.0, 1.0, 1.0, 1.0]]
+    rule = picks("snr", candidates([2], UNIT, {"snr": scores}))
+    ilp = picks("ilp", candidates([2], UNIT, {"grad_norm_sq": scores}))
+    assert rule == ilp == [[1, 4]]
 
 
 def test_a_layer_that_is_too_dear_is_passed_over_and_the_next_best_taken() -> None:

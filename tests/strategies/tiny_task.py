@@ -45,7 +45,7 @@ class TinyTask(Task):
         )  # no batch of 8 is left with one example, which BatchNorm refuses
         x = rng.standard_normal((count, 5)) + rng.standard_normal(5)
         y = rng.integers(CLASSES, size=count)
-        return Examples({"x": torch.tensor(x, dtype=torch.float32), "label": torch.tensor(y)})
+        return Examples.of({"x": torch.tensor(x, dtype=torch.float32), "label": torch.tensor(y)})
 
     def test_examples(self) -> Examples:
         return self.partition(99)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from layerfed.config import ConfigError, RunConfig, load_config
-from layerfed.task import TASKS, Examples, load_task
+from layerfed.task import TASKS, Batch, Examples, load_task
 from layerfed.task.digits import Digits
 from layerfed.task.partition import MIN_EXAMPLES, partition_indices
 from layerfed.task.training import evaluate
@@ -27,7 +27,11 @@ def task(*overrides: str) -> Digits:
 
 def rows(examples: Examples) -> list[bytes]:
     """Each image as bytes; digits of the bundled set are all different."""
-    return [image.numpy().tobytes() for image in examples.tensors["image"]]
+    return [image.numpy().tobytes() for image in whole(examples)["image"]]
+
+
+def whole(examples: Examples) -> Batch:
+    return next(examples.in_order(len(examples), torch.device("cpu")), {"image": []})
 
 
 def shares(of: Digits, clients: int = 10) -> list[list[bytes]]:
@@ -137,13 +141,13 @@ def test_an_impossible_skew_names_alpha() -> None:
 def test_the_test_set_is_the_same_for_every_seed_and_holds_every_class() -> None:
     first, other = task("run.seed=1").test_examples(), task("run.seed=2").test_examples()
     assert rows(first) == rows(other)
-    assert torch.equal(first.tensors["label"], other.tensors["label"])
+    assert torch.equal(whole(first)["label"], whole(other)["label"])
     assert len(first) == TEST
-    assert torch.bincount(first.tensors["label"]).min() >= 34
+    assert torch.bincount(whole(first)["label"]).min() >= 34
 
 
 def test_images_are_in_the_range_the_backbone_was_trained_on() -> None:
-    image = task().test_examples().tensors["image"]
+    image = whole(task().test_examples())["image"]
     assert image.shape == (TEST, 1, 32, 32)
     assert image.min() == -1
     assert image.max() == 1
@@ -240,7 +244,7 @@ def test_every_task_a_configuration_can_name_is_in_the_table() -> None:
 
 # ------------------------------------------------------------------------------------ batches
 def test_shuffled_batches_show_each_example_once_a_pass() -> None:
-    examples = Examples({"x": torch.arange(10)})
+    examples = Examples.of({"x": torch.arange(10)})
     stream = examples.shuffled(4, torch.device("cpu"), np.random.default_rng(0))
     passes = [[next(stream)["x"] for _ in range(3)] for _ in range(2)]
     for batches in passes:
@@ -250,7 +254,7 @@ def test_shuffled_batches_show_each_example_once_a_pass() -> None:
 
 
 def test_batches_in_order_keep_names_together_and_end() -> None:
-    examples = Examples({"x": torch.arange(5), "label": torch.arange(5) * 2})
+    examples = Examples.of({"x": torch.arange(5), "label": torch.arange(5) * 2})
     batches = list(examples.in_order(2, torch.device("cpu")))
     assert [batch["x"].tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
     assert all(torch.equal(batch["label"], 2 * batch["x"]) for batch in batches)

@@ -1,0 +1,165 @@
+"""How often selection is proved optimal, over many kinds of rounds: gains, budgets, λ, sizes.
+
+    OMP_NUM_THREADS=1 python benchmarks/selection_sweep.py --size 1000x80 --count 150 --time-limit 5
+    OMP_NUM_THREADS=1 python benchmarks/selection_sweep.py --measured --size 100x32 --count 40
+
+Kinds of gains: independent log-normal; with a factor for each layer, for each client, or for each of
+five groups of clients; uniform; Pareto (1.5); and `ties`, whole numbers 0..5, of which many are equal.
+Budgets: 1, 2, 4 or 8 layers for all, a half-normal on 1..4, or anything up to half of the model.
+Relative λ from 0.01 to 10. With --measured: costs in seconds with 5% noise by client and layer on
+devices of different speed, with and without the cost of reaching down, rounded as the `ilp` strategy
+does (2% of a budget).
+
+--cpu-clock counts this thread's CPU seconds, for limits as well: on a machine with other work, wall
+clock measures that work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from layerfed.selection import SelectionProblem, round_costs, scale_consistency, solve
+
+KINDS = ["iid", "layer", "client", "groups", "uniform", "heavy", "ties"]
+BUDGETS = ["1", "2", "4", "8", "half-normal", "wide"]
+LAMBDAS = [0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 3.0, 10.0]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One instance and how it was solved."""
+
+    clients: int
+    layers: int
+    kind: str
+    budgets: str
+    consistency: float
+    seconds: float
+    gap: float
+    solver: str
+
+
+def gains(rng: np.random.Generator, kind: str, n: int, layers: int) -> np.ndarray:
+    shape = (n, layers)
+    if kind == "iid":
+        return rng.lognormal(size=shape)
+    if kind == "layer":
+        return rng.lognormal(size=(1, layers)) * rng.lognormal(sigma=0.7, size=shape)
+    if kind == "client":
+        return rng.lognormal(size=(n, 1)) * rng.lognormal(sigma=0.7, size=shape)
+    if kind == "groups":
+        group = rng.integers(0, 5, size=n)
+        return rng.lognormal(size=(5, layers))[group] * rng.lognormal(sigma=0.3, size=shape)
+    if kind == "uniform":
+        return rng.uniform(size=shape)
+    if kind == "heavy":
+        return rng.pareto(1.5, size=shape)
+    return rng.integers(0, 6, size=shape).astype(float)
+
+
+def rooms(rng: np.random.Generator, budgets: str, n: int, layers: int) -> np.ndarray:
+    if budgets == "half-normal":
+        return np.clip(np.round(1.0 + np.abs(rng.normal(scale=1.5, size=n))), 1.0, 4.0)
+    if budgets == "wide":
+        return rng.integers(1, layers // 2 + 1, size=n).astype(float)
+    return np.full(n, float(budgets))
+
+
+def additive(
+    rng: np.random.Generator, n: int, layers: int, count: int, limit: float
+) -> Iterator[Result]:
+    """Unit costs: every combination in a random order."""
+    combinations = list(itertools.product(KINDS, BUDGETS, LAMBDAS))
+    rng.shuffle(combinations)
+    for kind, budgets, relative in itertools.islice(itertools.cycle(combinations), count):
+        values = gains(rng, str(kind), n, layers)
+        room, costs = rooms(rng, str(budgets), n, layers), np.ones(layers)
+        raw = scale_consistency(values, costs, room, float(relative))
+        problem = SelectionProblem(values, costs, room, raw)
+        yield _solved(problem, str(kind), str(budgets), float(relative), limit)
+
+
+def measured(
+    rng: np.random.Generator, n: int, layers: int, count: int, limit: float
+) -> Iterator[Result]:
+    """Noisy seconds, half of the instances with the cost of reaching down to a layer."""
+    for index in range(count):
+        values = gains(rng, "layer", n, layers)
+        speed = rng.lognormal(sigma=0.3, size=(n, 1))
+        costs = speed * (1 + 0.05 * rng.standard_normal((n, layers)))
+        room, depth = rooms(rng, "half-normal", n, layers), None
+        if index % 2:
+            depth = 0.5 * speed * np.arange(layers)[::-1]
+            room = 4.0 * room
+        relative = (0.1, 0.5)[index // 2 % 2]
+        problem, _ = round_costs(SelectionProblem(values, costs, room, 0.0, depth), 0.02)
+        raw = scale_consistency(
+            problem.values, problem.costs, problem.budgets, relative, problem.depth_costs
+        )
+        problem = SelectionProblem(
+            problem.values, problem.costs, problem.budgets, raw, problem.depth_costs
+        )
+        kind = "measured" if depth is None else "measured, with depth"
+        yield _solved(problem, kind, "half-normal", relative, limit)
+
+
+def _solved(
+    problem: SelectionProblem, kind: str, budgets: str, relative: float, limit: float
+) -> Result:
+    started = time.perf_counter()
+    found = solve(problem, time_limit=limit)
+    seconds = time.perf_counter() - started
+    n, layers = problem.values.shape
+    return Result(n, layers, kind, budgets, relative, seconds, found.gap, found.solver)
+
+
+def summary(results: list[Result]) -> None:
+    """Print one line a kind, and every instance that was not proved in 3 seconds."""
+    for kind in sorted({result.kind for result in results}):
+        group = [result for result in results if result.kind == kind]
+        seconds = [result.seconds for result in group]
+        proved = [result for result in group if result.gap <= 1e-6]
+        fast = sum(result.seconds < 3 for result in proved)
+        print(
+            f"{kind:22} {len(group):4} instances: {len(proved)} proved (gap ≤ 1e-6), {fast} of them in "
+            f"3 s; largest gap {max(result.gap for result in group):.1e}; seconds: median "
+            f"{np.median(seconds):.4f}, 90% {np.quantile(seconds, 0.9):.3f}, max {max(seconds):.2f}"
+        )
+    for result in results:
+        if result.gap > 1e-6 or result.seconds >= 3:
+            print("  ", result)
+
+
+def main(
+    size: Annotated[str, typer.Option(help="Clients x layers.")] = "100x32",
+    count: Annotated[int, typer.Option(help="Instances.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of all instances.")] = 0,
+    time_limit: Annotated[float, typer.Option(help="Seconds an instance.")] = 10.0,
+    noisy: Annotated[bool, typer.Option("--measured", help="Noisy seconds as costs.")] = False,
+    cpu_clock: Annotated[bool, typer.Option(help="Count CPU seconds.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+) -> None:
+    """Solve the instances one by one and say how that went."""
+    logging.getLogger("layerfed").setLevel(logging.ERROR)
+    if cpu_clock:
+        time.perf_counter = time.process_time
+    n, layers = (int(number) for number in size.split("x"))
+    rng = np.random.default_rng(seed)
+    results = list((measured if noisy else additive)(rng, n, layers, count, time_limit))
+    summary(results)
+    if json_path is not None:
+        json_path.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

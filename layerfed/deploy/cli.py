@@ -1,0 +1,268 @@
+"""`layerfed deploy`: certificates, key, superlink, gateway, register, supernode, run, demo."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from layerfed.config import ConfigError, RunConfig, load_config, parse_override
+
+if TYPE_CHECKING:
+    from layerfed.deploy.federation import Federation
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Run on real machines, with TLS and authentication; docs/deployment.md is the guide.",
+    no_args_is_help=True,
+)
+console = Console(stderr=True)
+
+Folder = Annotated[
+    Path, typer.Option("--dir", help="The federation's folder on the server", file_okay=False)
+]
+FOLDER = Path("federation")
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Status 2 for what a user can mend, 1 for what failed; each said in a few words."""
+    from layerfed.deploy.federation import DeploymentFailed
+
+    try:
+        yield
+    except ConfigError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except DeploymentFailed as error:
+        console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _federation(folder: Path) -> Federation:
+    from layerfed.deploy.federation import Federation
+
+    return Federation(folder.resolve())
+
+
+@app.command()
+def certificates(
+    hosts: Annotated[
+        list[str], typer.Argument(help="Names and addresses by which nodes reach the server")
+    ],
+    folder: Folder = FOLDER,
+    days: Annotated[
+        int, typer.Option(help="How long the server's certificate is valid", min=1, max=3650)
+    ] = 365,
+) -> None:
+    """On the server: make the authority, once, and the server's certificate, anew each time."""
+    with _one_line_errors():
+        federation = _federation(folder)
+        federation.create_certificates(hosts, days)
+    typer.echo(f"{federation.ca}: copy it to every node")
+    typer.echo(f"{federation.ca_key}: keep it offline; only renewals need it")
+    typer.echo(f"{federation.certificate}: valid for {days} days")
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Name of the node")],
+    folder: Annotated[Path, typer.Option("--dir", help="Where the key goes")] = Path(),
+) -> None:
+    """On a node: make its key pair."""
+    from layerfed.deploy.credentials import create_node_key
+
+    with _one_line_errors():
+        private, public = create_node_key(name, folder)
+    typer.echo(f"{private}: stays on this node")
+    typer.echo(f"{public}: send it to the server, for `layerfed deploy register`")
+
+
+@app.command()
+def superlink(
+    folder: Folder = FOLDER,
+    port: Annotated[int, typer.Option(help="Loopback port", min=1, max=65535)] = 8000,
+) -> None:
+    """On the server: run the SuperLink, on loopback, with a database that outlives it."""
+    from layerfed.deploy.federation import environment
+
+    with _one_line_errors():
+        federation = _federation(folder)
+        command = federation.superlink_command(port)
+    # The same process from here on: signals reach it, and whoever started this sees its exit status.
+    os.execve(command[0], command, environment(federation.flower_home))
+
+
+@app.command()
+def gateway(
+    folder: Folder = FOLDER,
+    host: Annotated[str, typer.Option(help="Address to listen on")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="Port that nodes connect to", min=1, max=65535)] = 9092,
+    superlink: Annotated[str, typer.Option(help="HOST:PORT of the SuperLink")] = "127.0.0.1:8000",
+) -> None:
+    """On the server: open to the network what SuperNodes need of the SuperLink, and nothing else."""
+    from layerfed.deploy.gateway import serve_gateway
+
+    with _one_line_errors():
+        federation = _federation(folder)
+        federation.require_certificates()
+    serve_gateway(superlink, federation.ca, federation.certificate, federation.key, host, port)
+
+
+@app.command()
+def register(
+    public_keys: Annotated[
+        list[Path], typer.Argument(help="The nodes' NAME.pub", exists=True, dir_okay=False)
+    ],
+    folder: Folder = FOLDER,
+) -> None:
+    """On the server: let nodes join by their public keys."""
+    with _one_line_errors():
+        federation = _federation(folder)
+        for public_key in public_keys:
+            typer.echo(f"{public_key}: node {federation.register(public_key)}")
+
+
+@app.command()
+def supernode(
+    superlink: Annotated[str, typer.Argument(help="HOST:PORT of the server's gateway")],
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            help="The node's own settings: partition-id=0 budget=2 …", metavar="KEY=VALUE…"
+        ),
+    ],
+    ca: Annotated[Path, typer.Option(help="The federation's ca.crt")] = Path("ca.crt"),
+    key: Annotated[Path, typer.Option(help="The node's private key")] = Path("node.key"),
+    home: Annotated[Path, typer.Option(help="Where Flower keeps the apps it runs")] = Path(
+        "flower"
+    ),
+    port: Annotated[
+        int,
+        typer.Option(help="Loopback port; another for each node of a machine", min=1, max=65535),
+    ] = 9094,
+) -> None:
+    """On a node: run its SuperNode."""
+    from layerfed.deploy.federation import environment, supernode_command
+
+    with _one_line_errors():
+        node_config = dict(parse_override(setting) for setting in settings)
+        command = supernode_command(superlink, ca, key, node_config, port)
+        variables = environment(home.resolve())
+    os.execve(command[0], command, variables)
+
+
+@app.command()
+def run(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="As in `layerfed run`: a file, then key=value", metavar="[CONF] [KEY=VALUE]…"
+        ),
+    ] = None,
+    folder: Folder = FOLDER,
+    app_folder: Annotated[
+        Path, typer.Option("--app", help="The Flower app: a clone of this repository")
+    ] = Path(),
+) -> None:
+    """On the server: run on the connected nodes, show the log, and exit 0 only if the run completed."""
+    with _one_line_errors():
+        words = list(settings or [])
+        file = Path(words.pop(0)) if words and "=" not in words[0] else None
+        federation, config = _federation(folder), load_config(file, words)
+        identity = federation.start_run(app_folder, config)
+        console.print(f"run {identity}; Ctrl-C leaves it running", highlight=False)
+        status = federation.follow(identity)
+    _print_status(identity, status.status, status.details)
+    raise typer.Exit(0 if status.completed else 1)
+
+
+def _print_status(run: int, status: str, details: str) -> None:
+    console.print(f"run {run} {status} {escape(details)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    nodes: Annotated[int, typer.Option(help="SuperNodes, of budgets 1, 2, …", min=1, max=12)] = 4,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    directory: Annotated[
+        Path, typer.Option("--runs", help="Where the two run folders and the logs go")
+    ] = Path("runs"),
+    timeout: Annotated[float, typer.Option(help="Seconds for the rounds", min=1)] = 1800.0,
+) -> None:
+    """On one machine: all of this on loopback, compared with the simulation of the same seed."""
+    import layerfed
+    from layerfed.deploy.federation import DeploymentFailed
+    from layerfed.deploy.rehearsal import Comparison, on_loopback
+    from layerfed.engine import run_on
+
+    began, folder = time.monotonic(), directory.resolve() / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    # Told to stop, it cleans up as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+
+    def say(text: str) -> None:
+        passed = f"{time.monotonic() - began:5.0f} s"
+        console.print(f"[dim]{passed}[/]  {escape(text)}", highlight=False, soft_wrap=True)
+
+    def configured(name: str) -> RunConfig:
+        return load_config(
+            None,
+            [
+                f"federation.clients={nodes}",
+                f"federation.clients-per-round={nodes}",
+                f"federation.min-replies={nodes}",
+                f"federation.rounds={rounds}",
+                "federation.timeout=600",
+                "budget.kind=per-node",
+                "run.device=cpu",
+                f"run.seed={seed}",
+                f"run.dir={folder}",
+                f"run.name={name}",
+            ],
+        )
+
+    with _one_line_errors():
+        source = Path(layerfed.__file__).resolve().parents[1]
+        if not (source / "pyproject.toml").exists():
+            raise ConfigError(
+                "the demo hands Flower the app itself, so it needs a clone, not a wheel"
+            )
+        budgets = [{"budget": 1 + i} for i in range(nodes)]
+        say(f"simulation: {nodes} clients, {rounds} rounds")
+        simulated = run_on("inprocess", configured("simulated"), nodes=budgets)
+        settings = [
+            {"partition-id": i, "num-partitions": nodes, **own} for i, own in enumerate(budgets)
+        ]
+        # Keys and certificates of a rehearsal are nobody's; only the logs stay.
+        with (
+            tempfile.TemporaryDirectory(prefix="layerfed-demo-") as private,
+            on_loopback(Path(private), settings, say, logs=folder / "logs") as loopback,
+        ):
+            identity = loopback.start_run(source, configured("deployed"))
+            say(f"run {identity} on the SuperNodes; logs are in {folder / 'logs'}")
+            status = loopback.federation.follow(identity, timeout)
+            if not status.completed:
+                raise DeploymentFailed(f"run {identity} {status.status}: {status.details}")
+            say("stopping")
+        found = Comparison.of(simulated, folder / "deployed")
+    say("stopped")
+    typer.echo(f"{'':12}{'accuracy':>10}   run folder")
+    for name, accuracy in zip(("simulated", "deployed"), found.accuracies, strict=True):
+        typer.echo(f"{name:12}{accuracy:>10.2%}   {folder / name}")
+    typer.echo(f"masks {'identical' if found.masks else 'DIFFER'}")
+    typer.echo(f"final weights differ by at most {found.weights:.1e}")
+    raise typer.Exit(0 if found.same else 1)

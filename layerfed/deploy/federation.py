@@ -1,0 +1,309 @@
+"""A federation's folder on the server, and the Flower commands that work on it.
+
+Everything the server keeps is in one folder: the authority and the server's certificate, the SuperLink's
+database, a Flower home of its own (so that no other federation of the user is touched), and the runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerfed.config import ConfigError, Flat, RunConfig, Scalar
+from layerfed.deploy.credentials import create_authority, create_server_certificate
+from layerfed.node_config import NodeConfig
+
+__all__ = [
+    "DeploymentFailed",
+    "Federation",
+    "RunStatus",
+    "environment",
+    "program",
+    "supernode_command",
+]
+
+CONNECTION = "federation"
+# `flwr` asks the SuperLink something; it answers in a second or two.
+COMMAND_SECONDS = 120.0
+POLL_SECONDS, STATUS_SECONDS = 1.0, 15.0
+
+
+class DeploymentFailed(RuntimeError):
+    """A process or a command of the deployment failed; the message says which, and what it said."""
+
+
+def program(name: str) -> str:
+    """Return the path of a command that came with this environment."""
+    return str(Path(sys.executable).parent / name)
+
+
+def environment(flower_home: Path) -> dict[str, str]:
+    """Return the environment for Flower's commands: no telemetry, no installation, its own home."""
+    beside = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        # Flower starts its workers by name.
+        "PATH": os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]),
+        "FLWR_HOME": str(flower_home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        # Else every run builds an environment anew, torch included.
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+
+
+def supernode_command(
+    superlink: str, ca: Path, key: Path, node_config: Mapping[str, Scalar], port: int
+) -> list[str]:
+    """Return the command that starts a node's SuperNode.
+
+    Parameters
+    ----------
+    superlink : str
+        HOST:PORT of the server's gateway.
+    ca : Path
+        Certificate of the federation's authority.
+    key : Path
+        The node's private key.
+    node_config : Mapping[str, Scalar]
+        The node's settings, as in `NodeConfig`.
+    port : int
+        Loopback port between the SuperNode and its workers; each SuperNode of a machine needs its own.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is wrong or a file is not there.
+    """
+    NodeConfig.read(node_config)
+    for what, file in (("--ca", ca), ("--key", key)):
+        if not file.is_file():
+            raise ConfigError(f"{what} {file}: there is no such file")
+    if quoted := [k for k, v in node_config.items() if isinstance(v, str) and not _plain(v)]:
+        raise ConfigError(
+            f"{quoted[0]} = {node_config[quoted[0]]!r}: Flower takes no quotes and backslashes there"
+        )
+    settings = " ".join(f"{k}={json.dumps(v)}" for k, v in node_config.items())
+    return [
+        program("flower-supernode"),
+        *("--superlink", superlink),
+        *("--root-certificates", str(ca)),
+        *("--auth-supernode-private-key", str(key)),
+        *("--node-config", settings),
+        *("--port", str(port)),
+    ]
+
+
+def _plain(text: str) -> bool:
+    return text.isprintable() and not set(text) & set("\"'\\")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What the SuperLink says of a run: pending, starting, running, or finished with an outcome."""
+
+    status: str
+    details: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is over, one way or the other."""
+        return self.status.startswith("finished")
+
+    @property
+    def completed(self) -> bool:
+        """Whether it did what it should."""
+        return self.status == "finished:completed"
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The folder of a federation on its server.
+
+    Attributes
+    ----------
+    folder : Path
+        Absolute.
+    """
+
+    folder: Path
+
+    @property
+    def ca(self) -> Path:
+        """Certificate of the authority; every node gets a copy."""
+        return self.folder / "ca.crt"
+
+    @property
+    def ca_key(self) -> Path:
+        """Key of the authority; needed only to renew the server's certificate."""
+        return self.folder / "ca.key"
+
+    @property
+    def certificate(self) -> Path:
+        """The server's certificate."""
+        return self.folder / "server.crt"
+
+    @property
+    def key(self) -> Path:
+        """The server's private key."""
+        return self.folder / "server.key"
+
+    @property
+    def flower_home(self) -> Path:
+        """Flower's home: its connection to the SuperLink, and the apps that ran."""
+        return self.folder / "flower"
+
+    @property
+    def runs(self) -> Path:
+        """Where run folders go unless the run says otherwise."""
+        return self.folder / "runs"
+
+    def create_certificates(self, hosts: Sequence[str], days: int) -> None:
+        """Create the authority, unless it is there, and the server's certificate for these hosts."""
+        # The database holds messages in transit, updates among them.
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.ca_key.exists():
+            create_authority(self.ca, self.ca_key)
+        create_server_certificate((self.ca, self.ca_key), self.certificate, self.key, hosts, days)
+
+    def require_certificates(self) -> None:
+        """Refuse a folder without certificates."""
+        if absent := [f.name for f in (self.ca, self.certificate, self.key) if not f.exists()]:
+            raise ConfigError(
+                f"{self.folder} has no {', '.join(absent)}; make them with "
+                "`layerfed deploy certificates HOST`, HOST being the server's name or address"
+            )
+
+    def superlink_command(self, port: int) -> list[str]:
+        """Return the command that starts the SuperLink on loopback, and note its port for `flwr`."""
+        self.require_certificates()
+        self.flower_home.mkdir(parents=True, exist_ok=True)
+        (self.flower_home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+            f'address = "127.0.0.1:{port}"\nroot-certificates = {json.dumps(str(self.ca))}\n',
+            encoding="utf-8",
+        )
+        return [
+            program("flower-superlink"),
+            *("--ssl-ca-certfile", str(self.ca)),
+            *("--ssl-certfile", str(self.certificate)),
+            *("--ssl-keyfile", str(self.key)),
+            "--enable-supernode-auth",
+            "--disable-runtime-dependency-installation",
+            *("--database", str(self.folder / "state.db")),
+            *("--host", "127.0.0.1", "--port", str(port)),
+        ]
+
+    def flwr(self, *arguments: str) -> dict[str, Any]:
+        """Run a `flwr` command on this federation's SuperLink; return what it answers.
+
+        Raises
+        ------
+        DeploymentFailed
+            If it fails; with what it said.
+        """
+        if not (self.flower_home / "config.toml").exists():
+            raise ConfigError(
+                f"{self.folder}: no SuperLink was started from there; `layerfed deploy superlink` does"
+            )
+        command = [program("flwr"), *arguments, "--format", "json"]
+        try:
+            done = subprocess.run(
+                command,
+                env=environment(self.flower_home),
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise DeploymentFailed(
+                f"`flwr {' '.join(arguments[:2])}` got no answer in {COMMAND_SECONDS:g} s"
+            ) from None
+        answer = _last_object(done.stdout)
+        if done.returncode or not answer.get("success"):
+            said = answer.get("error-message") or (done.stdout + done.stderr).strip()[-500:]
+            raise DeploymentFailed(f"`flwr {' '.join(arguments[:2])}` failed: {said}")
+        return answer
+
+    def register(self, public_key: Path) -> int:
+        """Let the node with this public key join; return Flower's id of it."""
+        answer = self.flwr("supernode", "register", str(public_key), CONNECTION)
+        return int(answer["node-id"])
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return what the SuperLink knows of each registered node."""
+        found: list[dict[str, Any]] = self.flwr("supernode", "list", CONNECTION)["nodes"]
+        return found
+
+    def online(self) -> int:
+        """Return how many nodes are connected."""
+        return sum(node["status"] == "online" for node in self.nodes())
+
+    def start_run(self, app: Path, config: RunConfig) -> int:
+        """Hand a run to the SuperLink and return its id."""
+        settings: Flat = config.to_flat()
+        settings["run.dir"] = str(Path(config.run.dir).resolve() if config.run.dir else self.runs)
+        # As a file: on Flower's command line, a value with a space or a quote would be cut.
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "run.toml"
+            lines = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items())
+            file.write_text("".join(lines), encoding="utf-8")
+            answer = self.flwr("run", str(app), CONNECTION, "--run-config", str(file))
+        return int(answer["run-id"])
+
+    def status(self, run: int) -> RunStatus:
+        """Return how a run stands."""
+        (row,) = self.flwr("list", CONNECTION, "--run-id", str(run))["runs"]
+        return RunStatus(row["status"], row["status-details"])
+
+    def follow(self, run: int, timeout: float | None = None) -> RunStatus:
+        """Show a run's log until it is over; return how it ended.
+
+        Raises
+        ------
+        DeploymentFailed
+            If it is not over after `timeout` seconds.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        stream = subprocess.Popen(
+            [program("flwr"), "log", str(run), CONNECTION, "--stream"],
+            env={**environment(self.flower_home), "PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            # The log ends with the run; asking costs seconds of a core, so it is done seldom.
+            while not (status := self.status(run)).finished:
+                if time.monotonic() > deadline:
+                    raise DeploymentFailed(f"run {run} is {status.status} after {timeout:g} s")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    stream.wait(STATUS_SECONDS)
+                    time.sleep(POLL_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                stream.wait(STATUS_SECONDS)  # the last lines
+            return status
+        finally:
+            stream.terminate()
+            stream.wait()
+
+
+def _last_object(text: str) -> dict[str, Any]:
+    """Return the JSON object that ends a command's output, after whatever else it printed."""
+    start = text.find("{")
+    while start >= 0:
+        try:
+            found = json.loads(text[start:])
+        except json.JSONDecodeError:
+            start = text.find("{", start + 1)
+            continue
+        return found if isinstance(found, dict) else {}
+    return {}

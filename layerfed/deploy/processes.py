@@ -1,0 +1,197 @@
+"""Processes of a rehearsal on one machine: started together, watched, and stopped whatever happens.
+
+Flower's processes start others, some in sessions of their own, and some outlive their parent. Whoever
+stops one here stops its descendants too, by process id, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import Signals
+from types import TracebackType
+from typing import Self
+
+from layerfed.deploy.federation import DeploymentFailed
+
+__all__ = ["Processes", "free_ports"]
+
+POLL_SECONDS = 0.2
+# What a process gets to end by itself after SIGTERM, and its descendants after that.
+GRACE_SECONDS = 15.0
+LAST_LINES = 15
+
+
+def free_ports(count: int) -> list[int]:
+    """Return loopback ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [int(listener.getsockname()[1]) for listener in sockets]
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class Processes:
+    """A set of processes that ends with its context, on success, failure and Ctrl-C alike.
+
+    Parameters
+    ----------
+    logs : Path
+        Folder for what each process writes, `NAME.log`.
+    """
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self._members: list[_Member] = []
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop what still runs, last started first."""
+        with _undisturbed():
+            while self._members:
+                self._stop(self._members.pop())
+
+    def start(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """Start a process in a session of its own, so that Ctrl-C reaches it only through here."""
+        log = self.logs / f"{name}.log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._members.append(_Member(name, process, log))
+        return process
+
+    def wait(self, what: str, ready: Callable[[], bool], timeout: float) -> None:
+        """Wait until `ready`.
+
+        Raises
+        ------
+        DeploymentFailed
+            If a process ends meanwhile, or `timeout` seconds pass.
+        """
+        deadline = time.monotonic() + timeout
+        while not ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise DeploymentFailed(f"{what}: not after {timeout:g} s; logs are in {self.logs}")
+            time.sleep(POLL_SECONDS)
+
+    def check(self) -> None:
+        """Raise `DeploymentFailed`, with its last words, if one of the processes has ended."""
+        for member in self._members:
+            status = member.process.poll()
+            if status is not None:
+                lines = member.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+                raise DeploymentFailed(
+                    f"{member.name} ended with status {status}:\n" + "\n".join(lines)
+                )
+
+    def signal(self, process: subprocess.Popen[bytes], number: Signals) -> None:
+        """Send a signal to one of the processes and to all it started: a machine that dies or hangs."""
+        _signal(_family(process.pid), number)
+
+    def _stop(self, member: _Member) -> None:
+        pid = member.process.pid
+        family = _family(pid)
+        _signal(family, signal.SIGCONT)  # a paused process hears nothing else
+        if member.process.poll() is None:
+            member.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                member.process.wait(GRACE_SECONDS)
+        # Those that are left: workers that were at it, and whoever was started meanwhile.
+        family |= _family(pid)
+        _signal(family, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while (family := family & set(_table())) and time.monotonic() < deadline:
+            member.process.poll()  # a child that nobody waits for stays in the table
+            time.sleep(POLL_SECONDS)
+        _signal(family, signal.SIGKILL)
+        member.process.wait()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C off: a second one must not leave processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A living process; with when it was started, so that a number that is used again is another."""
+
+    pid: int
+    parent: int = field(compare=False)  # an orphan gets another, and stays who it is
+    group: int = field(compare=False)
+    started: str
+
+
+def _table() -> list[_Entry]:
+    """Return every process that lives."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,pgid=,stat=,lstart="],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = (line.split(maxsplit=4) for line in listed.stdout.splitlines())
+    return [
+        _Entry(int(pid), int(parent), int(group), started)
+        for pid, parent, group, state, started in rows
+        if state[0] != "Z"
+    ]
+
+
+def _family(root: int) -> set[_Entry]:
+    """Return the living members of a process's group, and all their descendants."""
+    table = _table()
+    found = {entry for entry in table if root in (entry.pid, entry.group)}
+    while more := {e for e in table if e.parent in {f.pid for f in found}} - found:
+        found |= more
+    return found
+
+
+def _signal(family: Iterable[_Entry], number: Signals) -> None:
+    for entry in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(entry.pid, number)

@@ -1,0 +1,203 @@
+"""A whole federation on loopback, as on real machines: TLS, authentication, a process a node.
+
+Everything it starts is gone afterwards. `layerfed deploy demo` runs one beside the simulation with the
+same seed and compares; the tests use it too.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+from typing import Self
+
+import httpx
+import numpy as np
+from safetensors.numpy import load_file
+
+from layerfed.config import RunConfig, Scalar
+from layerfed.deploy.credentials import create_node_key
+from layerfed.deploy.federation import Federation, environment, program, supernode_command
+from layerfed.deploy.processes import Processes, free_ports
+from layerfed.runs import read_lines
+
+__all__ = ["Comparison", "Loopback", "on_loopback"]
+
+NodeSettings = Mapping[str, Scalar]
+# Generous: every process of Flower takes seconds to start, and the machine may be busy.
+START_SECONDS = 180.0
+# Sums are exact in any order, so weights agree to the bit on one machine; another kind of CPU may round
+# a gradient differently.
+WEIGHTS = 1e-5
+
+
+@dataclass(frozen=True)
+class Loopback:
+    """A running federation.
+
+    Attributes
+    ----------
+    federation : Federation
+    folder : Path
+        Holds the federation's folder, and one for each node.
+    processes : Processes
+    server : Popen
+        The SuperLink.
+    superlink, gateway : str
+        HOST:PORT.
+    """
+
+    federation: Federation
+    folder: Path
+    processes: Processes
+    server: Popen[bytes]
+    superlink: str
+    gateway: str
+
+    def start_node(
+        self,
+        name: str,
+        settings: NodeSettings,
+        *,
+        register: bool = True,
+        ca: Path | None = None,
+        options: Sequence[str] = (),
+    ) -> Popen[bytes]:
+        """Start a SuperNode as on a machine of its own, with further options of `flower-supernode`.
+
+        `register` and `ca` are for those that must not get in.
+        """
+        home = self.folder / name
+        settings = {"store": str(home / "layers"), **settings}
+        key, public = create_node_key(name, home)
+        if register:
+            self.federation.register(public)
+        (port,) = free_ports(1)
+        command = supernode_command(self.gateway, ca or self.federation.ca, key, settings, port)
+        return self.processes.start(name, [*command, *options], environment(home / "flower"))
+
+    def start_run(self, app: Path, config: RunConfig) -> int:
+        """Hand a run to the SuperLink, with a layer store that no node sees; return its id."""
+        store = {"store": str(self.federation.folder / "layers")}
+        section = config.exchange.model_copy(update=store)
+        return self.federation.start_run(app, config.model_copy(update={"exchange": section}))
+
+
+@contextmanager
+def on_loopback(
+    folder: Path,
+    nodes: Sequence[NodeSettings],
+    say: Callable[[str], None] = lambda text: None,
+    *,
+    logs: Path | None = None,
+) -> Iterator[Loopback]:
+    """Run SuperLink, gateway and a SuperNode for each of `nodes`, until the context ends.
+
+    Parameters
+    ----------
+    folder : Path
+        An empty folder for everything.
+    nodes : Sequence[Mapping[str, Scalar]]
+        Settings of each node, as in `flower-supernode --node-config`.
+    say : Callable[[str], None], optional
+        Told what is being done.
+    logs : Path, optional
+        Folder for the log of each process; `folder`/logs where left out.
+
+    Raises
+    ------
+    DeploymentFailed
+        If something does not start; with its last words.
+    """
+    say("certificates, and a key for each node")
+    federation = Federation(folder.resolve() / "server")
+    federation.create_certificates([], days=2)
+    superlink_port, gateway_port = free_ports(2)
+    superlink, gateway = f"127.0.0.1:{superlink_port}", f"127.0.0.1:{gateway_port}"
+    context = ssl.create_default_context(cafile=str(federation.ca))
+
+    def answers(address: str) -> bool:
+        try:
+            httpx.get(f"https://{address}/health", verify=context, trust_env=False)
+        except httpx.TransportError:
+            return False
+        return True
+
+    with Processes(logs or folder / "logs") as processes:
+        say(f"SuperLink on {superlink}, with TLS, SuperNode authentication and a database")
+        variables = environment(federation.flower_home)
+        command = federation.superlink_command(superlink_port)
+        server = processes.start("superlink", command, variables)
+        door = ["deploy", "gateway", "--dir", str(federation.folder), "--superlink", superlink]
+        processes.start(
+            "gateway",
+            [program("layerfed"), *door, "--host", "127.0.0.1", "--port", str(gateway_port)],
+            variables,
+        )
+        processes.wait("the SuperLink answers", lambda: answers(superlink), START_SECONDS)
+        processes.wait("the gateway answers", lambda: answers(gateway), START_SECONDS)
+        say(f"gateway on {gateway}, the one door for nodes")
+        loopback = Loopback(federation, folder, processes, server, superlink, gateway)
+        for number, settings in enumerate(nodes):
+            listed = ", ".join(f"{k}={v}" for k, v in settings.items())
+            say(f"SuperNode {number + 1} of {len(nodes)}: {listed}")
+            loopback.start_node(f"node-{number}", settings)
+        processes.wait(
+            "all SuperNodes are connected",
+            lambda: federation.online() >= len(nodes),
+            START_SECONDS,
+        )
+        say("all SuperNodes are connected")
+        yield loopback
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs of the same configuration, side by side.
+
+    Attributes
+    ----------
+    masks : bool
+        Whether every round chose the same layers for the same clients.
+    weights : float
+        Largest absolute difference of a weight of the final models.
+    accuracies : tuple[float, float]
+        At the end.
+    """
+
+    masks: bool
+    weights: float
+    accuracies: tuple[float, float]
+
+    @property
+    def same(self) -> bool:
+        """Whether they are the same run."""
+        return self.masks and self.weights <= WEIGHTS
+
+    @classmethod
+    def of(cls, first: Path, second: Path) -> Self:
+        """Compare two run folders."""
+        chosen = [
+            [(row["clients"], row["masks"]) for row in read_lines(folder / "selection.jsonl")]
+            for folder in (first, second)
+        ]
+        one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+        return cls(
+            masks=chosen[0] == chosen[1],
+            weights=max(
+                (
+                    float(np.abs(one[n].astype(np.float64) - two[n]).max())
+                    for n in one
+                    if one[n].size
+                ),
+                default=0.0,
+            ),
+            accuracies=(_accuracy(first), _accuracy(second)),
+        )
+
+
+def _accuracy(folder: Path) -> float:
+    return float(read_lines(folder / "metrics.jsonl")[-1]["accuracy"])

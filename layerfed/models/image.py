@@ -1,0 +1,175 @@
+"""Image classifiers of three families, all from bytes to class scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from layerfed.config import ConfigError, ModelConfig
+from layerfed.models.source import loading, new_weights, require
+from layerfed_assets import BACKBONE, backbone
+
+__all__ = ["ImageClassifier", "Tower", "build_image_classifier"]
+
+
+class ImageClassifier(nn.Module):
+    """A network with the input it was trained on: size, mean and deviation of the colours.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Maps normalised images (B, 3, size, size) to scores (B, classes).
+    size : int
+        Side of its input, in pixels.
+    mean, std : Sequence[float]
+        Of each colour, for values in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, net: nn.Module, size: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.net = net
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Score images given as bytes, shape (B, 3, S, S), S of any size."""
+        values = image.float() / 255
+        if values.shape[-1] != self.size:
+            # Antialiased bicubic is what CLIP's and timm's own preprocessing does, there on the CPU.
+            values = nn.functional.interpolate(
+                values, size=self.size, mode="bicubic", antialias=True
+            ).clamp(0, 1)
+        scores: Tensor = self.net((values - self.mean) / self.std)
+        return scores
+
+
+class Tower(nn.Module):
+    """An image tower, whose final norm and projection stay part of the head, and a linear classifier."""
+
+    def __init__(self, tower: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.tower = tower
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Score normalised images."""
+        scores: Tensor = self.head(self.tower(image))
+        return scores
+
+
+def build_image_classifier(
+    section: ModelConfig, classes: int, seed: int, *, skeleton: bool = False
+) -> ImageClassifier:
+    """Build the model that `model.name` and `model.weights` name, with a new head.
+
+    Parameters
+    ----------
+    section : ModelConfig
+    classes : int
+    seed : int
+        Of the run: draws the head, and all weights where they are random.
+    skeleton : bool
+        Layers without weights, on torch's `meta` device: nothing is loaded.
+
+    Raises
+    ------
+    ConfigError
+        If the library, the architecture or the weights are not there; with what to do.
+    """
+    build = {"layerfed": _shipped, "open_clip": _open_clip, "timm": _timm}[section.family]
+    with new_weights(seed), torch.device("meta") if skeleton else nullcontext():
+        net, size, mean, std = build(section, classes, "random" if skeleton else section.weights)
+        return ImageClassifier(net, size, mean, std)
+
+
+Built = tuple[nn.Module, int, Sequence[float], Sequence[float]]
+
+
+def _shipped(section: ModelConfig, classes: int, weights: str) -> Built:
+    net = backbone(num_classes=classes)
+    if weights == "embedded":
+        missing, unexpected = net.load_state_dict(load_file(BACKBONE), strict=False)
+        if unexpected or any(not name.startswith("head.") for name in missing):
+            raise RuntimeError(f"{BACKBONE} does not fit: {missing} missing, {unexpected} too many")
+    return net, 32, (0.5,) * 3, (0.5,) * 3
+
+
+def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
+    timm, data = import_module("timm"), import_module("timm.data")
+
+    name, path = section.architecture, Path(weights).expanduser()
+    options: dict[str, Any] = {"num_classes": classes, "pretrained": weights != "random"}
+    source = f"timm/{name}" if weights == "pretrained" else weights
+    if section.weights not in ("pretrained", "random"):
+        # A folder or repository has a configuration, which says the architecture too.
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                raise ConfigError(f"model.weights = '{weights}' should be a .safetensors file")
+            options["pretrained_cfg_overlay"] = {"file": str(path)}
+        else:
+            kind = "local-dir" if Path(section.weights).expanduser().is_dir() else "hf-hub"
+            name = f"{kind}:{section.weights}"
+    if ":" not in name and not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name[:8]}*")[:8]) or "see timm.list_models()"
+        raise ConfigError(f"model.name = '{section.name}': timm has no '{name}'; it has {close}")
+    with loading(section, source):
+        net = timm.create_model(name, **options)
+    taken = data.resolve_model_data_config(net)
+    return net, taken["input_size"][-1], taken["mean"], taken["std"]
+
+
+def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
+    open_clip = require("open_clip", "clip", section.name)
+    name, asked = section.architecture, section.weights
+    path = Path(asked).expanduser()
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    options: dict[str, Any] = {
+        "load_weights": weights != "random",
+        "require_pretrained": weights != "random",
+        "weights_only": True,
+        "device": torch.get_default_device(),
+    }
+    if path.is_dir():
+        name = f"local-dir:{path}"
+    elif "/" in asked and not path.is_file():
+        name = f"hf-hub:{asked}"
+    elif name not in open_clip.list_models():
+        close = ", ".join(m for m in open_clip.list_models() if m[:5] == name[:5])
+        raise ConfigError(
+            f"model.name = '{section.name}': open_clip has no '{name}'"
+            + (f"; it has {close}" if close else "; see open_clip.list_models()")
+        )
+    elif path.is_file():
+        options["pretrained"] = str(path) if weights != "random" else None
+    elif asked in tags:
+        options["pretrained"] = asked if weights != "random" else None
+        # Weights were trained with one activation or the other; the tag knows which.
+        options["force_quick_gelu"] = bool(
+            open_clip.get_pretrained_cfg(name, asked).get("quick_gelu")
+        )
+    elif asked != "random":
+        raise ConfigError(
+            f"model.weights = '{asked}' is no folder or file here, no hub id, and no weights that "
+            f"open_clip has of {name}: {', '.join(tags)}; or say random"
+        )
+    with loading(section, asked):
+        model = open_clip.create_model(name, **options)
+    tower = model.visual
+    settings = open_clip.get_model_preprocess_cfg(model)
+    size = settings["size"] if isinstance(settings["size"], int) else settings["size"][-1]
+    with torch.no_grad():
+        width = tower.eval()(torch.zeros(1, 3, size, size)).shape[-1]
+    return Tower(tower, width, classes), size, settings["mean"], settings["std"]

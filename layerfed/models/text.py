@@ -1,0 +1,188 @@
+"""Text models of `transformers`: sequence classifiers, and causal models that answer by a letter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from layerfed.block_finder import some
+from layerfed.config import ConfigError, ModelConfig
+from layerfed.models.source import loading, new_weights, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["build_choice_model", "build_text_classifier", "load_tokenizer", "tokenizer_key"]
+
+
+def load_tokenizer(section: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of `model.tokenizer`, or else of the model.
+
+    Raises
+    ------
+    ConfigError
+        If it is not there.
+    """
+    transformers = require("transformers", "text", section.name)
+    source = _path(section.tokenizer) or _source(section)
+    with loading(section, source, "model.tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False
+        )
+    return tokenizer
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> object:
+    """Return what a tokenizer's output depends on, the same in every process."""
+    # Not a hash of the object, which changes with its first use.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return type(tokenizer).__name__, backend.to_str() if backend else sorted(tokenizer.get_vocab())
+
+
+def build_text_classifier(
+    section: ModelConfig,
+    classes: int,
+    seed: int,
+    *,
+    pad_token: int | None = None,
+    skeleton: bool = False,
+) -> PreTrainedModel:
+    """Build a sequence classifier with a new head.
+
+    Parameters
+    ----------
+    section : ModelConfig
+    classes : int
+    seed : int
+        Of the run: draws the head, and all weights where they are random.
+    pad_token : int, optional
+        For decoders, which find the last token by it.
+    skeleton : bool
+        Layers without weights, on torch's `meta` device.
+
+    Raises
+    ------
+    ConfigError
+        If the library or the weights are not there; with what to do.
+    """
+    transformers = require("transformers", "text", section.name)
+    changes: dict[str, Any] = {"num_labels": classes}
+    if pad_token is not None:
+        changes["pad_token_id"] = pad_token
+    kind = transformers.AutoModelForSequenceClassification
+    with new_weights(seed):
+        return _build(kind, section, changes, skeleton)
+
+
+def build_choice_model(
+    section: ModelConfig, rows: Sequence[int], seed: int, *, skeleton: bool = False
+) -> PreTrainedModel:
+    """Build a causal language model whose output layer has nothing but some of its rows.
+
+    Parameters
+    ----------
+    section : ModelConfig
+    rows : Sequence[int]
+        Token ids of the answers; the model scores these and no others, and only these rows are trained
+        (and sent) as its head.
+    seed : int
+        Of the run: draws all weights where they are random.
+    skeleton : bool
+        Layers without weights, on torch's `meta` device.
+
+    Raises
+    ------
+    ConfigError
+        If the library or the weights are not there; with what to do.
+    """
+    transformers = require("transformers", "text", section.name)
+    with new_weights(seed):
+        model = _build(transformers.AutoModelForCausalLM, section, {}, skeleton)
+        full: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head = nn.Linear(
+            full.in_features,
+            len(rows),
+            bias=full.bias is not None,
+            device=full.weight.device,
+            dtype=full.weight.dtype,
+        )
+    with torch.no_grad():
+        head.weight.copy_(full.weight[list(rows)])
+        if full.bias is not None:
+            head.bias.copy_(full.bias[list(rows)])
+    # The rows are copies: where output and input embeddings were one tensor, the input stays frozen.
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(head)  # type: ignore[no-untyped-call]
+    return model
+
+
+def _source(section: ModelConfig) -> str:
+    """Return the hub id or folder that configuration and tokenizer come from."""
+    given = section.weights not in ("pretrained", "random")
+    return _path(section.weights if given else section.architecture)
+
+
+def _path(text: str) -> str:
+    path = Path(text).expanduser()
+    return str(path) if text and path.exists() else text
+
+
+def _build(
+    kind: Any, section: ModelConfig, changes: dict[str, Any], skeleton: bool
+) -> PreTrainedModel:
+    transformers = require("transformers", "text", section.name)
+    source = _source(section)
+    with loading(section, source):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
+        model: PreTrainedModel
+        if skeleton:
+            with torch.device("meta"):
+                model = kind.from_config(config, trust_remote_code=False)
+        elif section.weights == "random":
+            model = kind.from_config(config, trust_remote_code=False)
+        else:
+            # safetensors where there are any; else torch.load, which transformers restricts to weights.
+            with _quiet(transformers):
+                model, report = kind.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=torch.float32,
+                    trust_remote_code=False,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+            _refuse_random_base(model, report, source, section)
+    return model
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Leave out the report that the head is new: it is meant to be, and anything else is refused."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _refuse_random_base(
+    model: PreTrainedModel, report: dict[str, Any], source: str, section: ModelConfig
+) -> None:
+    """Refuse weights that lack more than a new head, which would silently be random."""
+    mismatched = [entry[0] for entry in report["mismatched_keys"]]
+    missing = sorted({*report["missing_keys"], *mismatched})
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        base = f"{model.base_model_prefix}."
+        missing = [name for name in missing if name.startswith(base) and ".pooler." not in name]
+    if missing:
+        raise ConfigError(
+            f"'{source}' has no weights of the right size for {some(missing)} of model.name = "
+            f"'{section.name}' ({type(model).__name__}); give weights of this architecture "
+            "(model.weights)"
+        )

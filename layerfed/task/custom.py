@@ -1,0 +1,19 @@
+"""Your own data, without a line of code: images or text with a label.
+
+Images: folders `CLASS/image`, `GROUP/CLASS/image`, both also below `train/` and `test/`; or tables with
+a column of images or of their paths. Text: CSV, TSV, JSON lines or parquet with columns of text and a
+label. Which of the two it is follows from the model: those of `transformers` read text, others see
+images.
+"""
+
+from __future__ import annotations
+
+from layerfed.config import RunConfig
+from layerfed.task.base import Task
+from layerfed.task.images import ImageTask
+from layerfed.task.text import TextTask
+
+
+def custom(config: RunConfig) -> Task:
+    """Return the task for the kind of data that the model is for."""
+    return TextTask(config) if config.model.family == "transformers" else ImageTask(config)

@@ -1,0 +1,340 @@
+"""What tasks on data sets have in common: classes, groups, partitions, and rows that are made once."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
+from torch import Tensor
+
+from layerfed.block_finder import some
+from layerfed.config import ConfigError
+from layerfed.task.base import Batch, Examples, Task
+from layerfed.task.loading import Part, kept, load_splits, pick_columns, pick_splits, words
+from layerfed.task.partition import partition_indices
+
+__all__ = ["DatasetTask", "Encoder", "Table", "join_parts"]
+
+# Goes into the key of everything that is kept: raise it when what is made of a row changes.
+FORMAT = 1
+
+Columns = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How inputs become tensors.
+
+    Attributes
+    ----------
+    key : object
+        All that the result depends on.
+    features : Mapping[str, object]
+        What `encode` makes of a row, as features of `datasets`.
+    encode : Callable[[Columns, Sequence[int], str], Columns]
+        Gets the input columns of some rows, the rows' numbers and where they are from, for messages.
+    collate : Callable[[pyarrow.Table], dict[str, Tensor]]
+        Makes a batch of encoded rows.
+    """
+
+    key: object
+    features: dict[str, object]
+    encode: Callable[[Columns, Sequence[int], str], Columns]
+    collate: Callable[[pa.Table], dict[str, Tensor]]
+
+
+class Table:
+    """A store of encoded rows in memory-mapped files."""
+
+    def __init__(self, rows: Dataset, collate: Callable[[pa.Table], dict[str, Tensor]]) -> None:
+        self.rows = rows
+        self._arrow = rows.with_format("arrow")
+        self._collate = collate
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of numbers, shape (N,)."""
+        found: np.ndarray = self._arrow.data.column(name).to_numpy()
+        return found
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Return some rows as a batch; labels come as int64 under `label`."""
+        rows = self._arrow[indices]
+        labels = torch.from_numpy(rows.column("label").to_numpy().copy())
+        return {**self._collate(rows), "label": labels}
+
+
+def join_parts(parts: Sequence[Dataset]) -> Dataset:
+    """Return encoded parts as one table; nothing is copied."""
+    return concatenate_datasets(list(parts)) if len(parts) > 1 else parts[0]
+
+
+class DatasetTask(Task):
+    """A task whose examples are rows with inputs, a label, and perhaps a group they belong to.
+
+    A subclass says where its data are (`hub`, or `parts`), which columns count, and how inputs are
+    encoded. Rows of other classes or groups than the chosen ones are left out when rows are made.
+    """
+
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {
+            "data",
+            "input_columns",
+            "label_column",
+            "group_column",
+            "classes",
+            "groups",
+            "train_split",
+            "test_split",
+            "test_share",
+        }
+    )
+    hub: ClassVar[str] = ""
+    """Where the data are unless `task.data` says otherwise."""
+    inputs: ClassVar[tuple[tuple[str, ...], ...]]
+    """Names of the input columns; the first that are all there are taken."""
+    labels: ClassVar[tuple[tuple[str, ...], ...]] = (("label",),)
+    group_columns: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    default_classes: ClassVar[tuple[str, ...]] = ()
+    """Classes kept unless `task.classes` says otherwise; empty: all there are."""
+    default_groups: ClassVar[tuple[str, ...]] = ()
+
+    # ----------------------------------------------------------------------------- the data
+    @property
+    @abstractmethod
+    def encoder(self) -> Encoder:
+        """How inputs become tensors."""
+
+    @property
+    def data(self) -> str:
+        """Hub id, folder or file.
+
+        Raises
+        ------
+        ConfigError
+            If the task has no data of its own and none are named.
+        """
+        if not (self.config.task.data or self.hub):
+            raise ConfigError(
+                f"task.name = '{self.config.task.name}' needs data: set task.data to a folder, a file "
+                "or a hub id"
+            )
+        return self.config.task.data or self.hub
+
+    @cached_property
+    def parts(self) -> tuple[list[Part], list[Part]]:
+        """The raw rows to train on and to test on; where none are for testing, some are held out."""
+        splits = load_splits(self.data)
+        section = self.config.task
+        train, test = pick_splits(splits, section.train_split, section.test_split, self.data)
+        return [self.part(splits, train)], [self.part(splits, test)] if test else []
+
+    def part(self, splits: dict[str, Dataset], name: str) -> Part:
+        """Return a split as a part."""
+        return Part(splits[name], f"{self.data}, split '{name}'")
+
+    # -------------------------------------------------------------------- classes and groups
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the scores."""
+        asked = words(self.config.task.classes) or self.default_classes
+        if asked and asked != ("all",):
+            return asked
+        return self._known_classes
+
+    @cached_property
+    def _known_classes(self) -> tuple[str, ...]:
+        """All classes of the training rows: a class feature's names, or the values that occur."""
+        return self._values([(p, self._label_column(p)) for p in self.parts[0]])
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups; empty if nothing says which group a row belongs to."""
+        asked = words(self.config.task.groups) or self.default_groups
+        named = [part.group for part in self.parts[0] if part.group]
+        columns = [(p, c) for p in self.parts[0] if (c := self._group_column(p))]
+        known = tuple(dict.fromkeys(named)) or self._values(columns)
+        if not known and asked:
+            raise ConfigError(
+                f"{self.parts[0][0].where}: no column says which group a row belongs to; there are "
+                f"{', '.join(self.parts[0][0].rows.column_names)}; name it by task.group-column=NAME"
+            )
+        if not asked or asked == ("all",):
+            return known
+        if unknown := [name for name in asked if name not in known]:
+            raise ConfigError(
+                f"task.groups = '{', '.join(asked)}': {self.parts[0][0].where} has no '{unknown[0]}'; "
+                f"there are {', '.join(known)}"
+            )
+        return asked
+
+    def _values(self, columns: Sequence[tuple[Part, str]]) -> tuple[str, ...]:
+        found: dict[str, None] = {}
+        for part, column in columns:
+            feature = part.rows.features[column]
+            if isinstance(feature, ClassLabel):
+                found |= dict.fromkeys(feature.names)
+            else:
+                values = part.rows.data.column(column).unique().to_pylist()
+                # Numbers in the order of numbers; a missing value is refused where its row is known.
+                ordered = sorted(v for v in values if v is not None)
+                found |= dict.fromkeys(map(str, ordered))
+        return tuple(found)
+
+    def _label_column(self, part: Part) -> str:
+        given = self.config.task.label_column
+        return pick_columns(given, self.labels, part, "task.label-column")[0]
+
+    def _group_column(self, part: Part) -> str:
+        given = self.config.task.group_column
+        if part.group or not (given or self.group_columns):
+            return ""
+        if not given and not any(set(c) <= set(part.rows.column_names) for c in self.group_columns):
+            return ""
+        return pick_columns(given, self.group_columns, part, "task.group-column")[0]
+
+    # ------------------------------------------------------------------------- encoded rows
+    def encode(self, part: Part) -> Dataset:
+        """Encode a part's rows of the chosen classes and groups, once on this machine."""
+        section, encoder = self.config.task, self.encoder
+        inputs = pick_columns(section.input_columns, self.inputs, part, "task.input-columns")
+        label, group = self._label_column(part), self._group_column(part)
+        known = self._known_classes
+        if missing := [name for name in self.classes if name not in known]:
+            raise ConfigError(
+                f"class '{missing[0]}' is not in {part.where}; there are {some(known)} (task.classes)"
+            )
+        read_label = _Reader(part, label, known, self.classes)
+        read_group = _Reader(part, group, self._known_groups(part, group), self.groups)
+
+        def make(columns: Columns, rows: list[int]) -> Columns:
+            labels = read_label(columns[label], rows)
+            groups = (
+                read_group(columns[group], rows) if group else [self._own_group(part)] * len(rows)
+            )
+            chosen = [
+                i for i, pair in enumerate(zip(labels, groups, strict=True)) if None not in pair
+            ]
+            wanted = {name: [columns[name][i] for i in chosen] for name in inputs}
+            encoded = encoder.encode(wanted, [rows[i] for i in chosen], part.where)
+            return {
+                **encoded,
+                "label": [labels[i] for i in chosen],
+                "group": [groups[i] for i in chosen],
+            }
+
+        features = Features({**encoder.features, "label": Value("int64"), "group": Value("int32")})
+        key = (
+            FORMAT,
+            inputs,
+            label,
+            group,
+            known,
+            self.classes,
+            self.groups,
+            part.group,
+            encoder.key,
+        )
+        return kept(part, make, features, key)
+
+    def _own_group(self, part: Part) -> int | None:
+        if not part.group:
+            return 0
+        return self.groups.index(part.group) if part.group in self.groups else None
+
+    def _known_groups(self, part: Part, column: str) -> tuple[str, ...]:
+        return self._values([(part, column)]) if column else ()
+
+    @cached_property
+    def _tables(self) -> tuple[Table, Table | None]:
+        def table(parts: Sequence[Part]) -> Table:
+            return Table(join_parts([self.encode(part) for part in parts]), self.encoder.collate)
+
+        train, test = self.parts
+        found = table(train), table(test) if test else None
+        present = np.unique(found[0].column("group"))
+        if empty := [name for i, name in enumerate(self.groups) if i not in present]:
+            raise ConfigError(
+                f"{train[0].where}: no examples of '{empty[0]}' among the classes "
+                f"{some(self.classes)}; leave it out (task.groups) or choose other classes"
+            )
+        if not len(found[0]) or (found[1] is not None and not len(found[1])):
+            raise ConfigError(
+                f"{self.data}: no examples of the classes {some(self.classes)} to train or to test on"
+            )
+        return found
+
+    @cached_property
+    def _shares(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the training table to train on and, where there is no test split, to test on."""
+        train, test = self._tables
+        order = np.arange(len(train))
+        if test is not None:
+            return order, order[:0]
+        # The same for every run, so that runs of different seeds can be compared.
+        drawn = np.random.default_rng(0).permutation(len(train))
+        cut = max(1, round(self.config.task.test_share * len(train)))
+        return np.sort(drawn[cut:]), np.sort(drawn[:cut])
+
+    @cached_property
+    def _indices(self) -> list[np.ndarray]:
+        train, (mine, _) = self._tables[0], self._shares
+        groups = train.column("group")[mine] if self.groups else None
+        return [
+            mine[part]
+            for part in partition_indices(
+                train.column("label")[mine], self.config, groups, self.groups
+            )
+        ]
+
+    def partition(self, partition_id: int) -> Examples:
+        """Return one client's rows."""
+        return Examples(self._tables[0], self._indices[partition_id])
+
+    def test_examples(self) -> Examples:
+        """Return the server's test set."""
+        train, test = self._tables
+        return Examples.of(test) if test is not None else Examples(train, self._shares[1])
+
+
+class _Reader:
+    """Turns a column's values into positions among the chosen names; None for names not chosen."""
+
+    def __init__(
+        self, part: Part, column: str, known: Sequence[str], chosen: Sequence[str]
+    ) -> None:
+        self._part, self._column, self._known = part, column, known
+        position = {name: index for index, name in enumerate(chosen)}
+        feature = part.rows.features[column] if column else None
+        self._names = feature.names if isinstance(feature, ClassLabel) else None
+        self._of: dict[object, int | None] = {
+            (index if self._names else name): position.get(name)
+            for index, name in enumerate(self._names or known)
+        }
+
+    def __call__(self, values: Sequence[object], rows: Sequence[int]) -> list[int | None]:
+        found = []
+        for value, row in zip(values, rows, strict=True):
+            known = value if self._names or value is None else str(value)
+            if known not in self._of:
+                raise ConfigError(
+                    f"{self._part.where}, row {row}: {self._column} = {value!r} is not allowed: it "
+                    f"should be one of {', '.join(self._known[:20])}{' …' * (len(self._known) > 20)}"
+                    + (
+                        " (given by number, from 0); rows without a label have to be left out"
+                        if self._names
+                        else ""
+                    )
+                )
+            found.append(self._of[known])
+        return found

@@ -1,0 +1,185 @@
+"""Tasks on images: each is decoded once to a square of bytes, and normalised on the device."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, Image, List, Value
+from PIL import Image as Pixels
+from PIL import UnidentifiedImageError
+from torch import Tensor, nn
+
+from layerfed.config import ConfigError
+from layerfed.models import build_image_classifier
+from layerfed.task.base import Batch
+from layerfed.task.dataset_task import Columns, DatasetTask, Encoder
+from layerfed.task.loading import (
+    CHANGED,
+    TEST_SPLITS,
+    Part,
+    image_folders,
+    image_rows,
+    local_path,
+    pick_columns,
+    pick_splits,
+)
+
+__all__ = ["ImageTask"]
+
+SPLITS = ("train", *TEST_SPLITS)
+
+
+class ImageTask(DatasetTask):
+    """Image classification with a model of `layerfed`, `open_clip` or `timm`."""
+
+    settings: ClassVar[frozenset[str]] = DatasetTask.settings | {"image_size"}
+    families: ClassVar[tuple[str, ...]] = ("layerfed", "open_clip", "timm")
+    inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("image",), ("img",))
+    image_size: ClassVar[int] = 224
+    """Side, in pixels, at which images are kept; the model enlarges or shrinks them to its own."""
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Decode, cut to a square and keep as bytes, three colours first."""
+        size = self.config.task.image_size or self.image_size
+
+        def encode(columns: Columns, rows: Sequence[int], where: str) -> Columns:
+            [cells] = columns.values()
+            return {
+                "pixels": [
+                    _square(_open(cell, f"{where}, row {row}"), size).reshape(-1)
+                    for cell, row in zip(cells, rows, strict=True)
+                ]
+            }
+
+        def collate(table: pa.Table) -> dict[str, Tensor]:
+            # One copy, out of the memory-mapped file.
+            flat = table.column("pixels").combine_chunks().flatten().to_numpy()
+            return {"image": torch.from_numpy(flat.reshape(-1, 3, size, size).copy())}
+
+        features = {"pixels": List(Value("uint8"), length=3 * size * size)}
+        return Encoder(("image", size), features, encode, collate)
+
+    @cached_property
+    def parts(self) -> tuple[list[Part], list[Part]]:
+        """Folders of images by their names, and tables of images as they are."""
+        root = local_path(self.data)
+        if root is None or not root.is_dir() or any(root.rglob("metadata.*")):
+            return super().parts
+        folders = image_folders(root)
+        return self._folders(root, folders) if folders else super().parts
+
+    def _folders(
+        self, root: Path, folders: Mapping[tuple[str, ...], Sequence[Path]]
+    ) -> tuple[list[Part], list[Part]]:
+        """Read `CLASS/`, `GROUP/CLASS/`, and each below a folder for each split."""
+        found: dict[str, dict[str, dict[str, Sequence[Path]]]] = {}
+        for path, images in folders.items():
+            below = len(path) > 1 and path[0] in SPLITS
+            split = path[0] if below else "train"
+            *group, label = path[below:] or ("",)
+            if len(group) > 1 or not label:
+                raise ConfigError(
+                    f"task.data = '{self.data}': images in {root.joinpath(*path)} have no class; "
+                    "the folders should be CLASS/, GROUP/CLASS/, or one of these below train/ and test/"
+                )
+            found.setdefault(split, {}).setdefault("".join(group), {})[label] = images
+        section = self.config.task
+        train, test = pick_splits(found, section.train_split, section.test_split, self.data)
+
+        def parts(split: str) -> list[Part]:
+            base = root / split if (root / split).is_dir() else root
+            return [
+                self.with_images(Part(image_rows(files), str(base / group), group))
+                for group, files in found[split].items()
+            ]
+
+        return parts(train), parts(test) if test else []
+
+    def part(self, splits: dict[str, Dataset], name: str) -> Part:
+        """Return a split with its images still encoded."""
+        return self.with_images(super().part(splits, name))
+
+    def with_images(self, found: Part) -> Part:
+        """Return a part with its images still encoded.
+
+        Raises
+        ------
+        ConfigError
+            If its input column holds neither images nor paths of images.
+        """
+        given = self.config.task.input_columns
+        column = pick_columns(given, self.inputs, found, "task.input-columns")[0]
+        rows, feature = found.rows, found.rows.features[column]
+        if getattr(feature, "dtype", "") in ("string", "large_string"):
+            if CHANGED not in rows.column_names:
+                # Paths in a table are relative to the table.
+                base = local_path(self.data)
+                rows = _with_paths(rows, column, base.parent if base and base.is_file() else base)
+        elif not isinstance(feature, Image):
+            raise ConfigError(
+                f"{found.where}: column '{column}' is of type {feature}, not of images or paths of "
+                "images; choose another by task.input-columns=NAME"
+            )
+        return Part(rows.cast_column(column, Image(decode=False)), found.where, found.group)
+
+    def build_model(self) -> nn.Module:
+        """Return the pretrained image tower with a new linear head."""
+        return build_image_classifier(self.config.model, len(self.classes), self.config.run.seed)
+
+    def skeleton(self) -> nn.Module:
+        """Return the layers without their weights."""
+        return build_image_classifier(
+            self.config.model, len(self.classes), self.config.run.seed, skeleton=True
+        )
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Score the classes."""
+        scores: Tensor = model(batch["image"])
+        return scores
+
+
+def _with_paths(rows: Dataset, column: str, folder: Path | None) -> Dataset:
+    """Make paths absolute, and have a file that changes make another table."""
+    paths = [Path(folder or "", path or "") for path in rows[column]]
+    changed = [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
+    rows = rows.remove_columns(column).add_column(column, [str(path) for path in paths])
+    return rows.add_column(CHANGED, changed)
+
+
+def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
+    """Decode an image as the hub keeps it: bytes, or the path of a file.
+
+    Raises
+    ------
+    ConfigError
+        If it is missing or broken.
+    """
+    if cell is None or not (cell.get("bytes") or cell.get("path")):
+        raise ConfigError(f"{where}: the image is missing; leave the row out")
+    source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]
+    try:
+        return Pixels.open(source).convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: image {cell.get('path') or 'without a name'} cannot be decoded "
+            f"({type(error).__name__}); mend it or leave it out"
+        ) from error
+
+
+def _square(image: Pixels.Image, size: int) -> np.ndarray:
+    """Scale the shorter side to `size`, cut out the middle: uint8 (3, size, size)."""
+    if image.size != (size, size):
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Pixels.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image).transpose(2, 0, 1)

@@ -1,0 +1,293 @@
+"""Reading data sets from the hub or from local files, and keeping what was made of them.
+
+Everything goes through the `datasets` library: tables lie in memory-mapped Arrow files, so the processes
+of a machine share them, and what was decoded or tokenised once is found again by its fingerprint.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features, load_dataset, load_from_disk
+from datasets.fingerprint import Hasher
+from filelock import FileLock
+
+from layerfed.block_finder import some
+from layerfed.config import ConfigError
+
+__all__ = [
+    "CHANGED",
+    "TEST_SPLITS",
+    "Part",
+    "data_files",
+    "image_folders",
+    "image_rows",
+    "kept",
+    "load_file_list",
+    "load_splits",
+    "local_path",
+    "pick_columns",
+    "pick_splits",
+    "words",
+]
+
+READERS = {
+    ".parquet": ("parquet", {}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}
+# Owner, name and, where a data set has several, one of its subsets.
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Times of change of the image files that a table points at: a column that nobody reads, but that makes a
+# table whose files have changed another one.
+CHANGED = "__changed__"
+TEST_SPLITS = ("test", "validation", "dev", "valid")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one schema.
+
+    Attributes
+    ----------
+    rows : datasets.Dataset
+    where : str
+        What messages call it.
+    group : str
+        What all rows belong to; empty if a column says so.
+    """
+
+    rows: Dataset
+    where: str
+    group: str = ""
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Split a setting at its commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def local_path(data: str) -> Path | None:
+    """Return the file or folder that `task.data` names, or None for a hub id.
+
+    Raises
+    ------
+    ConfigError
+        If it can be neither.
+    """
+    path = Path(data).expanduser()
+    if path.exists():
+        return path.resolve()
+    if HUB_ID.fullmatch(data):
+        return None
+    raise ConfigError(
+        f"task.data = '{data}' does not exist, and is not of the form of a hub id (owner/name or "
+        "owner/name:subset); give a file, a folder or a hub id"
+    )
+
+
+def load_splits(data: str, subset: str = "", revision: str | None = None) -> dict[str, Dataset]:
+    """Read all splits of a data set.
+
+    Parameters
+    ----------
+    data : str
+        Hub id, with a subset after a colon where there are several; folder (in the hub's layout, as
+        `save_to_disk` leaves it, or of images) or file.
+    subset : str
+        Name of a configuration on the hub; locally, of a folder inside, if there is one.
+    revision : str, optional
+        Of the hub's repository.
+
+    Raises
+    ------
+    ConfigError
+        If there is nothing to read, or the hub cannot be reached; saying what to do.
+    """
+    path = local_path(data)
+    try:
+        if path is None:
+            name = HUB_ID.fullmatch(data)
+            assert name  # or it would have been refused
+            found = load_dataset(name[1], subset or name[2], revision=revision)
+        elif path.is_file():
+            return {"train": load_file_list([path])}
+        else:
+            inside = path / subset if subset and (path / subset).is_dir() else path
+            saved = any((inside / f).exists() for f in ("dataset_dict.json", "state.json"))
+            found = load_from_disk(str(inside)) if saved else load_dataset(str(inside))
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the library raises, a user can only act on its reason
+        raise ConfigError(_unreadable(data, subset, path, error)) from error
+    return {"train": found} if isinstance(found, Dataset) else dict(found)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Return the tables in a folder and those below it, in order."""
+    return sorted(f for f in folder.rglob("*") if f.suffix in READERS and f.is_file())
+
+
+def load_file_list(files: Sequence[Path]) -> Dataset:
+    """Read tables of one kind and schema as one.
+
+    Raises
+    ------
+    ConfigError
+        If they are of an unknown kind, or cannot be read.
+    """
+    kinds = {file.suffix for file in files}
+    if len(kinds) != 1 or not kinds <= READERS.keys():
+        raise ConfigError(
+            f"{some([str(f) for f in files])}: cannot read files of kind {', '.join(sorted(kinds))} as "
+            f"one table; give files of one kind of {', '.join(READERS)}"
+        )
+    reader, options = READERS[kinds.pop()]
+    names = [str(file) for file in files]
+    try:
+        return load_dataset(reader, data_files={"train": names}, split="train", **options)
+    except Exception as error:  # whatever the library raises, a user can only act on its reason
+        raise ConfigError(f"cannot read {some(names)}: {_reason(error)}") from error
+
+
+def image_folders(root: Path) -> dict[tuple[str, ...], list[Path]]:
+    """Return the images below a folder by the folders they lie in, relative to it."""
+    found: dict[tuple[str, ...], list[Path]] = {}
+    for folder, inside, files in os.walk(root):
+        inside.sort()
+        images = [Path(folder, name) for name in sorted(files) if name.lower().endswith(IMAGES)]
+        if images:
+            found[Path(folder).relative_to(root).parts] = images
+    return found
+
+
+def image_rows(files: Mapping[str, Sequence[Path]]) -> Dataset:
+    """Return a table of image paths with their labels; a file that changes makes another table."""
+    paths = [path for images in files.values() for path in images]
+    return Dataset.from_dict(
+        {
+            "image": [str(path) for path in paths],
+            "label": [label for label, images in files.items() for _ in images],
+            CHANGED: [path.stat().st_mtime_ns for path in paths],
+        }
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what an error is about, or of what caused it."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no more is said'}"
+
+
+def _unreadable(data: str, subset: str, path: Path | None, error: Exception) -> str:
+    if path is not None:
+        return f"cannot read task.data = '{data}': {_reason(error)}"
+    repository = data.partition(":")[0]
+    return (
+        f"cannot load '{data}'{f' ({subset})' if subset else ''}, which is no file or folder here, from "
+        f"the hub: {_reason(error)}. Where there is a network, run `hf download {repository} "
+        "--repo-type dataset --local-dir DIR`, and give that folder: task.data=DIR"
+    )
+
+
+def pick_splits(
+    splits: Mapping[str, object], train: str, test: str, where: str
+) -> tuple[str, str | None]:
+    """Return the names of the splits to train and to test on; None: hold some out of the first.
+
+    Raises
+    ------
+    ConfigError
+        If a split that is asked for does not exist.
+    """
+    for key, name in (("train", train), ("test", test)):
+        if name and name not in splits:
+            raise ConfigError(
+                f"task.{key}-split = '{name}', but {where} has no such split; there are "
+                f"{', '.join(splits)}"
+            )
+    others = [name for name in TEST_SPLITS if name in splits and name != train]
+    first = train or ("train" if "train" in splits else "")
+    if not first:
+        if len(splits) != 1:
+            raise ConfigError(
+                f"{where} has no split 'train'; name the one to train on: task.train-split, of "
+                f"{', '.join(splits)}"
+            )
+        first = next(iter(splits))
+    second = test or next((name for name in others if name != first), None)
+    return first, None if second == first else second
+
+
+def pick_columns(
+    given: str, candidates: Sequence[tuple[str, ...]], part: Part, key: str
+) -> tuple[str, ...]:
+    """Return the columns that a setting names, or the first candidates that exist.
+
+    Raises
+    ------
+    ConfigError
+        If a column does not exist; with what there is.
+    """
+    there = part.rows.column_names
+    named = words(given)
+    for columns in [named] if named else candidates:
+        if set(columns) <= set(there):
+            return columns
+    wanted = (
+        f"column '{next(c for c in named if c not in there)}', named by {key}, is missing"
+        if named
+        else f"none of the columns {' / '.join('+'.join(c) for c in candidates)} is there"
+    )
+    raise ConfigError(f"{part.where}: {wanted}; there are {', '.join(there)}; choose by {key}=NAME")
+
+
+def kept(
+    part: Part,
+    make: Callable[[dict[str, list[Any]], list[int]], dict[str, list[Any]]],
+    features: Features,
+    key: object,
+) -> Dataset:
+    """Return what `make` makes of a part's rows, made once on this machine.
+
+    Parameters
+    ----------
+    part : Part
+    make : Callable
+        Gets columns by name and the row numbers of a batch; may return fewer rows.
+    features : datasets.Features
+        Of the result.
+    key : object
+        All that the result depends on besides the rows.
+
+    Notes
+    -----
+    Results lie in the folder `layerfed` of the `datasets` cache (`HF_DATASETS_CACHE`). A lock makes
+    several clients that start on one machine do the work once.
+    """
+    # The library's own fingerprint of `make` would change with the state of a tokenizer or an address.
+    fingerprint = Hasher.hash((part.rows._fingerprint, key))
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "layerfed"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{fingerprint}.lock"):
+        return part.rows.map(
+            make,
+            batched=True,
+            with_indices=True,
+            batch_size=256,
+            remove_columns=part.rows.column_names,
+            features=features,
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            new_fingerprint=fingerprint,
+            desc=f"preparing {part.where}",
+        )

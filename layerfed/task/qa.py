@@ -1,0 +1,278 @@
+"""Multiple choice as classification, one data set a client [S, section V].
+
+SciQ, OpenbookQA, PIQA, ARC-Easy and ARC-Challenge in the hub's schemas. A causal language model reads
+the question with its lettered choices, and its scores at the answer's position, restricted to the
+letters, are the class scores; the rows of its output layer for these letters are the head that everyone
+trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, Features, Value
+from torch import Tensor, nn
+
+from layerfed.config import ConfigError
+from layerfed.models import build_choice_model, tokenizer_key
+from layerfed.task.base import Batch
+from layerfed.task.dataset_task import FORMAT, Encoder
+from layerfed.task.loading import Part, kept, load_splits, local_path, pick_splits, words
+from layerfed.task.text import TextTask, padded, token_features
+
+LETTERS = ("A", "B", "C", "D", "E")
+CUE = "Answer:"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its choices, and the position of the right one."""
+
+    text: str
+    choices: Sequence[str]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: where it is on the hub, and how a row becomes a question.
+
+    Attributes
+    ----------
+    hub, subset : str
+        Its id and configuration; locally, a folder of the id's name (or of its last part) inside
+        `task.data`, with a folder for the configuration inside that, or its files.
+    columns : tuple[str, ...]
+        That have to be there.
+    read : Callable
+        Gets a row and a generator for what has no order of its own; raises `ValueError` with the reason
+        if the row has no valid answer.
+    revision : str, optional
+        Branch of the repository.
+    """
+
+    hub: str
+    subset: str
+    columns: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], np.random.Generator], Question]
+    revision: str | None = None
+
+
+def _sciq(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
+    choices = [row["correct_answer"], *(row[f"distractor{i}"] for i in (1, 2, 3))]
+    # The right answer has a column of its own; its place among the choices must tell nothing.
+    order = rng.permutation(len(choices))
+    return Question(row["question"], [choices[i] for i in order], int(np.argmin(order)))
+
+
+def _piqa(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
+    if row["label"] not in (0, 1):
+        raise ValueError(f"label = {row['label']!r} is not allowed: it should be 0 or 1")
+    return Question(row["goal"], [row["sol1"], row["sol2"]], row["label"])
+
+
+def _lettered(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
+    labels, texts, key = row["choices"]["label"], row["choices"]["text"], row["answerKey"]
+    if key not in labels:
+        raise ValueError(
+            f"answerKey = {key!r} is not allowed: it should be one of {', '.join(labels) or 'nothing'}"
+        )
+    if not 2 <= len(texts) <= len(LETTERS):
+        raise ValueError(f"choices: {len(texts)} are given, 2 to {len(LETTERS)} are allowed")
+    return Question(row.get("question") or row["question_stem"], texts, labels.index(key))
+
+
+_ARC = ("question", "choices", "answerKey")
+SOURCES: dict[str, Source] = {
+    "sciq": Source(
+        "allenai/sciq",
+        "default",
+        ("question", "correct_answer", "distractor1", "distractor2", "distractor3"),
+        _sciq,
+    ),
+    "openbookqa": Source(
+        "allenai/openbookqa", "main", ("question_stem", "choices", "answerKey"), _lettered
+    ),
+    # The repository is a script, which `datasets` no longer runs; this branch is its conversion.
+    "piqa": Source(
+        "ybisk/piqa", "plain_text", ("goal", "sol1", "sol2", "label"), _piqa, "refs/convert/parquet"
+    ),
+    "arc-easy": Source("allenai/ai2_arc", "ARC-Easy", _ARC, _lettered),
+    "arc-challenge": Source("allenai/ai2_arc", "ARC-Challenge", _ARC, _lettered),
+}
+# Of PIQA the hub has no answers to the test questions.
+TEST_SPLIT = {"piqa": "validation"}
+
+
+class QuestionAnswering(TextTask):
+    """Five data sets of questions; `task.groups` chooses among them."""
+
+    settings: ClassVar[frozenset[str]] = frozenset({"data", "groups", "max_tokens", "test_share"})
+    default_groups: ClassVar[tuple[str, ...]] = tuple(SOURCES)
+    default_classes: ClassVar[tuple[str, ...]] = LETTERS
+
+    @cached_property
+    def parts(self) -> tuple[list[Part], list[Part]]:
+        """A part for each data set; what has one split only is cut by `task.test-share`."""
+        asked = words(self.config.task.groups) or self.default_groups
+        names = self.default_groups if asked == ("all",) else asked
+        if unknown := [name for name in names if name not in SOURCES]:
+            raise ConfigError(
+                f"task.groups = '{', '.join(names)}': there is no '{unknown[0]}'; choose of "
+                f"{', '.join(SOURCES)}"
+            )
+        train: list[Part] = []
+        test: list[Part] = []
+        for name in names:
+            source = SOURCES[name]
+            where, splits = self._load(source)
+            first, second = pick_splits(splits, "", "", where)
+            if name in TEST_SPLIT and second:
+                second = TEST_SPLIT[name]
+            kept_back = None if second else self._cut(splits[first])
+            for split, role, rows in (
+                (first, train, kept_back[0] if kept_back else splits[first]),
+                (second or first, test, kept_back[1] if kept_back else splits[second or first]),
+            ):
+                role.append(Part(rows, f"{where}, split '{split}'", name))
+        return train, test
+
+    def _load(self, source: Source) -> tuple[str, dict[str, Dataset]]:
+        data = self.config.task.data
+        if not data:
+            return source.hub, load_splits(source.hub, source.subset, source.revision)
+        root = local_path(data)
+        if root is None or not root.is_dir():
+            raise ConfigError(
+                f"task.data = '{data}' is not a folder; for qa it should hold {', '.join(SOURCES)} in "
+                f"folders named as on the hub, such as {source.hub}"
+            )
+        tried = [root / source.hub, root / source.hub.rpartition("/")[2]]
+        folder = next((path for path in tried if path.is_dir()), None)
+        if folder is None:
+            raise ConfigError(
+                f"task.data = '{data}' has no folder {tried[1].name}; run `hf download {source.hub} "
+                f"--repo-type dataset --local-dir {tried[1]}`, or leave it out by task.groups"
+            )
+        inside = folder / source.subset
+        return str(inside if inside.is_dir() else folder), load_splits(str(folder), source.subset)
+
+    def _cut(self, rows: Dataset) -> tuple[Dataset, Dataset]:
+        found = rows.train_test_split(test_size=self.config.task.test_share, seed=0)
+        return found["train"], found["test"]
+
+    # ------------------------------------------------------------------------- the letters
+    @cached_property
+    def letters(self) -> tuple[int, ...]:
+        """Token ids of the letters where an answer begins.
+
+        Raises
+        ------
+        ConfigError
+            If the tokenizer has no token of its own for each.
+        """
+        ids = [self._tokens(f"{CUE} {letter}") for letter in LETTERS]
+        if any(row[:-1] != ids[0][:-1] for row in ids) or len({row[-1] for row in ids}) < len(ids):
+            raise ConfigError(
+                f"the tokenizer of model.name = '{self.config.model.name}' has no token of its own for "
+                f"each of {', '.join(LETTERS)}; choose another (model.tokenizer)"
+            )
+        return tuple(row[-1] for row in ids)
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @cached_property
+    def _start(self) -> list[int]:
+        """What the tokenizer puts before a text, such as a token for its beginning."""
+        whole, bare = self.tokenizer("x")["input_ids"], self._tokens("x")
+        return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+
+    # ------------------------------------------------------------------------- encoded rows
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Right-padded prompts and the number of choices of each."""
+        pad = self.tokenizer.pad_token_id or 0
+
+        def collate(rows: pa.Table) -> dict[str, Tensor]:
+            choices = torch.from_numpy(rows.column("choices").to_numpy().copy())
+            return {**padded(rows, pad), "choices": choices}
+
+        key = "qa", LETTERS, CUE, self.config.task.max_tokens, tokenizer_key(self.tokenizer)
+        features = {**token_features(), "choices": Value("int64")}
+        return Encoder(key, features, lambda columns, rows, where: columns, collate)
+
+    def encode(self, part: Part) -> Dataset:
+        """Encode a data set's questions, once on this machine."""
+        source, limit = SOURCES[part.group], self.config.task.max_tokens
+        if missing := [name for name in source.columns if name not in part.rows.column_names]:
+            raise ConfigError(
+                f"{part.where}: column '{missing[0]}' is missing; there are "
+                f"{', '.join(part.rows.column_names)}, and {', '.join(source.columns)} are needed"
+            )
+        start, letters, group = self._start, self.letters, self.groups.index(part.group)
+
+        def make(columns: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+            questions = []
+            for i, row in enumerate(rows):
+                cells = {name: columns[name][i] for name in source.columns}
+                try:
+                    question = source.read(cells, np.random.default_rng(row))
+                    if None in (question.text, *question.choices):
+                        raise ValueError("the question or one of its choices is missing")
+                except ValueError as error:
+                    raise ConfigError(f"{part.where}, row {row}: {error}") from None
+                questions.append(question)
+            prompts = self.tokenizer([_prompt(q) for q in questions], add_special_tokens=False)
+            if any(tokens[-1] != letters[0] for tokens in prompts["input_ids"]):
+                raise ConfigError(
+                    f"{part.where}: the tokenizer of model.name = '{self.config.model.name}' joins the "
+                    "answer's letter with what precedes it; choose another (model.tokenizer)"
+                )
+            # The letter at the end is there only so that what precedes it is cut as it would be.
+            room = limit - len(start)
+            ids = [start + tokens[:-1][-room:] for tokens in prompts["input_ids"]]
+            return {
+                "input_ids": ids,
+                "choices": [len(q.choices) for q in questions],
+                "label": [q.answer for q in questions],
+                "group": [group] * len(rows),
+            }
+
+        features = Features(
+            {**self.encoder.features, "label": Value("int64"), "group": Value("int32")}
+        )
+        return kept(part, make, features, (FORMAT, part.group, self.groups, self.encoder.key))
+
+    # ------------------------------------------------------------------------------- model
+    def build_model(self) -> nn.Module:
+        """Return the pretrained model with the letters' rows as its output layer."""
+        return build_choice_model(self.config.model, self.letters, self.config.run.seed)
+
+    def skeleton(self) -> nn.Module:
+        """Return the layers without their weights."""
+        rows = range(len(LETTERS))
+        return build_choice_model(self.config.model, rows, self.config.run.seed, skeleton=True)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Score the letters at the answer's position; letters without a choice get -inf."""
+        mask = batch["attention_mask"]
+        scores = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
+        last = scores[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
+        beyond = torch.arange(len(LETTERS), device=mask.device) >= batch["choices"][:, None]
+        answer: Tensor = last.float().masked_fill(beyond, float("-inf"))
+        return answer
+
+
+def _prompt(question: Question) -> str:
+    """Return the question as the model reads it, with a letter where its answer begins."""
+    lettered = zip(LETTERS, question.choices, strict=False)
+    lines = [f"Question: {question.text}", *(f"{letter}. {text}" for letter, text in lettered), CUE]
+    return "\n".join(lines) + f" {LETTERS[0]}"

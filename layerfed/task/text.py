@@ -1,0 +1,118 @@
+"""Tasks on text: tokenised once, padded to the longest of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import List, Value
+from torch import Tensor, nn
+
+from layerfed.config import ConfigError
+from layerfed.models import build_text_classifier, load_tokenizer, tokenizer_key
+from layerfed.task.base import Batch, Examples
+from layerfed.task.dataset_task import Columns, DatasetTask, Encoder, Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TextTask", "by_length", "padded", "token_features"]
+
+# Lengths are rounded up to this: it suits matrix units, and FLOPs are counted once a shape (`flops.py`).
+MULTIPLE = 8
+
+
+class TextTask(DatasetTask):
+    """Text classification with a sequence classifier of `transformers`."""
+
+    settings: ClassVar[frozenset[str]] = DatasetTask.settings | {"max_tokens"}
+    families: ClassVar[tuple[str, ...]] = ("transformers",)
+    inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("text",),)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, or the one that `model.tokenizer` names."""
+        return load_tokenizer(self.config.model)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Join the input columns by a line break, tokenise, cut at `task.max-tokens`."""
+        tokenizer, limit = self.tokenizer, self.config.task.max_tokens
+
+        def encode(columns: Columns, rows: Sequence[int], where: str) -> Columns:
+            texts = [
+                "\n".join(filter(None, cells)) for cells in zip(*columns.values(), strict=True)
+            ]
+            for text, row in zip(texts, rows, strict=True):
+                if not text.strip():
+                    raise ConfigError(
+                        f"{where}, row {row}: {' + '.join(columns)} holds no text; leave the row out"
+                    )
+            if not texts:
+                return {"input_ids": []}
+            return {"input_ids": tokenizer(texts, truncation=True, max_length=limit)["input_ids"]}
+
+        pad = tokenizer.pad_token_id or 0
+        key = "text", limit, tokenizer_key(tokenizer)
+        return Encoder(key, token_features(), encode, lambda rows: padded(rows, pad))
+
+    def build_model(self) -> nn.Module:
+        """Return the pretrained encoder with a new classification head."""
+        return build_text_classifier(
+            self.config.model,
+            len(self.classes),
+            self.config.run.seed,
+            pad_token=self.tokenizer.pad_token_id,
+        )
+
+    def skeleton(self) -> nn.Module:
+        """Return the layers without their weights."""
+        return build_text_classifier(
+            self.config.model, len(self.classes), self.config.run.seed, skeleton=True
+        )
+
+    def test_examples(self) -> Examples:
+        """Return the server's test set, texts of like length beside each other."""
+        return by_length(super().test_examples())
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Score the classes."""
+        scores: Tensor = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits
+        return scores
+
+
+def token_features() -> dict[str, object]:
+    """Return the features of tokenised rows."""
+    return {"input_ids": List(Value("int32"))}
+
+
+def padded(rows: pa.Table, pad: int) -> dict[str, Tensor]:
+    """Return `input_ids` and `attention_mask`, shape (B, T), padded on the right.
+
+    T is the longest row's length, rounded up to a multiple of 8.
+    """
+    ids = rows.column("input_ids").combine_chunks()
+    lengths = np.diff(ids.offsets.to_numpy())
+    width = -(-int(lengths.max()) // MULTIPLE) * MULTIPLE
+    mask = np.arange(width) < lengths[:, None]
+    filled = np.full(mask.shape, pad, dtype=np.int64)
+    filled[mask] = ids.flatten().to_numpy()
+    return {
+        "input_ids": torch.from_numpy(filled),
+        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+    }
+
+
+def by_length(examples: Examples) -> Examples:
+    """Return the examples in the order of their length: a batch then needs little padding."""
+    store = examples.store
+    assert isinstance(store, Table)
+    ids = store.rows.with_format("arrow").data.column("input_ids")
+    lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in ids.chunks])
+    return examples.select(np.argsort(lengths[examples.indices], kind="stable"))

@@ -1,0 +1,340 @@
+"""Each family falls into the paper's layers, loads what it is pointed at, and says what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from layerfed.config import ConfigError
+from layerfed.layers import LayerMap
+from layerfed.models import build_choice_model, build_image_classifier, build_text_classifier
+from layerfed.models.source import require
+from tests.task import hub
+
+IMAGES = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("weights")
+    return {
+        "open_clip": hub.clip(root / "clip"),
+        "timm": hub.timm_vit(root / "timm"),
+        "transformers": hub.xlm_roberta(root / "xlm-r"),
+        "llama": hub.llama(root / "llama"),
+    }
+
+
+def image(name: str, weights: object, classes: int = 5, seed: int = 0, **more: bool) -> nn.Module:
+    section = hub.config(f"model.name={name}", f"model.weights={weights}").model
+    return build_image_classifier(section, classes, seed, **more)
+
+
+def text(weights: object, classes: int = 5, seed: int = 0, **more: bool) -> nn.Module:
+    section = hub.config("model.name=transformers/some/model", f"model.weights={weights}").model
+    return build_text_classifier(section, classes, seed, **more)
+
+
+def same(one: nn.Module, other: nn.Module) -> set[str]:
+    theirs = other.state_dict()
+    return {name for name, value in one.state_dict().items() if torch.equal(value, theirs[name])}
+
+
+Builder = Callable[[dict[str, Path], int], nn.Module]
+BUILDERS: dict[str, tuple[Builder, set[str]]] = {
+    "layerfed": (
+        lambda saved, seed: image("layerfed/vit", "embedded", seed=seed),
+        {"net.norm.weight", "net.norm.bias", "net.head.weight", "net.head.bias"},
+    ),
+    "open_clip": (
+        lambda saved, seed: image("open_clip/ViT-B-32", saved["open_clip"], seed=seed),
+        {
+            "net.tower.proj",
+            "net.tower.ln_post.weight",
+            "net.tower.ln_post.bias",
+            "net.head.weight",
+            "net.head.bias",
+        },
+    ),
+    "timm": (
+        lambda saved, seed: image("timm/vit_tiny_patch16_224", saved["timm"], seed=seed),
+        {"net.norm.weight", "net.norm.bias", "net.head.weight", "net.head.bias"},
+    ),
+    "transformers": (
+        lambda saved, seed: text(saved["transformers"], seed=seed),
+        {f"classifier.{n}.{t}" for n in ("dense", "out_proj") for t in ("weight", "bias")},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_the_head_is_the_papers_and_everything_else_frozen_or_selectable(
+    family: str, saved: dict[str, Path]
+) -> None:
+    build, head = BUILDERS[family]
+    model = build(saved, 0)
+    layers = LayerMap.from_model(model)
+    assert set(layers.head.parameters) == head
+    assert layers.num_blocks == (12 if family == "layerfed" else 3)
+    embeddings = " ".join(layers.embeddings.parameters)
+    for name in {"transformers": ["word_embeddings"]}.get(
+        family, ["class_embedding" if family == "open_clip" else "cls_token"]
+    ):
+        assert name in embeddings
+    assert {b.kind for b in layers.blocks} == {"block"}
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_two_processes_build_the_same_and_the_seed_draws_the_head_only(
+    family: str, saved: dict[str, Path]
+) -> None:
+    """Defect 11 of the released code; and a client whose base differs would be refused."""
+    build, head = BUILDERS[family]
+    torch.manual_seed(1)
+    first = build(saved, 0)
+    after = torch.rand(1)
+    torch.manual_seed(2)
+    again, other = build(saved, 0), build(saved, 1)
+    assert same(first, again) == set(first.state_dict())
+    new = set(first.state_dict()) - same(first, other)
+    assert new <= head
+    assert any(name.endswith("weight") for name in new)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after), "building drew from the global generator"
+
+
+def test_loaded_weights_are_those_of_the_files(saved: dict[str, Path]) -> None:
+    files = {
+        "net.tower.": (
+            BUILDERS["open_clip"][0](saved, 0),
+            "open_clip/open_clip_model.safetensors",
+            "visual.",
+        ),
+        "net.": (BUILDERS["timm"][0](saved, 0), "timm/model.safetensors", ""),
+        "roberta.": (BUILDERS["transformers"][0](saved, 0), "transformers/model.safetensors", ""),
+    }
+    for prefix, (model, file, theirs) in files.items():
+        family, name = file.split("/")
+        stored = load_file(saved[family] / name)
+        found = 0
+        for key, value in model.state_dict().items():
+            there = theirs + key.removeprefix(prefix)
+            if key.startswith(prefix) and there in stored and "head" not in key:
+                assert torch.equal(value, stored[there]), key
+                found += 1
+        assert found > 30
+
+
+def test_a_safetensors_file_will_do_for_timm(tmp_path: Path) -> None:
+    trained = timm.create_model("vit_tiny_patch16_224")
+    file = tmp_path / "timm.safetensors"
+    save_file(trained.state_dict(), file)
+    model = image("timm/vit_tiny_patch16_224", file)
+    assert torch.equal(model.net.blocks[0].mlp.fc1.weight, trained.blocks[0].mlp.fc1.weight)
+    with pytest.raises(ConfigError, match=r"should be a \.safetensors file"):
+        image("timm/vit_tiny_patch16_224", Path(__file__))
+
+
+@pytest.mark.parametrize("family", ["layerfed", "open_clip", "timm"])
+def test_images_of_any_size_are_scored(family: str, saved: dict[str, Path]) -> None:
+    model = BUILDERS[family][0](saved, 0).eval()
+    with torch.no_grad():
+        assert model(IMAGES).shape == (4, 5)
+        assert model(IMAGES[..., :32, :32]).shape == (4, 5)
+
+
+def test_bytes_are_normalised_as_the_weights_want_it(saved: dict[str, Path]) -> None:
+    model = BUILDERS["open_clip"][0](saved, 0)
+    seen: list[torch.Tensor] = []
+    model.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))
+    expected = (1 - torch.tensor([0.5, 0.4, 0.3])) / 0.2
+    torch.testing.assert_close(seen[0].mean((0, 2, 3)), expected)
+    # Enlarging keeps a flat image flat, and never leaves the range of a picture.
+    model(IMAGES)
+    assert seen[1].shape == (4, 3, 32, 32)
+    low, high = -torch.tensor([0.5, 0.4, 0.3]) / 0.2, expected
+    assert (seen[1].amax((0, 2, 3)) <= high + 1e-5).all()
+    assert (seen[1].amin((0, 2, 3)) >= low - 1e-5).all()
+
+
+def test_random_weights_come_by_choice_only(saved: dict[str, Path]) -> None:
+    random, loaded = image("layerfed/vit", "random"), image("layerfed/vit", "embedded")
+    assert not {n for n in same(random, loaded) if n.endswith("qkv.weight")}
+    section = hub.config(
+        f"model.name=transformers/{saved['transformers']}", "model.weights=random"
+    ).model
+    drawn = build_text_classifier(section, 5, 0)
+    assert not any("query.weight" in n for n in same(drawn, text(saved["transformers"])))
+    assert same(drawn, build_text_classifier(section, 5, 0)) == set(drawn.state_dict())
+
+
+def test_weights_that_lack_some_of_the_base_are_refused(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    stored = load_file(saved["transformers"] / "model.safetensors")
+    lost = [name for name in stored if "encoder.layer.1.output.dense" in name]
+    assert lost
+    kept = {name: tensor for name, tensor in stored.items() if name not in lost}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((saved["transformers"] / "config.json").read_text())
+    with pytest.raises(ConfigError, match=r"no weights of the right size for .*layer\.1\.output"):
+        text(tmp_path)
+
+
+def test_a_language_model_without_its_output_layer_is_refused(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    stored = load_file(saved["llama"] / "model.safetensors")
+    stored.pop("lm_head.weight")
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((saved["llama"] / "config.json").read_text())
+    section = hub.config("model.name=transformers/x/y", f"model.weights={tmp_path}").model
+    with pytest.raises(ConfigError, match=r"no weights of the right size for lm_head\.weight"):
+        build_choice_model(section, [0, 1], 0)
+
+
+def test_a_pickle_that_holds_more_than_weights_is_not_run(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (ran,)
+
+    for family in ("open_clip", "transformers"):
+        folder = tmp_path / family
+        folder.mkdir()
+        names = {"open_clip": "open_clip_config.json", "transformers": "config.json"}
+        (folder / names[family]).write_text((saved[family] / names[family]).read_text())
+        file = {"open_clip": "open_clip_pytorch_model.bin", "transformers": "pytorch_model.bin"}[
+            family
+        ]
+        torch.save({"weight": Evil()}, folder / file)
+        build = text if family == "transformers" else lambda path: image("open_clip/ViT-B-32", path)
+        with pytest.raises(ConfigError, match="cannot load"):
+            build(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "says"),
+    [
+        ("open_clip/ViT-B-33", "openai", ["ViT-B-33", "ViT-B-32"]),
+        ("open_clip/ViT-B-32", "nonsense", ["'nonsense'", "datacomp_xl_s13b_b90k", "random"]),
+        ("open_clip/ViT-B-32", "laion/none", ["laion/none", "hf download", "model.weights=DIR"]),
+        ("timm/vit_tinny", "pretrained", ["vit_tinny", "timm has no"]),
+        ("timm/vit_tiny_patch16_224", "timm/none", ["timm/none", "hf download"]),
+    ],
+)
+def test_image_models_that_are_not_there_are_named(
+    name: str, weights: str, says: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        image(name, weights)
+    assert "\n" not in str(caught.value)
+    assert [part for part in says if part not in str(caught.value)] == []
+
+
+def test_text_models_that_are_not_there_are_named() -> None:
+    section = hub.config(
+        "model.name=transformers/meta-llama/Llama-2-7b-hf", "model.weights=pretrained"
+    ).model
+    with pytest.raises(ConfigError) as caught:
+        build_choice_model(section, [0, 1], 0)
+    says = ["meta-llama/Llama-2-7b-hf", "hf download", "model.weights=DIR", "model.weights=random"]
+    assert [part for part in says if part not in str(caught.value)] == []
+
+
+def test_a_gated_model_says_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
+    with pytest.raises(
+        ConfigError, match=r"ask for access at https://huggingface\.co/some/model.*hf auth"
+    ):
+        text("pretrained")
+
+
+def test_a_missing_library_names_its_extra() -> None:
+    with pytest.raises(ConfigError, match=r"layerfed\[clip\]"):
+        require("no_such_library", "clip", "open_clip/ViT-B-32")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.name=vit"], "model.name = 'vit'"),
+        (["model.name=torchhub/x"], "model.name = 'torchhub/x'"),
+        (["model.weights=imagenet"], "layerfed/vit"),
+        (["model.name=timm/resnet18"], "model.weights = 'embedded' goes with"),
+        (["model.tokenizer=x"], "model.tokenizer = 'x' has no use"),
+    ],
+)
+def test_models_that_cannot_be_are_refused_with_the_configuration(
+    overrides: list[str], says: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        hub.config(*overrides)
+    assert says in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------- skeletons
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_skeleton_has_the_layers_of_the_model(family: str, saved: dict[str, Path]) -> None:
+    names = {"open_clip": "ViT-B-32", "timm": "vit_tiny_patch16_224", "layerfed": "vit"}
+    weights = saved.get(family, "embedded")
+    skeleton = (
+        text(weights, skeleton=True)
+        if family == "transformers"
+        else image(f"{family}/{names[family]}", weights, skeleton=True)
+    )
+    assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+    LayerMap.from_model(BUILDERS[family][0](saved, 0)).check(skeleton)
+
+
+def test_the_layers_of_llama_2_7b_without_its_weights(tmp_path: Path) -> None:
+    """The published sizes: 32 blocks of 202 M parameters, width 4096, vocabulary 32,000."""
+    shape = transformers.LlamaConfig()
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_dict()))
+    section = hub.config(
+        "model.name=transformers/meta-llama/Llama-2-7b-hf", f"model.weights={tmp_path}"
+    ).model
+    layers = LayerMap.from_model(build_choice_model(section, range(5), 0, skeleton=True))
+    assert layers.num_blocks == 32
+    assert {block.elements for block in layers.blocks} == {202_383_360}
+    assert layers.embeddings.elements == 32_000 * 4096
+    assert layers.head.elements == 4096 + 5 * 4096
+
+
+def test_the_layers_of_clip_vit_b_32_and_xlm_r_base_without_their_weights(tmp_path: Path) -> None:
+    layers = LayerMap.from_model(
+        image("open_clip/ViT-B-32", "datacomp_xl_s13b_b90k", 10, skeleton=True)
+    )
+    assert layers.num_blocks == 12
+    assert {block.elements for block in layers.blocks} == {7_087_872}
+    assert layers.head.elements == 768 * 512 + 2 * 768 + 512 * 10 + 10
+    shape = transformers.XLMRobertaConfig(
+        vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1
+    )
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_dict()))
+    layers = LayerMap.from_model(text(tmp_path, 10, skeleton=True))
+    assert layers.num_blocks == 12
+    assert {block.elements for block in layers.blocks} == {7_087_872}
+    assert layers.head.elements == 768 * 768 + 768 + 768 * 10 + 10

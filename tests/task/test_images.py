@@ -1,0 +1,330 @@
+"""Images from the hub's layout and from folders: decoded once, shared, refused where they are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Image, Value
+from PIL import Image as Pixels
+
+from layerfed.config import ConfigError
+from layerfed.task import Task, images
+from layerfed.task.partition import MIN_EXAMPLES
+from tests.task import hub
+from tests.task.hub import whole
+
+CLIENTS = ["federation.clients=4", "federation.clients-per-round=2"]
+DOMAINS = ("clipart", "real", "sketch")
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hub.cifar10(tmp_path_factory.mktemp("cifar10"))
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = [f"{d}/{c}" for d in DOMAINS for c in ("bird", "zebra", "axe")]
+    return hub.image_files(tmp_path_factory.mktemp("domainnet"), names, 12)
+
+
+def cifar_task(data: Path, *more: str) -> Task:
+    return hub.task("task.name=cifar10", f"task.data={data}", "task.alpha=5", *CLIENTS, *more)
+
+
+def domain_task(data: Path, *more: str) -> Task:
+    groups = f"task.groups={','.join(DOMAINS)}"
+    kept = ["task.classes=bird,zebra", "task.partition=by-column", "task.image-size=8", groups]
+    return hub.task("task.name=domainnet", f"task.data={data}", *kept, *more)
+
+
+def refused(build: Callable[[], Task], *says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build().partition(0)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [text for text in says if text not in message] == []
+
+
+# ------------------------------------------------------------------------------------ CIFAR-10
+def test_images_and_labels_are_those_of_the_files(cifar: Path) -> None:
+    test = whole(cifar_task(cifar).test_examples())
+    assert test["label"].tolist() == [i % 10 for i in range(20)]
+    for i, image in enumerate(test["image"]):
+        np.testing.assert_array_equal(
+            image.permute(1, 2, 0).numpy(), np.asarray(hub.noise(10_000 + i))
+        )
+
+
+def test_clients_share_one_store_and_no_row(cifar: Path) -> None:
+    """Defect 9 of the released code; and no client holds a copy of the data."""
+    found = cifar_task(cifar)
+    parts = [found.partition(i) for i in range(4)]
+    assert sorted(np.concatenate([part.indices for part in parts])) == list(range(120))
+    assert len({id(part.store) for part in parts}) == 1
+    # Nor does splitting off local examples copy any.
+    held = cifar_task(cifar, "task.local-test=0.2").client_examples(0)
+    assert held[0].store is held[1].store
+
+
+def test_a_second_process_decodes_nothing_and_finds_the_same(
+    cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect 10 of the released code: partitions and preprocessing were made anew on every load."""
+    first = whole(cifar_task(cifar).partition(2))
+
+    def decoded(*_: object) -> None:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(images, "_open", decoded)
+    again = whole(cifar_task(cifar).partition(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with pytest.raises(AssertionError, match="decoded again"):
+        cifar_task(cifar, "task.image-size=16").partition(2)
+
+
+def test_files_that_change_are_read_anew(tmp_path: Path) -> None:
+    names = ["a", "b"]
+    data = hub.image_files(tmp_path, names, 12)
+    overrides = [
+        "task.name=custom",
+        f"task.data={data}",
+        "task.image-size=8",
+        "task.alpha=5",
+        *CLIENTS,
+    ]
+
+    def pixels() -> torch.Tensor:
+        found = hub.task(*overrides, "federation.clients=2")
+        return torch.cat([whole(found.partition(i))["image"] for i in range(2)])
+
+    before = pixels()
+    hub.noise(99).save(data / "a/000.png")
+    hub.noise(99).save(data / "a/001.png")
+    assert not torch.equal(before, pixels())
+
+
+def test_a_shuffled_stream_of_a_share_shows_its_rows_only(cifar: Path) -> None:
+    part = cifar_task(cifar).partition(1)
+    stream = part.shuffled(7, torch.device("cpu"), np.random.default_rng(0))
+    batches = [next(stream) for _ in range(-(-len(part) // 7))]
+    labels = torch.cat([batch["label"] for batch in batches])
+    assert sorted(labels.tolist()) == sorted(whole(part)["label"].tolist())
+
+
+@pytest.mark.parametrize(
+    ("columns", "kinds", "says"),
+    [
+        ({"label": [0] * 9}, {"label": ClassLabel(names=hub.CIFAR)}, ["img", "task.input-columns"]),
+        ({"img": [hub.noise(0)] * 9}, {"img": Image()}, ["'train'", "label", "task.label-column"]),
+        (
+            {"img": [hub.noise(0)] * 9, "label": [0] * 8 + [-1]},
+            {"img": Image(), "label": ClassLabel(names=hub.CIFAR)},
+            ["split 'train'", "row 8", "label = -1", "airplane"],
+        ),
+        (
+            {"img": [hub.noise(0)] * 9, "label": ["cat"] * 8 + ["unicorn"]},
+            {"img": Image()},
+            ["airplane", "is not in", "cat, unicorn"],
+        ),
+        (
+            {"img": [hub.noise(0)] * 9, "label": ["cat"] * 8 + [None]},
+            {"img": Image()},
+            ["row 8", "label = None", "cat"],
+        ),
+        (
+            {"img": [{"bytes": b"no image", "path": "x.png"}] * 9, "label": [1] * 9},
+            {"img": Image(), "label": ClassLabel(names=hub.CIFAR)},
+            ["row 0", "x.png", "cannot be decoded"],
+        ),
+        (
+            {"img": [None] * 9, "label": [1] * 9},
+            {"img": Image(), "label": ClassLabel(names=hub.CIFAR)},
+            ["row 0", "the image is missing"],
+        ),
+        (
+            {"img": [1] * 9, "label": [1] * 9},
+            {"img": Value("int64"), "label": ClassLabel(names=hub.CIFAR)},
+            ["column 'img'", "not of images", "task.input-columns"],
+        ),
+    ],
+    ids=["no image", "no label", "unlabelled", "strings", "null", "corrupt", "missing", "numbers"],
+)
+def test_wrong_rows_are_named_before_anyone_works(
+    columns: dict[str, list[object]], kinds: dict[str, object], says: list[str], tmp_path: Path
+) -> None:
+    hub.parquet(tmp_path / "train-00000-of-00001.parquet", columns, **kinds)
+    classes = ["task.classes=all"] if says[0] == "row 8" else []
+    refused(lambda: cifar_task(tmp_path, *classes), *says)
+
+
+def test_data_that_is_not_there_is_named_with_what_to_do(tmp_path: Path) -> None:
+    refused(lambda: cifar_task(tmp_path / "nowhere"), "task.data", "nowhere", "hub id")
+    refused(
+        lambda: hub.task("task.name=cifar10", "task.data=uoft-cs/none"),
+        "uoft-cs/none",
+        "hf download uoft-cs/none",
+        "task.data=DIR",
+    )
+    refused(
+        lambda: hub.task("task.name=cifar10", "task.data=uoft-cs/none:some"),
+        "hf download uoft-cs/none --repo-type",
+    )
+    refused(lambda: cifar_task(tmp_path), "cannot read task.data", str(tmp_path))
+
+
+def test_a_split_that_does_not_exist_is_refused(cifar: Path) -> None:
+    refused(
+        lambda: cifar_task(cifar, "task.train-split=dev"), "task.train-split = 'dev'", "train, test"
+    )
+
+
+# ----------------------------------------------------------------------------------- DomainNet
+def test_a_client_holds_one_domain_and_all_clients_all_images(domains: Path) -> None:
+    found = domain_task(domains, "federation.clients=5", "federation.clients-per-round=2")
+    parts = [found.partition(i) for i in range(5)]
+    groups = parts[0].store.column("group")  # type: ignore[attr-defined]
+    held = [set(groups[part.indices]) for part in parts]
+    assert [len(group) for group in held] == [1] * 5
+    assert [min(group) for group in held] == [0, 0, 1, 1, 2]
+    everything = np.concatenate([part.indices for part in parts])
+    assert len(set(everything)) == len(everything)
+    test = found.test_examples()
+    assert not set(everything) & set(test.indices)
+    # Two of three classes, a fifth held out.
+    assert (len(everything), len(test)) == (58, 14)
+    assert set(whole(test)["label"].tolist()) == {0, 1}
+
+
+def test_the_held_out_share_is_the_same_for_every_seed(domains: Path) -> None:
+    three = ["federation.clients=3", "federation.clients-per-round=3"]
+    first, other = (domain_task(domains, *three, f"run.seed={s}") for s in (1, 2))
+    assert np.array_equal(first.test_examples().indices, other.test_examples().indices)
+    bigger = domain_task(domains, *three, "task.test-share=0.5").test_examples()
+    assert len(bigger) == 36
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("task.groups=clipart,quickdraw", ["'quickdraw'", "clipart, real, sketch"]),
+        ("task.classes=bird,unicorn", ["'unicorn'", "axe, bird, zebra", "task.classes"]),
+        ("federation.clients=2", ["federation.clients = 2", "3 groups", "clipart"]),
+        ("federation.clients=12", ["group 'clipart'", f"fewer than {MIN_EXAMPLES} each"]),
+    ],
+)
+def test_wrong_choices_of_domains_and_classes_are_refused(
+    domains: Path, override: str, says: list[str]
+) -> None:
+    few = ["federation.clients=3", "federation.clients-per-round=2"]
+    refused(lambda: domain_task(domains, *few, override), *says)
+
+
+def test_a_domain_without_the_chosen_classes_is_named(domains: Path, tmp_path: Path) -> None:
+    data = hub.image_files(tmp_path, ["clipart/bird", "real/bird", "sketch/axe"], 12)
+    three = ["federation.clients=3", "federation.clients-per-round=3", "task.classes=bird"]
+    refused(lambda: domain_task(data, *three), "no examples of 'sketch'", "bird", "task.groups")
+
+
+def test_the_hubs_copy_names_domains_by_number(tmp_path: Path) -> None:
+    domain = ClassLabel(names=list(DOMAINS))
+    for split, count in (("train", 60), ("test", 12)):
+        columns: dict[str, list[object]] = {
+            "image": [hub.noise(i) for i in range(count)],
+            "label": [i % 2 for i in range(count)],
+            "domain": [i % 3 for i in range(count)],
+        }
+        kinds = {"image": Image(), "label": ClassLabel(names=["bird", "zebra"]), "domain": domain}
+        hub.parquet(tmp_path / f"data/{split}-00000-of-00001.parquet", columns, **kinds)
+    found = domain_task(tmp_path, "federation.clients=3", "federation.clients-per-round=3")
+    for client in range(3):
+        part = found.partition(client)
+        assert sorted(part.indices) == list(range(client, 60, 3))
+    assert len(found.test_examples()) == 12
+
+
+# -------------------------------------------------------------------------------------- custom
+def custom(data: Path, *more: str) -> Task:
+    return hub.task(
+        "task.name=custom",
+        f"task.data={data}",
+        "task.image-size=8",
+        "task.alpha=5",
+        *CLIENTS,
+        *more,
+    )
+
+
+def test_folders_for_splits_are_kept_apart(tmp_path: Path) -> None:
+    hub.image_files(tmp_path / "train", ["cat", "dog"], 30)
+    hub.image_files(tmp_path / "test", ["cat", "dog"], 5, "jpg")
+    found = custom(tmp_path)
+    assert sum(len(found.partition(i)) for i in range(4)) == 60
+    assert whole(found.test_examples())["label"].tolist() == [0] * 5 + [1] * 5
+
+
+def test_a_table_of_paths_is_read_from_its_folder(tmp_path: Path) -> None:
+    hub.image_files(tmp_path, ["pictures"], 80)
+    lines = [f"pictures/{i:03}.png,{['no', 'yes'][i % 2]},{i % 4}" for i in range(80)]
+    file = tmp_path / "table.csv"
+    file.write_text("\n".join(["photo,ill,hospital", *lines]))
+    columns = ["task.input-columns=photo", "task.label-column=ill"]
+    found = custom(file, *columns, "task.group-column=hospital", "task.partition=by-column")
+    assert [sorted({i % 4 for i in found.partition(c).indices}) for c in range(4)] == [
+        [0],
+        [1],
+        [2],
+        [3],
+    ]
+    (tmp_path / "pictures/017.png").unlink()
+    file.write_text(file.read_text() + "\n")
+    refused(lambda: custom(file, *columns), "row 17", "017.png", "cannot be decoded")
+    refused(lambda: custom(file, "task.input-columns=photos"), "'photos'", "photo, ill, hospital")
+    refused(lambda: custom(file, *columns, "task.group-column=ward"), "'ward'", "task.group-column")
+
+
+def test_images_without_a_class_and_layouts_too_deep_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    hub.noise(0).save(tmp_path / "flat/a.png")
+    refused(lambda: custom(tmp_path / "flat"), "have no class", "GROUP/CLASS/")
+    deep = hub.image_files(tmp_path / "deep", ["a/b/c/d"], 1)
+    refused(lambda: custom(deep), "have no class", "GROUP/CLASS/")
+
+
+def test_without_data_custom_says_what_it_needs() -> None:
+    refused(lambda: hub.task("task.name=custom"), "task.data", "folder")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_kind_of_image_becomes_three_colours(mode: str) -> None:
+    image = hub.noise(0, (40, 30), "RGB").convert(mode)
+    file = BytesIO()
+    image.save(file, "JPEG" if mode == "CMYK" else "PNG")
+    opened = images._open({"bytes": file.getvalue(), "path": None}, "here")
+    assert images._square(opened, 16).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("size", [(10, 30), (30, 10), (64, 64), (8, 500)])
+def test_the_middle_square_is_kept(size: tuple[int, int]) -> None:
+    pixels = np.zeros((*size, 3), np.uint8)
+    middle = tuple(slice(side // 2 - 1, side // 2 + 1) for side in size)
+    pixels[middle] = 255
+    kept = images._square(Pixels.fromarray(pixels), 32).astype(float)[0]
+    rows, columns = np.indices(kept.shape)
+    centre = (rows * kept).sum() / kept.sum(), (columns * kept).sum() / kept.sum()
+    assert centre == pytest.approx((15.5, 15.5), abs=1.5)
+
+
+# ------------------------------------------------------------------------------------ settings
+def test_settings_that_a_task_does_not_read_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task\.classes = 'a' has no use .*'digits'"):
+        hub.task("task.classes=a")
+    with pytest.raises(ConfigError, match=r"does not fit task\.name = 'cifar10'.*open_clip"):
+        hub.task("task.name=cifar10", "model.name=transformers/x", "model.weights=random")
+    with pytest.raises(ConfigError, match=r"by-column.*have no groups"):
+        hub.task("task.partition=by-column").partition(0)

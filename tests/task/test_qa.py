@@ -1,0 +1,194 @@
+"""Questions of five sets: each with its right answer, scored by the model's own rows for the letters."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+
+from layerfed.config import ConfigError
+from layerfed.task import Task
+from layerfed.task.qa import LETTERS, SOURCES, QuestionAnswering
+from tests.task import hub
+from tests.task.hub import whole
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hub.questions(tmp_path_factory.mktemp("qa"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hub.llama(tmp_path_factory.mktemp("llama"))
+
+
+def qa_task(data: Path, weights: Path, *more: str) -> QuestionAnswering:
+    given = ["task.name=qa", f"task.data={data}", "task.partition=by-column"]
+    model = ["model.name=transformers/meta-llama/Llama-2-7b-hf", f"model.weights={weights}"]
+    found = hub.task(*given, *model, *more)
+    assert isinstance(found, QuestionAnswering)
+    return found
+
+
+def refused(build: Callable[[], Task], *says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build().partition(0)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [text for text in says if text not in message] == []
+
+
+def test_two_clients_a_set_and_each_question_with_its_answer(data: Path, weights: Path) -> None:
+    found = qa_task(data, weights)
+    choices = {"sciq": 4, "openbookqa": 4, "piqa": 2, "arc-easy": 4, "arc-challenge": 3}
+    for client in range(10):
+        batch = whole(found.partition(client))
+        name = list(SOURCES)[client // 2]
+        assert len(batch["label"]) == 20
+        assert set(batch["choices"].tolist()) == {choices[name]}
+        for ids, mask, label in zip(
+            batch["input_ids"], batch["attention_mask"], batch["label"].tolist(), strict=True
+        ):
+            words = found.tokenizer.decode(ids[: mask.sum()]).split()
+            # What is read ends where the answer's letter would be.
+            assert words[0] == "<s>"
+            assert words[-2:] == ["Answer", ":"]
+            at = words.index(LETTERS[label])
+            assert words[at : at + 3] == [LETTERS[label], ".", "yes"]
+        # The place of the right answer tells nothing.
+        assert len(set(batch["label"].tolist())) == choices[name]
+
+
+def test_piqa_is_tested_on_its_validation_split(data: Path, weights: Path) -> None:
+    found = qa_task(
+        data, weights, "task.groups=piqa", "federation.clients=2", "federation.clients-per-round=2"
+    )
+    test = whole(found.test_examples())
+    assert len(test["label"]) == 10
+    assert set(test["label"].tolist()) == {0, 1}
+
+
+def test_scores_are_the_full_models_at_the_answers_position(data: Path, weights: Path) -> None:
+    found = qa_task(data, weights)
+    net = found.build_model().eval()
+    full = transformers.LlamaForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
+    for client in (0, 4, 9):
+        part = found.partition(client)
+        batch = part.store.batch(part.indices[:7])
+        with torch.no_grad():
+            scores = found.logits(net, batch)
+            for row in range(7):
+                length = int(batch["attention_mask"][row].sum())
+                ids = batch["input_ids"][row : row + 1, :length]
+                expected = full(input_ids=ids).logits[0, -1, list(found.letters)]
+                count = int(batch["choices"][row])
+                torch.testing.assert_close(
+                    scores[row, :count], expected[:count], rtol=1e-4, atol=1e-5
+                )
+                assert torch.isneginf(scores[row, count:]).all()
+        assert torch.isfinite(found.loss(net, batch))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_the_letters_rows_and_the_final_norm(
+    tied: bool, data: Path, tmp_path: Path
+) -> None:
+    weights = hub.llama(tmp_path / "llama", tie_word_embeddings=tied)
+    found = qa_task(data, weights)
+    net = found.build_model()
+    layers = found.layers(net)
+    assert layers.num_blocks == 3
+    assert set(layers.head.parameters) == {"model.norm.weight", "lm_head.weight"}
+    assert "model.embed_tokens.weight" in layers.embeddings.parameters
+    full = transformers.LlamaForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    rows = full.get_output_embeddings().weight[list(found.letters)]
+    assert torch.equal(net.get_parameter("lm_head.weight"), rows)
+    assert layers.aliases == {}
+
+
+def test_long_questions_keep_their_end(data: Path, weights: Path) -> None:
+    found = qa_task(data, weights, "task.max-tokens=10")
+    batch = whole(found.partition(0))
+    assert batch["attention_mask"].sum(1).tolist() == [10] * 20
+    words = found.tokenizer.decode(batch["input_ids"][0, :10]).split()
+    assert (words[0], words[-2:]) == ("<s>", ["Answer", ":"])
+
+
+def test_a_set_with_one_split_is_cut(data: Path, weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "qa")
+    for name in ("train", "test"):
+        (tmp_path / f"qa/piqa/plain_text/{name}-00000-of-00001.parquet").unlink()
+    more = ["task.groups=piqa", "federation.clients=1", "federation.clients-per-round=1"]
+    found = qa_task(tmp_path / "qa", weights, *more)
+    assert (len(found.partition(0)), len(found.test_examples())) == (8, 2)
+
+
+def rewrite(
+    folder: Path, path: str, change: Callable[[dict[str, object]], dict[str, object]]
+) -> None:
+    file = folder / f"{path}-00000-of-00001.parquet"
+    rows = Dataset.from_parquet(str(file), cache_dir=str(folder / "cache")).to_list()
+    Dataset.from_list([rows[0], change(rows[1]), *rows[2:]]).to_parquet(str(file))
+    shutil.rmtree(folder / "cache")
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "says"),
+    [
+        (
+            "openbookqa/main/train",
+            {"answerKey": "E"},
+            ["openbookqa", "row 1", "answerKey = 'E'", "A, B, C, D"],
+        ),
+        ("ai2_arc/ARC-Easy/train", {"answerKey": ""}, ["ARC-Easy", "row 1", "answerKey = ''"]),
+        ("piqa/plain_text/train", {"label": -1}, ["piqa", "row 1", "label = -1", "0 or 1"]),
+        ("sciq/default/train", {"correct_answer": None}, ["sciq", "row 1", "missing"]),
+        (
+            "ai2_arc/ARC-Challenge/train",
+            {"choices": {"text": ["yes"] * 6, "label": list("ABCDEF")}, "answerKey": "A"},
+            ["ARC-Challenge", "row 1", "6 are given", "2 to 5"],
+        ),
+    ],
+)
+def test_wrong_questions_are_named(
+    path: str, change: dict[str, object], says: list[str], data: Path, weights: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "qa")
+    rewrite(tmp_path / "qa", path, lambda row: {**row, **change})
+    refused(lambda: qa_task(tmp_path / "qa", weights), *says)
+
+
+def test_sets_and_columns_that_are_not_there_are_named(
+    data: Path, weights: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "qa")
+    shutil.rmtree(tmp_path / "qa/sciq")
+    missing = ["no folder sciq", "hf download allenai/sciq", "task.groups"]
+    refused(lambda: qa_task(tmp_path / "qa", weights), *missing)
+    refused(lambda: qa_task(data, weights, "task.groups=sciq,mmlu"), "'mmlu'", "arc-easy")
+    folder = tmp_path / "qa/piqa/plain_text"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    file = folder / "train-00000-of-00001.parquet"
+    Dataset.from_dict({"goal": ["a"] * 9, "sol1": ["b"] * 9, "label": [0] * 9}).to_parquet(
+        str(file)
+    )
+    only = ["task.groups=piqa", "federation.clients=1", "federation.clients-per-round=1"]
+    missing = ["piqa", "column 'sol2' is missing", "goal, sol1, label"]
+    refused(lambda: qa_task(tmp_path / "qa", weights, *only), *missing)
+
+
+def test_a_tokenizer_without_the_letters_is_refused(
+    data: Path, weights: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(weights, tmp_path / "weights")
+    file = tmp_path / "weights/tokenizer.json"
+    file.write_text(file.read_text().replace('"E":', '"Ε":'))  # a Greek letter
+    file.write_text(file.read_text().replace('"D":', '"Δ":'))
+    refused(lambda: qa_task(data, tmp_path / "weights"), "no token of its own", "model.tokenizer")

@@ -1,0 +1,195 @@
+"""`layerfed deploy` starts what it should, says in a line what is wrong, and tells how a run ended."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from layerfed.cli import app
+from layerfed.config import ConfigError, RunConfig, load_config
+from layerfed.deploy.credentials import create_node_key
+from layerfed.deploy.federation import (
+    DeploymentFailed,
+    Federation,
+    RunStatus,
+    environment,
+    supernode_command,
+)
+
+
+def deploy(*words: object) -> Result:
+    return CliRunner().invoke(app, ["deploy", *map(str, words)], env={"COLUMNS": "300"})
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """What would have taken this process's place."""
+    calls: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda file, command, env: calls.append((command, env)))
+    return calls
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Federation:
+    made = Federation(tmp_path / "federation")
+    made.create_certificates([], days=1)
+    return made
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+# ------------------------------------------------------------------------------- the server
+def test_certificates_land_in_a_folder_of_the_owners(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    done = deploy("certificates", "fed.example.org", "--dir", folder)
+    assert done.exit_code == 0, done.output
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {f.name for f in folder.iterdir()} == {"ca.crt", "ca.key", "server.crt", "server.key"}
+    assert "copy it to every node" in done.output
+
+
+def test_the_superlink_listens_on_loopback_with_tls_and_authentication(
+    federation: Federation, started: list[tuple[list[str], dict[str, str]]]
+) -> None:
+    assert deploy("superlink", "--dir", federation.folder, "--port", 8123).exit_code == 0
+    ((command, variables),) = started
+    assert Path(command[0]).name == "flower-superlink"
+    assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation"} < set(command)
+    assert "--insecure" not in command
+    assert (option(command, "--host"), option(command, "--port")) == ("127.0.0.1", "8123")
+    assert option(command, "--ssl-keyfile") == str(federation.key)
+    assert option(command, "--database") == str(federation.folder / "state.db")
+    assert variables["FLWR_HOME"] == str(federation.flower_home)
+    connection = tomllib.loads((federation.flower_home / "config.toml").read_text())
+    assert connection["superlink"]["federation"] == {
+        "address": "127.0.0.1:8123",
+        "root-certificates": str(federation.ca),
+    }
+
+
+@pytest.mark.parametrize("command", ["superlink", "gateway"])
+def test_without_certificates_nothing_starts(
+    command: str, tmp_path: Path, started: list[tuple[list[str], dict[str, str]]]
+) -> None:
+    done = deploy(command, "--dir", tmp_path)
+    assert done.exit_code == 2
+    assert "make them with `layerfed deploy certificates HOST`" in done.output
+    assert not started
+
+
+def test_the_environment_finds_flower_and_installs_nothing(tmp_path: Path) -> None:
+    variables = environment(tmp_path)
+    assert (Path(variables["PATH"].split(os.pathsep)[0]) / "flower-superexec").exists()
+    assert variables["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+
+
+# --------------------------------------------------------------------------------- the node
+def test_a_supernode_starts_with_its_key_and_settings(
+    federation: Federation, tmp_path: Path, started: list[tuple[list[str], dict[str, str]]]
+) -> None:
+    key, _ = create_node_key("a", tmp_path)
+    files = ["--ca", federation.ca, "--key", key, "--home", tmp_path / "flower"]
+    settings = ["partition-id=1", "budget=2", "device=cpu"]
+    done = deploy("supernode", "fed.example.org:9092", *files, "--port", 9100, *settings)
+    assert done.exit_code == 0, done.output
+    ((command, variables),) = started
+    assert Path(command[0]).name == "flower-supernode"
+    assert option(command, "--superlink") == "fed.example.org:9092"
+    assert option(command, "--root-certificates") == str(federation.ca)
+    assert option(command, "--auth-supernode-private-key") == str(key)
+    assert option(command, "--node-config") == 'partition-id=1 budget=2 device="cpu"'
+    assert option(command, "--port") == "9100"
+    assert "--insecure" not in command
+    assert variables["FLWR_HOME"] == str(tmp_path / "flower")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["partition-id=0", "budget=many"], "budget = 'many' is not allowed"),
+        (["budget=1"], "this node has no partition"),
+        (["partition-id"], "'partition-id' is not of the form key=value"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_anything_starts(
+    settings: list[str],
+    told: str,
+    federation: Federation,
+    started: list[tuple[list[str], dict[str, str]]],
+) -> None:
+    done = deploy("supernode", "h:1", "--ca", federation.ca, "--key", federation.key, *settings)
+    assert done.exit_code == 2
+    assert told in done.output
+    assert not started
+
+
+def test_a_missing_file_is_told(federation: Federation, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--key .*none\.key: there is no such file"):
+        supernode_command("h:1", federation.ca, tmp_path / "none.key", {"partition-id": 0}, 1)
+
+
+# --------------------------------------------------------------------------------- the runs
+def test_a_run_travels_with_every_setting(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: dict[str, Any] = {}
+
+    def flwr(self: Federation, *words: str) -> dict[str, Any]:
+        sent.update(tomllib.loads(Path(words[words.index("--run-config") + 1]).read_text()))
+        return {"run-id": "7"}
+
+    monkeypatch.setattr(Federation, "flwr", flwr)
+    config = load_config(None, ["run.name=it-is", "strategy.consistency=0.25", "model.head=a b"])
+    assert federation.start_run(Path(), config) == 7
+    flat = {f"{section}.{key}": v for section, keys in sent.items() for key, v in keys.items()}
+    assert flat.pop("run.dir") == str(federation.runs)
+    assert RunConfig.from_flat(flat) == config
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [("finished:completed", 0), ("finished:failed", 1), ("finished:stopped", 1)]
+)
+def test_the_exit_status_is_that_of_the_run(
+    status: str, code: int, federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Federation, "start_run", lambda self, app, config: 7)
+    monkeypatch.setattr(Federation, "follow", lambda self, run: RunStatus(status, "too few"))
+    done = deploy("run", "--dir", federation.folder, "federation.rounds=1")
+    assert done.exit_code == code
+    assert f"run 7 {status} too few" in done.output
+
+
+def test_a_wrong_configuration_reaches_no_superlink(federation: Federation) -> None:
+    done = deploy("run", "--dir", federation.folder, "federation.rounds=0")
+    assert done.exit_code == 2
+    assert "federation.rounds = 0 is not allowed" in done.output
+
+
+def test_a_run_without_a_superlink_says_how_to_start_one(federation: Federation) -> None:
+    done = deploy("run", "--dir", federation.folder)
+    assert done.exit_code == 2
+    assert "no SuperLink was started from there" in done.output
+
+
+def test_what_flower_refuses_is_passed_on(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation.superlink_command(8000)
+    program = tmp_path / "flwr"
+    program.write_text(
+        '#!/bin/sh\necho "Loading"\necho \'{"success": false, "error-message": "no"}\'\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("layerfed.deploy.federation.program", lambda name: str(program))
+    with pytest.raises(DeploymentFailed, match="`flwr supernode list` failed: no"):
+        federation.nodes()
+    program.write_text('#!/bin/sh\necho "Loading {"\necho \'{"success": true, "nodes": []}\'\n')
+    assert federation.online() == 0
