@@ -193,7 +193,7 @@ def pfl_research(workload: Workload, rounds: int) -> list[float]:
     chosen = set(workload.trained(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
-    keys = list(task.partition(0).tensors)
+    keys = list(next(task.partition(0).in_order(1, CPU)))
 
     def loss(*tensors: torch.Tensor, **_: bool) -> torch.Tensor:
         return task.loss(model, dict(zip(keys, tensors, strict=True)))
@@ -206,7 +206,9 @@ def pfl_research(workload: Workload, rounds: int) -> list[float]:
 
     def dataset(user: int) -> Dataset:
         if user not in users:
-            users[user] = Dataset(list(task.partition(int(user)).tensors.values()))
+            examples = task.partition(int(user))
+            everything = next(examples.in_order(len(examples), CPU))
+            users[user] = Dataset([everything[key] for key in keys])
         return users[user]
 
     ends: list[float] = []

@@ -51,7 +51,7 @@ class Random(Task):
 
     def partition(self, partition_id: int) -> Examples:
         rng = torch.Generator().manual_seed(partition_id)
-        return Examples(
+        return Examples.of(
             {
                 "image": torch.randn(self.examples, 3, self.size, self.size, generator=rng),
                 "label": torch.randint(self.classes, (self.examples,), generator=rng),

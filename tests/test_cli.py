@@ -50,6 +50,7 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
         "config.json",
         "layers.json",
         "layers.png",
+        "ledger.jsonl",
         "metrics.jsonl",
         "model.safetensors",
         "selection.jsonl",
