@@ -32,6 +32,7 @@ from safetensors.numpy import load_file
 from layerfed.client_app import build_client_app
 from layerfed.config import Flat, Scalar, load_config
 from layerfed.deploy.federation import DeploymentFailed, RunStatus, environment
+from layerfed.deploy.processes import clean_up_on_sigterm
 from layerfed.deploy.rehearsal import Loopback, on_loopback
 from layerfed.engine import InProcessGrid
 from layerfed.runs import read_lines
@@ -302,6 +303,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table there")
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    clean_up_on_sigterm()
     rows = []
     for name in arguments.fault or FAULTS:
         row = play(name)
