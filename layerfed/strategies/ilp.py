@@ -28,6 +28,9 @@ class ILP(SelectiveStrategy):
 
     max Σ_i Σ_l m_i(l) ‖g_{i,l}‖² − λ Σ_{i<j} ‖m_i − m_j‖₁   s.t.   Σ_l c_l m_i(l) ≤ R_i   [S, (P1)]
 
+    Norms are what clients claim. One whose gains are a thousand times the median client's is scaled
+    down to that, and a warning says so: next to it, theirs would be rounding errors (`limit_weights`).
+
     Parameters
     ----------
     layers : LayerMap
