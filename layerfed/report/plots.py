@@ -82,11 +82,11 @@ def _accuracy(
 
 
 def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
-    """Draw the estimates of the error floor's two terms; a zero has no place on the scale."""
+    """Draw the estimates of the error floor's two terms, on a logarithmic scale that ends in zero."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for key, (label, color) in TERMS.items():
-        rows = [row for row in metrics if row.get(key)]
+        rows = [row for row in metrics if row.get(key) is not None]
         axes.plot(
             [row["round"] for row in rows],
             [row[key] for row in rows],
@@ -96,7 +96,10 @@ def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
             markersize=3,
             linewidth=1.5,
         )
-    axes.set(xlabel="round", ylabel="estimate, in squared gradients", title=title, yscale="log")
+    positive = [row[key] for key in TERMS for row in metrics if row.get(key)]
+    if positive:
+        axes.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
+    axes.set(xlabel="round", ylabel="estimate, in squared gradients", title=title, ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 
 from layerfed.budgets import Budgets, layer_costs
-from layerfed.config import BudgetConfig, ConfigError, StrategyName
+from layerfed.config import BudgetConfig, ConfigError, RunConfig, StrategyConfig, StrategyName
 from layerfed.layers import LayerMap
-from layerfed.strategies import STRATEGIES, Both, Candidates, Random, SelectiveStrategy
+from layerfed.server_app import build_strategy
+from layerfed.strategies import SNR, STRATEGIES, Both, Candidates, Random, SelectiveStrategy
 from tests.conftest import TinyNet
 from tests.strategies.candidates import any_candidates, candidates, within_budgets
 
@@ -181,6 +182,49 @@ def test_snr_takes_the_largest_ratios() -> None:
     table = {"snr": [[0.5, 3.0, 1.0, 2.0, 0.0], [9.0, 1.0, 8.0, 2.0, 7.0]]}
     assert picks("snr", candidates([2, 3], UNIT, table)) == [[1, 3], [0, 2, 4]]
     assert STRATEGIES["snr"].statistics == ("snr",)
+
+
+def test_snr_in_the_released_codes_form_ranks_by_that_statistic() -> None:
+    rule = SNR(LAYERS, form="code")
+    assert rule.statistics == ("snr_code",)
+    table = {"snr_code": [[0.5, 3.0, 1.0, 2.0, 0.0]]}
+    assert np.flatnonzero(rule.select(candidates([2], UNIT, table)).masks[0]).tolist() == [1, 3]
+
+
+def test_each_strategy_takes_its_own_settings_from_the_configuration() -> None:
+    changed = {
+        "strategy.consistency": -2.0,
+        "strategy.consistency-scale": "raw",
+        "strategy.solver": "milp",
+        "strategy.solver-seconds": 3.0,
+        "strategy.solver-gap": 0.1,
+        "strategy.solver-rounding": 0.0,
+        "strategy.period": 4,
+        "strategy.probe-batches": 3,
+        "strategy.theory": True,
+        "strategy.form": "code",
+        "strategy.resample-steps": 2,
+        "strategy.warmup-rounds": 5,
+        "strategy.side": "client",
+        "strategy.fraction": 0.25,
+        "strategy.norm": "l1",
+    }
+    known = {f"strategy.{field.replace('_', '-')}" for field in StrategyConfig.model_fields}
+    assert set(changed) == known - {"strategy.name"}, "or a setting is wired to nothing"
+    budget = {"budget.layers": 2.0, "train.local-steps": 7}
+    taken: dict[str, object] = {}
+    for name in STRATEGIES:
+        config = RunConfig.from_flat({**changed, **budget, "strategy.name": name})
+        built = build_strategy(config, LAYERS)
+        assert (built.period, built.probe_batches, built.theory) == (4, 3, True)
+        taken |= vars(built)
+        if name == "random":
+            assert built.local_steps(100) == 7  # type: ignore[attr-defined]
+    for key, value in changed.items():
+        attribute = key.removeprefix("strategy.").replace("-", "_")
+        if attribute != "form":
+            assert taken[attribute] == value, key
+    assert taken["statistics"] == ("snr_code",)
 
 
 def test_rgn_takes_the_largest_gradients_relative_to_the_parameters() -> None:

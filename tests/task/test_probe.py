@@ -43,7 +43,21 @@ def naive(model: nn.Module, batches: list[Batch]) -> dict[str, np.ndarray]:
         "grad_norm_sq": np.mean([[g @ g for g in row] for row in per_batch], axis=0),
         "param_norm_sq": np.array([w @ w for w in weights]),
         "snr": np.mean([[abs(g.mean()) / g.var() for g in row] for row in per_batch], axis=0),
+        "snr_code": np.mean([released(model, batch) for batch in batches], axis=0),
     }
+
+
+def released(model: nn.Module, batch: Batch) -> list[float]:
+    """The released code's ratio of each block: mean(g)² / std(g) of each tensor, summed [C]."""
+    exact = TinyNet().double()
+    exact.load_state_dict(model.state_dict())
+    exact.eval()
+    loss = cross_entropy(exact, {"x": batch["x"].double(), "label": batch["label"]})
+    ratios = []
+    for block in exact.blocks:
+        tensors = torch.autograd.grad(loss, list(block.parameters()), retain_graph=True)
+        ratios.append(sum(float(g.mean() ** 2 / g.std()) for g in tensors))
+    return ratios
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -197,8 +211,29 @@ def test_the_ratio_of_a_gradient_without_variance_is_zero() -> None:
         model.head.weight.fill_(1.0)
     layers = LayerMap.from_model(model)
     batch = {"x": torch.ones(1, 1)}
-    found, _ = probe_layers(model, layers, [batch], lambda m, b: m(b["x"]).sum(), ["snr"])
+    names = ["snr", "snr_code"]
+    found, _ = probe_layers(model, layers, [batch], lambda m, b: m(b["x"]).sum(), names)
+    # 1, 2, …, 7: mean 4, variance 28/7, and 28/6 as torch.std divides.
     assert found["snr"] == [0.0, 0.0, pytest.approx(4 / 4)]
+    assert found["snr_code"] == [0.0, 0.0, pytest.approx(16 / (28 / 6) ** 0.5)]
+
+
+def test_a_tensor_of_one_element_has_no_ratio() -> None:
+    """Where torch.std gives NaN."""
+    model = nn.ModuleDict()
+    model["embed"] = nn.Linear(1, 1)
+    model["blocks"] = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
+    model["head"] = nn.Linear(1, 1)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        x = batch["x"]
+        for layer in (model["embed"], *model["blocks"], model["head"]):  # type: ignore[index]
+            x = layer(x)
+        return x.sum()
+
+    batch = {"x": torch.ones(1, 1)}
+    found, _ = probe_layers(model, LayerMap.from_model(model), [batch], loss, ["snr_code"])
+    assert found["snr_code"] == [0.0] * 3
 
 
 def test_unknown_statistics_and_no_batch_are_errors(

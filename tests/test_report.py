@@ -1,0 +1,66 @@
+"""Pictures from a run folder's lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from layerfed.report.plots import draw_run, selection_shares
+
+PNG = b"\x89PNG"
+
+
+def folder(path: Path, metrics: list[dict[str, Any]], selections: list[dict[str, Any]]) -> Path:
+    summary = {"task": "digits", "strategy": "ilp", "seed": 0, "initial_accuracy": 0.1}
+    (path / "summary.json").write_text(json.dumps(summary))
+    for name, rows in (("metrics", metrics), ("selection", selections)):
+        text = "".join(
+            json.dumps({"round": i, **row}) + "\n" for i, row in enumerate(rows, start=1)
+        )
+        (path / f"{name}.jsonl").write_text(text)
+    return path
+
+
+def selection(statistics: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    row = {"layers": ["blocks.0", "blocks.1"], "masks": [[1, 0], [1, 1]]}
+    return {**row, "statistics": statistics or {}, **more}
+
+
+NORMS = {"grad_norm_sq": [[1.0, 2.0], [0.0, 4.0]]}
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [{"e1": 3.0, "e2": 0.1}, {"e1": 2.0, "e2": 0.2}],
+        [{"e1": None, "e2": 0.1}, {"e1": None, "e2": 0.2}],
+        [{"e1": 3.0, "e2": None}, {"e1": None, "e2": None}],
+        [{"e1": 0.0, "e2": 0.0}, {"e1": 0.0, "e2": 0.0}],
+    ],
+    ids=["both", "no probe", "one round", "zero"],
+)
+def test_the_terms_of_the_theory_are_drawn_where_they_are_known(
+    terms: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    metrics = [{"accuracy": 0.5, **row} for row in terms]
+    path = folder(tmp_path, metrics, [selection(NORMS), selection()])
+    drawn = draw_run(path)
+    assert [file.name for file in drawn] == ["accuracy.png", "layers.png", "theory.png"]
+    assert all(file.read_bytes().startswith(PNG) for file in drawn)
+
+
+def test_a_run_without_the_terms_has_no_picture_of_them(tmp_path: Path) -> None:
+    """Folders of earlier versions included."""
+    metrics = [{"accuracy": 0.5}, {"accuracy": None, "e1": None, "e2": None}]
+    drawn = draw_run(folder(tmp_path, metrics, [selection(), selection()]))
+    assert [file.name for file in drawn] == ["accuracy.png", "layers.png"]
+
+
+def test_shares_are_of_clients_that_updated_a_layer() -> None:
+    """What failed, or was left out after training, does not count."""
+    rows = [selection(), selection(updated=[[0, 0], [1, 0]])]
+    np.testing.assert_array_equal(selection_shares(rows), [[1.0, 0.5], [0.5, 0.0]])
