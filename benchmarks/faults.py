@@ -32,6 +32,7 @@ from safetensors.numpy import load_file
 from layerfed.client_app import build_client_app
 from layerfed.config import Flat, Scalar, load_config
 from layerfed.deploy.federation import DeploymentFailed, RunStatus, environment
+from layerfed.deploy.processes import clean_up_on_sigterm
 from layerfed.deploy.rehearsal import Loopback, on_loopback
 from layerfed.engine import InProcessGrid
 from layerfed.runs import read_lines
@@ -39,12 +40,14 @@ from layerfed.server_app import build_server_app
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = 2
-WAIT_SECONDS = 600.0
+WAIT_SECONDS = 900.0
 FAULTY = 1  # the partition whose node goes wrong
 
-# A client that is not what it says: its updates are NaN. It goes into a copy of the app.
-GARBAGE = '''
-"""A client whose updates are NaN."""
+# A client that is not what it should be, in place of the app's own.
+CHANGED_CLIENT = '''
+"""A client that goes wrong on purpose."""
+
+import time
 
 import numpy as np
 from flwr.app import Array
@@ -52,17 +55,28 @@ from flwr.app import Array
 from layerfed.client_app import build_client_app
 
 
-def poison(message, context, call_next):
+def wrong(message, context, call_next):
+    training = message.metadata.message_type == "train"
+    if not training or context.node_config["partition-id"] != {faulty}:
+        return call_next(message, context)
+    config = message.content.config_records["config"]
     reply = call_next(message, context)
-    if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
-        arrays = reply.content.array_records["arrays"]
-        for name in list(arrays):
-            arrays[name] = Array(np.full_like(arrays[name].numpy(), np.nan))
+    arrays = reply.content.array_records["arrays"]
+{change}
     return reply
 
 
-client_app = build_client_app([poison])
+client_app = build_client_app([wrong])
 '''
+GARBAGE = """
+    for name in list(arrays):
+        arrays[name] = Array(np.full_like(arrays[name].numpy(), np.nan))
+"""
+SLOW_SECONDS, PATIENCE_SECONDS = 240, 120
+SLOW = f"""
+    if config["round"] == 1:
+        time.sleep({SLOW_SECONDS})
+"""
 
 
 @dataclass
@@ -145,9 +159,8 @@ def joins_late(scene: Scene) -> RunStatus:
     return scene.finish(run)
 
 
-def slower_than_the_timeout(scene: Scene) -> RunStatus:
-    """It hangs in the first round's training, and comes back after the round has gone on."""
-    scene.overrides |= {"federation.timeout": 60}
+def hangs(scene: Scene) -> RunStatus:
+    """The whole node stops in the first round's training, and goes on once the round has."""
     run = scene.start()
     scene.wait_for_message("train")
     scene.loopback.processes.signal(scene.nodes[FAULTY], signal.SIGSTOP)
@@ -156,23 +169,37 @@ def slower_than_the_timeout(scene: Scene) -> RunStatus:
     return scene.finish(run)
 
 
+def slower_than_the_timeout(scene: Scene) -> RunStatus:
+    """It is alive, and still at the first round's training when the server waits no longer."""
+    scene.overrides |= {"federation.timeout": PATIENCE_SECONDS}
+    scene.app = changed_app(scene, SLOW)
+    return scene.finish(scene.start())
+
+
 def client_raises(scene: Scene) -> RunStatus:
     """Its own limit on the seconds of a step makes it raise in every round."""
     return scene.finish(scene.start())
 
 
 def garbage_reply(scene: Scene) -> RunStatus:
+    """Its updates are NaN in every round."""
+    scene.app = changed_app(scene, GARBAGE)
+    return scene.finish(scene.start())
+
+
+def changed_app(scene: Scene, change: str) -> Path:
+    """Return a copy of the app in which the faulty node's client does something else."""
     copy = scene.loopback.folder / "app"
     shutil.copytree(ROOT / "layerfed", copy / "layerfed")
     for name in ("README.md", "LICENSE", "conf/default.toml"):
         (copy / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
-    (copy / "layerfed/garbage.py").write_text(GARBAGE, encoding="utf-8")
+    code = CHANGED_CLIENT.format(faulty=FAULTY, change=change)
+    (copy / "layerfed/changed.py").write_text(code, encoding="utf-8")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    project = project.replace("layerfed.client_app:client_app", "layerfed.garbage:client_app")
+    project = project.replace("layerfed.client_app:client_app", "layerfed.changed:client_app")
     (copy / "pyproject.toml").write_text(project, encoding="utf-8")
-    scene.app = copy
-    return scene.finish(scene.start())
+    return copy
 
 
 def superlink_restarted(scene: Scene) -> RunStatus:
@@ -206,6 +233,7 @@ FAULTS: dict[str, Callable[[Scene], RunStatus]] = {
     "killed-in-training": killed_in_training,
     "killed-between-rounds": killed_between_rounds,
     "joins-late": joins_late,
+    "hangs": hangs,
     "slower-than-the-timeout": slower_than_the_timeout,
     "client-raises": client_raises,
     "garbage-reply": garbage_reply,
@@ -302,6 +330,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table there")
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    clean_up_on_sigterm()
     rows = []
     for name in arguments.fault or FAULTS:
         row = play(name)

@@ -3,8 +3,7 @@
     python benchmarks/loading.py task.name=cifar10 task.data=path/to/cifar10 federation.clients=100
 
 Settings are those of `layerfed run`. Each row is a process of its own, with a cache that is new to the
-first; `private_mb` is memory that the process does not share with others through memory-mapped files,
-imports aside.
+first; `private_mb` is memory that is not of a memory-mapped file, imports aside.
 """
 
 from __future__ import annotations
@@ -58,9 +57,9 @@ def measure(settings: list[str]) -> dict[str, float]:
 
 
 def _private() -> int:
-    """Return bytes of this process that no other can share (Linux)."""
+    """Return bytes of this process that no file backs, and so no other process shares (Linux)."""
     fields = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in fields if line.startswith("Private")) * 1024
+    return next(int(line.split()[1]) for line in fields if line.startswith("Anonymous:")) * 1024
 
 
 def main(

@@ -85,11 +85,14 @@ def run(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Where run folders go [default: ./runs]")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run folder to go on with, with its own configuration.")
+    ] = None,
     verbose: Annotated[bool, typer.Option(help="Show Flower's and Ray's own logs.")] = False,
 ) -> None:
-    """Run one federated fine-tuning on this machine."""
+    """Run one federated fine-tuning on this machine, or go on with one that was interrupted."""
     with _one_line_errors(ConfigError):
-        config = _load(settings)
+        config = _load(settings if resume is None else _resumed(resume, settings))
         wanted = _engine(engine)
         if directory is not None:
             config = config.model_copy(
@@ -115,6 +118,13 @@ def run(
             console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
             raise typer.Exit(1) from None
     _print_summary(folder)
+
+
+def _resumed(folder: Path, settings: list[str] | None) -> list[str]:
+    """Return the settings that go on with a run folder."""
+    if settings and "=" not in settings[0]:
+        raise ConfigError(f"--resume goes on with {folder}/config.json; leave out {settings[0]}")
+    return [str(folder / "config.json"), *(settings or ()), f"run.resume={folder.resolve()}"]
 
 
 def _print_summary(folder: Path) -> None:

@@ -135,7 +135,9 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
             "budget": defaults.budget,
             "server": defaults.server,
             "exchange": defaults.exchange,
-            "run": config.run.model_copy(update={"name": "", "dir": "", "threads": 0}),
+            "run": defaults.run.model_copy(
+                update={"seed": config.run.seed, "device": config.run.device}
+            ),
         }
     )
     if config.run.threads:

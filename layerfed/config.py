@@ -265,6 +265,9 @@ class RunSection(_Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = ""
     dir: str = ""
     seed: Annotated[int, Field(ge=0)] = 0
+    resume: str = ""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 1
+    checkpoints: Positive = 2
     device: DeviceName = "auto"
     threads: Annotated[int, Field(ge=0)] = 1
     client_cpus: Annotated[float, Field(gt=0)] = 1.0

@@ -26,6 +26,9 @@ class NodeConfig(BaseModel):
         Which part of the data the node holds.
     num_partitions : int, optional
         Into how many parts the data is cut.
+    data : str, optional
+        Where the run's data lie on this node, in place of `task.data`; the node takes its partition of
+        them.
     budget : float or "auto", optional
         The most the node trains in a round, in `budget_unit`; the server can ask for less, never for
         more. "auto" measures how much memory is free.
@@ -57,6 +60,7 @@ class NodeConfig(BaseModel):
 
     partition_id: Annotated[int, Field(ge=0)]
     num_partitions: Annotated[int, Field(ge=1)] | None = None
+    data: Annotated[str, Field(min_length=1)] | None = None
     budget: float | Literal["auto"] | None = None
     budget_unit: BudgetUnit | None = None
     device: DeviceName | None = None
@@ -109,4 +113,7 @@ class NodeConfig(BaseModel):
         """Return the run's configuration with what this node decides for itself in its place."""
         own = {"device": self.device, "threads": self.threads}
         section = config.run.model_copy(update={k: v for k, v in own.items() if v is not None})
-        return config.model_copy(update={"run": section})
+        task = (
+            config.task if self.data is None else config.task.model_copy(update={"data": self.data})
+        )
+        return config.model_copy(update={"run": section, "task": task})

@@ -108,8 +108,8 @@ class RoundRecord:
 class Observer:
     """Is told what happens in a run. Subclasses override what they care about."""
 
-    def on_start(self, rounds: int, accuracy: float | None) -> None:
-        """Take note that the run begins, with the accuracy of the model as it came."""
+    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
+        """Take note that the run begins, after `done` rounds of an earlier life, and how it scores."""
 
     def on_phase(self, server_round: int, phase: str) -> None:
         """Take note that a phase of a round begins."""

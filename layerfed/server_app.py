@@ -12,12 +12,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from layerfed.budgets import Budgets, layer_costs
 from layerfed.client_app import node_store, workbench
-from layerfed.config import RunConfig
+from layerfed.config import ConfigError, RunConfig
 from layerfed.exchange import LayerStore, record_of
 from layerfed.layers import LayerMap
 from layerfed.records import Observer
 from layerfed.report import draw_run
-from layerfed.runs import LogLines, RunFolder
+from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint
 from layerfed.server_optimizers import SERVER_OPTIMIZERS
 from layerfed.strategies import STRATEGIES, SelectiveStrategy
 from layerfed.task.training import evaluate
@@ -88,10 +88,33 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
         return MetricRecord({"accuracy": accuracy, "loss": loss})
 
     strategy.observers = tuple(observers)
+    resumed = None
+    if config.run.resume:
+        resumed = latest_checkpoint(Path(config.run.resume))
+        if resumed is None:
+            raise ConfigError(
+                f"run.resume = '{config.run.resume}' holds no checkpoint that can be used; start the "
+                "run anew, under another run.name"
+            )
+        strategy.resume(resumed)
     strategy.connect(grid, config.federation.timeout)
-    with RunFolder.create(config, engine=ENGINES.get(type(grid).__name__, "superlink")) as folder:
+    engine = ENGINES.get(type(grid).__name__, "superlink")
+    if resumed is None:
+        opened = RunFolder.create(config, engine)
+    else:
+        opened = RunFolder.reopen(Path(config.run.resume), config, engine, resumed.round)
+    with opened as folder:
         folder.describe(strategy.layers)
         strategy.observers = (folder, *observers)
+        if config.run.checkpoint_every:
+            strategy.observers += (
+                Checkpoints(
+                    folder.path,
+                    strategy.checkpoint,
+                    config.run.checkpoint_every,
+                    config.run.checkpoints,
+                ),
+            )
         strategy.start(
             grid,
             record_of(bench.resident.base_state()),

@@ -35,7 +35,9 @@ def importance_term(grad_norm_sq: np.ndarray, examples: np.ndarray, moved: np.nd
     moved : numpy.ndarray
         Booleans, shape (L,): l ∈ L_t.
 
-    Notes ----- An estimate from above: a mean of squared norms exceeds the squared norm of the mean
+    Notes
+    -----
+    An estimate from above: a mean of squared norms exceeds the squared norm of the mean
     gradient by the spread among clients and by the noise of their probe batches, so it stays positive
     where ∇f is zero. More probe batches do not lower it, since each batch's norm is taken by itself.
     And it sees the round's clients that answered the probe only, with α_i relative to them.
@@ -52,7 +54,9 @@ def mask_divergence(trained: float, total: float) -> float:
     trained, total : float
         Σ d_i over the clients that train the layer, and over all of the round's.
 
-    Notes ----- Put w_{i,l} = α_i/p for clients that train the layer, and 0 for the others, into Σ_i
+    Notes
+    -----
+    Put w_{i,l} = α_i/p for clients that train the layer, and 0 for the others, into Σ_i
     (w_{i,l} − α_i)²/α_i: p (1/p − 1)² + (1 − p) = 1/p − 1. It is 0 where everyone trains the layer.
     """
     return total / trained - 1.0
@@ -67,7 +71,9 @@ class UpdateSpread:
 
         κ_l² ≈ (Σ_i w_{i,l} ‖Δ_{i,l}‖² − ‖Σ_i w_{i,l} Δ_{i,l}‖²) / (η τ)²
 
-    Notes ----- Whom it sees: the clients that trained layer l, hence nothing of those that did not; a
+    Notes
+    -----
+    Whom it sees: the clients that trained layer l, hence nothing of those that did not; a
     layer of one client counts as 0, although χ_l is largest there. The noise of minibatches is part of
     the spread (÷ τ), clients drift apart over τ steps, and codecs add their error. Under momentum or
     AdamW an update is no multiple of a mean gradient, and E2 can be compared between strategies of the

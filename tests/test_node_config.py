@@ -43,6 +43,7 @@ def test_only_the_partition_is_needed() -> None:
         ({"budget": "auto", "budget-unit": "bytes"}, "budget-unit = 'bytes' goes with a number"),
         ({"budget-unit": "bytes"}, "budget-unit = 'bytes' goes with a number"),
         ({"device": "gpu"}, "device = 'gpu'"),
+        ({"data": ""}, "data = ''"),
         ({"threads": 0}, "threads = 0"),
         ({"max-step-seconds": 0}, "max-step-seconds = 0"),
         ({"bugdet": 2}, "unknown key 'bugdet'; known keys: partition-id"),
@@ -56,10 +57,12 @@ def test_a_wrong_setting_is_named(settings: dict[str, object], told: str) -> Non
     assert told in str(caught.value)
 
 
-def test_a_node_decides_for_itself_what_it_runs_on() -> None:
-    config = RunConfig.from_flat({"run.device": "cuda", "run.threads": 1, "run.seed": 3})
-    node = NodeConfig.read({"partition-id": 0, "device": "cpu", "threads": 2})
-    assert node.applied_to(config).run == config.run.model_copy(
-        update={"device": "cpu", "threads": 2}
+def test_a_node_decides_for_itself_what_it_runs_on_and_where_its_data_are() -> None:
+    config = RunConfig.from_flat(
+        {"run.device": "cuda", "run.threads": 1, "run.seed": 3, "task.data": "owner/name"}
     )
+    settings = {"partition-id": 0, "device": "cpu", "threads": 2, "data": "/srv/rows.csv"}
+    found = NodeConfig.read(settings).applied_to(config)
+    assert found.run == config.run.model_copy(update={"device": "cpu", "threads": 2})
+    assert found.task == config.task.model_copy(update={"data": "/srv/rows.csv"})
     assert NodeConfig.read({"partition-id": 0}).applied_to(config) == config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -206,13 +205,13 @@ def demo(
     """On one machine: all of this on loopback, compared with the simulation of the same seed."""
     import layerfed
     from layerfed.deploy.federation import DeploymentFailed
+    from layerfed.deploy.processes import clean_up_on_sigterm
     from layerfed.deploy.rehearsal import Comparison, on_loopback
     from layerfed.engine import run_on
 
     began, folder = time.monotonic(), directory.resolve() / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    # Told to stop, it cleans up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    clean_up_on_sigterm()
 
     def say(text: str) -> None:
         passed = f"{time.monotonic() - began:5.0f} s"

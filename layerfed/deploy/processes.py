@@ -17,17 +17,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 from layerfed.deploy.federation import DeploymentFailed
 
-__all__ = ["Processes", "free_ports"]
+__all__ = ["Processes", "clean_up_on_sigterm", "free_ports"]
 
 POLL_SECONDS = 0.2
 # What a process gets to end by itself after SIGTERM, and its descendants after that.
 GRACE_SECONDS = 15.0
 LAST_LINES = 15
+
+
+def clean_up_on_sigterm() -> None:
+    """Make SIGTERM end this program as Ctrl-C does, so that contexts are left properly."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def free_ports(count: int) -> list[int]:
@@ -145,15 +154,17 @@ class Processes:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C off: a second one must not leave processes behind."""
+    """Hold off whoever asks to stop a second time: that must not leave processes behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

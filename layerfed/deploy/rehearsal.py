@@ -29,7 +29,7 @@ __all__ = ["Comparison", "Loopback", "on_loopback"]
 NodeSettings = Mapping[str, Scalar]
 # Generous: every process of Flower takes seconds to start, and the machine may be busy.
 START_SECONDS = 180.0
-# Sums are exact in any order, so weights agree to the bit on one machine; another kind of CPU may round
+# Sums of updates differ in the last bit by the order of replies; another kind of CPU may round
 # a gradient differently.
 WEIGHTS = 1e-5
 
@@ -64,11 +64,13 @@ class Loopback:
         *,
         register: bool = True,
         ca: Path | None = None,
+        door: str | None = None,
         options: Sequence[str] = (),
     ) -> Popen[bytes]:
         """Start a SuperNode as on a machine of its own, with further options of `flower-supernode`.
 
-        `register` and `ca` are for those that must not get in.
+        `register` and `ca` are for those that must not get in; `door` is where the node connects to, if
+        not to the gateway itself.
         """
         home = self.folder / name
         settings = {"store": str(home / "layers"), **settings}
@@ -76,7 +78,9 @@ class Loopback:
         if register:
             self.federation.register(public)
         (port,) = free_ports(1)
-        command = supernode_command(self.gateway, ca or self.federation.ca, key, settings, port)
+        command = supernode_command(
+            door or self.gateway, ca or self.federation.ca, key, settings, port
+        )
         return self.processes.start(name, [*command, *options], environment(home / "flower"))
 
     def start_run(self, app: Path, config: RunConfig) -> int:

@@ -1,6 +1,15 @@
-"""The run folder and the observers that fill it and show progress."""
+"""The run folder, checkpoints, and the observers that fill them and show progress."""
 
+from layerfed.runs.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from layerfed.runs.folder import RunFolder, read_lines
 from layerfed.runs.progress import LogLines, ProgressLine
 
-__all__ = ["LogLines", "ProgressLine", "RunFolder", "read_lines"]
+__all__ = [
+    "Checkpoint",
+    "Checkpoints",
+    "LogLines",
+    "ProgressLine",
+    "RunFolder",
+    "latest_checkpoint",
+    "read_lines",
+]

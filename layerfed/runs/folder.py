@@ -28,6 +28,8 @@ from layerfed.records import Observer, RoundRecord, SelectionRecord
 __all__ = ["RunFolder", "read_lines"]
 
 PACKAGES = ("layerfed", "flwr", "torch", "timm", "numpy", "pulp")
+# Files with a line a round.
+LINES = ("metrics.jsonl", "ledger.jsonl", "selection.jsonl")
 # Names in the folder's files of what the ledger counts.
 TRAFFIC = {
     "bytes_up": "up",
@@ -51,8 +53,12 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
+    _replace(file, json.dumps(content, indent=2) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
     beside = file.with_name(file.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, file)
 
 
@@ -73,11 +79,13 @@ class RunFolder(Observer):
         self.config = config
         self.engine = engine
         self._began = time.monotonic()
+        self._before = 0.0
         self._initial: float | None = None
         self._totals: dict[str, float] = dict.fromkeys((*TRAFFIC, "flops", "flops_probe"), 0)
         self._failures = 0
         self._accuracies: list[float | None] = []
-        _write(path / "config.json", config.to_flat())
+        # Ready to be run again, which is not to go on with it.
+        _write(path / "config.json", config.to_flat() | {"run.resume": ""})
         self._summarise("running")
 
     @classmethod
@@ -110,6 +118,52 @@ class RunFolder(Observer):
                 ) from None
         raise ConfigError(f"run.dir = '{root}' is full of runs named {name}")
 
+    @classmethod
+    def reopen(cls, path: Path, config: RunConfig, engine: str, last_round: int) -> RunFolder:
+        """Go on with a run's folder after a round; what was written of later rounds is dropped.
+
+        Parameters
+        ----------
+        path : Path
+        config : RunConfig
+            That of the run; more rounds may be asked for, and all of `run` may differ.
+        engine : str
+        last_round : int
+            The round of the checkpoint that the run goes on from.
+
+        Raises
+        ------
+        ConfigError
+            If the folder's run had another configuration.
+        """
+        theirs = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        mine = config.to_flat()
+        free = {"federation.rounds", "federation.timeout"}
+        other = [
+            key
+            for key in mine
+            if theirs.get(key) != mine[key] and key not in free and not key.startswith("run.")
+        ]
+        if other:
+            raise ConfigError(
+                f"run.resume = '{path}' had another configuration ({', '.join(other)}); resume with "
+                "its own config.json"
+            )
+        kept: dict[str, list[dict[str, Any]]] = {}
+        for name in LINES:
+            rows = read_lines(path / name) if (path / name).exists() else []
+            kept[name] = [row for row in rows if row["round"] <= last_round]
+            text = "".join(json.dumps(row) + "\n" for row in kept[name])
+            _replace(path / name, text)
+        before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        folder = cls(path, config, engine)
+        folder._initial = before["initial_accuracy"]
+        folder._before = sum(row["seconds"] for row in kept["metrics.jsonl"])
+        for row in kept["metrics.jsonl"]:
+            folder._count(row)
+        folder._summarise("running")
+        return folder
+
     def __enter__(self) -> Self:
         """Begin."""
         return self
@@ -121,7 +175,9 @@ class RunFolder(Observer):
         trace: TracebackType | None,
     ) -> None:
         """Record how the run ended."""
-        if error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            self._summarise("interrupted")
+        elif error is not None:
             self._summarise("failed", error=f"{type(error).__name__}: {error}")
 
     def describe(self, layers: LayerMap) -> None:
@@ -132,9 +188,10 @@ class RunFolder(Observer):
         ]
         _write(self.path / "layers.json", {"layers": rows})
 
-    def on_start(self, rounds: int, accuracy: float | None) -> None:
+    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
         """Note the accuracy before the first round."""
-        self._initial = accuracy
+        if not self._accuracies:
+            self._initial = accuracy
 
     def on_round(self, record: RoundRecord) -> None:
         """Append a line each to `metrics.jsonl`, `ledger.jsonl` and `selection.jsonl`."""
@@ -162,15 +219,19 @@ class RunFolder(Observer):
             "flops_probe": record.flops_probe,
             "peak_memory": record.peak_memory,
         }
-        for key in self._totals:
-            self._totals[key] += line[key]
-        self._failures += len(record.failures)
-        self._accuracies.append(record.accuracy)
+        self._count(line)
         self._append("metrics.jsonl", line)
         self._append("ledger.jsonl", _ledger_line(record.round, record.ledger))
         if record.selection is not None:
             self._append("selection.jsonl", _selection_line(record, record.selection))
         self._summarise("running")
+
+    def _count(self, line: Mapping[str, Any]) -> None:
+        """Add a line of `metrics.jsonl` to the run's totals."""
+        for key in self._totals:
+            self._totals[key] += line[key]
+        self._failures += line["failures"]
+        self._accuracies.append(line["accuracy"])
 
     def finish(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Write the final model and mark the run as completed."""
@@ -196,7 +257,7 @@ class RunFolder(Observer):
                 "initial_accuracy": self._initial,
                 "accuracy": scored[-1] if scored else None,
                 "best_accuracy": max(scored, default=None),
-                "seconds": time.monotonic() - self._began,
+                "seconds": self._before + time.monotonic() - self._began,
                 **self._totals,
                 "failures": self._failures,
                 "status": status,

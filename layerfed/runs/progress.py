@@ -31,13 +31,14 @@ class LogLines(Observer):
     """One line a round in Flower's log, for `flwr run` and for real federations."""
 
     def __init__(self) -> None:
-        self._rounds = 0
+        self._rounds = self._done = 0
         self._began = time.monotonic()
 
-    def on_start(self, rounds: int, accuracy: float | None) -> None:
-        """Log how the model scores before the first round."""
-        self._rounds, self._began = rounds, time.monotonic()
-        log(INFO, "accuracy before the first round: %s", _percent(accuracy))
+    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
+        """Log how the model scores to begin with."""
+        self._rounds, self._done, self._began = rounds, done, time.monotonic()
+        when = f"after round {done}" if done else "before the first round"
+        log(INFO, "accuracy %s: %s", when, _percent(accuracy))
 
     def on_round(self, record: RoundRecord) -> None:
         """Log the round's figures and the time left."""
@@ -54,7 +55,7 @@ class LogLines(Observer):
             len(record.failures),
             record.ledger.total().up / 1e6,
             record.seconds,
-            passed / record.round * (self._rounds - record.round),
+            passed / (record.round - self._done) * (self._rounds - record.round),
         )
 
 
@@ -96,10 +97,10 @@ class ProgressLine(Observer):
         """Leave the line as it is."""
         self._progress.stop()
 
-    def on_start(self, rounds: int, accuracy: float | None) -> None:
-        """Take the number of rounds and the first accuracy."""
+    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
+        """Take the number of rounds, those done already, and the first accuracy."""
         self._rounds = rounds
-        self._progress.update(self._task, total=rounds, accuracy=_percent(accuracy))
+        self._progress.update(self._task, total=rounds, completed=done, accuracy=_percent(accuracy))
 
     def on_phase(self, server_round: int, phase: str) -> None:
         """Show the phase."""

@@ -142,7 +142,7 @@ class CountModel:
             problem = self._problem
             raise SelectionError(
                 f"the integer program of {problem.clients} clients x {problem.layers} layers is too "
-                f"large to write down in time: it got to {len(self._picks)} picks"
+                "large to write down in time: raise the time limit, or use the solver 'lagrangian'"
             )
 
     def _add_gains(self) -> None:

@@ -19,7 +19,7 @@ SHRINK = 0.5
 
 #: A descent has stalled once so many steps took away less than this share of the gap.
 STALL = 50
-STALL_SHARE = 0.1
+STALL_SHARE = 0.3
 
 #: Share of the newest step in the running averages.
 NEWEST = 0.1

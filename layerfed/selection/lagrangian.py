@@ -129,7 +129,7 @@ def certify(
     selection = Selection.certified(problem, search.masks, bound, "lagrangian", seconds)
     if len(parts) > MOST_PARTS:
         return selection, replace(Reduction.none(working), bound=bound)
-    search.deadline = deadline
+    search.deadline = min(deadline, time.perf_counter() + FIXING_SHARE * time_limit)
     reduction = union([_reduce(working, oracle, search, part) for part in parts])
     return selection, reduction
 

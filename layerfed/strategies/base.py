@@ -23,8 +23,10 @@ from layerfed.budgets import Budgets
 from layerfed.exchange import CODECS, GlobalModel, Holdings, LayerStore, exchange
 from layerfed.layers import LayerMap
 from layerfed.records import Observer
+from layerfed.runs.checkpoint import Checkpoint
 from layerfed.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from layerfed.strategies.population import Population, RoundFailed
+from layerfed.strategies.resuming import restore, take
 from layerfed.strategies.round import Round
 from layerfed.strategies.selecting import Selecting
 
@@ -122,7 +124,18 @@ class SelectiveStrategy(Selecting, Strategy):
         self.run_token = uuid4().hex
         """Names this run to clients that remember something of it (error feedback)."""
         self._late: set[str] = set()
+        self._resumed: Checkpoint | None = None
         self.check()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Have `start` go on after a checkpoint, to the same end as if it had not stopped."""
+        self._resumed = checkpoint
+
+    def checkpoint(self) -> Checkpoint:
+        """Return what `resume` needs to go on after the present round."""
+        assert self.model is not None
+        server_round = self.round.record.round
+        return take(server_round, self.run_token, self.model, self.optimizer, self._memory)
 
     def connect(self, grid: Grid, timeout: float) -> None:
         """Wait for enough clients and ask each who it is; nothing to do where that is done.
@@ -179,15 +192,20 @@ class SelectiveStrategy(Selecting, Strategy):
         evaluate_config = evaluate_config or ConfigRecord()
         self.timeout = timeout
         self.model = GlobalModel(self.layers, initial_arrays)
-        result = Result(arrays=initial_arrays)
+        done = 0
+        if self._resumed is not None:
+            restore(self._resumed, self.model, self.optimizer, self._memory)
+            self.run_token, done = self._resumed.run_token, self._resumed.round
+        result = Result(arrays=self.model.record())
         self.summary()
         self.connect(grid, timeout)
-        self.round = Round(0, self.model, {}, timeout, self.holdings)
+        self._publish(self.model.changed)
+        self.round = Round(done, self.model, {}, timeout, self.holdings)
         self._evaluate_centrally(evaluate_fn, result)
         for observer in self.observers:
-            observer.on_start(num_rounds, self.round.record.accuracy)
+            observer.on_start(num_rounds, self.round.record.accuracy, done)
 
-        for server_round in range(1, num_rounds + 1):
+        for server_round in range(done + 1, num_rounds + 1):
             began = time.monotonic()
             # 1-3. sample, probe, select
             messages = self.configure_train(server_round, self.model.record(), train_config, grid)
@@ -325,10 +343,14 @@ class SelectiveStrategy(Selecting, Strategy):
     def _finish(self) -> None:
         """Move the model, and put its new layers where clients of this machine find them."""
         assert self.model is not None
-        moved = self.round.finish(self.min_replies, self.optimizer, self.applied)
+        self._publish(self.round.finish(self.min_replies, self.optimizer, self.applied))
+
+    def _publish(self, layers: Iterable[str]) -> None:
+        """Put new layers where clients of this machine find them."""
+        assert self.model is not None
         if self.store is not None and self.holdings.anyone_shares:
             digests = self.model.manifest().digests
-            for layer in moved:
+            for layer in layers:
                 self.store.put(digests[layer], self.model.layer(layer), digests.values())
 
     def _train_metrics(self) -> MetricRecord:

@@ -33,6 +33,9 @@ class ILP(SelectiveStrategy):
     Between two selections (`period` > 1), the masks of clients that have some are held, and those of the
     others solve (P1) beside them.
 
+    Norms are what clients claim. One whose gains are a thousand times the median client's is scaled
+    down to that, and a warning says so: next to it, theirs would be rounding errors (`limit_weights`).
+
     Parameters
     ----------
     layers : LayerMap

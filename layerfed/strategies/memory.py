@@ -8,7 +8,7 @@ brim [C]).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -107,3 +107,26 @@ class Memory:
     def _add(self, candidates: Candidates, choice: Choice) -> None:
         for row, client in enumerate(candidates.clients):
             self._masks[client] = choice.schedule(row)
+
+    # --------------------------------------------------------------------------- for checkpoints
+    def state(self) -> dict[str, np.ndarray]:
+        """Return all of it as arrays, by name."""
+        found = {f"masks/{client}": masks for client, masks in self._masks.items()}
+        for name, known in self._profiles.items():
+            found |= {f"profile/{name}/{client}": row for client, row in known.items()}
+            found[f"mean/{name}"] = self._mean_profile[name]
+            found[f"scale/{name}"] = np.asarray(self._scale[name])
+        return found
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` returned."""
+        for key, value in state.items():
+            kind, *rest = key.split("/")
+            if kind == "masks":
+                self._masks[int(rest[0])] = value
+            elif kind == "profile":
+                self._profiles.setdefault(rest[0], {})[int(rest[1])] = value
+            elif kind == "mean":
+                self._mean_profile[rest[0]] = value
+            else:
+                self._scale[rest[0]] = float(value)

@@ -24,6 +24,7 @@ from layerfed.task.loading import (
     CHANGED,
     TEST_SPLITS,
     Part,
+    data_files,
     image_folders,
     image_rows,
     local_path,
@@ -73,7 +74,12 @@ class ImageTask(DatasetTask):
         root = local_path(self.data)
         if root is None or not root.is_dir() or any(root.rglob("metadata.*")):
             return super().parts
-        folders = image_folders(root)
+        folders, tables = image_folders(root), data_files(root)
+        if folders and tables:
+            raise ConfigError(
+                f"task.data = '{self.data}' holds images and tables; for images by the names of their "
+                f"folders move {tables[0].name} elsewhere, for a table give it: task.data={tables[0]}"
+            )
         return self._folders(root, folders) if folders else super().parts
 
     def _folders(
@@ -91,6 +97,12 @@ class ImageTask(DatasetTask):
                     "the folders should be CLASS/, GROUP/CLASS/, or one of these below train/ and test/"
                 )
             found.setdefault(split, {}).setdefault("".join(group), {})[label] = images
+        for split, by_group in found.items():
+            if len(by_group) > 1 and "" in by_group:
+                raise ConfigError(
+                    f"task.data = '{self.data}': of '{split}' some images lie in CLASS/ and others in "
+                    "GROUP/CLASS/; move them to folders of one kind"
+                )
         section = self.config.task
         train, test = pick_splits(found, section.train_split, section.test_split, self.data)
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import ssl
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import certifi
 import httpx
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 from layerfed.config import RunConfig, Scalar, load_config
 from layerfed.deploy.federation import Federation
 from layerfed.deploy.rehearsal import Comparison, Loopback, on_loopback
 from layerfed.engine import run_on
 from layerfed.runs import read_lines
+from tests.e2e.relay import Wire, relay
 
 ROOT = Path(__file__).parents[2]
 BUDGETS: list[dict[str, Scalar]] = [{"budget": 1}, {"budget": 3}]
+WIRES: list[Wire] = []
+CARRIED: list[tuple[dict[str, int], dict[str, float]]] = []
+"""In the run of `deployed`, and in as much time without one; both lists by partition id."""
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -41,7 +48,13 @@ def alive(folder: Path) -> list[str]:
 def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     folder = tmp_path_factory.mktemp("deployment")
     nodes = [{"partition-id": i, "num-partitions": 2, **own} for i, own in enumerate(BUDGETS)]
-    with on_loopback(folder, nodes) as running:
+    with on_loopback(folder, []) as running, ExitStack() as stack:
+        for number, settings in enumerate(nodes):
+            WIRES.append(stack.enter_context(relay(running.gateway)))
+            running.start_node(f"node-{number}", settings, door=WIRES[-1].address)
+        running.processes.wait(
+            "both nodes are connected", lambda: running.federation.online() == 2, 180
+        )
         if sys.platform == "linux":
             assert len(alive(folder)) >= 4  # or the test below would pass whatever is left
         yield running
@@ -53,9 +66,22 @@ def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
 def deployed(loopback: Loopback) -> Path:
     """The folder of a run on the SuperNodes."""
     config = configured(loopback.folder / "runs", "deployed")
+    idle, began = [wire.read() for wire in WIRES], time.monotonic()
+    time.sleep(20)
+    before, waited = [wire.read() for wire in WIRES], time.monotonic() - began
+    began = time.monotonic()
     run = loopback.start_run(ROOT, config)
     status = loopback.federation.follow(run, timeout=600)
     assert status.completed, status
+    share = (time.monotonic() - began) / waited
+    for wire, first, second in zip(WIRES, idle, before, strict=True):
+        after = wire.read()
+        CARRIED.append(
+            (
+                {way: after[way] - second[way] for way in after},
+                {way: share * (second[way] - first[way]) for way in after},
+            )
+        )
     return loopback.folder / "runs/deployed"
 
 
@@ -101,6 +127,26 @@ def test_the_run_folder_is_complete(deployed: Path) -> None:
     summary = json.loads((deployed / "summary.json").read_text())
     assert (summary["status"], summary["engine"]) == ("completed", "superlink")
     assert summary["accuracy"] > summary["initial_accuracy"]
+
+
+def test_the_ledger_is_what_the_wire_carried(deployed: Path) -> None:
+    """Beside tensors a node's wire carries the app, once a run, and framing.
+
+    Framing is what polls and heartbeats take of an idle wire, for as long as the run took, and what goes
+    around the tensors of six exchanges.
+    """
+    bundle = len(build_fab_from_disk(ROOT))
+    ledger = read_lines(deployed / "ledger.jsonl")
+    for client, (carried, idle) in enumerate(CARRIED):
+        for direction, once in (("up", 0), ("down", bundle)):
+            counted = sum(row[f"bytes_{direction}"][client] for row in ledger)
+            framing = carried[direction] - counted - once
+            print(f"client {client} {direction}: {counted} counted, {framing} of framing")
+            assert counted > 300_000
+            assert 0 <= framing <= 0.03 * counted + 1.5 * idle[direction] + 120_000
+    summary = json.loads((deployed / "summary.json").read_text())
+    for direction in ("up", "down"):
+        assert summary[f"bytes_moved_{direction}"] == summary[f"bytes_{direction}"]
 
 
 def test_who_is_not_registered_or_trusts_another_authority_does_not_get_in(

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from flwr.app import RecordDict
 
-from layerfed.config import Scalar
+from layerfed.client_app import workbench
+from layerfed.config import ConfigError, Scalar
 from layerfed.engine import run_on
+from layerfed.node_config import NodeConfig
 from layerfed.runs import read_lines
 from layerfed.task.training import train_update
 from tests.e2e.test_inprocess import Recorded, configured, start
@@ -82,3 +84,9 @@ def test_a_node_slower_than_it_allows_is_left_out(tmp_path: Path) -> None:
     errors = [r.error.reason for _, r in grid.trained() if r.has_error()]
     assert len(errors) == 1
     assert "StepTooSlow: training step 2 took" in errors[0]
+
+
+def test_a_nodes_own_path_reaches_its_task(tmp_path: Path) -> None:
+    node = NodeConfig.read({"partition-id": 0, "data": "/srv/rows"})
+    with pytest.raises(ConfigError, match=r"task\.data = '/srv/rows' has no use for .* 'digits'"):
+        workbench(configured(tmp_path).to_flat(), node)

@@ -296,6 +296,14 @@ def test_images_without_a_class_and_layouts_too_deep_are_refused(tmp_path: Path)
     refused(lambda: custom(deep), "have no class", "GROUP/CLASS/")
 
 
+def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path: Path) -> None:
+    mixed = hub.image_files(tmp_path / "mixed", ["cat", "ward/dog"], 1)
+    refused(lambda: custom(mixed), "CLASS/ and others in GROUP/CLASS/")
+    both = hub.image_files(tmp_path / "both", ["cat", "dog"], 1)
+    (both / "table.csv").write_text("image,label\n")
+    refused(lambda: custom(both), "holds images and tables", "table.csv")
+
+
 def test_without_data_custom_says_what_it_needs() -> None:
     refused(lambda: hub.task("task.name=custom"), "task.data", "folder")
 

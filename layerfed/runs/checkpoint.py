@@ -1,0 +1,179 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped.
+
+A checkpoint is a folder `checkpoint/round-000012` in the run folder, written beside its place, flushed
+to the disk and renamed, so that whatever kills a run leaves the last one whole. It holds
+
+- `layers.safetensors`: tensors of the layers that differ from the pretrained base;
+- `state.safetensors`: arrays of the server's optimiser and of the strategy, by name;
+- `state.json`: round, fingerprint of the base, the run's token, and a digest of each file.
+
+Random draws need no state: each has a seed of its own, from purpose, round and client.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from logging import WARNING
+from pathlib import Path
+
+import numpy as np
+from flwr.common.logger import log
+from safetensors.numpy import load, save
+
+from layerfed.records import Observer, RoundRecord
+
+__all__ = ["Checkpoint", "Checkpoints", "latest_checkpoint", "save_checkpoint"]
+
+FOLDER = "checkpoint"
+LAYERS, STATE, INDEX = "layers.safetensors", "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run after a round.
+
+    Attributes
+    ----------
+    round : int
+        The last round that is part of it.
+    base : str
+        Fingerprint of the pretrained base.
+    run_token : str
+        The name under which clients remember something of this run.
+    layers : Mapping[str, numpy.ndarray]
+        Tensors of changed layers, by tensor name.
+    state : Mapping[str, numpy.ndarray]
+        What the server's optimiser and the strategy remember, by name.
+    """
+
+    round: int
+    base: str
+    run_token: str
+    layers: Mapping[str, np.ndarray]
+    state: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+class Checkpoints(Observer):
+    """Writes a checkpoint after every k-th round, and after the last.
+
+    One that cannot be written is a warning: the run and its older checkpoints go on.
+
+    Parameters
+    ----------
+    run_folder : Path
+    state : Callable[[], Checkpoint]
+        Returns the run's present state.
+    every : int
+        k.
+    keep : int
+        How many are kept.
+    """
+
+    def __init__(
+        self, run_folder: Path, state: Callable[[], Checkpoint], every: int, keep: int
+    ) -> None:
+        self._folder, self._state, self._every, self._keep = run_folder, state, every, keep
+        self._rounds = 0
+
+    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
+        """Take the number of rounds."""
+        self._rounds = rounds
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Write a checkpoint, where one is due."""
+        if record.round % self._every and record.round != self._rounds:
+            return
+        try:
+            save_checkpoint(self._folder, self._state(), self._keep)
+        except OSError as error:
+            log(WARNING, "round %d: no checkpoint could be written: %s", record.round, error)
+
+
+def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint and drop all but the newest `keep`; return its folder.
+
+    Raises
+    ------
+    OSError
+        If the disk is full or cannot be written; older checkpoints are untouched then.
+    """
+    root = run_folder / FOLDER
+    place = root / f"round-{checkpoint.round:06d}"
+    beside = root / f".{place.name}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    digests = {}
+    for name, tensors in ((LAYERS, checkpoint.layers), (STATE, checkpoint.state)):
+        content = save({n: np.asarray(t, order="C") for n, t in tensors.items()})
+        digests[name] = _digest(content)
+        _write(beside / name, content)
+    index = {
+        "round": checkpoint.round,
+        "base": checkpoint.base,
+        "run_token": checkpoint.run_token,
+        "digests": digests,
+    }
+    _write(beside / INDEX, json.dumps(index, indent=2).encode())
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(beside, place)
+    _flush(root)
+    for old in _found(run_folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return place
+
+
+def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, or None; damaged ones are passed over, saying so."""
+    for folder in _found(run_folder):
+        try:
+            return _read(folder)
+        except (OSError, ValueError, KeyError) as error:
+            log(WARNING, "checkpoint %s cannot be used: %s", folder, error)
+    return None
+
+
+def _found(run_folder: Path) -> list[Path]:
+    """Return the folders of checkpoints, newest first."""
+    return sorted((run_folder / FOLDER).glob("round-*"), reverse=True)
+
+
+def _read(folder: Path) -> Checkpoint:
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    tensors = {}
+    for name in (LAYERS, STATE):
+        content = (folder / name).read_bytes()
+        if _digest(content) != index["digests"][name]:
+            raise ValueError(f"{name} is damaged")
+        tensors[name] = load(content)
+    return Checkpoint(
+        round=index["round"],
+        base=index["base"],
+        run_token=index["run_token"],
+        layers=tensors[LAYERS],
+        state=tensors[STATE],
+    )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _write(file: Path, content: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """Make a rename in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,137 @@
+"""A run that is killed, at whatever moment, goes on to the end it would have had."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from layerfed.config import ConfigError, RunConfig, load_config
+from layerfed.engine import run_on
+from layerfed.runs import read_lines
+
+QUICK = [
+    *("federation.clients=4", "federation.clients-per-round=2", "federation.rounds=8"),
+    *("train.local-steps=1", "train.batch-size=8", "strategy.period=3", "run.device=cpu"),
+    *("server.optimizer=adam", "server.lr=0.01"),
+]
+
+
+def configured(directory: Path, name: str, *more: str) -> RunConfig:
+    return load_config(None, [*QUICK, f"run.dir={directory}", f"run.name={name}", *more])
+
+
+def resumed(config: RunConfig, folder: Path) -> RunConfig:
+    section = config.run.model_copy(update={"resume": str(folder)})
+    return config.model_copy(update={"run": section})
+
+
+def run_until_killed(config: RunConfig, seconds: float) -> bool:
+    """Run in a process of its own and kill it after a while; say whether it ended before."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            run_on("inprocess", config)
+            status = 0
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0
+            return True
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def without_times(folder: Path, name: str) -> list[dict[str, object]]:
+    rows = read_lines(folder / name)
+    for row in rows:
+        for key in ("seconds", "seconds_by_phase", "peak_memory"):
+            row.pop(key, None)
+    return rows
+
+
+def same(first: Path, second: Path) -> None:
+    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
+    assert without_times(first, "selection.jsonl") == without_times(second, "selection.jsonl")
+    assert without_times(first, "metrics.jsonl") == without_times(second, "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run, whose task and model processes forked later have in memory."""
+    return run_on("inprocess", configured(tmp_path_factory.mktemp("whole"), "whole"))
+
+
+def test_killed_again_and_again_it_ends_like_the_run_that_was_not(
+    whole: Path, tmp_path: Path
+) -> None:
+    config, folder = configured(tmp_path, "broken"), tmp_path / "broken"
+    took = json.loads((whole / "summary.json").read_text())["seconds"]
+    moments = random.Random(0)
+    kills, begun = 0, False
+    while True:
+        checkpoints = folder / "checkpoint"
+        begun = begun or (checkpoints.exists() and any(checkpoints.glob("round-*")))
+        if not begun and folder.exists():
+            for file in sorted(
+                folder.rglob("*"), reverse=True
+            ):  # killed before its first checkpoint
+                file.rmdir() if file.is_dir() else file.unlink()
+            folder.rmdir()
+        now = resumed(config, folder) if begun else config
+        # After 20 kills it may run to its end.
+        if run_until_killed(now, moments.uniform(0.0, took / 3) if kills < 20 else 600):
+            break
+        kills += 1
+    assert kills >= 3
+    same(whole, folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("completed", 8)
+    before = json.loads((whole / "summary.json").read_text())
+    for key in ("accuracy", "initial_accuracy", "bytes_up", "bytes_down", "flops", "failures"):
+        assert summary[key] == before[key], key
+
+
+def test_a_finished_run_can_be_given_more_rounds(whole: Path, tmp_path: Path) -> None:
+    short = run_on("inprocess", configured(tmp_path, "short", "federation.rounds=4"))
+    more = configured(tmp_path, "short")
+    assert run_on("inprocess", resumed(more, short)) == short
+    same(whole, short)
+
+
+def test_another_configuration_is_refused(whole: Path, tmp_path: Path) -> None:
+    before = (whole / "metrics.jsonl").read_text()
+    other = configured(tmp_path, "x", "train.lr=0.5")
+    with pytest.raises(ConfigError, match=r"had another configuration \(train\.lr\)"):
+        run_on("inprocess", resumed(other, whole))
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
+    folder = run_on(
+        "inprocess", configured(tmp_path, "none", "federation.rounds=1", "run.checkpoint-every=0")
+    )
+    assert not (folder / "checkpoint").exists()
+    config = configured(tmp_path, "none", "federation.rounds=1")
+    with pytest.raises(ConfigError, match="holds no checkpoint that can be used"):
+        run_on("inprocess", resumed(config, folder))
+
+
+def test_its_configuration_runs_it_again_from_the_start(whole: Path) -> None:
+    assert json.loads((whole / "config.json").read_text())["run.resume"] == ""
