@@ -29,7 +29,7 @@ __all__ = ["Comparison", "Loopback", "on_loopback"]
 NodeSettings = Mapping[str, Scalar]
 # Generous: every process of Flower takes seconds to start, and the machine may be busy.
 START_SECONDS = 180.0
-# Sums are exact in any order, so weights agree to the bit on one machine; another kind of CPU may round
+# Sums of updates differ in the last bit by the order of replies; another kind of CPU may round
 # a gradient differently.
 WEIGHTS = 1e-5
 

@@ -307,6 +307,7 @@ class SelectiveStrategy(Selecting, Strategy):
         log(INFO, "\t├── always trained: head (%d parameters)", layers.head.elements)
         log(INFO, "\t├── frozen: embeddings (%d parameters)", layers.embeddings.elements)
         log(INFO, "\t├── budget: %s", self.budgets)
+        log(INFO, "\t├── rounds from one selection to the next: %d", self.period)
         log(INFO, "\t└── clients a round: %s", self.clients_per_round or "all")
 
     # --------------------------------------------------------------------- the pieces of a round

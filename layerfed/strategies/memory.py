@@ -37,20 +37,22 @@ class Memory:
         self._add(candidates, choice)
         for name, table in candidates.statistics.items():
             totals = table.sum(axis=1)
-            profiles = table / np.where(totals > 0, totals, 1.0)[:, None]
+            some = totals > 0  # a gradient that is zero everywhere has no profile
+            profiles = table / np.where(some, totals, 1.0)[:, None]
             known = self._profiles.setdefault(name, {})
             known.update(zip(candidates.clients, profiles, strict=True))
-            self._mean_profile[name] = profiles.mean(axis=0)
-            self._scale[name] = float(totals.mean())
+            self._mean_profile[name] = profiles.sum(axis=0) / max(int(some.sum()), 1)
+            self._scale[name] = float(np.median(totals[some])) if some.any() else 0.0
 
     def estimate(self, clients: Sequence[int]) -> dict[str, np.ndarray]:
         """Say what clients' statistics may be now, without asking them: {statistic: (n, L)}.
 
         A client's own last profile over the layers, or else the mean profile of the last selection's
-        clients; in both cases at the mean scale of the last selection. Profiles are averaged rather than
-        the statistics themselves, so that a client of large gradients does not speak for all. And the
-        scale is common since gradients shrink as training goes on: a client last asked long ago would
-        otherwise outweigh the others where layers are chosen for all clients at once.
+        clients; in both cases at the scale of that selection's median client. Profiles are averaged
+        rather than the statistics themselves, and the median is taken, so that a client of large
+        gradients does not speak for all. The scale is common since gradients shrink as training goes on:
+        a client last asked long ago would otherwise outweigh the others where layers are chosen for all
+        clients at once.
         """
         return {
             name: self._scale[name]

@@ -121,7 +121,7 @@ def test_a_newcomers_statistics_are_its_own_last_ones_or_else_the_mean_profile()
     memory.learn(candidates([1, 1], UNIT, two, clients=[8, 9]), chosen([0], [1]))
 
     found = memory.estimate([7, 8, 9, 10])["grad_norm_sq"]
-    # All at the scale of the last selection, (4 + 200) / 2; none outweighs another.
+    # All at the scale of the last selection's median, (4 + 200) / 2; none outweighs another.
     np.testing.assert_allclose(found.sum(axis=1), 102.0)
     np.testing.assert_allclose(found[0] / 102, [1, 0, 0, 0])
     np.testing.assert_allclose(found[1] / 102, [0, 0, 0.75, 0.25])
@@ -135,7 +135,17 @@ def test_a_gradient_of_zero_is_remembered_as_such() -> None:
     table = {"grad_norm_sq": [[0.0] * 4, [4.0, 0, 0, 0]]}
     memory.learn(candidates([1, 1], UNIT, table), chosen([0], [0]))
     found = memory.estimate([0, 1])["grad_norm_sq"]
-    np.testing.assert_allclose(found, [[0, 0, 0, 0], [2, 0, 0, 0]])
+    np.testing.assert_allclose(found, [[0, 0, 0, 0], [4, 0, 0, 0]])
+    np.testing.assert_allclose(memory.estimate([9])["grad_norm_sq"], [[4, 0, 0, 0]])
+
+
+def test_one_enormous_statement_decides_nothing_for_others() -> None:
+    memory = Memory()
+    table = {"grad_norm_sq": [[1.0, 2, 1, 0], [0.0, 3, 1, 0], [0.0, 0, 0, 1e99]]}
+    memory.learn(candidates([1] * 3, UNIT, table), chosen([0], [0], [0]))
+    (found,) = memory.estimate([9])["grad_norm_sq"]
+    assert found.sum() == pytest.approx(4.0)
+    assert found.argmax() == 1
 
 
 def test_a_node_that_came_back_with_less_is_given_other_masks() -> None:
