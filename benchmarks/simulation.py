@@ -35,7 +35,6 @@ NAMES = {
         *("stock-flower-cached", "stock-flower", "pfl"),
     ],
 }
-WARM_UP = 2
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -105,6 +104,7 @@ def main(
     workload: Annotated[list[str] | None, typer.Option(help="cnn, digits, vit-b32")] = None,
     contender: Annotated[list[str] | None, typer.Option(help="only these")] = None,
     rounds: Annotated[int, typer.Option(help="rounds measured in each process")] = 4,
+    warm_up: Annotated[int, typer.Option(help="rounds before them, left out")] = 2,
     repeats: Annotated[int, typer.Option(help="processes of each contender")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the table here")] = None,
     work_on: Annotated[str, typer.Option("--work", hidden=True)] = "",
@@ -125,8 +125,8 @@ def main(
         for repeat in range(repeats):
             for each in asked:
                 with console.status(f"{name}: {each}, {repeat + 1} of {repeats}"):
-                    found, peak = measure(each, name, rounds + WARM_UP)
-                seconds[each] += found[WARM_UP:]
+                    found, peak = measure(each, name, rounds + warm_up)
+                seconds[each] += found[warm_up:]
                 peaks[each] = max(peaks[each], peak)
         floor = statistics.median(seconds[asked[0]])
         found_rows = [

@@ -139,7 +139,7 @@ WORKLOADS = {
         # 1,000 users, 50 a round, one pass over 50 images in batches of 10, as in pfl's benchmark.
         Workload("cnn", "workloads:CNN", 1000, 50, 10, 5, "full"),
         Workload("digits", "digits", 10, 10, 32, 5, "top"),
-        Workload("vit-b32", "workloads:ViTB32", 20, 20, 4, 2, "top"),
+        Workload("vit-b32", "workloads:ViTB32", 20, 20, 4, 1, "top"),
     )
 }
 
