@@ -198,13 +198,14 @@ class ResidentModel:
 
     @contextmanager
     def borrowed(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Lend layers for local training and put them back at the global version afterwards.
+        """Lend layers for local training, and have them back at the global version afterwards.
 
-        Yields the tensors θ^t of those layers, copied, from which Δ_i is computed. A layer is marked as
-        unknown while it is lent, so a training step that raises cannot leak into the next client.
+        What is lent is a copy; the tensors θ^t themselves are set aside, are yielded, for Δ_i to be
+        computed from, and are put back by reference. A layer counts as unknown while it is lent, so a
+        training step that raises cannot leak into the next client.
         """
         before = {
-            tensor: self.tensors[tensor].detach().clone()
+            tensor: self.tensors[tensor].data
             for name in names
             for tensor in self.layers[name].tensors
         }
@@ -212,8 +213,10 @@ class ResidentModel:
         for name in names:
             self._digests[name] = None
         try:
+            for tensor, value in before.items():
+                self.tensors[tensor].data = value.clone()
             yield before
         finally:
-            for name in names:
-                self._load(name, {tensor: before[tensor] for tensor in self.layers[name].tensors})
-                self._digests[name] = versions[name]
+            for tensor, value in before.items():
+                self.tensors[tensor].data = value
+            self._digests.update(versions)

@@ -183,8 +183,9 @@ def train_update(
                 for part, steps in [*schedule[:-1], (schedule[-1][0] if schedule else mask, None)]
             ]
         )
+        # In place: what was trained is a copy that is given up now.
         update = {
-            name: (resident.tensors[name].detach() - start).cpu().numpy()
+            name: resident.tensors[name].detach().sub_(start).cpu().numpy()
             for name, start in before.items()
         }
     return update, result
