@@ -49,7 +49,7 @@ def _attention_flops(
 def _encoder_layer_flops(source: Shape, width: int, *rest: Any, **__: Any) -> float:
     """Attention, and the feed-forward network, whose first weight (F, E) is the 15th argument."""
     batch, tokens, _width = source
-    hidden = rest[12][0]
+    hidden = int(rest[12][0])
     return _attention_flops(source, source, source, width) + 4 * batch * tokens * width * hidden
 
 
