@@ -20,13 +20,14 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-from layerfed.config import ConfigError, RunConfig, load_config
+from layerfed.config import ConfigError, RunConfig, load_config, parse_override
 from layerfed.deploy.cli import app as deploy
 
 EngineName = Literal["auto", "inprocess", "ray"]
 ENGINES = get_args(EngineName)
 
 if TYPE_CHECKING:
+    from layerfed.compare import Plan
     from layerfed.layers import Layer
 
 app = typer.Typer(
@@ -139,64 +140,107 @@ def _print_summary(folder: Path) -> None:
 
 @app.command()
 def compare(
-    settings: Settings = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A configuration file (conf/*.toml) to compare strategies on, or a table file "
+            "(conf/tables/*.toml) that says it all; then key=value settings for every run.",
+            metavar="[CONF|TABLE] [KEY=VALUE]...",
+        ),
+    ] = None,
     strategies: Annotated[
         str, typer.Option(help="Strategies, separated by commas [default: all]")
     ] = "",
     budgets: Annotated[
-        str, typer.Option(help="Budgets: numbers or half-normal, separated by commas")
-    ] = "1,2",
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas")] = "0,1,2",
+        str,
+        typer.Option(help="Budgets: numbers or half-normal, separated by commas [default: 1,2]"),
+    ] = "",
+    seeds: Annotated[
+        str,
+        typer.Option(help="Seeds, separated by commas [default: the table file's, or 0,1,2]"),
+    ] = "",
+    only: Annotated[
+        str, typer.Option(help="Experiments of a table file to keep, separated by commas")
+    ] = "",
     directory: Annotated[
-        Path, typer.Option("--dir", help="Where run folders and tables go")
-    ] = Path("runs/compare"),
-    engine: Annotated[str, typer.Option(help="auto, inprocess or ray")] = "auto",
+        Path | None,
+        typer.Option(
+            "--dir",
+            help="Where run folders and tables go [default: runs/compare; of a table file: runs/tables]",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a process each")] = 1,
+    engine: Annotated[
+        str, typer.Option(help="auto, inprocess or ray; auto with --jobs is inprocess")
+    ] = "auto",
 ) -> None:
-    """Run a grid of strategies, budgets and seeds, and write the table that compares them."""
+    """Compare strategies: run what is missing, write tables and pictures; interrupted, it goes on."""
+    from layerfed.compare import compare as carry_out
+    from layerfed.deploy.processes import clean_up_on_sigterm
+
+    clean_up_on_sigterm()
     with _one_line_errors(ConfigError):
-        base = _load(settings)
-        from layerfed.compare import Cell, cells, run_missing, write_tables
-        from layerfed.engine import choose_engine, run_on
-        from layerfed.strategies import STRATEGIES, RoundFailed
-
-        directory = directory.resolve()
-        grid = cells(
-            base,
-            _words(strategies) or list(STRATEGIES),
-            _words(budgets),
-            [_whole(seed) for seed in _words(seeds)],
-            directory,
-        )
-        chosen, _ = choose_engine(base, _engine(engine))
-        logging.getLogger("flwr").setLevel(logging.WARNING)
-
-        def run_cell(cell: Cell) -> None:
-            try:
-                folder = run_on(chosen, cell.config)
-            except RoundFailed as error:
-                console.print(f"{cell.name:<28} [red]failed[/]: {_escape(str(error))}")
-                return
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            console.print(
-                f"{cell.name:<28} accuracy {summary['accuracy']:.2%}  {summary['seconds']:.0f} s",
-                highlight=False,
+        plan, place = _plan(settings, strategies, budgets, seeds, only)
+        try:
+            files, failed = carry_out(
+                plan,
+                (directory or place).expanduser().resolve(),
+                jobs=jobs,
+                engine=_engine(engine),
+                say=lambda line: console.print(_escape(line), highlight=False, soft_wrap=True),
             )
+        except KeyboardInterrupt:
+            console.print("interrupted; the same command goes on from here")
+            raise typer.Exit(130) from None
+    typer.echo(files[0].read_text(encoding="utf-8"))
+    typer.echo("\n".join(f"written: {file}" for file in files))
+    if failed:
+        console.print(f"[bold red]failed:[/] {failed} runs; the same command tries them again")
+        raise typer.Exit(1)
 
-        console.print(f"{len(grid)} runs in {directory} (engine {chosen})", highlight=False)
-        rows = run_missing(grid, directory, run_cell)
-        file = write_tables(rows, directory)
-    typer.echo(file.read_text(encoding="utf-8"))
-    typer.echo(f"tables: {file}, {file.with_name('runs.csv')}")
+
+def _plan(
+    settings: list[str] | None, strategies: str, budgets: str, seeds: str, only: str
+) -> tuple[Plan, Path]:
+    """Return the comparison that a command line describes, and where it goes by default."""
+    from layerfed.compare import (
+        Budget,
+        Experiment,
+        Plan,
+        Row,
+        is_table_file,
+        load_plan,
+        parse_seeds,
+        refuse_grid_keys,
+    )
+    from layerfed.strategies import STRATEGIES
+
+    words = list(settings or [])
+    overrides = [word for word in words if "=" in word]
+    refuse_grid_keys((parse_override(word)[0] for word in overrides), "command line")
+    file = Path(words[0]) if words and "=" not in words[0] else None
+    if file is not None and is_table_file(file):
+        for option, value in (("--strategies", strategies), ("--budgets", budgets)):
+            if value:
+                raise ConfigError(f"{option} {value}: {file} has rows and budgets of its own")
+        numbers = parse_seeds(_words(seeds))
+        return load_plan(file, words[1:], seeds=numbers, only=_words(only)), Path("runs/tables")
+    if only:
+        raise ConfigError(f"--only {only} is for table files, which have several experiments")
+    base = _load(settings)
+    plan = Plan(
+        name="table",
+        title=f"{base.task.name}: strategies compared",
+        rows=[Row(name) for name in _words(strategies) or STRATEGIES],
+        budgets=[Budget.parse(budget) for budget in _words(budgets or "1,2")],
+        experiments=[Experiment(base.task.name, base.task.name, base)],
+        seeds=parse_seeds(_words(seeds or "0,1,2")),
+    )
+    return plan, Path("runs/compare")
 
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"seed '{text}' is not a whole number")
-    return int(text)
 
 
 @app.command()

@@ -32,7 +32,9 @@ __all__ = [
     "RunConfig",
     "Scalar",
     "explain",
+    "flatten",
     "load_config",
+    "parse_override",
 ]
 
 Scalar = str | int | float | bool

@@ -23,12 +23,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from layerfed.client_app import build_client_app, client_app, workbench
+from layerfed.client_app import Workbench, build_client_app, client_app, workbench
 from layerfed.config import ConfigError, Flat, RunConfig, Scalar
 from layerfed.records import Observer
 from layerfed.server_app import build_server_app, build_strategy
 
-__all__ = ["Engine", "EngineName", "InProcessGrid", "choose_engine", "run_on"]
+__all__ = ["Engine", "EngineName", "InProcessGrid", "choose_engine", "prepare", "run_on"]
 
 Engine = Literal["inprocess", "ray"]
 EngineName = Literal["auto", "inprocess", "ray"]
@@ -176,6 +176,20 @@ def _gpu_share(config: RunConfig) -> float:
     return config.run.client_gpus if on_gpu and torch.cuda.is_available() else 0.0
 
 
+def prepare(config: RunConfig) -> Workbench:
+    """Load a configuration's data and model, and build its strategy, as a run on this machine will.
+
+    Raises
+    ------
+    ConfigError
+        If the configuration cannot be run here.
+    """
+    bench = workbench(config.to_flat())
+    build_strategy(config, bench.resident.layers)
+    bench.examples(0)
+    return bench
+
+
 def run_on(
     engine: Engine,
     config: RunConfig,
@@ -205,9 +219,7 @@ def run_on(
     """
     flat = config.to_flat()
     # Built here first, so that impossible settings are refused before Ray takes its time to start.
-    bench = workbench(flat)
-    build_strategy(config, bench.resident.layers)
-    bench.examples(0)
+    bench = prepare(config)
     if nodes and engine != "inprocess":
         raise ConfigError(
             f"settings of nodes are for the in-process engine; Flower's {engine} sets its nodes' own"

@@ -20,6 +20,7 @@ from layerfed.report import draw_run
 from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint
 from layerfed.server_optimizers import SERVER_OPTIMIZERS
 from layerfed.strategies import STRATEGIES, SelectiveStrategy
+from layerfed.task.flops import forward_flops
 from layerfed.task.training import evaluate
 
 __all__ = ["build_server_app", "build_strategy", "run", "server_app"]
@@ -104,7 +105,9 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
     else:
         opened = RunFolder.reopen(Path(config.run.resume), config, engine, resumed.round)
     with opened as folder:
-        folder.describe(strategy.layers)
+        example = next(iter(test.in_order(1, bench.device)))
+        flops = forward_flops(bench.resident.model, strategy.layers, example, bench.task.logits)
+        folder.describe(strategy.layers, *flops)
         strategy.observers = (folder, *observers)
         if config.run.checkpoint_every:
             strategy.observers += (

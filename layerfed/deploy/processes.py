@@ -22,7 +22,7 @@ from typing import Self
 
 from layerfed.deploy.federation import DeploymentFailed
 
-__all__ = ["Processes", "clean_up_on_sigterm", "free_ports"]
+__all__ = ["Processes", "clean_up_on_sigterm", "free_ports", "undisturbed"]
 
 POLL_SECONDS = 0.2
 # What a process gets to end by itself after SIGTERM, and its descendants after that.
@@ -83,7 +83,7 @@ class Processes:
         trace: TracebackType | None,
     ) -> None:
         """Stop what still runs, last started first."""
-        with _undisturbed():
+        with undisturbed():
             while self._members:
                 self._stop(self._members.pop())
 
@@ -153,7 +153,7 @@ class Processes:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Hold off whoever asks to stop a second time: that must not leave processes behind."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -180,13 +180,28 @@ class RunFolder(Observer):
         elif error is not None:
             self._summarise("failed", error=f"{type(error).__name__}: {error}")
 
-    def describe(self, layers: LayerMap) -> None:
-        """Write the layers of the model: `layers.json`."""
+    def describe(self, layers: LayerMap, forward: Mapping[str, float], whole: float) -> None:
+        """Write the layers of the model, `layers.json`.
+
+        Parameters
+        ----------
+        layers : LayerMap
+        forward : Mapping[str, float]
+            FLOPs of one example's forward pass through each layer, by name.
+        whole : float
+            FLOPs of its forward pass through the model.
+        """
         rows = [
-            {"name": x.name, "kind": x.kind, "elements": x.elements, "bytes": x.bytes}
+            {
+                "name": x.name,
+                "kind": x.kind,
+                "elements": x.elements,
+                "bytes": x.bytes,
+                "forward_flops": forward[x.name],
+            }
             for x in layers.layers
         ]
-        _write(self.path / "layers.json", {"layers": rows})
+        _write(self.path / "layers.json", {"forward_flops": whole, "layers": rows})
 
     def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
         """Note the accuracy before the first round."""

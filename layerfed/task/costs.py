@@ -25,10 +25,10 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from layerfed.layers import LayerMap
 from layerfed.task.base import Batch
+from layerfed.task.flops import counter
 from layerfed.task.training import LossFn, autocast, selected_layers
 
 __all__ = ["MEASURED_UNITS", "MeasuredUnit", "measure_costs", "step_cost"]
@@ -123,10 +123,10 @@ def _clear(model: nn.Module) -> None:
 
 
 def _flops(model: nn.Module, step: Callable[[], None]) -> float:
-    with FlopCounterMode(display=False) as counter:
+    with counter() as flops:
         step()
     _clear(model)
-    return float(counter.get_total_flops())
+    return float(flops.get_total_flops())
 
 
 def _seconds(model: nn.Module, step: Callable[[], None]) -> float:

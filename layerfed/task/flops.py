@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from layerfed.layers import LayerMap
 from layerfed.task.base import Batch
 
-__all__ = ["counted"]
+__all__ = ["counted", "counter", "forward_flops"]
 
 T = TypeVar("T")
+Shape = Sequence[int]
 
 # The FLOPs of a step depend on what is selected and on the batch's shapes only, and counting doubles the
 # time of a step, so each combination is counted once and remembered as long as its model lives.
 _KNOWN: WeakKeyDictionary[nn.Module, dict[object, float]] = WeakKeyDictionary()
+
+
+def counter() -> FlopCounterMode:
+    """Return torch's counter, taught the fused attention that frozen layers run.
+
+    Where nothing needs a gradient, `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` take one
+    fused operation each, which torch's counter knows nothing of: a third of a frozen CLIP block.
+    """
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            torch.ops.aten._native_multi_head_attention: _attention_flops,
+            torch.ops.aten._transformer_encoder_layer_fwd: _encoder_layer_flops,
+        },
+    )
+
+
+def _attention_flops(
+    query: Shape, key: Shape, value: Shape, width: int, *_: Any, **__: Any
+) -> float:
+    """Four projections and two products of self-attention, at two FLOPs a multiplication."""
+    batch, tokens, _width = query
+    return 2 * batch * tokens * width * (4 * width + 2 * tokens)
+
+
+def _encoder_layer_flops(source: Shape, width: int, *rest: Any, **__: Any) -> float:
+    """Attention, and the feed-forward network, whose first weight (F, E) is the 15th argument."""
+    batch, tokens, _width = source
+    hidden = int(rest[12][0])
+    return _attention_flops(source, source, source, width) + 4 * batch * tokens * width * hidden
 
 
 def counted(model: nn.Module, kind: object, batch: Batch, step: Callable[[], T]) -> tuple[T, float]:
@@ -35,7 +68,43 @@ def counted(model: nn.Module, kind: object, batch: Batch, step: Callable[[], T])
     key = (kind, tuple((name, tuple(tensor.shape)) for name, tensor in batch.items()))
     if key in known:
         return step(), known[key]
-    with FlopCounterMode(display=False) as counter:
+    with counter() as flops:
         result = step()
-    known[key] = float(counter.get_total_flops())
+    known[key] = float(flops.get_total_flops())
     return result, known[key]
+
+
+def forward_flops(
+    model: nn.Module,
+    layers: LayerMap,
+    example: Batch,
+    logits: Callable[[nn.Module, Batch], Tensor],
+) -> tuple[dict[str, float], float]:
+    """Count the FLOPs of an example's forward pass: of each layer by name, and of the whole model.
+
+    What a model computes between its modules (such as a product with a loose parameter) is part of
+    the whole only.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : LayerMap
+    example : Batch
+        A batch of one.
+    logits : Callable[[nn.Module, Batch], Tensor]
+        The task's forward pass.
+    """
+    model.eval()
+    with torch.no_grad(), counter() as flops:
+        logits(model, example)
+    # The counter calls modules by the class of the outermost one and their names within it.
+    root = type(model).__name__
+    by_module = {
+        module: float(sum(operations.values()))
+        for module, operations in flops.get_flop_counts().items()
+    }
+    by_layer = {
+        layer.name: sum(by_module.get(f"{root}.{module}", 0.0) for module in layer.modules)
+        for layer in layers.layers
+    }
+    return by_layer, float(flops.get_total_flops())

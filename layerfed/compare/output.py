@@ -1,0 +1,149 @@
+"""What a comparison leaves beside its run folders: NAME.md, NAME.csv and pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from layerfed.compare.plan import Cell, Experiment, Plan
+from layerfed.config import ConfigError
+from layerfed.report import (
+    RunFigures,
+    Section,
+    accuracy_table,
+    draw_accuracy,
+    draw_uplink,
+    measured_costs,
+    paper_accounting,
+    runs_csv,
+)
+
+__all__ = ["Output"]
+
+
+class Output:
+    """The tables and pictures of the runs that are complete.
+
+    Parameters
+    ----------
+    plan : Plan
+    cells : Sequence[Cell]
+        The runs that exist.
+    directory : Path
+    """
+
+    def __init__(self, plan: Plan, cells: Sequence[Cell], directory: Path) -> None:
+        self._plan, self._directory = plan, directory
+        self._exists = {(cell.experiment, cell.row, cell.budget) for cell in cells}
+        self._runs: dict[tuple[str, str, str | None, int], RunFigures] = {}
+
+    def add(self, cell: Cell) -> RunFigures:
+        """Read a completed run.
+
+        Raises
+        ------
+        ConfigError
+            If its folder is damaged.
+        """
+        try:
+            run = RunFigures.read(cell.folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"{cell.folder} is marked as completed, but cannot be read ({type(error).__name__}: "
+                f"{error}); move it away to run it again"
+            ) from None
+        self._runs[cell.experiment, cell.row, cell.budget, cell.seed] = run
+        return run
+
+    @property
+    def sections(self) -> list[Section]:
+        """What there is so far, an experiment each."""
+        return [self._section(experiment) for experiment in self._plan.experiments]
+
+    def _section(self, experiment: Experiment) -> Section:
+        plan = self._plan
+        runs: dict[tuple[str, str | None], list[RunFigures]] = {}
+        for row in plan.rows:
+            for budget in plan.budgets if row.within_budget else [None]:
+                name = budget.name if budget else None
+                if (experiment.name, row.name, name) in self._exists:
+                    keys = [(experiment.name, row.name, name, seed) for seed in plan.seeds]
+                    runs[row.name, budget.title if budget else None] = [
+                        self._runs[key] for key in keys if key in self._runs
+                    ]
+        return Section(
+            title=experiment.title,
+            rows=[row.name for row in plan.rows],
+            budgets=[budget.title for budget in plan.budgets],
+            runs=runs,
+            seeds=len(plan.seeds),
+            paper=experiment.paper,
+            paper_costs=experiment.paper_costs,
+        )
+
+    def write_tables(self) -> list[Path]:
+        """Write NAME.md and NAME.csv; return their paths."""
+        plan, sections = self._plan, self.sections
+        parts = [f"# {plan.title}", _caption(plan)]
+        for section in sections:
+            if len(sections) > 1:
+                parts.append(f"## {section.title}")
+            if plan.show == "accuracy":
+                parts.append(accuracy_table(section))
+            else:
+                parts += [
+                    MEASURED,
+                    measured_costs(section, plan.reference),
+                    ACCOUNTED,
+                    paper_accounting(section, plan.reference),
+                ]
+        if plan.note:
+            parts.append(plan.note)
+        table = self._file(".md")
+        _replace(table, "\n\n".join(part.strip() for part in parts) + "\n")
+        rows = runs_csv(zip((e.name for e in plan.experiments), sections, strict=True))
+        _replace(self._file(".csv"), rows)
+        return [table, self._file(".csv")]
+
+    def draw(self) -> list[Path]:
+        """Draw accuracy by round, and accuracy against uplink; return the pictures, if there are any."""
+        if not self._runs:
+            return []
+        sections = self.sections
+        return [
+            draw_accuracy(sections, self._file("-accuracy.png")),
+            draw_uplink(sections, self._file("-uplink.png")),
+        ]
+
+    def _file(self, ending: str) -> Path:
+        return self._directory / f"{self._plan.name}{ending}"
+
+
+MEASURED = (
+    "Measured, a client and round: FLOPs as counted, forward and backward, frozen layers included; "
+    "bytes of the ledger; peak memory of a round on CUDA, of the whole process elsewhere."
+)
+ACCOUNTED = (
+    "In the paper's accounting, a client and round: each selected layer counts as its share of the "
+    "whole model, and nothing else does (`layerfed/report/paper_costs.py`). Selection is as measured."
+)
+
+
+def _caption(plan: Plan) -> str:
+    seeds = len(plan.seeds)
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"seed {plan.seeds[0]}"
+    text = f"Final test accuracy in %, {over}"
+    if plan.show == "accuracy":
+        text += (
+            "; the best of each budget in bold. Bytes (in % of full-model exchange) and TFLOPs (probe "
+            "included) are of the first budget a row has"
+        )
+    source = f" Published figures: {plan.source}." if plan.source else ""
+    return f"{text}.{source}"
+
+
+def _replace(file: Path, text: str) -> None:
+    beside = file.with_name(file.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)

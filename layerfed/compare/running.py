@@ -1,0 +1,211 @@
+"""Carrying out a comparison: what is done stays, what was interrupted goes on, the rest is run.
+
+Every run is a process of its own, which gives its memory back, states a peak that is its own, and takes
+nobody with it when it dies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from layerfed.compare.children import Ended, Job, alone_in, run_jobs
+from layerfed.compare.output import Output
+from layerfed.compare.plan import Cell, Plan
+from layerfed.config import ConfigError
+from layerfed.runs import latest_checkpoint
+
+__all__ = ["Standing", "compare", "standing"]
+
+# Settings that a run's result does not depend on, beside all of `run` but the seed.
+FREE = {"federation.timeout"}
+LOGS = "logs"
+
+
+class Standing(Enum):
+    """How far a cell is."""
+
+    DONE = "done"
+    STOPPED = "to go on from a checkpoint"
+    BROKEN = "to begin anew"
+    ABSENT = "to run"
+
+
+def standing(cell: Cell) -> Standing:
+    """Look at a cell's folder.
+
+    Raises
+    ------
+    ConfigError
+        If it holds a run of another configuration.
+    """
+    theirs = _read(cell.folder / "config.json")
+    if theirs is None:
+        return Standing.BROKEN if cell.folder.exists() else Standing.ABSENT
+    mine = cell.config.to_flat()
+    changed = [
+        key
+        for key, value in mine.items()
+        if theirs.get(key) != value
+        and key not in FREE
+        and (not key.startswith("run.") or key == "run.seed")
+    ]
+    if changed:
+        raise ConfigError(
+            f"{cell.folder} holds a run of another configuration ({', '.join(changed)} differ); compare "
+            "into another --dir, or remove that folder"
+        )
+    summary = _read(cell.folder / "summary.json")
+    if summary is not None and summary.get("status") == "completed":
+        return Standing.DONE
+    if summary is not None and latest_checkpoint(cell.folder) is not None:
+        return Standing.STOPPED
+    return Standing.BROKEN
+
+
+def _read(file: Path) -> Mapping[str, object] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def compare(
+    plan: Plan,
+    directory: Path,
+    *,
+    jobs: int = 1,
+    engine: str = "auto",
+    say: Callable[[str], None] = print,
+) -> tuple[list[Path], int]:
+    """Run what is missing of a comparison, and write its tables and pictures.
+
+    The tables are written anew after each run, so they can be read meanwhile.
+
+    Parameters
+    ----------
+    plan : Plan
+    directory : Path
+        Where run folders, tables and pictures go.
+    jobs : int
+        Runs at a time.
+    engine : {"auto", "inprocess", "ray"}
+        What clients run on; `auto` with several jobs is in-process, since those share the machine.
+    say : Callable[[str], None]
+        Gets a line for each run.
+
+    Returns
+    -------
+    tuple[list[Path], int]
+        The files written, and how many runs failed.
+
+    Raises
+    ------
+    ConfigError
+        If a run is impossible: its configuration, data or model, or what lies in the folder. Nothing
+        has been run then.
+    """
+    cells = plan.cells(directory)
+    with alone_in(directory) as lock, TemporaryDirectory(prefix="layerfed-") as scratch:
+        found = {cell: standing(cell) for cell in cells}
+        output = Output(plan, cells, directory)
+        for cell in cells:
+            if found[cell] is Standing.DONE:
+                output.add(cell)
+        missing = [cell for cell in cells if found[cell] is not Standing.DONE]
+        say(_overview(found, directory))
+        _prepare(missing, plan, directory / LOGS, Path(scratch), lock)
+        failed = 0
+
+        def ended(result: Ended[Cell]) -> None:
+            nonlocal failed
+            cell, error = result.job.what, result.error
+            if not error and standing(cell) is not Standing.DONE:
+                error = f"ended before its run was complete; its log: {result.job.log}"
+            if error:
+                failed += 1
+                say(f"{cell.name}: failed: {error}")
+                return
+            run = output.add(cell)
+            say(f"{cell.name}: accuracy {run.accuracy:.2%}, {run.seconds:.0f} s")
+            output.write_tables()
+
+        if engine == "auto" and jobs > 1:
+            engine = "inprocess"
+        work = (
+            _job(number, cell, found[cell], engine, directory / LOGS, Path(scratch))
+            for number, cell in enumerate(missing)
+        )
+        try:
+            run_jobs(work, jobs, ended, lock)
+        finally:
+            files = [*output.write_tables(), *output.draw()]
+    return files, failed
+
+
+def _overview(found: Mapping[Cell, Standing], directory: Path) -> str:
+    counts = [
+        f"{count} {kind.value}"
+        for kind in Standing
+        if (count := sum(value is kind for value in found.values()))
+    ]
+    return f"{len(found)} runs in {directory}: {', '.join(counts)}"
+
+
+def _prepare(missing: Sequence[Cell], plan: Plan, logs: Path, scratch: Path, lock: int) -> None:
+    """Try whether every experiment with runs to come has its data, its model and possible budgets.
+
+    One that has not stops the comparison rather than being passed over: a column that turns out to be
+    missing after days of runs helps nobody, and leaving it out takes one word.
+    """
+    by_experiment: dict[str, list[Cell]] = {}
+    for cell in missing:
+        by_experiment.setdefault(cell.experiment, []).append(cell)
+    jobs = []
+    for experiment, cells in by_experiment.items():
+        file = scratch / f"{experiment.replace(os.sep, '-')}.json"
+        # One seed shows what can be shown: others draw other partitions of the same data.
+        flats = [cell.config.to_flat() for cell in cells if cell.seed == cells[0].seed]
+        file.write_text(json.dumps(flats), encoding="utf-8")
+        log = logs / f"prepare-{file.stem}.log"
+        jobs.append(Job(experiment, ["layerfed.compare.prepare", str(file)], log))
+    errors: dict[str, str] = {}
+
+    def ended(result: Ended[str]) -> None:
+        if result.error:
+            errors[result.job.what] = result.error
+
+    run_jobs(jobs, 1, ended, lock)
+    if errors:
+        others = [e.name for e in plan.experiments if e.name not in errors]
+        hint = f"; without: --only {','.join(others)}" if others else ""
+        found = "; ".join(f"experiment '{name}' cannot run: {e}" for name, e in errors.items())
+        raise ConfigError(f"{found}{hint}")
+
+
+def _job(
+    number: int, cell: Cell, state: Standing, engine: str, logs: Path, scratch: Path
+) -> Job[Cell]:
+    """Return the process that runs a cell, or goes on with it."""
+    flat = cell.config.to_flat()
+    if state is Standing.STOPPED:
+        flat["run.resume"] = str(cell.folder)
+    elif state is Standing.BROKEN:
+        _set_aside(cell.folder)
+    file = scratch / f"{number}.json"
+    file.write_text(json.dumps(flat), encoding="utf-8")
+    log = logs / cell.experiment.replace(os.sep, "-") / f"{cell.config.run.name}.log"
+    return Job(cell, ["layerfed.cli", "run", str(file), "--engine", engine], log)
+
+
+def _set_aside(folder: Path) -> None:
+    """Move what cannot be gone on with out of the way; nothing a run wrote is deleted."""
+    count = 1
+    while (aside := folder.with_name(f"{folder.name}.interrupted-{count}")).exists():
+        count += 1
+    folder.rename(aside)

@@ -1,0 +1,241 @@
+"""The tables of a comparison, as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from io import StringIO
+
+from layerfed.report.figures import RunFigures, Section
+
+__all__ = ["PAPER_COSTS", "accuracy_table", "measured_costs", "paper_accounting", "runs_csv"]
+
+# Published costs a client and round, as a table file names them, and their columns here.
+PAPER_COSTS = {
+    "tflops": "TFLOPs",
+    "tflops-ratio": "of full, %",
+    "selection": "selection",
+    "selection-ratio": "of full, %",
+    "mbit-up": "Mbit up",
+    "mbit-up-ratio": "of full, %",
+}
+NONE, PENDING = "–", "…"
+# Columns of the CSV that are attributes of a run's figures.
+RUN_COLUMNS = (
+    "rounds",
+    "accuracy",
+    "best_accuracy",
+    "bytes_up",
+    "bytes_down",
+    "bytes_full_up",
+    "bytes_full_down",
+    "flops",
+    "flops_probe",
+    "updates",
+    "seconds",
+    "train_seconds",
+    "peak_memory",
+)
+
+Runs = Sequence[RunFigures]
+Figure = Callable[[RunFigures], float]
+
+
+def accuracy_table(section: Section) -> str:
+    """Return final test accuracies in %: mean ± standard deviation over seeds, the best in bold.
+
+    Rows without budgets stand outside, as `full` does in the paper's tables. Published figures and
+    costs follow: bytes in % of full-model exchange, and TFLOPs of training and probes, at the first
+    budget at which a row has runs.
+    """
+    best = {
+        budget: max(
+            (
+                _mean(runs, _accuracy)
+                for row in section.rows
+                if section.within_budget(row) and (runs := section.entry(row, budget))
+            ),
+            default=math.nan,
+        )
+        for budget in section.budgets
+    }
+
+    def score(row: str, budget: str) -> str:
+        runs = section.entry(row, budget)
+        if runs is None:
+            return NONE
+        text = _spread(runs, section.seeds)
+        leads = runs and section.within_budget(row) and _mean(runs, _accuracy) >= best[budget]
+        return f"**{text}**" if leads else text
+
+    published = [f"paper, {budget}" for budget in section.budgets] if section.paper else []
+    header = ["strategy", *section.budgets, *published, "uplink %", "downlink %", "TFLOPs"]
+    lines = []
+    for row in section.rows:
+        line = [row, *(score(row, budget) for budget in section.budgets)]
+        if published:
+            found = (section.published(row, budget) for budget in section.budgets)
+            line += [NONE if figure is None else f"{figure:.2f}" for figure in found]
+        runs = section.first(row)
+        line += [
+            _text(runs, lambda run: 100 * run.bytes_up / run.bytes_full_up, ".1f"),
+            _text(runs, lambda run: 100 * run.bytes_down / run.bytes_full_down, ".1f"),
+            _text(runs, lambda run: (run.flops + run.flops_probe) / 1e12, ".2f"),
+        ]
+        lines.append(line)
+    return _markdown(header, lines)
+
+
+def measured_costs(section: Section, reference: str = "") -> str:
+    """Return what a client's round was measured to cost: compute, traffic, time and memory.
+
+    Parameters
+    ----------
+    section : Section
+        Rows are taken at the first budget at which they have runs.
+    reference : str
+        The row that ratios are relative to; empty: no ratios.
+    """
+    full = section.first(reference) if reference else ()
+    header = [
+        *("strategy", "TFLOPs training", "TFLOPs selection", "sum, % of full (selection)"),
+        *("Mbit up", "% of full", "Mbit down", "% of full"),
+        *("s a round", "s of training a client", "peak memory, MB", "accuracy, %"),
+    ]
+    lines = []
+    for row in section.rows:
+        runs = section.first(row)
+        selection = _ratio(runs, _selection, full, _compute)
+        lines.append(
+            [
+                row,
+                _text(runs, _training, ".3g"),
+                _text(runs, _selection, ".3g"),
+                f"{_ratio(runs, _compute, full, _compute)} ({selection})",
+                _text(runs, _mbit_up, ",.4g"),
+                _ratio(runs, _mbit_up, full, _mbit_up),
+                _text(runs, _mbit_down, ",.4g"),
+                _ratio(runs, _mbit_down, full, _mbit_down),
+                _text(runs, lambda run: run.seconds / run.rounds, ".3g"),
+                _text(runs, lambda run: run.train_seconds / run.updates, ".3g"),
+                _text(runs, lambda run: run.peak_memory / 1e6, ",.0f"),
+                _spread(runs, section.seeds),
+            ]
+        )
+    return _markdown(header, lines)
+
+
+def paper_accounting(section: Section, reference: str = "") -> str:
+    """Return what a client's round costs in the paper's accounting, beside the published figures.
+
+    The rule is that of `paper_costs`; FLOPs of selection are measured ones. Parameters are those of
+    `measured_costs`.
+    """
+    full = section.first(reference) if reference else ()
+
+    def compute(run: RunFigures) -> float:
+        return _accounted(run) + _selection(run)
+
+    def mbit(run: RunFigures) -> float:
+        return run.accounted.bytes_up * 8e-6
+
+    published = [f"paper: {title}" for title in PAPER_COSTS.values()] if section.paper_costs else []
+    lines = []
+    for row in section.rows:
+        runs = section.first(row)
+        line = [
+            row,
+            _text(runs, compute, ".3g"),
+            _ratio(runs, compute, full, compute),
+            _text(runs, _selection, ".3g"),
+            _ratio(runs, _selection, full, compute),
+            _text(runs, mbit, ",.4g"),
+            _ratio(runs, mbit, full, mbit),
+        ]
+        if published:
+            figures = section.paper_costs.get(row, {})
+            line += [f"{figures[key]:,.4g}" if key in figures else NONE for key in PAPER_COSTS]
+        lines.append(line)
+    return _markdown(["strategy", *PAPER_COSTS.values(), *published], lines)
+
+
+def runs_csv(sections: Iterable[tuple[str, Section]]) -> str:
+    """Return a line a completed run; each section comes with the name of its experiment."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["experiment", "row", "budget", "seed", "folder", *RUN_COLUMNS])
+    for experiment, section in sections:
+        for (row, budget), runs in section.runs.items():
+            for run in runs:
+                figures = (getattr(run, column) for column in RUN_COLUMNS)
+                writer.writerow([experiment, row, budget, run.seed, run.folder.name, *figures])
+    return text.getvalue()
+
+
+def _accuracy(run: RunFigures) -> float:
+    return 100 * run.accuracy
+
+
+def _training(run: RunFigures) -> float:
+    """TFLOPs of a client's training in a round."""
+    return run.flops / run.updates / 1e12
+
+
+def _selection(run: RunFigures) -> float:
+    """TFLOPs of a client's probe in a round, those without a probe included."""
+    return run.flops_probe / run.updates / 1e12
+
+
+def _compute(run: RunFigures) -> float:
+    return _training(run) + _selection(run)
+
+
+def _accounted(run: RunFigures) -> float:
+    return math.nan if run.accounted.flops is None else run.accounted.flops / 1e12
+
+
+def _mbit_up(run: RunFigures) -> float:
+    return run.bytes_up * 8e-6 / run.updates
+
+
+def _mbit_down(run: RunFigures) -> float:
+    return run.bytes_down * 8e-6 / run.updates
+
+
+def _mean(runs: Runs, figure: Figure) -> float:
+    return statistics.fmean(map(figure, runs))
+
+
+def _text(runs: Runs, figure: Figure, form: str) -> str:
+    """Return the mean of some runs' figure; a dash where it is not defined."""
+    if not runs:
+        return PENDING
+    mean = _mean(runs, figure)
+    return NONE if math.isnan(mean) else f"{mean:{form}}"
+
+
+def _ratio(runs: Runs, figure: Figure, full: Runs, whole: Figure) -> str:
+    """Return a figure of some runs in % of another of the reference's."""
+    if not (runs and full) or not _mean(full, whole) > 0:  # NaN included
+        return NONE
+    share = _mean(runs, figure) / _mean(full, whole)
+    return NONE if math.isnan(share) else f"{100 * share:.1f}"
+
+
+def _spread(runs: Runs, seeds: int) -> str:
+    """Return mean ± standard deviation of the accuracy, and how many runs where some are missing."""
+    if not runs:
+        return PENDING
+    scores = [_accuracy(run) for run in runs]
+    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    count = f" ({len(scores)} of {seeds})" if len(scores) < seeds else ""
+    return f"{statistics.fmean(scores):.2f}{spread}{count}"
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, lines)]) + "\n"
