@@ -234,7 +234,7 @@ def test_whatever_ends_a_comparison_ends_its_runs(
     module(
         "endless",
         "import os, pathlib, signal, time\n"
-        f"if {deaf}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"signal.signal(signal.SIGTERM, signal.SIG_IGN if {deaf} else signal.default_int_handler)\n"
         f"here = pathlib.Path({str(tmp_path)!r})\n"
         "(here / 'pid.tmp').write_text(str(os.getpid()))\n"
         "(here / 'pid.tmp').rename(here / 'pid')\n"
