@@ -92,6 +92,9 @@ def run(
     verbose: Annotated[bool, typer.Option(help="Show Flower's and Ray's own logs.")] = False,
 ) -> None:
     """Run one federated fine-tuning on this machine, or go on with one that was interrupted."""
+    from layerfed.deploy.processes import clean_up_on_sigterm
+
+    clean_up_on_sigterm()
     with _one_line_errors(ConfigError):
         config = _load(settings if resume is None else _resumed(resume, settings))
         wanted = _engine(engine)

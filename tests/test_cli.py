@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,26 +119,80 @@ def test_solve_prints_the_masks(tmp_path: Path) -> None:
     assert "budgets" in refused.stderr
 
 
-def test_compare_runs_a_grid_once_and_writes_its_table(tmp_path: Path) -> None:
-    arguments = ["compare", *QUICK, "--strategies", "full,top,both", "--budgets", "1,2"]
-    arguments += ["--seeds", "0", "--dir", str(tmp_path), "--engine", "inprocess"]
+COMPARE = [*QUICK, "train.local-steps=1", "train.batch-size=8", "federation.clients=4"]
+
+
+def test_compare_goes_on_with_what_was_interrupted_and_runs_the_rest(tmp_path: Path) -> None:
+    """Two processes at a time; one resumes a run whose second round was lost."""
+    arguments = ["compare", *COMPARE, "--strategies", "top,bottom,both", "--budgets", "1"]
+    arguments += ["--seeds", "0", "--dir", str(tmp_path), "--jobs", "2"]
+    interrupted = tmp_path / "top-R1-seed0"
+    run = ["run", *COMPARE, "strategy.name=top", "budget.layers=1.0", "--dir", str(tmp_path)]
+    assert cli.invoke(app, [*run, f"run.name={interrupted.name}"]).exit_code == 0
+    before = json.loads((interrupted / "summary.json").read_text())
+    (interrupted / "summary.json").write_text(json.dumps(before | {"status": "interrupted"}))
+    shutil.rmtree(interrupted / "checkpoint/round-000002")
+    round_1 = (interrupted / "metrics.jsonl").read_text().splitlines()[0]
+
     first = cli.invoke(app, arguments)
     assert first.exit_code == 0, first.stderr
-    names = {folder.name for folder in tmp_path.iterdir() if folder.is_dir()}
-    assert names == {"full-R--seed0", "top-R1-seed0", "top-R2-seed0", "both-R2-seed0"}
+    assert "2 runs in" in first.stderr
+    assert "1 to go on from a checkpoint, 1 to run" in first.stderr
+    assert (interrupted / "metrics.jsonl").read_text().splitlines()[0] == round_1
+    after = json.loads((interrupted / "summary.json").read_text())
+    for key in ("status", "rounds", "accuracy", "bytes_up", "flops"):
+        assert after[key] == before[key]
     table = (tmp_path / "table.md").read_text()
     assert table in first.stdout
-    assert "| both | – |" in table
+    assert "| both | – | … | … | … |" in table
     assert "**" in table
 
-    stamp = (tmp_path / "top-R1-seed0/summary.json").stat().st_mtime_ns
-    (tmp_path / "top-R2-seed0/summary.json").write_text('{"status": "running"}')
     second = cli.invoke(app, arguments)
     assert second.exit_code == 0, second.stderr
-    assert (tmp_path / "top-R1-seed0/summary.json").stat().st_mtime_ns == stamp
-    assert (tmp_path / "top-R2-seed0.interrupted-1").is_dir()
+    assert "2 done" in second.stderr
+    assert json.loads((interrupted / "summary.json").read_text()) == after
     assert (tmp_path / "table.md").read_text() == table
 
     other = cli.invoke(app, [*arguments, "train.lr=0.01"])
     assert other.exit_code == 2
     assert "train.lr" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--strategies", "ilpp"], "row 'ilpp': there is no strategy 'ilpp'"),
+        (["--strategies", "top,top"], "row 'top' is there twice"),
+        (["--budgets", "two"], "budget 'two' is neither a number nor half-normal"),
+        (["--seeds", "0,x"], "seed 'x' is not a whole number"),
+        (["--engine", "spark"], "--engine spark"),
+        (["strategy.name=top"], "strategy.name is decided by rows (--strategies)"),
+        (["--only", "cifar10"], "--only cifar10 is for table files"),
+        (["missing.toml"], "cannot read configuration missing.toml"),
+        (["TABLE", "--strategies", "top"], "--strategies top: TABLE has rows and budgets"),
+        (["TABLE", "--only", "mnist"], "it has cifar10"),
+        (["TABLE", "train.lr=fast"], "experiment 'cifar10': train.lr = 'fast'"),
+        (["TABLE", "--seeds", "-1"], "seed '-1' is not a whole number"),
+    ],
+)
+def test_impossible_comparisons_end_before_anything_runs(
+    arguments: list[str], says: str, tmp_path: Path
+) -> None:
+    table = str(Path(__file__).parents[1] / "conf/tables/table3.toml")
+    given = [table if word == "TABLE" else word for word in arguments]
+    result = cli.invoke(app, ["compare", *given, "--dir", str(tmp_path / "runs")])
+    assert result.exit_code == 2
+    assert says.replace("TABLE", table) in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_that_are_missing_are_named_before_anything_runs(tmp_path: Path) -> None:
+    table = str(Path(__file__).parents[1] / "conf/tables/table3.toml")
+    gone = tmp_path / "gone"
+    arguments = ["compare", table, f"task.data={gone}", "--dir", str(tmp_path / "runs")]
+    model = ["model.name=layerfed/vit", "model.weights=embedded"]
+    result = cli.invoke(app, [*arguments, *model])
+    assert result.exit_code == 2
+    assert f"experiment 'cifar10' cannot run: task.data = '{gone}'" in result.stderr
+    assert not (tmp_path / "runs/cifar10").exists()

@@ -22,7 +22,8 @@ __all__ = ["Ended", "Job", "alone_in", "run_jobs"]
 T = TypeVar("T")
 
 POLL_SECONDS = 0.1
-# What a run gets to put its folder in order after an interrupt.
+# What a run gets to put its folder in order after SIGTERM, which `layerfed run` takes as Ctrl-C. A
+# SIGINT would be lost on it where the comparison was started in the background of a script.
 GRACE_SECONDS = 20.0
 
 
@@ -94,8 +95,8 @@ def run_jobs(
 ) -> None:
     """Run jobs, so many at a time, and tell how each ended as soon as it has.
 
-    Whatever ends this early, Ctrl-C above all, ends the jobs that run: an interrupt first, then a kill,
-    by process id.
+    Whatever ends this early, Ctrl-C above all, ends the jobs that run: a SIGTERM first, then a kill, by
+    process id.
 
     Parameters
     ----------
@@ -139,7 +140,7 @@ def _start(job: Job[T], lock: int) -> subprocess.Popen[bytes]:
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
         try:

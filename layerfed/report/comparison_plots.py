@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from layerfed.report.figures import RunFigures, Section
 
@@ -102,6 +102,8 @@ def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
             front = np.array(pareto_front(points))
             axes.plot(*front.T, color="0.5", linewidth=1, linestyle="--", zorder=0)
             axes.set_xscale("log")
+            for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+                axis(StrMethodFormatter("{x:g}"))
             axes.legend(fontsize=7, ncols=2)
         axes.set(xlabel="uplink of the run, MB", ylabel="final test accuracy", title=section.title)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

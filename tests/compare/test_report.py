@@ -1,0 +1,159 @@
+"""Tables and pictures of a comparison, from the lines of run folders."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerfed.config import RunConfig
+from layerfed.report import RunFigures, Section, draw_accuracy, draw_uplink
+from layerfed.report.comparison import (
+    accuracy_table,
+    measured_costs,
+    paper_accounting,
+    runs_csv,
+)
+from layerfed.report.comparison_plots import mean_curve, pareto_front
+from layerfed.report.paper_costs import paper_costs
+from tests.compare.synthetic import write_run
+
+
+def figures(
+    path: Path, *accuracies: float, config: RunConfig | None = None, **line: object
+) -> RunFigures:
+    folder = path / f"run-{len(list(path.iterdir()))}"
+    write_run(folder, config or RunConfig(), accuracies, **line)
+    return RunFigures.read(folder)
+
+
+@pytest.fixture
+def section(tmp_path: Path) -> Section:
+    return Section(
+        title="Digits",
+        rows=["full", "top", "both", "ours"],
+        budgets=["R = 1", "R = 2"],
+        runs={
+            ("full", None): [figures(tmp_path, 0.99, bytes_up=9000, bytes_down=9000, flops=8e12)],
+            ("top", "R = 1"): [figures(tmp_path, 0.5), figures(tmp_path, 0.6)],
+            ("top", "R = 2"): [figures(tmp_path, 0.7), figures(tmp_path, 0.7)],
+            ("both", "R = 2"): [],
+            ("ours", "R = 1"): [figures(tmp_path, 0.8, flops_probe=4e12)],
+            ("ours", "R = 2"): [figures(tmp_path, 0.7), figures(tmp_path, 0.7)],
+        },
+        seeds=2,
+        paper={"full": [95.43], "top": [93.09, 93.61], "both": [float("nan"), 94.96]},
+        paper_costs={"full": {"tflops": 8.47, "mbit-up": 2811}},
+    )
+
+
+def test_accuracies_are_means_and_deviations_and_the_best_is_bold(section: Section) -> None:
+    assert accuracy_table(section).splitlines() == [
+        "| strategy | R = 1 | R = 2 | paper, R = 1 | paper, R = 2 | uplink % | downlink % | TFLOPs |",
+        "|---|---|---|---|---|---|---|---|",
+        "| full | 99.00 (1 of 2) | 99.00 (1 of 2) | 95.43 | 95.43 | 100.0 | 100.0 | 10.00 |",
+        "| top | 55.00 ± 7.07 | **70.00 ± 0.00** | 93.09 | 93.61 | 24.4 | 12.2 | 6.00 |",
+        "| both | – | … | – | 94.96 | … | … | … |",
+        "| ours | **80.00 (1 of 2)** | **70.00 ± 0.00** | – | – | 24.4 | 12.2 | 8.00 |",
+    ]
+
+
+def test_costs_are_of_a_client_and_round(section: Section) -> None:
+    lines = measured_costs(section, "full").splitlines()
+    assert lines[2] == (
+        "| full | 4 | 1 | 100.0 (20.0) | 0.036 | 100.0 | 0.036 | 100.0 | 4 | 1.5 | 5 | 99.00 (1 of 2) |"
+    )
+    assert lines[5] == (
+        "| ours | 2 | 2 | 80.0 (40.0) | 0.0088 | 24.4 | 0.0044 | 12.2 | 4 | 1.5 | 5 | 80.00 (1 of 2) |"
+    )
+    assert lines[4].count("…") == 8
+    assert "– (–)" in measured_costs(section)
+
+
+def test_a_run_that_sent_nothing_down_has_no_ratio(tmp_path: Path, section: Section) -> None:
+    silent = figures(tmp_path, 0.5, bytes_down=0)
+    runs = {**section.runs, ("full", None): [silent]}
+    nothing = Section(section.title, section.rows, section.budgets, runs, 2)
+    assert "| 0 | – |" in measured_costs(nothing, "full").splitlines()[2]
+
+
+def test_the_papers_accounting_stands_beside_its_figures(section: Section) -> None:
+    # Block 0 of four equal ones: a quarter of 3 × 180 FLOPs × 5 steps × 32 examples, of 4,500 bytes.
+    ours = section.first("ours")[0].accounted
+    assert ours.flops == 3 * 180 * 5 * 32 / 4
+    assert ours.bytes_up == 4500 / 4
+    lines = paper_accounting(section, "full").splitlines()
+    assert lines[0].count("paper: ") == 6
+    assert lines[2].endswith("| 8.47 | – | – | – | 2,811 | – |")
+    assert lines[5].endswith("| – | – | – | – | – | – |")
+
+
+def test_epochs_have_no_nominal_number_of_examples(tmp_path: Path) -> None:
+    config = RunConfig.from_flat({"train.local-steps": 0, "train.local-epochs": 1})
+    run = figures(tmp_path, 0.5, config=config)
+    assert run.accounted.flops is None
+    alone = Section("x", ["top"], ["R = 1"], {("top", "R = 1"): [run]}, 1)
+    assert paper_accounting(alone).splitlines()[2].startswith("| top | – | – | 1 | – | 0.009 |")
+
+
+def test_the_papers_rule_gives_its_printed_figures() -> None:
+    """CLIP ViT-B/32's image tower, R = 1 [S, Table 3]; FLOPs as counted by `forward_flops`."""
+    clip = {
+        "layer_flops": np.full(12, 0.7154688e9),
+        "model_flops": 8.81762304e9,
+        "layer_bytes": np.full(12, 4 * 7_087_872),
+        "model_bytes": 4 * 87_849_216,
+        "examples": 5 * 64,
+    }
+    full = paper_costs(np.ones((20, 12), dtype=bool), **clip)
+    one = paper_costs(np.eye(12, dtype=bool), **clip)
+    assert full.flops == pytest.approx(8.47e12, rel=1e-3)
+    assert full.bytes_up * 8e-6 == pytest.approx(2811, rel=1e-3)
+    assert one.bytes_up * 8e-6 == pytest.approx(234, rel=2e-3)
+    # 0.73, 0.71 and 0.69 in the three rows that train one layer.
+    assert one.flops == pytest.approx(0.71e12, rel=1e-2)
+
+
+def test_every_run_is_a_line_of_the_csv(section: Section) -> None:
+    rows = list(csv.DictReader(runs_csv([("digits", section)]).splitlines()))
+    assert len(rows) == 8
+    assert {row["experiment"] for row in rows} == {"digits"}
+    assert rows[0]["budget"] == ""
+    assert float(rows[0]["flops"]) == 8e12
+
+
+def test_figures_are_sums_over_lines_not_the_summarys(tmp_path: Path) -> None:
+    run = figures(tmp_path, 0.3, 0.9, 0.6)
+    assert (run.rounds, run.updates, run.bytes_up, run.flops) == (3, 6, 6600, 12e12)
+    assert run.curve == ((0, 0.1), (1, 0.3), (2, 0.9), (3, 0.6))
+    assert (run.accuracy, run.best_accuracy) == (0.6, 0.9)
+
+
+def test_a_curve_has_the_rounds_that_all_runs_were_evaluated_in(tmp_path: Path) -> None:
+    rounds, mean, spread = mean_curve([figures(tmp_path, 0.2, 0.4), figures(tmp_path, 0.4)])
+    assert rounds.tolist() == [0, 1]
+    np.testing.assert_allclose(mean, [0.1, 0.3])
+    np.testing.assert_allclose(spread, [0.0, np.std([0.2, 0.4], ddof=1)])
+    assert mean_curve([figures(tmp_path, 0.2)])[2].tolist() == [0.0, 0.0]
+
+
+def test_pictures_are_drawn_of_what_there_is(section: Section, tmp_path: Path) -> None:
+    for draw in (draw_accuracy, draw_uplink):
+        drawn = draw([section, section], tmp_path / "picture.png")
+        assert drawn.read_bytes().startswith(b"\x89PNG")
+        drawn.unlink()
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1))
+def test_nothing_is_cheaper_and_better_than_the_front(points: list[tuple[int, int]]) -> None:
+    front = pareto_front([(float(cost), float(score)) for cost, score in points])
+    assert set(front) <= set(points)
+    assert front == sorted(set(front))
+    for cost, score in points:
+        assert any(c <= cost and s >= score for c, s in front)
+        for c, s in front:
+            assert not (cost <= c and score >= s and (cost, score) != (c, s))

@@ -1,0 +1,122 @@
+"""Table files: the shipped ones, and errors that name the file, the value and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from layerfed.compare import is_table_file, load_plan
+from layerfed.config import ConfigError
+
+CONF = Path(__file__).parents[2] / "conf"
+TABLES = CONF / "tables"
+
+SMALL = """
+title = "small"
+budgets = [1, 2]
+seeds = [3]
+
+[rows]
+full = {}
+"every second round" = { strategy.name = "ilp", strategy.period = 2 }
+
+[experiments.one]
+conf = "base.toml"
+set = { train.lr = 0.5 }
+
+[experiments.one.paper]
+full = 90
+"every second round" = [nan, 80.5]
+
+[experiments.two]
+conf = "base.toml"
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    (tmp_path / "base.toml").write_text("[train]\nlr = 0.25\nbatch-size = 8\n")
+    file = tmp_path / "small.toml"
+    file.write_text(SMALL)
+    return file
+
+
+def test_settings_of_the_command_line_are_on_top_and_rows_on_top_of_them(table: Path) -> None:
+    plan = load_plan(table, ["train.batch-size=4", "strategy.period=5"])
+    one, two = plan.experiments
+    assert (one.base.train.lr, two.base.train.lr) == (0.5, 0.25)
+    assert one.base.train.batch_size == two.base.train.batch_size == 4
+    periods = {cell.row: cell.config.strategy.period for cell in plan.cells(Path("x"))}
+    assert periods == {"full": 5, "every second round": 2}
+    assert [cell.seed for cell in plan.cells(Path("x"))] == [3] * 6
+
+
+def test_experiments_and_seeds_can_be_chosen(table: Path) -> None:
+    plan = load_plan(table, seeds=[5, 6], only=["two"])
+    assert [experiment.name for experiment in plan.experiments] == ["two"]
+    assert plan.seeds == [5, 6]
+    with pytest.raises(ConfigError, match=r"--only three: .* it has one, two"):
+        load_plan(table, only=["three"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("seeds = [3]", "seeds = [-3]", "seeds.0 = -3 is not allowed"),
+        ("seeds = [3]", "seeds = [3, 3]", "seed '3' is there twice"),
+        ("seeds = [3]", "sedes = [3]", "unknown key 'sedes'; known keys: title"),
+        ("budgets = [1, 2]", "", "budgets"),
+        ("budgets = [1, 2]", "budgets = []", "there is no budget to compare"),
+        ("budgets = [1, 2]", 'budgets = ["normal"]', "'normal' is not allowed"),
+        ('"base.toml"\nset', '"gone.toml"\nset', "experiment 'one': cannot read configuration"),
+        ("train.lr = 0.5", "train.rl = 0.5", "experiment 'one': unknown key 'train.rl'"),
+        ("train.lr = 0.5", "run.seed = 5", "experiment 'one': run.seed is decided by seeds"),
+        ("strategy.period = 2", "strategy.perod = 2", "unknown key 'strategy.perod'"),
+        ("strategy.period = 2", "budget.layers = 2", "budget.layers is decided by budgets"),
+        ("full = {}", "fll = {}", "row 'fll': there is no strategy 'fll'"),
+        ("full = {}", 'full = {}\n"!" = {}', "row '!' needs a letter or a digit"),
+        ("full = 90", "fll = 90", "experiments.one.paper: 'fll' is no row"),
+        ("full = 90", "full = [90, 91]", "it should be 1 accuracies"),
+        ("full = 90", "full = 900", "accuracies are between 0 and 100%"),
+        ("[nan, 80.5]", "[80.5]", "it should be 2 accuracies in %"),
+        ("[nan, 80.5]", "{ tflops = 1 }", "it should be 2 accuracies in %"),
+        ('title = "small"', 'title = "small"\nshow = "costs"', "show = 'costs' is not allowed"),
+        ('title = "small"', 'title = "small"\nshow = "cost"', "it should be a table of tflops"),
+        ('title = "small"', 'title = "small"\nreference = "x"', "reference = 'x' is no row"),
+    ],
+)
+def test_mistakes_are_named(old: str, new: str, says: str, table: Path) -> None:
+    text = table.read_text()
+    assert old in text
+    table.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError) as refused:
+        load_plan(table).cells(Path("x"))
+    assert says in str(refused.value)
+
+
+def test_a_table_file_is_told_from_a_configuration(table: Path, tmp_path: Path) -> None:
+    assert is_table_file(table)
+    for other in ("base.toml", "nowhere.toml"):
+        assert not is_table_file(tmp_path / other)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"), [("table1", 144), ("table2", 72), ("table3", 4), ("figure2", 54)]
+)
+def test_the_papers_tables_are_complete(name: str, runs: int) -> None:
+    plan = load_plan(TABLES / f"{name}.toml")
+    assert len(plan.cells(Path("x"))) == runs
+    rows = {row.name for row in plan.rows}
+    for experiment in plan.experiments:
+        published = experiment.paper_costs if plan.show == "cost" else experiment.paper
+        assert published.keys() == (set() if name == "figure2" else rows)
+
+
+def test_no_table_of_the_paper_runs_anew_what_another_one_ran() -> None:
+    seen: dict[Path, object] = {}
+    for file in sorted(TABLES.glob("*.toml")):
+        for cell in load_plan(file).cells(Path("x")):
+            assert seen.setdefault(cell.folder, cell.config) == cell.config
+    # Table 3 adds its two cheaper selections, Figure 2 nothing.
+    assert len(seen) == 144 + 72 + 2
