@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from layerfed.config import TASK_NAMES, ConfigError, RunConfig, load_config
+from layerfed.config import TASK_NAMES, ConfigError, load_config
 from layerfed.task import TASKS, Batch, Examples, load_task
 from layerfed.task.digits import Digits
 from layerfed.task.partition import MIN_EXAMPLES, partition_indices
