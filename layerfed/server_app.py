@@ -20,6 +20,7 @@ from layerfed.report import draw_run
 from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint
 from layerfed.server_optimizers import SERVER_OPTIMIZERS
 from layerfed.strategies import STRATEGIES, SelectiveStrategy
+from layerfed.strategies.resuming import check_base
 from layerfed.task.flops import forward_flops
 from layerfed.task.training import evaluate
 
@@ -97,6 +98,8 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
                 f"run.resume = '{config.run.resume}' holds no checkpoint that can be used; start the "
                 "run anew, under another run.name"
             )
+        # Before anything of the run folder is touched.
+        check_base(resumed, bench.resident.base)
         strategy.resume(resumed)
     strategy.connect(grid, config.federation.timeout)
     engine = ENGINES.get(type(grid).__name__, "superlink")

@@ -73,7 +73,7 @@ def batches() -> list[Batch]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_layer_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The default layer store is the user's cache, which tests must leave alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

@@ -84,9 +84,13 @@ class RunFolder(Observer):
         self._totals: dict[str, float] = dict.fromkeys((*TRAFFIC, "flops", "flops_probe"), 0)
         self._failures = 0
         self._accuracies: list[float | None] = []
+
+    def _open(self) -> Self:
+        """Write what is known before the first round."""
         # Ready to be run again, which is not to go on with it.
-        _write(path / "config.json", config.to_flat() | {"run.resume": ""})
+        _write(self.path / "config.json", self.config.to_flat() | {"run.resume": ""})
         self._summarise("running")
+        return self
 
     @classmethod
     def create(cls, config: RunConfig, engine: str) -> RunFolder:
@@ -104,7 +108,7 @@ class RunFolder(Observer):
         for attempt in range(2, 100):
             try:
                 path.mkdir(parents=True)
-                return cls(path, config, engine)
+                return cls(path, config, engine)._open()
             except FileExistsError:
                 if config.run.name:
                     raise ConfigError(
@@ -126,7 +130,7 @@ class RunFolder(Observer):
         ----------
         path : Path
         config : RunConfig
-            That of the run; more rounds may be asked for, and all of `run` may differ.
+            That of the run; the number of rounds may differ, and of `run` all but the seed.
         engine : str
         last_round : int
             The round of the checkpoint that the run goes on from.
@@ -139,11 +143,8 @@ class RunFolder(Observer):
         theirs = json.loads((path / "config.json").read_text(encoding="utf-8"))
         mine = config.to_flat()
         free = {"federation.rounds", "federation.timeout"}
-        other = [
-            key
-            for key in mine
-            if theirs.get(key) != mine[key] and key not in free and not key.startswith("run.")
-        ]
+        free |= {key for key in mine if key.startswith("run.") and key != "run.seed"}
+        other = [key for key in mine if theirs.get(key) != mine[key] and key not in free]
         if other:
             raise ConfigError(
                 f"run.resume = '{path}' had another configuration ({', '.join(other)}); resume with "
@@ -156,13 +157,13 @@ class RunFolder(Observer):
             text = "".join(json.dumps(row) + "\n" for row in kept[name])
             _replace(path / name, text)
         before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        # Nothing is written before all is known again: the run may be killed here too.
         folder = cls(path, config, engine)
         folder._initial = before["initial_accuracy"]
         folder._before = sum(row["seconds"] for row in kept["metrics.jsonl"])
         for row in kept["metrics.jsonl"]:
             folder._count(row)
-        folder._summarise("running")
-        return folder
+        return folder._open()
 
     def __enter__(self) -> Self:
         """Begin."""

@@ -10,7 +10,7 @@ from layerfed.runs.checkpoint import Checkpoint
 from layerfed.server_optimizers import ServerOptimizer
 from layerfed.strategies.memory import Memory
 
-__all__ = ["restore", "take"]
+__all__ = ["check_base", "restore", "take"]
 
 MEMORY, OPTIMIZER = "memory", "optimizer"
 
@@ -32,6 +32,21 @@ def take(
     return Checkpoint(server_round, model.manifest().base, run_token, layers, state)
 
 
+def check_base(checkpoint: Checkpoint, base: str) -> None:
+    """Refuse a checkpoint of another pretrained model than the one of this fingerprint.
+
+    Raises
+    ------
+    ConfigError
+        Naming both.
+    """
+    if checkpoint.base != base:
+        raise ConfigError(
+            f"the checkpoint belongs to another pretrained model ({checkpoint.base}) than this run's "
+            f"({base}); resume with the weights that the run began with"
+        )
+
+
 def restore(
     checkpoint: Checkpoint, model: GlobalModel, optimizer: ServerOptimizer, memory: Memory
 ) -> None:
@@ -42,12 +57,7 @@ def restore(
     ConfigError
         If the checkpoint belongs to another pretrained model.
     """
-    base = model.manifest().base
-    if checkpoint.base != base:
-        raise ConfigError(
-            f"the checkpoint belongs to another pretrained model ({checkpoint.base}) than this run's "
-            f"({base}); resume with the weights that the run began with"
-        )
+    check_base(checkpoint, model.manifest().base)
     for layer in model.layers.layers:
         if layer.tensors and all(tensor in checkpoint.layers for tensor in layer.tensors):
             model.replace(layer.name, {t: checkpoint.layers[t] for t in layer.tensors})

@@ -124,7 +124,10 @@ class Round:
             return None
         try:
             missing = read_missing(reply, self._model.layers)
-            self._holdings.learn(node, *read_held(reply))
+            held, store = read_held(reply)
+            # Digests of nothing that exists are not worth keeping.
+            known = set(self._model.manifest().digests.values())
+            self._holdings.learn(node, known.intersection(held), store)
         except RefusedReply as error:
             log(WARNING, "round %d: client %d: %s", self.record.round, partition, error)
             return None

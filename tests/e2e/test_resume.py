@@ -123,6 +123,14 @@ def test_another_configuration_is_refused(whole: Path, tmp_path: Path) -> None:
     assert (whole / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize("other", ["run.seed=1", "federation.clients-per-round=3"])
+def test_what_would_change_the_past_is_refused(whole: Path, tmp_path: Path, other: str) -> None:
+    before = {file: file.read_bytes() for file in whole.glob("*.json*")}
+    with pytest.raises(ConfigError, match="another"):
+        run_on("inprocess", resumed(configured(tmp_path, "x", other), whole))
+    assert before == {file: file.read_bytes() for file in whole.glob("*.json*")}
+
+
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
     folder = run_on(
         "inprocess", configured(tmp_path, "none", "federation.rounds=1", "run.checkpoint-every=0")
