@@ -1,0 +1,56 @@
+"""Clipping: an update is scaled down as a whole where its norm exceeds a bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+__all__ = ["clipped", "norm_of"]
+
+PIECE = 2**16
+
+
+def norm_of(update: Mapping[str, np.ndarray]) -> float:
+    """Return the Euclidean norm over all floating-point tensors of an update, summed in float64."""
+    square = 0.0
+    for values in update.values():
+        if not np.issubdtype(values.dtype, np.floating):
+            continue
+        flat = values.reshape(-1)
+        # A piece at a time: the float64 copy never leaves the processor's cache.
+        for start in range(0, flat.size, PIECE):
+            piece = flat[start : start + PIECE].astype(np.float64)
+            square += float(piece @ piece)
+    return math.sqrt(square)
+
+
+def clipped(
+    update: Mapping[str, np.ndarray], bound: float
+) -> tuple[Mapping[str, np.ndarray], float]:
+    """Scale an update by min(1, C / ‖Δ‖), with the norm over all that it holds.
+
+    Parameters
+    ----------
+    update : Mapping[str, numpy.ndarray]
+        Δ_i by tensor; integer tensors neither count nor change.
+    bound : float
+        C, above 0.
+
+    Returns
+    -------
+    tuple[Mapping[str, numpy.ndarray], float]
+        The update, the same object where nothing is to be done; and the norm that it had.
+    """
+    norm = norm_of(update)
+    if norm <= bound:
+        return update, norm
+    factor = bound / norm
+    scaled = {
+        name: (values * values.dtype.type(factor))
+        if np.issubdtype(values.dtype, np.floating)
+        else values
+        for name, values in update.items()
+    }
+    return scaled, norm
