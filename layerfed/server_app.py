@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from layerfed.aggregation import Aggregation
 from layerfed.budgets import Budgets, layer_costs
 from layerfed.client_app import node_store, workbench
 from layerfed.config import ConfigError, RunConfig
@@ -58,6 +59,12 @@ def build_strategy(
         over_provision=config.federation.over_provision,
         optimizer=SERVER_OPTIMIZERS[config.server.optimizer](
             config.server.lr, config.server.momentum, config.server.beta2, config.server.tau
+        ),
+        aggregation=Aggregation(
+            config.server.aggregation,
+            config.server.trim,
+            config.server.clip,
+            config.federation.max_examples,
         ),
         codec=config.exchange.codec,
         store=store,
