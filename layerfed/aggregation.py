@@ -14,10 +14,10 @@ need not be known before the last reply. The order in which replies arrive moves
 size: in the float32 model that is at most the rounding of the last bit, and in nearly every element
 nothing.
 
-The other two are those of Yin et al. (2018). As long as fewer than half of a layer's clients lie (at most
-⌊β k⌋ with the trimmed mean), each element stays between values that honest clients sent. They take no
-weights, since a weight is a claim: a client that states a large d_i would be a majority by itself. What
-they give does not depend on the order of replies at all.
+The other two are those of Yin et al. (2018). As long as fewer than half of a layer's clients lie (with
+the trimmed mean, at most ⌊β k⌋), each element stays between values that honest clients sent. They take
+no weights, since a weight is a claim: a client that states a large d_i would be a majority by itself.
+What they give does not depend on the order of replies at all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a reply may hold at most: how many records, entries and characters, and how large a number.
 
-Flower passes on whatever a node sends: records of any name and number, lists and texts of any length, and
-a message type and round that the node wrote itself. `check_reply` comes before anything is read and
+Flower passes on whatever a node sends: records of any name and number, lists and texts of any length,
+and a message type and round that the node wrote itself. `check_reply` comes before anything is read and
 looks at types and lengths only, so that refusing a million entries costs no more than counting them.
 """
 

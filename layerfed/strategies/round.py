@@ -127,8 +127,8 @@ class Round:
     def again(self, node: int, reply: Message) -> Message | None:
         """Return the instruction with the layers that a reply says are missing, once a node and phase.
 
-        A node that answered otherwise is done, and what it says it holds is noted. What cannot be read is
-        refused where the reply is taken.
+        A node that answered otherwise is done, and what it says it holds is noted. What cannot be read
+        is refused where the reply is taken.
         """
         partition, asked = self._partitions.get(node), self._asked.get(node)
         if reply.has_error() or partition is None or asked is None:
