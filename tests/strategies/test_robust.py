@@ -144,7 +144,7 @@ def test_counts_beyond_the_limit_weigh_as_the_limit_everywhere() -> None:
 
 
 def test_a_forged_count_decides_no_longer() -> None:
-    """One that joined with 2²⁹ examples is nearly all of a mean, and one among others of a capped one."""
+    """One that joined with 2²⁹ examples is nearly all of a mean, and an equal in a capped one."""
 
     def enormous(reply: Message) -> Message:
         reply.content.metric_records["metrics"]["examples"] = 2**29
