@@ -84,11 +84,11 @@ def stamped(field: str, value: Any) -> Forge:
     return change
 
 
-def unreadable(error: Exception) -> Forge:
+def unreadable(error: type[Exception], *what: Any) -> Forge:
     """Flower cannot build the reply from what the node sent."""
 
     def change(reply: Message) -> Message:
-        raise error
+        raise error(*what)
 
     return change
 
@@ -158,10 +158,11 @@ ANY_KIND = st.one_of(
     st.just(lambda reply: make_message(reply.metadata)),
     st.sampled_from(
         [
-            *(ValueError("no"), KeyError(3), TypeError("x" * 999), RecursionError(), MemoryError()),
-            *(AttributeError("a"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), OSError(5)),
+            *((ValueError, "no"), (KeyError, 3), (TypeError, "x" * 999), (RecursionError,)),
+            *((MemoryError,), (AttributeError, "a"), (OSError, 5)),
+            (UnicodeDecodeError, "utf-8", b"\xff", 0, 1, "no"),
         ]
-    ).map(unreadable),
+    ).map(lambda error: unreadable(*error)),
 )
 
 # ---------------------------------------------------------------------------- forgeries of a kind
