@@ -68,8 +68,6 @@ def check_reply(reply: Message, asked: Message) -> None:
         raise RefusedReply(f"it answers '{theirs.message_type}', asked was '{ours.message_type}'")
     if theirs.group_id != ours.group_id:
         raise RefusedReply(f"it belongs to round '{theirs.group_id}', not to {ours.group_id}")
-    if not reply.has_content():
-        raise RefusedReply("it is empty")
     allowed = RECORDS[ours.message_type] | {LAYERS}
     for name, record in reply.content.items():
         if name not in allowed or not isinstance(record, TYPES[name]):

@@ -336,8 +336,6 @@ class Round:
         """Give the client's partition id; log and count what is refused inside."""
         partition = self._partitions.get(node, -1)
         try:
-            if partition < 0:
-                raise RefusedReply(f"node {node} was not asked")
             yield partition
         except RefusedReply as error:
             self.record.failures.append(Failure(partition, phase, str(error)))
@@ -347,17 +345,19 @@ class Round:
 
     def _answer(self, node: int, reply: Message | None, phase: str) -> Message:
         """Return a node's answer in a phase, if it is one: its first, and to what it was asked."""
+        if node not in self._partitions:
+            raise RefusedReply(f"node {node} was not asked")
         asked = self._asked.get(node)
         if asked is None or asked.metadata.message_type != ASKED[phase]:
             raise RefusedReply(f"it was not asked to {phase}")
-        if (node, phase) in self._answered:
-            raise RefusedReply("it has answered already")
-        self._answered.add((node, phase))
         if reply is None:
             raise RefusedReply("no reply in time")
         if reply.has_error():
             raise RefusedReply(str(reply.error.reason))
         check_reply(reply, asked)
+        if (node, phase) in self._answered:
+            raise RefusedReply("it has answered already")
+        self._answered.add((node, phase))
         read_held(reply)
         if read_missing(reply, self._model.layers):
             raise RefusedReply("it lacks layers that were sent to it")

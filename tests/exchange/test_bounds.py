@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.app.message.message import make_message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from layerfed.exchange import (
     Description,
@@ -122,12 +121,6 @@ def test_replies_from_elsewhere_to_something_else_or_from_before_are_refused(
     reply = KINDS["train"](ask())
     reply.metadata.__dict__[f"_{field}"] = value
     assert says in refused(reply, ask())
-
-
-def test_a_reply_of_nothing_is_refused() -> None:
-    reply = KINDS["train"](ask())
-    assert refused(make_message(reply.metadata), ask()) == "it is empty"
-    check_reply(make_message(reply.metadata, RecordDict()), ask())
 
 
 def test_reasons_are_one_short_printable_line() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import count
 from typing import Any
 
 import httpx
@@ -19,10 +20,11 @@ class Builds(Grid):
     def __init__(self, unbuildable: dict[int, Exception]) -> None:
         self.unbuildable = unbuildable
         self.sent: dict[str, Message] = {}
+        self.counter = count()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:
-            identity = f"m{len(self.sent)}"
+            identity = f"m{next(self.counter)}"
             message.metadata.__dict__["_message_id"] = identity
             self.sent[identity] = message
             yield identity
@@ -73,10 +75,10 @@ def test_a_superlink_that_does_not_answer_is_no_fault_of_a_node() -> None:
 
 def test_a_late_reply_that_cannot_be_built_is_forgotten() -> None:
     grid, late = Builds({6: ValueError("no")}), {}
-    first = exchange(grid, questions(), 5, late=late)
+    first = exchange(grid, questions()[:2], 5, late=late)
     assert next(first)[0] == 5
     first.close()
-    assert len(late) == 2
+    assert len(late) == 1
     assert [node for node, _ in exchange(grid, questions()[:1], 5, late=late)] == [5]
     assert late == {}
 
