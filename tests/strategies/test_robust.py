@@ -244,9 +244,9 @@ def test_robust_rules_stay_with_the_honest_clients_and_the_mean_does_not() -> No
         assert [r.replies for r in lied.rounds] == [10] * 5, "nothing about the lies is malformed"
         off[rule] = distance(lied.after, honest.after) / distance(honest.after, honest.before)
     # In units of how far honest training goes.
-    assert off["mean"] > 3
-    assert off["median"] < 0.6
-    assert off["trimmed-mean"] < 0.6
+    assert off["mean"] > 10
+    assert off["median"] < 0.8
+    assert off["trimmed-mean"] < 0.8
 
 
 @pytest.mark.usefixtures("tiny_task")
