@@ -79,6 +79,9 @@ class MaskedMean:
             norm_sq += float(term @ term)
         return norm_sq
 
+    def close(self) -> None:
+        """Take note that no update follows, before anything is read."""
+
     def changes(self, layer: str) -> list[np.ndarray]:
         """Return the mean update of a layer's parameters, *times* `weights[layer]`, without a copy."""
         return [self._sums[name] for name in self._layers[layer].parameters]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from logging import INFO
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from layerfed.aggregation import MaskedMean
 from layerfed.budgets import Budgets, layer_costs
 from layerfed.client_app import node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.exchange import LayerStore, record_of
 from layerfed.layers import LayerMap
+from layerfed.privacy import refuse_buffers
+from layerfed.privacy_account import PrivacyAccount
+from layerfed.private_mean import PrivateMean
 from layerfed.records import Observer
 from layerfed.report import draw_run
 from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint
@@ -24,7 +29,7 @@ from layerfed.strategies.resuming import check_base
 from layerfed.task.flops import forward_flops
 from layerfed.task.training import evaluate
 
-__all__ = ["build_server_app", "build_strategy", "run", "server_app"]
+__all__ = ["build_account", "build_server_app", "build_strategy", "run", "server_app"]
 
 # What a run's clients work on, by the grid Flower hands to the ServerApp.
 ENGINES = {"InProcessGrid": "inprocess", "InMemoryGrid": "ray"}
@@ -40,8 +45,10 @@ def build_strategy(
     Raises
     ------
     ConfigError
-        If budgets or strategy do not fit the model.
+        If budgets, strategy or privacy do not fit the model.
     """
+    if config.privacy.mode != "none":
+        refuse_buffers(layers)
     section = config.strategy
     strategy = STRATEGIES[section.name]
     return strategy(
@@ -60,10 +67,32 @@ def build_strategy(
             config.server.lr, config.server.momentum, config.server.beta2, config.server.tau
         ),
         codec=config.exchange.codec,
+        mean=_mean(config),
         store=store,
         seed=config.run.seed,
         **strategy.options(config),
     )
+
+
+def _mean(config: RunConfig) -> Callable[[LayerMap], MaskedMean]:
+    """Return what makes the mean that a round's updates are folded into."""
+    section = config.privacy
+    if section.mode == "central":
+        return partial(PrivateMean, clip=section.clip, noise=section.noise)
+    return MaskedMean
+
+
+def build_account(config: RunConfig, strategy: SelectiveStrategy) -> PrivacyAccount | None:
+    """Return what accounts for the run's privacy; None where it promises none.
+
+    Raises
+    ------
+    ConfigError
+        If the accountant is not installed.
+    """
+    if config.privacy.mode == "none":
+        return None
+    return PrivacyAccount(config.privacy, strategy.probed_in, config.federation.rounds)
 
 
 def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
@@ -80,6 +109,7 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
     bench = workbench(context.run_config)
     test = bench.task.test_examples()
     strategy = build_strategy(config, bench.resident.layers, node_store(context))
+    account = build_account(config, strategy)
 
     def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         # Read from the strategy's own tensors: only layers that changed are copied to the device.
@@ -112,6 +142,10 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
         flops = forward_flops(bench.resident.model, strategy.layers, example, bench.task.logits)
         folder.describe(strategy.layers, *flops)
         strategy.observers = (folder, *observers)
+        if account is not None:
+            account.recall(folder.asked(), folder.repeated_rounds)
+            # First: what it notes is what the others write and show.
+            strategy.observers = (account, *strategy.observers)
         if config.run.checkpoint_every:
             strategy.observers += (
                 Checkpoints(

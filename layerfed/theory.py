@@ -16,6 +16,8 @@ function.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -99,13 +101,19 @@ class UpdateSpread:
         steps : float | None
             τ_i; None where the client does not say, which makes E2 unknown.
         norms_sq : Mapping[str, float]
-            ‖Δ_{i,l}‖² over the parameters of each layer it trained.
+            ‖Δ_{i,l}‖² over the parameters of each layer it trained; empty where nobody must know,
+            which makes E2 unknown too.
         """
         self._examples[client], self._steps[client] = examples, steps
         self._norms[client] = norms_sq
 
+    def median_norm(self) -> float | None:
+        """Return the median over clients of ‖Δ_i‖, over all layers each trained; None if unknown."""
+        norms = [math.sqrt(sum(own.values())) for own in self._norms.values() if own]
+        return statistics.median(norms) if norms else None
+
     def heterogeneity_term(self, mean_norms_sq: Mapping[str, float], lr: float) -> float | None:
-        """Return E2 over some layers, L_t; None where a client did not say its steps.
+        """Return E2 over some layers, L_t; None where a client's steps or norms are unknown.
 
         Parameters
         ----------
@@ -117,7 +125,7 @@ class UpdateSpread:
         # In the order of partition ids, so that the figure does not depend on who answered first.
         clients: Sequence[int] = sorted(self._norms)
         steps = [self._steps[client] for client in clients]
-        if not clients or any(step is None for step in steps):
+        if not clients or None in steps or not all(self._norms.values()):
             return None
         examples = np.array([self._examples[client] for client in clients], dtype=np.float64)
         total, term = examples.sum(), 0.0

@@ -19,6 +19,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from layerfed.aggregation import MaskedMean
 from layerfed.budgets import Budgets
 from layerfed.exchange import CODECS, GlobalModel, Holdings, LayerStore, exchange
 from layerfed.layers import LayerMap
@@ -71,6 +72,8 @@ class SelectiveStrategy(Selecting, Strategy):
         Turns mean updates into new layers; by default θ + Δ, as in the paper.
     codec : {"float32", "float16", "bfloat16", "int8"} (default: "float32")
         What clients write their updates in.
+    mean : Callable[[LayerMap], MaskedMean] (default: MaskedMean)
+        Makes the mean that a round's updates are folded into.
     store : LayerStore, optional
         The server's layer store: clients that see the same one are sent no layers.
     seed : int (default: 0)
@@ -95,6 +98,7 @@ class SelectiveStrategy(Selecting, Strategy):
         over_provision: float = 0.0,
         optimizer: ServerOptimizer | None = None,
         codec: str = "float32",
+        mean: Callable[[LayerMap], MaskedMean] = MaskedMean,
         store: LayerStore | None = None,
         seed: int = 0,
         observers: Sequence[Observer] = (),
@@ -108,6 +112,7 @@ class SelectiveStrategy(Selecting, Strategy):
         self.over_provision = over_provision
         self.optimizer = optimizer or SERVER_OPTIMIZERS["sgd"]()
         self.codec = codec
+        self.mean = mean
         self.store = store
         self.observers = tuple(observers)
         self.holdings = Holdings(store.identity if store is not None else "")
@@ -240,8 +245,9 @@ class SelectiveStrategy(Selecting, Strategy):
             self.population.nodes,
             self.timeout,
             self.holdings,
-            examples,
-            CODECS[self.codec],
+            examples=examples,
+            codec=CODECS[self.codec],
+            mean=self.mean,
         )
         record = self.round.record
         with self._phase("sample"):
@@ -355,8 +361,8 @@ class SelectiveStrategy(Selecting, Strategy):
 
     def _train_metrics(self) -> MetricRecord:
         record = self.round.record
-        assert record.train_loss is not None
-        return MetricRecord({"loss": record.train_loss, "replies": record.replies})
+        loss = {} if record.train_loss is None else {"loss": record.train_loss}
+        return MetricRecord({**loss, "replies": record.replies})
 
     def _evaluate_on_clients(self, config: ConfigRecord, grid: Grid, result: Result) -> None:
         assert self.model is not None

@@ -28,6 +28,7 @@ from layerfed.exchange import (
     read_uploaded,
 )
 from layerfed.exchange.arrays import carried_bytes, moved_bytes
+from layerfed.layers import LayerMap
 from layerfed.records import Failure, RoundRecord
 from layerfed.server_optimizers import ServerOptimizer
 from layerfed.strategies.population import RoundFailed
@@ -58,6 +59,8 @@ class Round:
         d_i as each client stated it when it joined, by partition id; an update may not claim more.
     codec : Codec
         What updates are written in.
+    mean : Callable[[LayerMap], MaskedMean]
+        Makes the mean that updates are folded into.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Round:
         holdings: Holdings,
         examples: Mapping[int, int] | None = None,
         codec: Codec = CODECS["float32"],
+        mean: Callable[[LayerMap], MaskedMean] = MaskedMean,
     ) -> None:
         self.record = RoundRecord(number)
         self._model = model
@@ -78,7 +82,8 @@ class Round:
         self._holdings = holdings
         self._examples = examples or {}
         self._codec = codec
-        self._mean = MaskedMean(model.layers)
+        self._new_mean = mean
+        self._mean = mean(model.layers)
         self._spread = UpdateSpread()
         self._losses: dict[int, tuple[int, float]] = {}
         self._asked: dict[int, Message] = {}
@@ -196,7 +201,8 @@ class Round:
             traffic.full_up += self._model.bytes(self._model.layers.names)
             record.flops += metrics.get("flops", 0.0)
             record.peak_memory = max(record.peak_memory, metrics.get("peak-memory", 0.0))
-            self._losses[partition] = (train.examples, metrics["loss"])
+            if "loss" in metrics:  # private clients do not say
+                self._losses[partition] = (train.examples, metrics["loss"])
 
     def finish(
         self,
@@ -226,6 +232,7 @@ class Round:
         """
         if self.record.replies < min_replies:
             raise self.failed("train", min_replies)
+        self._mean.close()
         chosen = applied(self._mean)
         names = tuple(layer for layer in self._mean.weights if layer in chosen)
         self._estimate_theory(names)
@@ -239,7 +246,7 @@ class Round:
                     "train.lr or server.lr"
                 )
             moved[layer] = after
-        self._mean = MaskedMean(self._model.layers)  # frees the sums of layers that do not move
+        self._mean = self._new_mean(self._model.layers)  # frees the sums of layers that do not move
         for layer, tensors in moved.items():
             self._model.replace(layer, tensors)
         self.record.moved = names
@@ -249,12 +256,14 @@ class Round:
         }
         # In the order of partition ids, so that the figure does not depend on who answered first.
         losses = [self._losses[partition] for partition in sorted(self._losses)]
-        self.record.train_loss = sum(n * x for n, x in losses) / sum(n for n, _ in losses)
+        if losses:
+            self.record.train_loss = sum(n * x for n, x in losses) / sum(n for n, _ in losses)
         return names
 
     def _estimate_theory(self, names: Sequence[str]) -> None:
         """Estimate E1 and E2 from what this round has seen, given the layers that move."""
         record, blocks = self.record, self._model.layers.blocks
+        record.update_norm = self._spread.median_norm()
         selection = record.selection
         if selection is not None and "grad_norm_sq" in selection.statistics:
             record.e1 = importance_term(

@@ -1,0 +1,54 @@
+"""Central differential privacy: a mean to which no client can add more than its share, with noise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from layerfed.aggregation import MaskedMean
+from layerfed.clipping import clipped
+from layerfed.layers import LayerMap
+from layerfed.privacy import Entropy, add_noise
+
+__all__ = ["PrivateMean"]
+
+
+class PrivateMean(MaskedMean):
+    """The mean of clipped updates, each of the same weight, with Gaussian noise on their sums.
+
+    What a client adds to the sums of all layers together has a norm of at most C, whatever it sends and
+    however many examples it states; exchanging its data for others moves them by at most 2C. The sum of
+    each layer that anybody trained gets N(0, (z·C)²) in each coordinate before it is divided by the
+    number of those who did, which masks and replies say, and no update does.
+
+    Parameters
+    ----------
+    layers : LayerMap
+    clip : float
+        C.
+    noise : float
+        z.
+    entropy : Callable[[int], bytes]
+        Where noise comes from.
+    """
+
+    def __init__(
+        self, layers: LayerMap, *, clip: float, noise: float, entropy: Entropy = os.urandom
+    ) -> None:
+        super().__init__(layers)
+        self._clip, self._std, self._entropy = clip, noise * clip, entropy
+
+    def add(
+        self, trained: Iterable[str], update: Mapping[str, np.ndarray], examples: int
+    ) -> dict[str, float]:
+        """Clip one client's update and fold it in; its norms stay unknown, since they have no noise."""
+        super().add(trained, clipped(update, self._clip)[0], 1)
+        return {}
+
+    def close(self) -> None:
+        """Add the noise, once."""
+        for total in self._sums.values():
+            add_noise(total, self._std, self._entropy)
+        self._std = 0.0
