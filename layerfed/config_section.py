@@ -1,4 +1,4 @@
-"""What all tables of settings share: how strictly they are read, and the error that says what is wrong."""
+"""What all tables of settings share: how strictly they are read, and the error on a wrong one."""
 
 from __future__ import annotations
 

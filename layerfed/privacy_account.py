@@ -67,8 +67,8 @@ def _precision(noise: float) -> float:
 class PrivacyAccount(Observer):
     """Adds up what each client has revealed, and writes ε into the record of each round.
 
-    It depends on the settings, and on who was asked in which round, only: a resumed run gets it back from
-    its ledger. Whoever was asked counts, whether or not a usable answer came.
+    It depends on the settings and on who was asked in which round, and on nothing else: a resumed run
+    gets it back from its ledger. Whoever was asked counts, whether or not a usable answer came.
 
     Parameters
     ----------

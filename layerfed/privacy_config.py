@@ -81,13 +81,13 @@ def check_private(config: RunConfig) -> None:
             f"strategy.side = 'client' does not go with {mode}: which layers a client sends "
             "would follow from its own update, and no noise covers that; use strategy.side=server"
         )
-    if config.strategy.name == "random" and config.strategy.resample_steps:
-        if config.train.local_epochs > 0:
-            raise ConfigError(
-                f"strategy.resample-steps = {config.strategy.resample_steps} with train.local-epochs "
-                f"does not go with {mode}: how many layers to draw would follow from a client's number "
-                "of examples, which it does not say then; use train.local-steps"
-            )
+    resampled = config.strategy.name == "random" and config.strategy.resample_steps > 0
+    if resampled and config.train.local_epochs > 0:
+        raise ConfigError(
+            f"strategy.resample-steps = {config.strategy.resample_steps} with train.local-epochs does "
+            f"not go with {mode}: how often to draw would follow from a client's number of examples, "
+            "which it does not say then; use train.local-steps"
+        )
     if config.task.local_test > 0:
         raise ConfigError(
             f"task.local-test = {config.task.local_test:g} does not go with {mode}: the accuracy on a "

@@ -92,8 +92,10 @@ def test_wrong_settings_give_one_clear_line(override: str, says: list[str]) -> N
         ),
         (["task.local-test=0.2"], ["task.local-test = 0.2", "set it to 0"]),
         (
-            ["strategy.name=random", "strategy.resample-steps=1"]
-            + ["train.local-steps=0", "train.local-epochs=1"],
+            [
+                *("strategy.name=random", "strategy.resample-steps=1"),
+                *("train.local-steps=0", "train.local-epochs=1"),
+            ],
             ["strategy.resample-steps = 1", "train.local-steps"],
         ),
     ],

@@ -158,7 +158,9 @@ def test_of_run_and_node_the_stricter_holds(
 
 def test_a_model_with_buffers_in_trained_layers_is_refused() -> None:
     model = TinyNet()
-    with pytest.raises(ConfigError, match=r"'blocks.0.norm.num_batches_tracked' of layer 'blocks.0'"):
+    with pytest.raises(
+        ConfigError, match=r"'blocks.0.norm.num_batches_tracked' of layer 'blocks.0'"
+    ):
         refuse_buffers(LayerMap.from_model(model))
     for block in model.blocks:
         block.norm = nn.LayerNorm(6)

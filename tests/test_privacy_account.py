@@ -84,9 +84,7 @@ def test_the_client_that_was_asked_most_often_counts() -> None:
 
 def test_noise_on_statistics_adds_up_with_that_on_updates() -> None:
     """Of two statistics the one of the model alone is free."""
-    both = account(
-        noise=4.0, statistics_noise=3.0, probed=("grad_norm_sq", "snr", "param_norm_sq")
-    )
+    both = account(noise=4.0, statistics_noise=3.0, probed=("grad_norm_sq", "snr", "param_norm_sq"))
     both.count(1, [0])
     assert both.epsilon == pytest.approx(epsilon_of(4 / 16 + 2 * 4 / 9, DELTA))
     assert both.covers == "updates and selection"

@@ -156,7 +156,9 @@ class RunFolder(Observer):
             )
         before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         found = {name: read_lines(path / name) for name in LINES if (path / name).exists()}
-        again = [row["round"] for row in found.get("metrics.jsonl", []) if row["round"] > last_round]
+        again = [
+            row["round"] for row in found.get("metrics.jsonl", []) if row["round"] > last_round
+        ]
         if before["status"] != "completed":
             again.append(max([last_round, *again]) + 1)  # the one that was going on
         repeated = [*before["repeated_rounds"], *again]

@@ -1,4 +1,4 @@
-"""Differential privacy in whole rounds: what clients send, what the server makes of it, and who decides."""
+"""Differential privacy in whole rounds: what clients send, what becomes of it, and who decides."""
 
 from __future__ import annotations
 
