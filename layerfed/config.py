@@ -134,6 +134,7 @@ class FederationConfig(Section):
     min_replies: Annotated[int, Field(ge=0)] = 0
     over_provision: Annotated[float, Field(ge=0, le=1)] = 0.0
     timeout: Annotated[float, Field(gt=0)] = 3600.0
+    max_examples: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -225,8 +226,11 @@ class TrainConfig(Section):
 
 
 class ServerConfig(Section):
-    """How the server turns the mean update of a layer into its new version."""
+    """How the server turns the updates of a layer into its new version."""
 
+    aggregation: Literal["mean", "median", "trimmed-mean"] = "mean"
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    clip: Annotated[float, Field(ge=0)] = 0.0
     optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

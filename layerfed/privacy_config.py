@@ -81,6 +81,18 @@ def check_private(config: RunConfig) -> None:
             f"strategy.side = 'client' does not go with {mode}: which layers a client sends "
             "would follow from its own update, and no noise covers that; use strategy.side=server"
         )
+    server = config.server
+    if section.mode == "central" and server.aggregation != "mean":
+        raise ConfigError(
+            f"server.aggregation = '{server.aggregation}' does not go with {mode}: noise of z·C covers "
+            "what one client adds to a sum, and a median may move by more; use "
+            "server.aggregation=mean, or privacy.mode=local"
+        )
+    if section.mode == "central" and server.clip > 0:
+        raise ConfigError(
+            f"server.clip = {server.clip:g} does not go with {mode}: privacy.clip bounds updates already, "
+            "and how many were scaled down would be recorded without noise; set it to 0"
+        )
     resampled = config.strategy.name == "random" and config.strategy.resample_steps > 0
     if resampled and config.train.local_epochs > 0:
         raise ConfigError(

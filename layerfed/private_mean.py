@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from layerfed.aggregation import MaskedMean
+from layerfed.aggregation import Aggregation, MaskedMean
 from layerfed.clipping import clipped
 from layerfed.layers import LayerMap
 from layerfed.privacy import Entropy, add_noise
 
-__all__ = ["PrivateMean"]
+__all__ = ["PrivateAggregation", "PrivateMean"]
 
 
 class PrivateMean(MaskedMean):
@@ -52,3 +53,27 @@ class PrivateMean(MaskedMean):
         for total in self._sums.values():
             add_noise(total, self._std, self._entropy)
         self._std = 0.0
+
+
+@dataclass(frozen=True)
+class PrivateAggregation(Aggregation):
+    """Averages with central differential privacy.
+
+    Attributes
+    ----------
+    bound : float
+        C. Not `clip`, which counts in the record how many updates exceed it, without noise.
+    noise : float
+        z.
+    """
+
+    bound: float = 1.0
+    noise: float = 0.0
+
+    def begin(self, layers: LayerMap) -> PrivateMean:
+        """Return what takes one round's updates in."""
+        return PrivateMean(layers, clip=self.bound, noise=self.noise)
+
+    def counted(self, examples: int) -> int:
+        """Count every client alike."""
+        return 1

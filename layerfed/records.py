@@ -80,9 +80,10 @@ class RoundRecord:
     partition id) to which of them it contributed. `e1` and `e2` are the two terms of the error floor,
     see `layerfed.theory`; None where there is nothing to estimate them from. `peak_memory` is the most
     any client stated: of the round on CUDA, of its process since it started elsewhere. `late` counts
-    the clients whose training nobody waited for, since enough others had answered. `update_norm` is the
-    median of the norms of clients' updates, as they were read. `epsilon` is what
-    the run has spent of privacy so far, on what `epsilon_covers` names; see `layerfed.privacy_account`.
+    the clients whose training nobody waited for, since enough others had answered, and `clipped` the
+    updates that were scaled down to `server.clip`. `update_norm` is the median of the norms of clients'
+    updates, as they were read. `epsilon` is what the run has spent of privacy so far, on what
+    `epsilon_covers` names; see `layerfed.privacy_account`.
     """
 
     round: int
@@ -93,6 +94,7 @@ class RoundRecord:
     client_accuracy: float | None = None
     lr: float | None = None
     replies: int = 0
+    clipped: int = 0
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)

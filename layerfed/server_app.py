@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from logging import INFO
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from layerfed.aggregation import MaskedMean
+from layerfed.aggregation import Aggregation
 from layerfed.budgets import Budgets, layer_costs
 from layerfed.client_app import node_store, workbench
 from layerfed.config import ConfigError, RunConfig
@@ -19,7 +18,7 @@ from layerfed.exchange import LayerStore, record_of
 from layerfed.layers import LayerMap
 from layerfed.privacy import refuse_buffers
 from layerfed.privacy_account import PrivacyAccount
-from layerfed.private_mean import PrivateMean
+from layerfed.private_mean import PrivateAggregation
 from layerfed.records import Observer
 from layerfed.report import draw_run
 from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint
@@ -66,20 +65,20 @@ def build_strategy(
         optimizer=SERVER_OPTIMIZERS[config.server.optimizer](
             config.server.lr, config.server.momentum, config.server.beta2, config.server.tau
         ),
+        aggregation=_aggregation(config),
         codec=config.exchange.codec,
-        mean=_mean(config),
         store=store,
         seed=config.run.seed,
         **strategy.options(config),
     )
 
 
-def _mean(config: RunConfig) -> Callable[[LayerMap], MaskedMean]:
-    """Return what makes the mean that a round's updates are folded into."""
-    section = config.privacy
-    if section.mode == "central":
-        return partial(PrivateMean, clip=section.clip, noise=section.noise)
-    return MaskedMean
+def _aggregation(config: RunConfig) -> Aggregation:
+    """Return how a round's updates become one."""
+    server, privacy = config.server, config.privacy
+    if privacy.mode == "central":
+        return PrivateAggregation(bound=privacy.clip, noise=privacy.noise)
+    return Aggregation(server.aggregation, server.trim, server.clip, config.federation.max_examples)
 
 
 def build_account(config: RunConfig, strategy: SelectiveStrategy) -> PrivacyAccount | None:

@@ -67,6 +67,13 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("privacy.clip=0", ["privacy.clip", "0", "greater than 0"]),
         ("privacy.noise=1", ["privacy.noise = 1", "privacy.mode = 'none'", "central or local"]),
         ("privacy.delta=1", ["privacy.delta", "less than 1"]),
+        ("server.aggregation=mode", ["server.aggregation", "'mode'", "'median'", "'trimmed-mean'"]),
+        ("server.trim=0.5", ["server.trim", "0.5", "less than 0.5"]),
+        ("server.trim=-0.1", ["server.trim", "-0.1", "greater than or equal to 0"]),
+        ("server.clip=-1", ["server.clip", "-1", "greater than or equal to 0"]),
+        ("server.clip=inf", ["server.clip", "finite"]),
+        ("federation.max-examples=-1", ["federation.max-examples", "-1", "greater than or equal"]),
+        ("federation.max-examples=0.5", ["federation.max-examples", "0.5", "integer"]),
         ("run.name=../x", ["run.name", "'../x'"]),
         ("run.device=gpu", ["run.device", "'gpu'"]),
         ("noequals", ["noequals", "key=value"]),
@@ -109,6 +116,20 @@ def test_what_noise_would_not_cover_is_refused(
     message = str(caught.value)
     assert "\n" not in message
     assert [text for text in says if text not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("server.aggregation=median", ["server.aggregation = 'median'", "privacy.mode=local"]),
+        ("server.clip=1.0", ["server.clip = 1", "privacy.clip"]),
+    ],
+)
+def test_central_noise_goes_with_the_mean_only(setting: str, says: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["privacy.mode=central", setting])
+    assert [text for text in says if text not in str(caught.value)] == []
+    load_config(None, ["privacy.mode=local", setting])
 
 
 def test_what_privacy_rules_out_is_allowed_without_it() -> None:

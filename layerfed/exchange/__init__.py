@@ -1,6 +1,7 @@
 """What travels between server and clients, and how each side keeps its copy of the model."""
 
 from layerfed.exchange.arrays import RefusedReply, encode, record_of
+from layerfed.exchange.bounds import check_reply
 from layerfed.exchange.codecs import CODECS, Codec, compress
 from layerfed.exchange.global_model import GlobalModel
 from layerfed.exchange.ledger import Holdings, Ledger, Traffic
@@ -50,6 +51,7 @@ __all__ = [
     "ResidentModel",
     "Traffic",
     "TrainReply",
+    "check_reply",
     "compress",
     "describe_reply",
     "encode",

@@ -18,15 +18,33 @@ __all__ = [
     "decode",
     "encode",
     "moved_bytes",
+    "printable",
     "record_of",
 ]
 
 # Room for the header of the npy format beside an array's own bytes.
 MAX_HEADER = 4096
+# Characters of a reason that are kept.
+MAX_REASON = 500
 
 
 class RefusedReply(ValueError):
-    """A client's reply that must not be used; the message says why."""
+    """A client's reply that must not be used; the message says why, in one short line.
+
+    Parameters
+    ----------
+    reason : str
+        May quote the reply, whatever it holds: it ends up in logs and in the run folder.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(printable(reason))
+
+
+def printable(text: str) -> str:
+    """Return a text of a stranger's as one line of printable characters, cut where it is long."""
+    shown = "".join(c if c.isprintable() else " " for c in text[:MAX_REASON])
+    return shown if len(text) <= MAX_REASON else f"{shown} …"
 
 
 class LiveArray(Array):

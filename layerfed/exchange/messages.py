@@ -28,13 +28,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from layerfed.exchange.arrays import RefusedReply, decode, record_of
+from layerfed.exchange.bounds import MAX_STATISTIC, check_values, number, row_of
 from layerfed.exchange.codecs import CODECS, Codec
 from layerfed.layers import LayerMap
 
@@ -63,10 +64,12 @@ __all__ = [
 
 # A client's say in the mean is its example count, which it states itself; beyond this it is no count.
 MAX_EXAMPLES = 2**29
+# Partition ids are row numbers of a population.
+MAX_PARTITION = 2**31
 # More layer versions than any model has layers.
 MAX_HELD = 100_000
-# No gradient of finite float32 numbers comes near; beyond, sums over clients could overflow.
-MAX_STATISTIC = 1e100
+# What a client says its work took.
+COSTS = ("steps", "flops", "seconds", "peak-memory")
 
 
 @dataclass(frozen=True)
@@ -224,11 +227,15 @@ def _metrics(message: Message, *, required: Iterable[str]) -> dict[str, float]:
     record = message.content.metric_records.get("metrics")
     if record is None:
         raise RefusedReply("it has no 'metrics' record")
-    numbers = {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
+    numbers = {k: number(v) for k, v in record.items() if isinstance(v, (int, float))}
     if absent := [name for name in required if name not in numbers]:
         raise RefusedReply(f"its metrics lack {', '.join(absent)}")
     if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
         raise RefusedReply(f"its metrics are not finite: {', '.join(bad)}")
+    if bad := [name for name, value in numbers.items() if abs(value) > MAX_STATISTIC]:
+        raise RefusedReply(f"its metrics hold what none can be: {', '.join(bad)}")
+    if bad := [name for name in COSTS if numbers.get(name, 0.0) < 0]:
+        raise RefusedReply(f"its metrics are negative: {', '.join(bad)}")
     return numbers
 
 
@@ -246,8 +253,9 @@ def read_description(message: Message, num_blocks: int | None = None) -> Descrip
     if budget is not None and budget < 0:
         raise RefusedReply(f"it states a budget of {budget:g}")
     for name in ("partition", "partitions"):
-        if name in metrics and (metrics[name] < 0 or metrics[name] != int(metrics[name])):
-            raise RefusedReply(f"it states '{name}' {metrics[name]:g}")
+        value = metrics.get(name, 0.0)
+        if not 0 <= value <= MAX_PARTITION or value != int(value):
+            raise RefusedReply(f"it states '{name}' {value:g}")
     partitions = int(metrics["partitions"]) if "partitions" in metrics else None
     costs, depth_costs = _costs(message, num_blocks)
     return Description(
@@ -266,15 +274,10 @@ def _costs(
     record = message.content.metric_records["metrics"]
     if num_blocks is None or ("costs" not in record and "depth_costs" not in record):
         return None, None
-    rows = []
-    for name in ("costs", "depth_costs"):
-        value = record.get(name)
-        if not isinstance(value, list) or len(value) != num_blocks:
-            raise RefusedReply(f"its '{name}' is not a list of {num_blocks} numbers")
-        if not all(math.isfinite(x) and x >= 0 for x in value):
-            raise RefusedReply(f"its '{name}' holds negative or non-finite numbers")
-        rows.append(tuple(float(x) for x in value))
-    costs, depth = rows
+    costs, depth = (
+        tuple(row_of(record.get(name), num_blocks, f"'{name}'").tolist())
+        for name in ("costs", "depth_costs")
+    )
     if any(low < high for low, high in pairwise(depth)):
         raise RefusedReply("its 'depth_costs' rise towards the output")
     return costs, depth
@@ -289,17 +292,9 @@ def read_statistics(
     record = message.content.metric_records.get("statistics")
     if record is None:
         raise RefusedReply("it has no 'statistics' record")
-    statistics = {}
-    for name in names:
-        value = record.get(name)
-        if not isinstance(value, list) or len(value) != num_blocks:
-            raise RefusedReply(f"its statistic '{name}' is not a list of {num_blocks} numbers")
-        row = np.asarray(value, dtype=np.float64)
-        if not np.isfinite(row).all() or (row < 0).any():
-            raise RefusedReply(f"its statistic '{name}' holds negative or non-finite numbers")
-        if (row > MAX_STATISTIC).any():
-            raise RefusedReply(f"its statistic '{name}' holds {row.max():g}, which none can be")
-        statistics[name] = row
+    statistics = {
+        name: row_of(record.get(name), num_blocks, f"statistic '{name}'") for name in names
+    }
     return statistics, metrics
 
 
@@ -321,16 +316,16 @@ def read_train_reply(
     Raises
     ------
     RefusedReply
-        On wrong names, shapes, dtypes, NaN or Inf, or a forged example count.
+        On wrong names, shapes, dtypes, numbers that no training gives, or a forged example count.
     """
     metrics = _metrics(message, required=("examples",))
     examples = _examples(metrics)
     record = message.content.array_records.get("arrays", ArrayRecord())
     due = {name: codec.parts_of(name, like) for name, like in expected.items()}
     names = {part for parts in due.values() for part in parts}
-    if extra := sorted(set(record) - names):
-        raise RefusedReply(f"it holds tensors it was not asked to train: {', '.join(extra[:3])}")
-    if absent := sorted(names - set(record)):
+    if extra := list(islice((name for name in record if name not in names), 3)):
+        raise RefusedReply(f"it holds tensors it was not asked to train: {', '.join(extra)}")
+    if absent := sorted(name for name in names if name not in record):
         raise RefusedReply(f"it lacks tensors it was asked to train: {', '.join(absent[:3])}")
     update = {}
     for name, parts in due.items():
@@ -342,8 +337,7 @@ def read_train_reply(
                 raise RefusedReply(f"'{part}' is {error}") from None
         with np.errstate(over="ignore", invalid="ignore"):
             update[name] = codec.decode(name, expected[name], arrays)
-        if not np.isfinite(update[name]).all():
-            raise RefusedReply(f"'{name}' holds NaN or Inf")
+        check_values(name, update[name])
     return TrainReply(update, examples, metrics)
 
 
@@ -359,7 +353,7 @@ def read_missing(message: Message, layers: LayerMap) -> tuple[str, ...]:
     missing = record.get("missing", []) if record is not None else []
     if not isinstance(missing, list) or not set(missing) <= set(layers.names):
         raise RefusedReply("it misses layers that the model does not have")
-    return tuple(str(name) for name in missing)
+    return tuple(dict.fromkeys(str(name) for name in missing))
 
 
 def read_held(message: Message) -> tuple[tuple[str, ...], str]:

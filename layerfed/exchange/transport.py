@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from flwr.app import Message
+import httpx
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+
+from layerfed.exchange.arrays import printable
 
 __all__ = ["exchange"]
 
@@ -22,7 +26,7 @@ def exchange(
     timeout: float,
     *,
     again: Again | None = None,
-    late: set[str] | None = None,
+    late: dict[str, Message] | None = None,
 ) -> Iterator[tuple[int, Message | None]]:
     """Send messages and yield each node's reply as soon as it is there.
 
@@ -38,9 +42,9 @@ def exchange(
         Seconds to wait, from the first message on.
     again : Callable[[int, Message], Message | None], optional
         Given a node and its reply; what it returns is sent to that node and awaited instead.
-    late : set[str], optional
-        Messages of earlier exchanges that nobody waits for any more: replies to them are fetched and
-        dropped. Those that this exchange stops waiting for are added.
+    late : dict[str, flwr.app.Message], optional
+        Messages of earlier exchanges that nobody waits for any more, by id: replies to them are fetched
+        and dropped. Those that this exchange stops waiting for are added.
 
     Yields
     ------
@@ -48,18 +52,19 @@ def exchange(
         The node that was asked and its reply. None for a node that gave none in time. An error made by
         Flower on a node's behalf carries another sender, hence the node that was *asked*.
     """
-    late = set() if late is None else late
+    late = {} if late is None else late
     waiting, unsent = _send(grid, list(messages))
     deadline, wait = time.monotonic() + timeout, FIRST_WAIT
     try:
         while waiting:
-            replies = list(grid.pull_messages([*waiting, *late]))
-            for position, reply in enumerate(replies):
-                replies[position] = None  # type: ignore[call-overload]  # freed once the caller drops it
-                late.discard(reply.metadata.reply_to_message_id)
-                node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is None:
+            began, found = time.monotonic(), False
+            for identity in [i for i, asked in late.items() if _pull(grid, i, asked)]:
+                del late[identity]
+            for identity, asked in list(waiting.items()):
+                reply = _pull(grid, identity, asked)
+                if reply is None:
                     continue
+                found, node = True, waiting.pop(identity).metadata.dst_node_id
                 once_more = again(node, reply) if again is not None else None
                 if once_more is None:
                     yield node, reply
@@ -67,13 +72,17 @@ def exchange(
                     sent, failed = _send(grid, [once_more])
                     waiting.update(sent)
                     unsent += failed
+                del reply  # freed before the next is made
+                if time.monotonic() > deadline:
+                    break
             if time.monotonic() > deadline:
                 break
-            wait = FIRST_WAIT if replies else min(wait * 1.5, LONGEST_WAIT)
-            if waiting and not replies:
-                time.sleep(wait)
-        for node in [*waiting.values(), *unsent]:
-            yield node, None
+            wait = FIRST_WAIT if found else min(wait * 1.5, LONGEST_WAIT)
+            if waiting and not found:
+                # Asking takes its time too, where the SuperLink is another process.
+                time.sleep(max(wait, time.monotonic() - began))
+        for asked in [*waiting.values(), *unsent]:
+            yield asked.metadata.dst_node_id, None
     finally:
         # Also where the caller has enough and asks for no more.
         withdraw = getattr(grid, "withdraw", None)
@@ -83,11 +92,28 @@ def exchange(
             withdraw(list(waiting))
 
 
-def _send(grid: Grid, outbox: list[Message]) -> tuple[dict[str, int], list[int]]:
-    """Send messages; return the node asked by message id, and the nodes that could not be asked."""
+def _pull(grid: Grid, identity: str, asked: Message) -> Message | None:
+    """Return the reply to one message, or an error in place of one that Flower cannot build.
+
+    One at a time, since Flower builds all replies of a pull before it returns any: a forged one would
+    take with it the others, which the SuperLink then counts as delivered. And so it is the SuperLink
+    that says to which message a reply belongs, not the reply.
+    """
+    try:
+        return next(iter(grid.pull_messages([identity])), None)
+    except httpx.HTTPError:  # not the reply, but the way to the SuperLink
+        raise
+    except Exception as error:
+        # Building a forged reply raises nearly anything.
+        reason = printable(f"a reply that cannot be read ({type(error).__name__}: {error})")
+        return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, reason), reply_to=asked)
+
+
+def _send(grid: Grid, outbox: list[Message]) -> tuple[dict[str, Message], list[Message]]:
+    """Send messages; return those that were taken, by message id, and those that were not."""
     accepted = {identity for identity in grid.push_messages(outbox) if identity}
-    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in outbox}
+    asked = {message.metadata.message_id: message for message in outbox}
     return (
-        {identity: node for identity, node in asked.items() if identity in accepted},
-        [node for identity, node in asked.items() if identity not in accepted],
+        {identity: message for identity, message in asked.items() if identity in accepted},
+        [message for identity, message in asked.items() if identity not in accepted],
     )

@@ -245,6 +245,7 @@ class RunFolder(Observer):
             "lr": record.lr,
             "clients": record.replies,
             "late": record.late,
+            "clipped": record.clipped,
             "failures": len(record.failures),
             "failure_reasons": [
                 {"client": f.partition, "phase": f.phase, "reason": f.reason}

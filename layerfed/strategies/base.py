@@ -19,7 +19,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from layerfed.aggregation import MaskedMean
+from layerfed.aggregation import WEIGHTED_MEAN, Aggregation
 from layerfed.budgets import Budgets
 from layerfed.exchange import CODECS, GlobalModel, Holdings, LayerStore, exchange
 from layerfed.layers import LayerMap
@@ -70,10 +70,10 @@ class SelectiveStrategy(Selecting, Strategy):
         `clients_per_round` updates, and those that come later are dropped.
     optimizer : ServerOptimizer, optional
         Turns mean updates into new layers; by default θ + Δ, as in the paper.
+    aggregation : Aggregation, optional
+        How the updates of a round become one; by default their weighted mean, as in the paper.
     codec : {"float32", "float16", "bfloat16", "int8"} (default: "float32")
         What clients write their updates in.
-    mean : Callable[[LayerMap], MaskedMean] (default: MaskedMean)
-        Makes the mean that a round's updates are folded into.
     store : LayerStore, optional
         The server's layer store: clients that see the same one are sent no layers.
     seed : int (default: 0)
@@ -97,8 +97,8 @@ class SelectiveStrategy(Selecting, Strategy):
         client_evaluation: bool = False,
         over_provision: float = 0.0,
         optimizer: ServerOptimizer | None = None,
+        aggregation: Aggregation = WEIGHTED_MEAN,
         codec: str = "float32",
-        mean: Callable[[LayerMap], MaskedMean] = MaskedMean,
         store: LayerStore | None = None,
         seed: int = 0,
         observers: Sequence[Observer] = (),
@@ -111,8 +111,8 @@ class SelectiveStrategy(Selecting, Strategy):
         self.client_evaluation = client_evaluation
         self.over_provision = over_provision
         self.optimizer = optimizer or SERVER_OPTIMIZERS["sgd"]()
+        self.aggregation = aggregation
         self.codec = codec
-        self.mean = mean
         self.store = store
         self.observers = tuple(observers)
         self.holdings = Holdings(store.identity if store is not None else "")
@@ -128,7 +128,7 @@ class SelectiveStrategy(Selecting, Strategy):
         """The round in progress; round 0 is the model as it came."""
         self.run_token = uuid4().hex
         """Names this run to clients that remember something of it (error feedback)."""
-        self._late: set[str] = set()
+        self._late: dict[str, Message] = {}
         self._resumed: Checkpoint | None = None
         self.check()
 
@@ -238,16 +238,17 @@ class SelectiveStrategy(Selecting, Strategy):
         model = self.model = self.model or GlobalModel(self.layers, arrays)
         if not self.population.refresh(grid, self.timeout, model.manifest()):
             raise RoundFailed(f"round {server_round}: no client is connected any more")
-        examples = {c: self.population.description(c).examples for c in self.population.nodes}
+        nodes, codec = self.population.nodes, CODECS[self.codec]
+        examples = {client: self.population.description(client).examples for client in nodes}
         self.round = Round(
             server_round,
             model,
-            self.population.nodes,
+            nodes,
             self.timeout,
             self.holdings,
-            examples=examples,
-            codec=CODECS[self.codec],
-            mean=self.mean,
+            examples,
+            codec,
+            self.aggregation,
         )
         record = self.round.record
         with self._phase("sample"):
@@ -313,6 +314,7 @@ class SelectiveStrategy(Selecting, Strategy):
         log(INFO, "\t├── always trained: head (%d parameters)", layers.head.elements)
         log(INFO, "\t├── frozen: embeddings (%d parameters)", layers.embeddings.elements)
         log(INFO, "\t├── budget: %s", self.budgets)
+        log(INFO, "\t├── aggregation: %s", self.aggregation.rule)
         log(INFO, "\t├── rounds from one selection to the next: %d", self.period)
         log(INFO, "\t└── clients a round: %s", self.clients_per_round or "all")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal
 
-from layerfed.aggregation import MaskedMean
+from layerfed.aggregation import Aggregator
 from layerfed.change_score import Norm, change_score, count_of, highest
 from layerfed.config import RunConfig
 from layerfed.exchange import upload_of
@@ -78,7 +78,7 @@ class FedTLU(SelectiveStrategy):
             return {}
         return upload_of(count_of(self.fraction, trained), self.norm)
 
-    def applied(self, mean: MaskedMean) -> Collection[str]:
+    def applied(self, mean: Aggregator) -> Collection[str]:
         """Score the mean updates, where the server does."""
         if self.side == "client":
             return super().applied(mean)

@@ -16,11 +16,13 @@ from layerfed.exchange import (
     Holdings,
     Manifest,
     RefusedReply,
+    check_reply,
     exchange,
     instruction,
     read_description,
     read_held,
 )
+from layerfed.exchange.arrays import printable
 from layerfed.seeding import Stream, generator
 
 __all__ = ["Population", "RoundFailed"]
@@ -68,7 +70,7 @@ class Population:
         self._described: dict[int, Description] = {}
         self._refused: dict[int, str] = {}
         self._errors: dict[int, list[str]] = {}
-        self._started = False
+        self._misfits: list[str] = []
         self.nodes: dict[int, int] = {}
         """Connected clients: node id by partition id."""
 
@@ -78,13 +80,15 @@ class Population:
         Raises
         ------
         ConfigError
-            If the federation is of another size than the configuration says. Once the run goes on, a
-            newcomer that does not fit is left out instead.
+            If nodes are connected and none fits the federation that is configured. Beside others that
+            do, one that does not is left out: it may not keep a run from beginning.
         RoundFailed
             If they are not connected within `timeout` seconds, or none can describe itself.
         """
         deadline, said = time.monotonic() + timeout, -1
         while len(self.refresh(grid, timeout)) < self.at_least:
+            if self._misfits and not self.nodes:
+                raise ConfigError(self._misfits[0])
             connected = set(grid.get_node_ids())
             hopeless = {n for n in connected if n in self._refused or self._gave_up(n)}
             if connected and hopeless == connected:
@@ -94,12 +98,12 @@ class Population:
                 raise RoundFailed(
                     f"{len(self.nodes)} clients after {timeout:g} s, "
                     f"federation.clients-per-round = {self.at_least} are needed"
+                    + "".join(f"; left out: {reason}" for reason in self._misfits[:3])
                 )
             if len(self.nodes) != said:
                 said = len(self.nodes)
                 log(INFO, "waiting for clients: %d of %d", said, self.at_least)
             time.sleep(POLL_SECONDS)
-        self._started = True
 
     def refresh(
         self, grid: Grid, timeout: float, manifest: Manifest | None = None
@@ -118,19 +122,24 @@ class Population:
             if node not in self._described and node not in self._refused and not self._gave_up(node)
         ]
         patience = min(timeout, PATIENCE_SECONDS)
-        questions = [
-            instruction("query.describe", node, server_round=0, timeout=patience, manifest=manifest)
+        questions = {
+            node: instruction(
+                "query.describe", node, server_round=0, timeout=patience, manifest=manifest
+            )
             for node in unknown
-        ]
-        for node, reply in exchange(grid, questions, patience):
+        }
+        for node, reply in exchange(grid, questions.values(), patience):
             if reply is None or reply.has_error():
-                reason = "no reply in time" if reply is None else str(reply.error.reason)
+                reason = "no reply in time" if reply is None else printable(str(reply.error.reason))
                 self._errors.setdefault(node, []).append(reason)
                 log(WARNING, "node %d did not describe itself: %s", node, reason)
                 continue
             try:
+                check_reply(reply, questions[node])
+                held, store = read_held(reply)
                 self._described[node] = read_description(reply, self.num_blocks)
-                self.holdings.learn(node, *read_held(reply))
+                known = set(manifest.digests.values()) if manifest is not None else set()
+                self.holdings.learn(node, known.intersection(held), store)
             except RefusedReply as error:
                 self._refused[node] = str(error)
                 log(WARNING, "node %d is left out, its description was refused: %s", node, error)
@@ -147,8 +156,7 @@ class Population:
 
     def _place(self, node: int, description: Description) -> None:
         if misfit := self._misfit(description):
-            if not self._started:
-                raise ConfigError(misfit)
+            self._misfits.append(misfit)
             self._refused[node] = misfit
             log(WARNING, "node %d is left out: %s", node, misfit)
             return

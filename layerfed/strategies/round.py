@@ -11,13 +11,15 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.logger import log
 
-from layerfed.aggregation import MaskedMean
+from layerfed.aggregation import WEIGHTED_MEAN, Aggregation, Aggregator
+from layerfed.clipping import clipped
 from layerfed.exchange import (
     CODECS,
     Codec,
     GlobalModel,
     Holdings,
     RefusedReply,
+    check_reply,
     instruction,
     read_evaluation,
     read_held,
@@ -28,13 +30,15 @@ from layerfed.exchange import (
     read_uploaded,
 )
 from layerfed.exchange.arrays import carried_bytes, moved_bytes
-from layerfed.layers import LayerMap
 from layerfed.records import Failure, RoundRecord
 from layerfed.server_optimizers import ServerOptimizer
 from layerfed.strategies.population import RoundFailed
 from layerfed.theory import UpdateSpread, importance_term
 
 __all__ = ["Round"]
+
+# What a client is asked in each phase.
+ASKED = {"probe": "query.probe", "train": "train", "evaluate": "evaluate"}
 
 
 class Round:
@@ -59,8 +63,8 @@ class Round:
         d_i as each client stated it when it joined, by partition id; an update may not claim more.
     codec : Codec
         What updates are written in.
-    mean : Callable[[LayerMap], MaskedMean]
-        Makes the mean that updates are folded into.
+    aggregation : Aggregation
+        How updates become one, and how far one client's say goes.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class Round:
         holdings: Holdings,
         examples: Mapping[int, int] | None = None,
         codec: Codec = CODECS["float32"],
-        mean: Callable[[LayerMap], MaskedMean] = MaskedMean,
+        aggregation: Aggregation = WEIGHTED_MEAN,
     ) -> None:
         self.record = RoundRecord(number)
         self._model = model
@@ -82,11 +86,12 @@ class Round:
         self._holdings = holdings
         self._examples = examples or {}
         self._codec = codec
-        self._new_mean = mean
-        self._mean = mean(model.layers)
+        self._aggregation = aggregation
+        self._mean = aggregation.begin(model.layers)
         self._spread = UpdateSpread()
         self._losses: dict[int, tuple[int, float]] = {}
         self._asked: dict[int, Message] = {}
+        self._answered: set[tuple[int, str]] = set()
         self._resent: set[tuple[int, str]] = set()
 
     def instructions(
@@ -122,19 +127,20 @@ class Round:
     def again(self, node: int, reply: Message) -> Message | None:
         """Return the instruction with the layers that a reply says are missing, once a node and phase.
 
-        A node that answered otherwise is done, and what it says it holds is noted.
+        A node that answered otherwise is done, and what it says it holds is noted. What cannot be read
+        is refused where the reply is taken.
         """
         partition, asked = self._partitions.get(node), self._asked.get(node)
         if reply.has_error() or partition is None or asked is None:
             return None
         try:
+            check_reply(reply, asked)
             missing = read_missing(reply, self._model.layers)
             held, store = read_held(reply)
             # Digests of nothing that exists are not worth keeping.
             known = set(self._model.manifest().digests.values())
             self._holdings.learn(node, known.intersection(held), store)
-        except RefusedReply as error:
-            log(WARNING, "round %d: client %d: %s", self.record.round, partition, error)
+        except RefusedReply:
             return None
         kind = asked.metadata.message_type
         if not missing or (node, kind) in self._resent:
@@ -164,7 +170,8 @@ class Round:
         found: dict[int, dict[str, np.ndarray]] = {}
         for node, reply in replies:
             with self._refusing(node, "probe") as partition:
-                rows, costs = read_statistics(_content(reply), names, self._model.layers.num_blocks)
+                answer = self._answer(node, reply, "probe")
+                rows, costs = read_statistics(answer, names, self._model.layers.num_blocks)
                 found[partition] = rows
                 self.record.flops_probe += costs.get("flops", 0.0)
                 size = sum(row.nbytes for row in rows.values())
@@ -177,7 +184,7 @@ class Round:
     def take_update(self, node: int, reply: Message | None) -> None:
         """Check one training reply and fold it into the mean; it can be dropped then."""
         with self._refusing(node, "train") as partition:
-            answer = _content(reply)
+            answer = self._answer(node, reply, "train")
             arrays = answer.content.array_records.get("arrays", ArrayRecord()).values()
             traffic = self.record.ledger[partition]
             traffic.up += carried_bytes(arrays)
@@ -193,22 +200,32 @@ class Round:
             steps = train.metrics.get("steps")
             if steps is not None and steps < 1:
                 raise RefusedReply(f"it claims {steps:g} local steps")
-            norms_sq = self._mean.add(due, train.update, train.examples)
+            examples = self._aggregation.counted(train.examples)
+            norms_sq = self._mean.add(due, self._clipped(train.update), examples)
             record, metrics = self.record, train.metrics
-            self._spread.add(partition, train.examples, steps, norms_sq)
+            self._spread.add(partition, examples, steps, norms_sq)
             record.updated[partition] = tuple(due)
             record.replies += 1
             traffic.full_up += self._model.bytes(self._model.layers.names)
             record.flops += metrics.get("flops", 0.0)
             record.peak_memory = max(record.peak_memory, metrics.get("peak-memory", 0.0))
             if "loss" in metrics:  # private clients do not say
-                self._losses[partition] = (train.examples, metrics["loss"])
+                self._losses[partition] = (examples, metrics["loss"])
+
+    def _clipped(self, update: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Scale an update down to the largest norm that is allowed, if there is one."""
+        bound = self._aggregation.clip
+        if not bound:
+            return update
+        update, norm = clipped(update, bound)
+        self.record.clipped += norm > bound
+        return update
 
     def finish(
         self,
         min_replies: int,
         optimizer: ServerOptimizer,
-        applied: Callable[[MaskedMean], Collection[str]] = lambda mean: mean.weights,
+        applied: Callable[[Aggregator], Collection[str]] = lambda mean: mean.weights,
     ) -> tuple[str, ...]:
         """Move every layer somebody trained to θ^{t+1}; the others stay bit-identical.
 
@@ -216,7 +233,7 @@ class Round:
         ----------
         min_replies : int
         optimizer : ServerOptimizer
-        applied : Callable[[MaskedMean], Collection[str]]
+        applied : Callable[[Aggregator], Collection[str]]
             Chooses which of those layers move; by default all.
 
         Returns
@@ -232,6 +249,15 @@ class Round:
         """
         if self.record.replies < min_replies:
             raise self.failed("train", min_replies)
+        if self.record.clipped:
+            log(
+                INFO,
+                "round %d: %d of %d updates were scaled down to a norm of %g (server.clip)",
+                self.record.round,
+                self.record.clipped,
+                self.record.replies,
+                self._aggregation.clip,
+            )
         self._mean.close()
         chosen = applied(self._mean)
         names = tuple(layer for layer in self._mean.weights if layer in chosen)
@@ -246,7 +272,8 @@ class Round:
                     "train.lr or server.lr"
                 )
             moved[layer] = after
-        self._mean = self._new_mean(self._model.layers)  # frees the sums of layers that do not move
+        # Frees what was kept of layers that do not move.
+        self._mean = self._aggregation.begin(self._model.layers)
         for layer, tensors in moved.items():
             self._model.replace(layer, tensors)
         self.record.moved = names
@@ -268,13 +295,19 @@ class Round:
         if selection is not None and "grad_norm_sq" in selection.statistics:
             record.e1 = importance_term(
                 selection.statistics["grad_norm_sq"],
-                np.array([self._examples.get(client, 1) for client in selection.clients]),
+                np.array([self._counted(client) for client in selection.clients]),
                 np.array([block.name in names for block in blocks]),
             )
         if record.lr:
             there = [block.name for block in blocks if block.name in names]
             norms_sq = {layer: self._mean.norm_sq(layer) for layer in there}
-            record.e2 = self._spread.heterogeneity_term(norms_sq, record.lr)
+            known = {layer: norm for layer, norm in norms_sq.items() if norm is not None}
+            if len(known) == len(there):
+                record.e2 = self._spread.heterogeneity_term(known, record.lr)
+
+    def _counted(self, client: int) -> int:
+        """Return as how many examples those count that a client stated when it joined."""
+        return self._aggregation.counted(self._examples.get(client, 1))
 
     def take_evaluations(
         self, replies: Iterable[tuple[int, Message | None]]
@@ -283,12 +316,16 @@ class Round:
         found: dict[int, tuple[int, dict[str, float]]] = {}
         for node, reply in replies:
             with self._refusing(node, "evaluate") as partition:
-                found[partition] = read_evaluation(_content(reply))
+                found[partition] = read_evaluation(self._answer(node, reply, "evaluate"))
         rows = [found[partition] for partition in sorted(found)]
-        total = sum(examples for examples, _ in rows)
-        if not total:
+        weights = [self._aggregation.counted(examples) for examples, _ in rows]
+        if not rows:
             return None
-        return {k: sum(n * m[k] for n, m in rows) / total for k in ("loss", "accuracy")}
+        return {
+            key: sum(n * metrics[key] for n, (_, metrics) in zip(weights, rows, strict=True))
+            / sum(weights)
+            for key in ("loss", "accuracy")
+        }
 
     def failed(self, phase: str, needed: int) -> RoundFailed:
         """Return the error that says how many answered and why others did not."""
@@ -312,6 +349,24 @@ class Round:
                 WARNING, "round %d: %s of client %d: %s", self.record.round, phase, partition, error
             )
 
+    def _answer(self, node: int, reply: Message | None, phase: str) -> Message:
+        """Return a node's answer in a phase, if it is one: its first, and to what it was asked."""
+        asked = self._asked.get(node)
+        if asked is None or asked.metadata.message_type != ASKED[phase]:
+            raise RefusedReply(f"it was not asked to {phase}")
+        if (node, phase) in self._answered:
+            raise RefusedReply("it has answered already")
+        self._answered.add((node, phase))
+        if reply is None:
+            raise RefusedReply("no reply in time")
+        if reply.has_error():
+            raise RefusedReply(str(reply.error.reason))
+        check_reply(reply, asked)
+        read_held(reply)
+        if read_missing(reply, self._model.layers):
+            raise RefusedReply("it lacks layers that were sent to it")
+        return reply
+
     def _due_from(
         self, node: int, partition: int, answer: Message
     ) -> dict[str, dict[str, np.ndarray]]:
@@ -330,13 +385,3 @@ class Round:
             return asked
         sent = read_uploaded(answer, asked, upload[0], self._codec)
         return {name: asked[name] for name in sent}
-
-
-def _content(reply: Message | None) -> Message:
-    if reply is None:
-        raise RefusedReply("no reply in time")
-    if reply.has_error():
-        raise RefusedReply(reply.error.reason)
-    if "missing" in reply.content.config_records.get("layers", {}):
-        raise RefusedReply("it lacks layers that were sent to it")
-    return reply

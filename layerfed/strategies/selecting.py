@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from layerfed.aggregation import MaskedMean
+from layerfed.aggregation import Aggregator
 from layerfed.budgets import Budgets
 from layerfed.config import RunConfig
 from layerfed.exchange import Description
@@ -76,7 +76,7 @@ class Selecting(ABC):
         """Return what one client's training instruction says besides its mask."""
         return {}
 
-    def applied(self, mean: MaskedMean) -> Collection[str]:
+    def applied(self, mean: Aggregator) -> Collection[str]:
         """Choose which of the layers that clients trained move the global model: all of them."""
         return mean.weights
 

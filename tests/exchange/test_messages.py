@@ -207,6 +207,24 @@ def test_any_metric_that_is_not_finite_is_refused(value: float) -> None:
     assert "not finite: flops" in refused(reply_with(raw(VALID), flops=value))
 
 
+@pytest.mark.parametrize("value", [1e101, -1e101])
+def test_metrics_that_none_can_be_are_refused(value: float) -> None:
+    assert "hold what none can be: loss" in refused(reply_with(raw(VALID), loss=value))
+
+
+@pytest.mark.parametrize("name", ["flops", "steps", "seconds", "peak-memory"])
+def test_work_that_takes_less_than_nothing_is_refused(name: str) -> None:
+    assert f"negative: {name}" in refused(reply_with(raw(VALID), **{name: -1.0}))
+
+
+def test_an_integer_beyond_any_float_is_no_number() -> None:
+    """Where a message stays in one process, Python's integers have no largest."""
+    assert "not finite: examples" in refused(reply_with(raw(VALID), 10**400))
+    message = probe_reply(ask("query.probe"), {"snr": [1.0, 10**400]}, 9)
+    with pytest.raises(RefusedReply, match="'snr' holds negative or non-finite"):
+        read_statistics(message, ["snr"], 2)
+
+
 def test_missing_metrics_are_named() -> None:
     message = reply_with(raw(VALID))
     del message.content["metrics"]
@@ -335,3 +353,7 @@ def test_a_node_cannot_say_that_it_holds_anything_but_digests() -> None:
     state_held(reply, ["a"] * 100_001, "store")
     with pytest.raises(RefusedReply, match="cannot be read"):
         read_held(reply)
+
+
+def test_a_layer_that_is_missing_many_times_is_missing_once(layers: LayerMap) -> None:
+    assert read_missing(missing_reply(ask(), ["head"] * 99), layers) == ("head",)

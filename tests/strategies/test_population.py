@@ -10,7 +10,15 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from layerfed.config import ConfigError
-from layerfed.exchange import Description, describe_reply, exchange, instruction
+from layerfed.exchange import (
+    Description,
+    Holdings,
+    Manifest,
+    describe_reply,
+    exchange,
+    instruction,
+)
+from layerfed.exchange.messages import state_held
 from layerfed.strategies import population as module
 from layerfed.strategies.population import Population, RoundFailed
 
@@ -127,6 +135,57 @@ def test_another_federation_than_configured_is_refused_before_the_run(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Population(3, at_least=1).wait(FakeGrid({5: answer}), 5)
+
+
+@pytest.mark.parametrize("misfit", [says(1, 5), says(9)])
+def test_one_node_that_does_not_fit_keeps_no_run_from_beginning(misfit: Answer) -> None:
+    population = Population(3, at_least=2)
+    population.wait(FakeGrid({3: misfit, 50: says(0), 60: says(2)}), 5)
+    assert population.nodes == {0: 50, 2: 60}
+
+
+def test_too_few_that_fit_are_said_to_be_so() -> None:
+    grid = FakeGrid({5: says(0), 6: says(1, 7)})
+    with pytest.raises(
+        RoundFailed, match=r"left out: federation\.clients = 2, but .* 7 SuperNodes"
+    ):
+        Population(2, at_least=2).wait(grid, 0.1)
+
+
+def oversize(message: Message) -> Message:
+    reply = says(1)(message)
+    assert reply is not None
+    reply.content.metric_records["metrics"].update({f"k{i}": 1 for i in range(2000)})
+    return reply
+
+
+def of_another_kind(message: Message) -> Message:
+    reply = says(1)(message)
+    assert reply is not None
+    reply.metadata.message_type = "train"
+    return reply
+
+
+@pytest.mark.parametrize("answer", [oversize, of_another_kind, says(2**32), says(10**400)])
+def test_a_description_that_none_can_be_is_left_out(answer: Answer) -> None:
+    population = Population(None, at_least=1)
+    population.wait(FakeGrid({5: says(0), 6: answer}), 5)
+    assert population.nodes == {0: 5}
+
+
+def test_only_versions_that_exist_are_remembered_of_a_newcomer() -> None:
+    def claims(message: Message) -> Message:
+        reply = says(0)(message)
+        assert reply is not None
+        state_held(reply, ["a", *(f"nothing {i}" for i in range(500))], "store")
+        return reply
+
+    holdings = Holdings()
+    population = Population(1, at_least=1, holdings=holdings)
+    manifest = Manifest("base", {"head": "a", "blocks.0": "b"})
+    population.refresh(FakeGrid({5: claims}), 5, manifest)
+    assert holdings._held == {5: {"a"}}
+    assert holdings.lacks(5, manifest, ("head", "blocks.0")) == ("blocks.0",)
 
 
 @pytest.mark.parametrize("newcomer", [says(1, 5), says(9), says(0)])

@@ -1,0 +1,138 @@
+"""What a reply may hold at most: how many records, entries and characters, and how large a number.
+
+Flower passes on whatever a node sends: records of any name and number, lists and texts of any length,
+and a message type and round that the node wrote itself. `check_reply` comes before anything is read and
+looks at types and lengths only, so that refusing a million entries costs no more than counting them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+
+from layerfed.exchange.arrays import RefusedReply
+
+__all__ = ["MAX_STATISTIC", "MAX_UPDATE", "check_reply", "check_values", "number", "row_of"]
+
+# The records of a reply, by the type of the message that it answers; `layers` may come with each.
+RECORDS: Mapping[str, frozenset[str]] = {
+    "query.describe": frozenset({"metrics"}),
+    "query.probe": frozenset({"metrics", "statistics"}),
+    "train": frozenset({"metrics", "arrays"}),
+    "evaluate": frozenset({"metrics"}),
+}
+LAYERS = "layers"
+TYPES = {
+    "metrics": MetricRecord,
+    "statistics": MetricRecord,
+    "arrays": ArrayRecord,
+    LAYERS: ConfigRecord,
+}
+# Ten times what any of ours holds, and room for metrics of a user's own.
+MAX_ENTRIES = 1_000
+# More tensors, and layer versions, than any model has.
+MAX_ARRAYS = MAX_ITEMS = 100_000
+# Digests, layer names, and the identity of a store are far shorter.
+MAX_TEXT = 1_000
+# No gradient of finite float32 numbers comes near; beyond, sums over clients could overflow.
+MAX_STATISTIC = 1e100
+# No step of training comes near; beyond, squares leave float32, in which server optimisers keep theirs,
+# and integers what float64 holds exactly.
+MAX_UPDATE = 1e15
+
+
+def check_reply(reply: Message, asked: Message) -> None:
+    """Refuse what is not a reply to an instruction, or is larger than one can be.
+
+    Parameters
+    ----------
+    reply : flwr.app.Message
+        Without error.
+    asked : flwr.app.Message
+        The instruction.
+
+    Raises
+    ------
+    RefusedReply
+        If it comes from another node, is of another type or round, or has records, entries, lists or
+        texts that no reply has.
+    """
+    theirs, ours = reply.metadata, asked.metadata
+    if theirs.src_node_id != ours.dst_node_id:
+        raise RefusedReply(f"it was sent by node {theirs.src_node_id}, which was not asked")
+    if theirs.message_type != ours.message_type:
+        raise RefusedReply(f"it answers '{theirs.message_type}', asked was '{ours.message_type}'")
+    if theirs.group_id != ours.group_id:
+        raise RefusedReply(f"it belongs to round '{theirs.group_id}', not to {ours.group_id}")
+    if not reply.has_content():
+        raise RefusedReply("it is empty")
+    allowed = RECORDS[ours.message_type] | {LAYERS}
+    for name, record in reply.content.items():
+        if name not in allowed or not isinstance(record, TYPES[name]):
+            raise RefusedReply(f"it holds a record '{name}' that does not belong there")
+        _check_record(name, record)
+
+
+def _check_record(name: str, record: ArrayRecord | ConfigRecord | MetricRecord) -> None:
+    most = MAX_ARRAYS if isinstance(record, ArrayRecord) else MAX_ENTRIES
+    if len(record) > most:
+        raise RefusedReply(
+            f"its record '{name}' has {len(record)} entries, {most} at most are read"
+        )
+    if isinstance(record, ArrayRecord):
+        return
+    for key, value in record.items():
+        items = value if isinstance(value, list) else [value]
+        if len(items) > MAX_ITEMS:
+            raise RefusedReply(
+                f"'{key}' of its record '{name}' is a list of {len(items)}, {MAX_ITEMS} at most are read"
+            )
+        if any(isinstance(item, str | bytes) and len(item) > MAX_TEXT for item in (key, *items)):
+            raise RefusedReply(f"its record '{name}' holds more than {MAX_TEXT} characters in one")
+
+
+def number(value: float) -> float:
+    """Return a number of a record as a float; infinite where it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:  # Python's integers have no largest
+        return math.inf
+
+
+def row_of(value: Any, num_blocks: int, what: str) -> np.ndarray:
+    """Return a list of L numbers, none of them negative, as float64.
+
+    Raises
+    ------
+    RefusedReply
+        If it is anything else; `what` names it.
+    """
+    if not isinstance(value, list) or len(value) != num_blocks:
+        raise RefusedReply(f"its {what} is not a list of {num_blocks} numbers")
+    row = np.array([number(x) for x in value], dtype=np.float64)
+    if not np.isfinite(row).all() or (row < 0).any():
+        raise RefusedReply(f"its {what} holds negative or non-finite numbers")
+    if (row > MAX_STATISTIC).any():
+        raise RefusedReply(f"its {what} holds {row.max():g}, which none can be")
+    return row
+
+
+def check_values(name: str, values: np.ndarray) -> None:
+    """Refuse a tensor of an update with elements that no training gives.
+
+    Raises
+    ------
+    RefusedReply
+        On NaN, infinities, and magnitudes above `MAX_UPDATE`.
+    """
+    # Two reductions make no copy, and NaN is the result of both.
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    if not math.isfinite(low + high):
+        raise RefusedReply(f"'{name}' holds NaN or Inf")
+    if max(-low, high) > MAX_UPDATE:
+        worst = low if -low > high else high
+        raise RefusedReply(f"'{name}' holds {worst:g}, which no training gives")
