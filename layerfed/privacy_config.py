@@ -90,8 +90,8 @@ def check_private(config: RunConfig) -> None:
         )
     if section.mode == "central" and server.clip > 0:
         raise ConfigError(
-            f"server.clip = {server.clip:g} does not go with {mode}: privacy.clip bounds updates already, "
-            "and how many were scaled down would be recorded without noise; set it to 0"
+            f"server.clip = {server.clip:g} does not go with {mode}: privacy.clip bounds updates "
+            "already, and how many were scaled down would be recorded without noise; set it to 0"
         )
     resampled = config.strategy.name == "random" and config.strategy.resample_steps > 0
     if resampled and config.train.local_epochs > 0:
