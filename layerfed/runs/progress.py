@@ -119,7 +119,9 @@ class ProgressLine(Observer):
     def on_round(self, record: RoundRecord) -> None:
         """Advance by a round."""
         shown = _percent(record.accuracy) + _privacy(record)
-        self._progress.update(self._task, advance=1, accuracy=shown)
+        self._progress.update(self._task, advance=1)
+        if record.accuracy is not None:
+            self._progress.update(self._task, accuracy=shown)
         if not self._console.is_terminal:
             self._console.print(
                 f"round {record.round}/{self._rounds}  accuracy {shown}  "
