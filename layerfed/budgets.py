@@ -101,6 +101,17 @@ class Budgets:
             )
         return np.array(client.costs), np.array(client.depth_costs)
 
+    def check_stated(self, client: Description) -> None:
+        """Refuse a client that does not state what these budgets need of it.
+
+        Raises
+        ------
+        ConfigError
+            If that is a budget of its own, or measured costs.
+        """
+        self.of(client)
+        self.costs_of(client)
+
     def check_measured(self, clients: Iterable[Description]) -> None:
         """Refuse budgets that do not fit what clients measured; nothing to do for other units.
 

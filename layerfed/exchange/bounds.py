@@ -85,14 +85,18 @@ def _check_record(name: str, record: ArrayRecord | ConfigRecord | MetricRecord) 
         )
     if isinstance(record, ArrayRecord):
         return
+    total = 0
     for key, value in record.items():
         items = value if isinstance(value, list) else [value]
-        if len(items) > MAX_ITEMS:
+        total += len(items)
+        if total > MAX_ITEMS:
+            raise RefusedReply(f"its record '{name}' lists more than {MAX_ITEMS} items")
+        # Flower's lists are of one type.
+        texts = [key, *items] if items and isinstance(items[0], str | bytes) else [key]
+        if any(len(text) > MAX_TEXT for text in texts):
             raise RefusedReply(
-                f"'{key}' of its record '{name}' is a list of {len(items)}, {MAX_ITEMS} at most are read"
+                f"its record '{name}' holds a text of more than {MAX_TEXT} characters"
             )
-        if any(isinstance(item, str | bytes) and len(item) > MAX_TEXT for item in (key, *items)):
-            raise RefusedReply(f"its record '{name}' holds more than {MAX_TEXT} characters in one")
 
 
 def number(value: float) -> float:

@@ -121,6 +121,7 @@ class SelectiveStrategy(Selecting, Strategy):
             at_least=clients_per_round or min_replies,
             num_blocks=layers.num_blocks,
             holdings=self.holdings,
+            check=self.budgets.check_stated,
         )
         self.timeout = 3600.0
         self.model: GlobalModel | None = None
@@ -238,17 +239,10 @@ class SelectiveStrategy(Selecting, Strategy):
         model = self.model = self.model or GlobalModel(self.layers, arrays)
         if not self.population.refresh(grid, self.timeout, model.manifest()):
             raise RoundFailed(f"round {server_round}: no client is connected any more")
-        nodes, codec = self.population.nodes, CODECS[self.codec]
+        nodes, codec, rules = self.population.nodes, CODECS[self.codec], self.aggregation
         examples = {client: self.population.description(client).examples for client in nodes}
         self.round = Round(
-            server_round,
-            model,
-            nodes,
-            self.timeout,
-            self.holdings,
-            examples,
-            codec,
-            self.aggregation,
+            server_round, model, nodes, self.timeout, self.holdings, examples, codec, rules
         )
         record = self.round.record
         with self._phase("sample"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from logging import INFO, WARNING
 
 import numpy as np
@@ -54,6 +54,8 @@ class Population:
         L, which the costs that clients state must fit.
     holdings : Holdings, optional
         Told which layers a node that joins still holds.
+    check : Callable[[Description], None], optional
+        Raises `ConfigError` on a client that the run has no use for.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class Population:
         at_least: int,
         num_blocks: int | None = None,
         holdings: Holdings | None = None,
+        check: Callable[[Description], None] = lambda description: None,
     ) -> None:
         self.expected = expected
         self.at_least = at_least
         self.num_blocks = num_blocks
         self.holdings = holdings or Holdings()
+        self.check = check
         self._described: dict[int, Description] = {}
         self._refused: dict[int, str] = {}
         self._errors: dict[int, list[str]] = {}
@@ -172,6 +176,10 @@ class Population:
 
     def _misfit(self, description: Description) -> str | None:
         """Say how a node does not fit the federation that is configured, if it does not."""
+        try:
+            self.check(description)
+        except ConfigError as error:
+            return str(error)
         if self.expected is None:
             return None
         if description.partitions not in (None, self.expected):

@@ -56,7 +56,7 @@ def test_records_that_do_not_belong_to_the_kind_are_refused(kind: str) -> None:
         "statistics": MetricRecord({"snr": [1.0]}),
         "arrays": ArrayRecord({"w": encode(np.zeros(1))}),
         "config": ConfigRecord({"a": 1}),
-        "x" * 10_000: MetricRecord(),
+        "x" * 100: MetricRecord(),
     }.items():
         reply = KINDS[kind](asked)
         if name in reply.content:
@@ -75,9 +75,14 @@ def test_a_record_of_another_type_is_refused() -> None:
     ("name", "record", "says"),
     [
         ("metrics", MetricRecord({f"k{i}": 1 for i in range(MAX_ENTRIES + 1)}), "1001 entries"),
-        ("metrics", MetricRecord({"k": [1.0] * (MAX_ITEMS + 1)}), "a list of 100001"),
+        ("metrics", MetricRecord({"k": [1.0] * (MAX_ITEMS + 1)}), "more than 100000 items"),
+        (
+            "metrics",
+            MetricRecord({f"k{i}": [1.0] * (MAX_ITEMS // 10) for i in range(11)}),
+            "more than 100000 items",
+        ),
         ("metrics", MetricRecord({"k" * (MAX_TEXT + 1): 1.0}), "1000 characters"),
-        ("layers", ConfigRecord({"held": ["x"] * (MAX_ITEMS + 1)}), "a list of 100001"),
+        ("layers", ConfigRecord({"held": ["x"] * (MAX_ITEMS + 1)}), "more than 100000 items"),
         ("layers", ConfigRecord({"held": ["x", "y" * (MAX_TEXT + 1)]}), "1000 characters"),
         ("layers", ConfigRecord({"store": b"y" * (MAX_TEXT + 1)}), "1000 characters"),
     ],

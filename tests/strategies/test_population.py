@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from layerfed.config import ConfigError
+from layerfed.budgets import Budgets
+from layerfed.config import BudgetConfig, ConfigError
 from layerfed.exchange import (
     Description,
     Holdings,
@@ -142,6 +144,18 @@ def test_one_node_that_does_not_fit_keeps_no_run_from_beginning(misfit: Answer) 
     population = Population(3, at_least=2)
     population.wait(FakeGrid({3: misfit, 50: says(0), 60: says(2)}), 5)
     assert population.nodes == {0: 50, 2: 60}
+
+
+def test_a_node_that_does_not_state_what_budgets_need_is_left_out_beside_others() -> None:
+    def affords(message: Message) -> Message:
+        return describe_reply(message, Description(1, 10, budget=2.0))
+
+    check = Budgets(BudgetConfig(kind="per-node"), np.ones(4), 0).check_stated
+    population = Population(2, at_least=1, check=check)
+    population.wait(FakeGrid({5: says(0), 6: affords}), 5)
+    assert population.nodes == {1: 6}
+    with pytest.raises(ConfigError, match="partition 0 states no budget"):
+        Population(2, at_least=1, check=check).wait(FakeGrid({5: says(0)}), 5)
 
 
 def test_too_few_that_fit_are_said_to_be_so() -> None:

@@ -98,10 +98,10 @@ def test_updates_of_large_norm_are_scaled_down_and_counted(
     grid = Federation(CLIENTS)
     run(grid, rounds=1, budget=2)
     norms = [
-        np.sqrt(sum(np.square(a).sum() for a in arrays.values() if a.dtype == np.float32))
+        np.sqrt(sum(np.square(a.astype(float)).sum() for a in arrays.values() if a.dtype == "f4"))
         for arrays, _ in rounds_of(grid)[0]
     ]
-    bound = float(np.median(norms))
+    bound = float(np.median(norms)) * 1.001
     logger = logging.getLogger("flwr")
     logger.addHandler(caplog.handler)
     try:
@@ -144,7 +144,7 @@ def test_counts_beyond_the_limit_weigh_as_the_limit_everywhere() -> None:
 
 
 def test_a_forged_count_decides_no_longer() -> None:
-    """One that joined with 2²⁹ examples is nearly all of a mean, and one among others of a capped one."""
+    """One that joined with 2²⁹ examples is nearly all of a mean, and an equal in a capped one."""
 
     def enormous(reply: Message) -> Message:
         reply.content.metric_records["metrics"]["examples"] = 2**29
@@ -267,8 +267,6 @@ def test_clipping_bounds_what_a_liar_does() -> None:
 
 @pytest.mark.usefixtures("tiny_task")
 def test_the_run_folder_counts_what_was_clipped(tmp_path: Path) -> None:
-    for clip, count in ((1e-4, 4), (0, 0)):
-        more = [f"run.dir={tmp_path}", f"run.name=clip-{clip}", "federation.rounds=2"]
-        folder = run_on("inprocess", configured(*more, f"server.clip={clip}"))
-        rows = read_lines(folder / "metrics.jsonl")
-        assert [row["clipped"] for row in rows] == [count, count]
+    more = [f"run.dir={tmp_path}", "federation.rounds=2", "server.clip=0.0001"]
+    folder = run_on("inprocess", configured(*more))
+    assert [row["clipped"] for row in read_lines(folder / "metrics.jsonl")] == [4, 4]
