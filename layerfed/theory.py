@@ -101,8 +101,7 @@ class UpdateSpread:
         steps : float | None
             τ_i; None where the client does not say, which makes E2 unknown.
         norms_sq : Mapping[str, float]
-            ‖Δ_{i,l}‖² over the parameters of each layer it trained; empty where nobody must know,
-            which makes E2 unknown too.
+            ‖Δ_{i,l}‖² over the parameters of each layer it trained.
         """
         self._examples[client], self._steps[client] = examples, steps
         self._norms[client] = norms_sq
@@ -113,7 +112,7 @@ class UpdateSpread:
         return statistics.median(norms) if norms else None
 
     def heterogeneity_term(self, mean_norms_sq: Mapping[str, float], lr: float) -> float | None:
-        """Return E2 over some layers, L_t; None where a client's steps or norms are unknown.
+        """Return E2 over some layers, L_t; None where a client did not say its steps.
 
         Parameters
         ----------
@@ -125,7 +124,7 @@ class UpdateSpread:
         # In the order of partition ids, so that the figure does not depend on who answered first.
         clients: Sequence[int] = sorted(self._norms)
         steps = [self._steps[client] for client in clients]
-        if not clients or None in steps or not all(self._norms.values()):
+        if not clients or any(step is None for step in steps):
             return None
         examples = np.array([self._examples[client] for client in clients], dtype=np.float64)
         total, term = examples.sum(), 0.0
