@@ -10,14 +10,15 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from layerfed.config import BudgetUnit, ConfigError, DeviceName, RunConfig, explain
+from layerfed.config_section import Section
 
 __all__ = ["NodeConfig"]
 
 
-class NodeConfig(BaseModel):
+class NodeConfig(Section):
     """The settings of one node.
 
     Attributes
@@ -42,21 +43,17 @@ class NodeConfig(BaseModel):
         In place of the run's `run.threads`.
     max_step_seconds : float, optional
         The node stops training in a round, with an error, once a step takes longer.
+    privacy_clip, privacy_noise : float
+        What the node's owner demands whatever the run says: updates of at most this L2 norm, C, with
+        N(0, (z·C)²) on each coordinate. Of the run's and these the stricter hold, each by itself.
+    privacy_statistics_clip, privacy_statistics_noise : float
+        The same for each statistic of a probe.
     store : str
         Folder where the node keeps layers between messages, or `memory` (this process, as long as it
         lasts); empty takes the run's `exchange.store`.
     store_size : float
         Its limit in GB; 0 takes the run's `exchange.store-size`.
     """
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        strict=True,
-        populate_by_name=True,
-        alias_generator=lambda name: name.replace("_", "-"),
-    )
 
     partition_id: Annotated[int, Field(ge=0)]
     num_partitions: Annotated[int, Field(ge=1)] | None = None
@@ -66,6 +63,10 @@ class NodeConfig(BaseModel):
     device: DeviceName | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
     max_step_seconds: Annotated[float, Field(gt=0)] | None = None
+    privacy_clip: Annotated[float, Field(ge=0)] = 0.0
+    privacy_noise: Annotated[float, Field(ge=0)] = 0.0
+    privacy_statistics_clip: Annotated[float, Field(ge=0)] = 0.0
+    privacy_statistics_noise: Annotated[float, Field(ge=0)] = 0.0
     store: str = ""
     store_size: Annotated[float, Field(ge=0)] = 0.0
 
@@ -86,6 +87,22 @@ class NodeConfig(BaseModel):
             raise ConfigError(
                 f"budget-unit = '{self.budget_unit}' goes with a number as budget; "
                 f"budget = {self.budget!r} has none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bounded_noise(self) -> NodeConfig:
+        # The owner's guarantee must not rest on the run's bound, which the server chooses.
+        if self.privacy_noise > 0 and self.privacy_clip == 0:
+            raise ConfigError(
+                f"privacy-noise = {self.privacy_noise:g} is a multiple of privacy-clip, which is not "
+                "set; give the node a bound of its own"
+            )
+        if (self.privacy_statistics_clip > 0) != (self.privacy_statistics_noise > 0):
+            raise ConfigError(
+                f"privacy-statistics-clip = {self.privacy_statistics_clip:g} with "
+                f"privacy-statistics-noise = {self.privacy_statistics_noise:g} protects nothing; set "
+                "both above 0, or neither"
             )
         return self
 

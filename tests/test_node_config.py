@@ -46,6 +46,10 @@ def test_only_the_partition_is_needed() -> None:
         ({"data": ""}, "data = ''"),
         ({"threads": 0}, "threads = 0"),
         ({"max-step-seconds": 0}, "max-step-seconds = 0"),
+        ({"privacy-clip": -1}, "privacy-clip = -1"),
+        ({"privacy-noise": 1}, "privacy-noise = 1 is a multiple of privacy-clip"),
+        ({"privacy-statistics-clip": 1}, "privacy-statistics-noise = 0 protects nothing"),
+        ({"privacy-statistics-noise": 1}, "privacy-statistics-clip = 0 with"),
         ({"bugdet": 2}, "unknown key 'bugdet'; known keys: partition-id"),
     ],
 )

@@ -9,7 +9,7 @@ message type    config                                        reply
 query.describe                                                partition, partitions, examples, budget
 query.probe     round, statistics, batches                    examples, one list of L a statistic
 train           round, mask (L zeros and ones), learning      arrays: Δ of the trained layers,
-                rate, codec, run; schedule, upload            encoded; examples, loss, steps, costs
+                rate, codec, run; schedule, upload            encoded; examples, costs; loss, steps
 evaluate        round                                         examples, loss, accuracy
 =============== ============================================= =====================================
 
@@ -318,7 +318,7 @@ def read_train_reply(
     RefusedReply
         On wrong names, shapes, dtypes, numbers that no training gives, or a forged example count.
     """
-    metrics = _metrics(message, required=("examples", "loss"))
+    metrics = _metrics(message, required=("examples",))
     examples = _examples(metrics)
     record = message.content.array_records.get("arrays", ArrayRecord())
     due = {name: codec.parts_of(name, like) for name, like in expected.items()}

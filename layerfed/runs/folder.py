@@ -7,6 +7,7 @@ whatever a killed run leaves is whole.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -83,6 +84,9 @@ class RunFolder(Observer):
         self._initial: float | None = None
         self._totals: dict[str, float] = dict.fromkeys((*TRAFFIC, "flops", "flops_probe"), 0)
         self._failures = 0
+        self._epsilon: dict[str, Any] = {"epsilon": None, "epsilon_covers": None}
+        self.repeated_rounds: list[int] = []
+        """Rounds that were cut off and done again, or are to be, once for each time."""
         self._accuracies: list[float | None] = []
 
     def _open(self) -> Self:
@@ -150,15 +154,24 @@ class RunFolder(Observer):
                 f"run.resume = '{path}' had another configuration ({', '.join(other)}); resume with "
                 "its own config.json"
             )
+        before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        found = {name: read_lines(path / name) for name in LINES if (path / name).exists()}
+        again = [
+            row["round"] for row in found.get("metrics.jsonl", []) if row["round"] > last_round
+        ]
+        if before["status"] != "completed":
+            again.append(max([last_round, *again]) + 1)  # the one that was going on
+        repeated = [*before["repeated_rounds"], *again]
+        # Before the lines that say so are dropped, or a kill here would forget what was revealed.
+        _write(path / "summary.json", before | {"repeated_rounds": repeated})
         kept: dict[str, list[dict[str, Any]]] = {}
         for name in LINES:
-            rows = read_lines(path / name) if (path / name).exists() else []
-            kept[name] = [row for row in rows if row["round"] <= last_round]
+            kept[name] = [row for row in found.get(name, []) if row["round"] <= last_round]
             text = "".join(json.dumps(row) + "\n" for row in kept[name])
             _replace(path / name, text)
-        before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         # Nothing is written before all is known again: the run may be killed here too.
         folder = cls(path, config, engine)
+        folder.repeated_rounds = repeated
         folder._initial = before["initial_accuracy"]
         folder._before = sum(row["seconds"] for row in kept["metrics.jsonl"])
         for row in kept["metrics.jsonl"]:
@@ -180,6 +193,12 @@ class RunFolder(Observer):
             self._summarise("interrupted")
         elif error is not None:
             self._summarise("failed", error=f"{type(error).__name__}: {error}")
+
+    def asked(self) -> list[tuple[int, list[int]]]:
+        """Return the rounds so far, each with the clients (partition ids) that were asked in it."""
+        file = self.path / "ledger.jsonl"
+        rows = read_lines(file) if file.exists() else []
+        return [(row["round"], row["clients"]) for row in rows]
 
     def describe(self, layers: LayerMap, forward: Mapping[str, float], whole: float) -> None:
         """Write the layers of the model, `layers.json`.
@@ -219,6 +238,9 @@ class RunFolder(Observer):
             "train_loss": record.train_loss,
             "e1": record.e1,
             "e2": record.e2,
+            "update_norm": record.update_norm,
+            "epsilon": _finite(record.epsilon),
+            "epsilon_covers": record.epsilon_covers,
             "client_accuracy": record.client_accuracy,
             "lr": record.lr,
             "clients": record.replies,
@@ -248,6 +270,7 @@ class RunFolder(Observer):
         for key in self._totals:
             self._totals[key] += line[key]
         self._failures += line["failures"]
+        self._epsilon = {key: line[key] for key in self._epsilon}
         self._accuracies.append(line["accuracy"])
 
     def finish(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -277,6 +300,9 @@ class RunFolder(Observer):
                 "seconds": self._before + time.monotonic() - self._began,
                 **self._totals,
                 "failures": self._failures,
+                **self._epsilon,
+                "delta": config.privacy.delta if config.privacy.mode != "none" else None,
+                "repeated_rounds": self.repeated_rounds,
                 "status": status,
                 **more,
                 "versions": {
@@ -285,6 +311,11 @@ class RunFolder(Observer):
                 },
             },
         )
+
+
+def _finite(epsilon: float | None) -> float | str | None:
+    """Write an infinite ε as "inf": JSON has no number for it, and `float` reads it."""
+    return "inf" if epsilon == math.inf else epsilon
 
 
 def _ledger_line(server_round: int, ledger: Ledger) -> dict[str, Any]:

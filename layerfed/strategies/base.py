@@ -357,8 +357,8 @@ class SelectiveStrategy(Selecting, Strategy):
 
     def _train_metrics(self) -> MetricRecord:
         record = self.round.record
-        assert record.train_loss is not None
-        return MetricRecord({"loss": record.train_loss, "replies": record.replies})
+        loss = {} if record.train_loss is None else {"loss": record.train_loss}
+        return MetricRecord({**loss, "replies": record.replies})
 
     def _evaluate_on_clients(self, config: ConfigRecord, grid: Grid, result: Result) -> None:
         assert self.model is not None

@@ -209,7 +209,8 @@ class Round:
             traffic.full_up += self._model.bytes(self._model.layers.names)
             record.flops += metrics.get("flops", 0.0)
             record.peak_memory = max(record.peak_memory, metrics.get("peak-memory", 0.0))
-            self._losses[partition] = (examples, metrics["loss"])
+            if "loss" in metrics:  # private clients do not say
+                self._losses[partition] = (examples, metrics["loss"])
 
     def _clipped(self, update: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Scale an update down to the largest norm that is allowed, if there is one."""
@@ -257,6 +258,7 @@ class Round:
                 self.record.replies,
                 self._aggregation.clip,
             )
+        self._mean.close()
         chosen = applied(self._mean)
         names = tuple(layer for layer in self._mean.weights if layer in chosen)
         self._estimate_theory(names)
@@ -281,12 +283,14 @@ class Round:
         }
         # In the order of partition ids, so that the figure does not depend on who answered first.
         losses = [self._losses[partition] for partition in sorted(self._losses)]
-        self.record.train_loss = sum(n * x for n, x in losses) / sum(n for n, _ in losses)
+        if losses:
+            self.record.train_loss = sum(n * x for n, x in losses) / sum(n for n, _ in losses)
         return names
 
     def _estimate_theory(self, names: Sequence[str]) -> None:
         """Estimate E1 and E2 from what this round has seen, given the layers that move."""
         record, blocks = self.record, self._model.layers.blocks
+        record.update_norm = self._spread.median_norm()
         selection = record.selection
         if selection is not None and "grad_norm_sq" in selection.statistics:
             record.e1 = importance_term(
