@@ -54,6 +54,7 @@ __all__ = [
     "read_held",
     "read_manifest",
     "read_mask",
+    "read_metrics",
     "read_missing",
     "read_statistics",
     "read_train_reply",
@@ -220,7 +221,8 @@ def evaluate_reply(message: Message, examples: int, **metrics: float) -> Message
 
 
 # ---------------------------------------------------------------------------- reading replies
-def _metrics(message: Message, *, required: Iterable[str]) -> dict[str, float]:
+def read_metrics(message: Message, *, required: Iterable[str]) -> dict[str, float]:
+    """Return a reply's numbers, checked to be finite and to hold those that are required."""
     record = message.content.metric_records.get("metrics")
     if record is None:
         raise RefusedReply("it has no 'metrics' record")
@@ -241,7 +243,7 @@ def _examples(metrics: Mapping[str, float]) -> int:
 
 def read_description(message: Message, num_blocks: int | None = None) -> Description:
     """Read the answer to `query.describe`; costs are taken where `num_blocks`, L, is given."""
-    metrics = _metrics(message, required=("partition", "examples"))
+    metrics = read_metrics(message, required=("partition", "examples"))
     budget = metrics.get("budget")
     if budget is not None and budget < 0:
         raise RefusedReply(f"it states a budget of {budget:g}")
@@ -284,7 +286,7 @@ def read_statistics(
     message: Message, names: Iterable[str], num_blocks: int
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Read the answer to `query.probe`: {statistic: (L,) float64} and the metrics beside it."""
-    metrics = _metrics(message, required=("examples",))
+    metrics = read_metrics(message, required=("examples",))
     _examples(metrics)
     record = message.content.metric_records.get("statistics")
     if record is None:
@@ -323,7 +325,7 @@ def read_train_reply(
     RefusedReply
         On wrong names, shapes, dtypes, NaN or Inf, or a forged example count.
     """
-    metrics = _metrics(message, required=("examples", "loss"))
+    metrics = read_metrics(message, required=("examples", "loss"))
     examples = _examples(metrics)
     record = message.content.array_records.get("arrays", ArrayRecord())
     due = {name: codec.parts_of(name, like) for name, like in expected.items()}
@@ -349,7 +351,7 @@ def read_train_reply(
 
 def read_evaluation(message: Message) -> tuple[int, dict[str, float]]:
     """Read the answer to `evaluate`: the number of examples and the metrics over them."""
-    metrics = _metrics(message, required=("examples", "loss", "accuracy"))
+    metrics = read_metrics(message, required=("examples", "loss", "accuracy"))
     return _examples(metrics), metrics
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from logging import INFO
 from uuid import uuid4
 
@@ -73,6 +74,8 @@ class SelectiveStrategy(Selecting, Strategy):
         What clients write their updates in.
     store : LayerStore, optional
         The server's layer store: clients that see the same one are sent no layers.
+    rounds : Callable[..., Round] (default: Round)
+        Makes each round; `secured(…)` makes rounds whose single updates the server cannot see.
     seed : int (default: 0)
         Seed of sampling and of random masks.
     observers : Sequence[Observer] (default: ())
@@ -96,6 +99,7 @@ class SelectiveStrategy(Selecting, Strategy):
         optimizer: ServerOptimizer | None = None,
         codec: str = "float32",
         store: LayerStore | None = None,
+        rounds: Callable[..., Round] = Round,
         seed: int = 0,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -109,6 +113,7 @@ class SelectiveStrategy(Selecting, Strategy):
         self.optimizer = optimizer or SERVER_OPTIMIZERS["sgd"]()
         self.codec = codec
         self.store = store
+        self.rounds = rounds
         self.observers = tuple(observers)
         self.holdings = Holdings(store.identity if store is not None else "")
         self.population = Population(
@@ -211,7 +216,9 @@ class SelectiveStrategy(Selecting, Strategy):
             messages = self.configure_train(server_round, self.model.record(), train_config, grid)
             # 4-5. train, and aggregate as replies arrive
             with self._phase("train"):
-                self._take_updates(self._exchange(grid, messages))
+                send = partial(exchange, grid, timeout=timeout, late=self._late)
+                self._take_updates(self._exchange(grid, self.round.agree(messages, send)))
+                self.round.unmask(send)
                 self._finish()
             result.arrays = self.model.record()
             result.train_metrics_clientapp[server_round] = self._train_metrics()
@@ -233,15 +240,10 @@ class SelectiveStrategy(Selecting, Strategy):
         model = self.model = self.model or GlobalModel(self.layers, arrays)
         if not self.population.refresh(grid, self.timeout, model.manifest()):
             raise RoundFailed(f"round {server_round}: no client is connected any more")
-        examples = {c: self.population.description(c).examples for c in self.population.nodes}
-        self.round = Round(
-            server_round,
-            model,
-            self.population.nodes,
-            self.timeout,
-            self.holdings,
-            examples,
-            CODECS[self.codec],
+        nodes = self.population.nodes
+        examples = {client: self.population.description(client).examples for client in nodes}
+        self.round = self.rounds(
+            server_round, model, nodes, self.timeout, self.holdings, examples, CODECS[self.codec]
         )
         record = self.round.record
         with self._phase("sample"):

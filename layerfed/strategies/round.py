@@ -33,7 +33,10 @@ from layerfed.server_optimizers import ServerOptimizer
 from layerfed.strategies.population import RoundFailed
 from layerfed.theory import UpdateSpread, importance_term
 
-__all__ = ["Round"]
+__all__ = ["Round", "Send", "content_of", "refuse_no_steps"]
+
+Send = Callable[[Iterable[Message]], Iterator[tuple[int, Message | None]]]
+"""Sends messages and yields each node's reply as it arrives; None for a node that gives none."""
 
 
 class Round:
@@ -152,6 +155,16 @@ class Round:
             content, node, kind, group_id=asked.metadata.group_id, ttl=asked.metadata.ttl
         )
 
+    def agree(self, messages: Iterable[Message], send: Send) -> Iterable[Message]:
+        """Do what must be done before anybody trains; return the instructions that are to be sent.
+
+        Nothing here: see `SecureRound`.
+        """
+        return messages
+
+    def unmask(self, send: Send) -> None:
+        """Do what remains to be done for the mean once all updates are in: nothing, or as above."""
+
     def take_statistics(
         self, replies: Iterable[tuple[int, Message | None]], names: Sequence[str], enough: int
     ) -> dict[int, dict[str, np.ndarray]]:
@@ -159,7 +172,9 @@ class Round:
         found: dict[int, dict[str, np.ndarray]] = {}
         for node, reply in replies:
             with self._refusing(node, "probe") as partition:
-                rows, costs = read_statistics(_content(reply), names, self._model.layers.num_blocks)
+                rows, costs = read_statistics(
+                    content_of(reply), names, self._model.layers.num_blocks
+                )
                 found[partition] = rows
                 self.record.flops_probe += costs.get("flops", 0.0)
                 size = sum(row.nbytes for row in rows.values())
@@ -172,31 +187,38 @@ class Round:
     def take_update(self, node: int, reply: Message | None) -> None:
         """Check one training reply and fold it into the mean; it can be dropped then."""
         with self._refusing(node, "train") as partition:
-            answer = _content(reply)
+            answer = content_of(reply)
             arrays = answer.content.array_records.get("arrays", ArrayRecord()).values()
             traffic = self.record.ledger[partition]
             traffic.up += carried_bytes(arrays)
             traffic.moved_up += moved_bytes(arrays)
             due = self._due_from(node, partition, answer)
-            expected = {t: v for tensors in due.values() for t, v in tensors.items()}
-            train = read_train_reply(answer, expected, self._codec)
-            most = self._examples.get(partition, train.examples)
-            if train.examples > most:
-                raise RefusedReply(
-                    f"it claims {train.examples} examples, and had {most} on joining"
-                )
-            steps = train.metrics.get("steps")
-            if steps is not None and steps < 1:
-                raise RefusedReply(f"it claims {steps:g} local steps")
-            norms_sq = self._mean.add(due, train.update, train.examples)
-            record, metrics = self.record, train.metrics
-            self._spread.add(partition, train.examples, steps, norms_sq)
+            examples, metrics, norms_sq = self._fold_in(partition, due, answer)
+            if norms_sq:
+                self._spread.add(partition, examples, metrics.get("steps"), norms_sq)
+            record = self.record
             record.updated[partition] = tuple(due)
             record.replies += 1
             traffic.full_up += self._model.bytes(self._model.layers.names)
             record.flops += metrics.get("flops", 0.0)
             record.peak_memory = max(record.peak_memory, metrics.get("peak-memory", 0.0))
-            self._losses[partition] = (train.examples, metrics["loss"])
+            self._losses[partition] = (examples, metrics["loss"])
+
+    def _fold_in(
+        self, partition: int, due: Mapping[str, Mapping[str, np.ndarray]], answer: Message
+    ) -> tuple[int, Mapping[str, float], Mapping[str, float]]:
+        """Check what a client trained and add it to the mean.
+
+        Returns d_i, the metrics, and ‖Δ_{i,l}‖² of each layer; none where they cannot be known.
+        """
+        expected = {t: v for tensors in due.values() for t, v in tensors.items()}
+        train = read_train_reply(answer, expected, self._codec)
+        most = self._examples.get(partition, train.examples)
+        if train.examples > most:
+            raise RefusedReply(f"it claims {train.examples} examples, and had {most} on joining")
+        refuse_no_steps(train.metrics)
+        norms_sq = self._mean.add(due, train.update, train.examples)
+        return train.examples, train.metrics, norms_sq
 
     def finish(
         self,
@@ -274,7 +296,7 @@ class Round:
         found: dict[int, tuple[int, dict[str, float]]] = {}
         for node, reply in replies:
             with self._refusing(node, "evaluate") as partition:
-                found[partition] = read_evaluation(_content(reply))
+                found[partition] = read_evaluation(content_of(reply))
         rows = [found[partition] for partition in sorted(found)]
         total = sum(examples for examples, _ in rows)
         if not total:
@@ -323,7 +345,15 @@ class Round:
         return {name: asked[name] for name in sent}
 
 
-def _content(reply: Message | None) -> Message:
+def refuse_no_steps(metrics: Mapping[str, float]) -> None:
+    """Refuse a reply that says that it trained for less than a step."""
+    steps = metrics.get("steps")
+    if steps is not None and steps < 1:
+        raise RefusedReply(f"it claims {steps:g} local steps")
+
+
+def content_of(reply: Message | None) -> Message:
+    """Return a reply that has an answer in it."""
     if reply is None:
         raise RefusedReply("no reply in time")
     if reply.has_error():
