@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from layerfed.config_section import ConfigError, Section
 from layerfed.secagg_config import SecAggConfig, refuse_with_secagg
-from layerfed.sections import ConfigError, Section
 
 __all__ = [
     "BudgetUnit",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from layerfed.sections import ConfigError, Section
+from layerfed.config_section import ConfigError, Section
 
 __all__ = ["SecAggConfig", "refuse_with_secagg"]
 

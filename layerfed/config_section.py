@@ -1,4 +1,4 @@
-"""What every section of a configuration has in common."""
+"""What all tables of settings share: how strictly they are read, and the error on a wrong one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Settings under one heading: frozen, of exactly their types, none unknown."""
+    """A table of settings: no unknown keys, no infinities, and no "3" or true for a number."""
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
-        strict=True,  # no "3" or true for a number
+        strict=True,
         populate_by_name=True,
         alias_generator=lambda name: name.replace("_", "-"),
     )
