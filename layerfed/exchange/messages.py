@@ -14,7 +14,8 @@ evaluate        round                                         examples, loss, ac
 =============== ============================================= =====================================
 
 `schedule` and `upload` come with strategies whose clients change layers within a round, or send fewer
-than they trained: see `exchange/partial.py`.
+than they trained: see `exchange/partial.py`. Secure sums add queries of their own, see
+`secure/messages.py`.
 
 Each reply says besides, in `layers`, which of the manifest's versions the node keeps and in which store,
 or, instead of an answer, which it is *missing*: those are sent again.

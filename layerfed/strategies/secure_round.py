@@ -50,6 +50,7 @@ class SecureRound(Round):
         super().__init__(*args, **kwargs)
         self._settings = settings
         self._sum = SecureSum("", 0)
+        self._never_agreed = 0
 
     def agree(self, messages: Iterable[Message], send: Send) -> Iterable[Message]:
         """Have the clients agree on masks; return the instructions to those that did.
@@ -77,6 +78,7 @@ class SecureRound(Round):
         asked = dict.fromkeys(self._sum.clients, roster)
         self._ask(send, "query.shares", asked, self._take_sealed)
         self._refuse_too_few("shared secrets", len(self._sum.peers), self._sum.threshold)
+        self._never_agreed = len(message_to) - len(self._sum.peers)
         try:
             point = self._sum.begin(self._settings.range, self._examples)
         except ValueError as error:
@@ -102,6 +104,8 @@ class SecureRound(Round):
             If too few survived the training or answer now, or the sum cannot be one of theirs.
         """
         survivors, needed = self._sum.survivors, self._sum.threshold
+        # Those that never agreed on masks have failed already; they are not late.
+        self.record.late = max(0, self.record.late - self._never_agreed)
         self._refuse_too_few("sent an update", len(survivors), needed)
         asked = {client: {"survivors": survivors} for client in survivors}
         self._ask(send, "query.unmask", asked, self._take_shares, enough=needed)

@@ -179,6 +179,13 @@ def test_a_late_update_is_dropped_and_its_common_masks_are_taken_off() -> None:
     assert_close(found, expected, 1e-6)
 
 
+def test_a_client_that_never_agreed_on_masks_is_a_failure_and_not_late() -> None:
+    options = ["federation.clients-per-round=4", "federation.over-provision=0.5"]
+    config = configured("secagg.enabled=true", "strategy.name=top", *options)
+    record = run(config, 1, Leaving(config, {"query.keys": [3]})).rounds[0]
+    assert (record.replies, record.late, [f.partition for f in record.failures]) == (4, 1, [3])
+
+
 # --------------------------------------------------------------------------- what the server sees
 def test_replies_hold_one_masked_vector_and_no_number_of_examples() -> None:
     config = secure("strategy.name=top")
