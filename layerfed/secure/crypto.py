@@ -114,12 +114,13 @@ def unseal(key: bytes, sealed: bytes, bound: str) -> bytes:
 
 def share(secret: bytes, threshold: int, count: int) -> list[bytes]:
     """Split a secret by Shamir's scheme: any `threshold` of the shares give it, fewer say nothing."""
-    return [part for _, part in Shamir.split(threshold, count, secret)]
+    return [part for _, part in Shamir.split(threshold, count, secret, ssss=False)]
 
 
 def recover(shares: Mapping[int, bytes]) -> bytes:
     """Return a secret from exactly as many shares as its threshold, by position in `share`'s list."""
-    secret: bytes = Shamir.combine([(place + 1, part) for place, part in shares.items()])
+    numbered = [(place + 1, part) for place, part in shares.items()]
+    secret: bytes = Shamir.combine(numbered, ssss=False)
     return secret
 
 

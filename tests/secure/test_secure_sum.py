@@ -123,7 +123,7 @@ def test_a_stray_vector_is_noticed_by_its_examples() -> None:
     round_.agree()
     round_.train()
     assert round_.sum._total is not None
-    round_.sum._total[-1] += np.uint32(2**31)
+    round_.sum._total[-1:] += np.uint32(2**31)
     round_.unmask()
     with pytest.raises(ValueError, match="the sum states -"):
         round_.sum.open()

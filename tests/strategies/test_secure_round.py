@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
+from flwr.common.serde import context_from_proto, context_to_proto
+from flwr.proto.message_pb2 import Context as ProtoContext
 
 from layerfed.client_app import build_client_app, client_app, workbench
 from layerfed.config import RunConfig, Scalar
@@ -228,6 +230,21 @@ def test_clients_forget_their_secrets_once_they_have_unmasked() -> None:
     grid = Messages(config)
     run(config, 1, grid)
     assert all(secure_client.STATE not in c.state for c in grid._contexts.values())
+
+
+def test_secrets_go_from_process_to_process_in_flowers_context() -> None:
+    """As on a SuperNode, where each message starts a process that is handed the node's context."""
+    config = secure("strategy.name=top")
+
+    class Processes(Messages):
+        def _work(self, message: Message) -> Message:
+            node = message.metadata.dst_node_id
+            stored = context_to_proto(self._contexts[node]).SerializeToString()
+            self._contexts[node] = context_from_proto(ProtoContext.FromString(stored))
+            return super()._work(message)
+
+    found, expected = run(config, 2, Processes(config)), run(config, 2)
+    assert all(np.array_equal(found.after[n], expected.after[n]) for n in expected.after)
 
 
 def test_a_client_that_was_restarted_between_two_messages_is_left_out() -> None:
