@@ -195,7 +195,8 @@ class SecureRound(Round):
             reasons = [f"client {f.partition}: {f.reason}" for f in self.record.failures[:5]]
             raise RoundFailed(
                 f"round {self.record.round}: {clients} clients {did}, {needed} are needed for a secure "
-                f"sum (secagg.threshold = {self._settings.threshold:g}). {'; '.join(reasons)}"
+                f"sum (secagg.threshold = {self._settings.threshold:g}, and {SMALLEST} to begin with). "
+                f"{'; '.join(reasons)}"
             )
 
     def _refuse_different_masks(self) -> None:
