@@ -76,7 +76,8 @@ class MaskedMean:
             # Exact in float64: 24 bits of mantissa times at most 29 bits of count.
             np.multiply(piece, examples, out=term, dtype=np.float64)
             total[start : start + PIECE] += term
-            norm_sq += float(term @ term)
+            # Not BLAS: it would wake threads for a piece this small.
+            norm_sq += float(np.einsum("i,i->", term, term))
         return norm_sq
 
     def changes(self, layer: str) -> list[np.ndarray]:

@@ -84,7 +84,9 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
     test = bench.task.test_examples()
     strategy = build_strategy(config, bench.resident.layers, node_store(context))
 
-    def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+    def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round % config.run.evaluate_every and server_round != config.federation.rounds:
+            return None
         # Read from the strategy's own tensors: only layers that changed are copied to the device.
         assert strategy.model is not None
         bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)

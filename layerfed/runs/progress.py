@@ -108,7 +108,9 @@ class ProgressLine(Observer):
 
     def on_round(self, record: RoundRecord) -> None:
         """Advance by a round."""
-        self._progress.update(self._task, advance=1, accuracy=_percent(record.accuracy))
+        self._progress.update(self._task, advance=1)
+        if record.accuracy is not None:
+            self._progress.update(self._task, accuracy=_percent(record.accuracy))
         if not self._console.is_terminal:
             self._console.print(
                 f"round {record.round}/{self._rounds}  accuracy {_percent(record.accuracy)}  "

@@ -113,10 +113,10 @@ def test_the_papers_tables_are_complete(name: str, runs: int) -> None:
         assert published.keys() == (set() if name == "figure2" else rows)
 
 
-def test_no_table_of_the_paper_runs_anew_what_another_one_ran() -> None:
+def test_no_table_runs_anew_what_another_one_ran() -> None:
     seen: dict[Path, object] = {}
     for file in sorted(TABLES.glob("*.toml")):
         for cell in load_plan(file).cells(Path("x")):
             assert seen.setdefault(cell.folder, cell.config) == cell.config
     # Table 3 adds its two cheaper selections, Figure 2 nothing.
-    assert len(seen) == 144 + 72 + 2
+    assert len([folder for folder in seen if "small" not in folder.parts[1]]) == 144 + 72 + 2

@@ -265,3 +265,13 @@ def test_a_budget_that_fits_no_measured_cost_is_refused_before_any_training(
         with pytest.raises(ConfigError, match=says):
             run_on("inprocess", config)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_test_set_is_evaluated_every_so_many_rounds_and_at_the_end(tmp_path: Path) -> None:
+    config = configured(tmp_path, "strategy.name=top", "run.evaluate-every=2")
+    folder = run_on("inprocess", config)
+    scores = [row["accuracy"] for row in read_lines(folder / "metrics.jsonl")]
+    assert [score is None for score in scores] == [True, False, False]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["initial_accuracy"] is not None
+    assert summary["accuracy"] == scores[-1]
