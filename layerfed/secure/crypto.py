@@ -2,7 +2,7 @@
 
 Secrets are 16 bytes, one element of the field that pycryptodome shares secrets over. Flower's own
 helpers of the legacy SecAgg+ are not used: its masks come from NumPy's Mersenne Twister, seeded with 32
-bits, so that whoever sees a masked update can try all seeds.
+bits, and where one mask is all that protects a late update, all seeds can be tried.
 """
 
 from __future__ import annotations
