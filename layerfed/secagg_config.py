@@ -27,9 +27,15 @@ class SecAggConfig(Section):
 
 
 OWN_LAYERS = "each client gets layers of its own"
-# What each key must be, and why another value cannot work. Keys that do not exist are passed over.
-ONLY: Mapping[str, tuple[Any, str]] = {
-    "exchange.codec": ("float32", "updates travel as masked 32-bit integers"),
+SINGLE_UPDATES = "it needs single updates, and the server sees their sum only"
+# What each key may be, the value to recommend first, and why another cannot work. A key that a
+# configuration does not have is passed over.
+ALLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "exchange.codec": (("float32",), "updates travel as masked 32-bit integers"),
+    "server.aggregation": (("mean",), SINGLE_UPDATES),
+    "server.clip": ((0.0,), SINGLE_UPDATES),
+    "federation.max-examples": ((0,), SINGLE_UPDATES),
+    "privacy.mode": (("none", "local"), SINGLE_UPDATES),
 }
 # Strategies whose clients have equal masks only by chance.
 NEVER_SHARED = ("random", "snr", "rgn")
@@ -53,9 +59,9 @@ def refuse_with_secagg(flat: Mapping[str, Any]) -> None:
     ConfigError
         Naming the settings that exclude each other.
     """
-    for key, (value, why) in ONLY.items():
-        if flat.get(key, value) != value:
-            raise _refused(key, flat[key], why, f"set {key}={value}")
+    for key, (values, why) in ALLOWED.items():
+        if key in flat and flat[key] not in values:
+            raise _refused(key, flat[key], why, f"set {key}={values[0]}")
     _refuse_masks_that_differ(flat)
     clients, more = flat["federation.clients-per-round"], flat["federation.over-provision"]
     if clients < 3:

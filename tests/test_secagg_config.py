@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from layerfed.config import ConfigError, load_config
-from layerfed.secagg_config import SecAggConfig
+from layerfed.secagg_config import SecAggConfig, refuse_with_secagg
 
 TOP = "strategy.name=top"
 
@@ -64,6 +64,24 @@ def test_settings_that_exclude_each_other_are_refused(
 )
 def test_settings_that_may_work_are_left_to_the_round(overrides: list[str]) -> None:
     assert load_config(None, ["secagg.enabled=true", *overrides]).secagg.enabled
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("server.aggregation", "median", "mean"),
+        ("server.clip", 0.5, 0.0),
+        ("federation.max-examples", 100, 0),
+        ("privacy.mode", "central", "local"),
+    ],
+)
+def test_what_needs_single_updates_is_refused(
+    key: str, value: str | float, allowed: str | float
+) -> None:
+    flat = load_config(None, [TOP]).to_flat()
+    refuse_with_secagg({**flat, key: allowed})
+    with pytest.raises(ConfigError, match=f"{key} = {value!r} .*needs single updates"):
+        refuse_with_secagg({**flat, key: value})
 
 
 @pytest.mark.parametrize(
