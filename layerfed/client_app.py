@@ -46,6 +46,8 @@ from layerfed.layers import LayerMap
 from layerfed.node_config import NodeConfig
 from layerfed.node_limits import Allowance, LayerCosts, free_memory, paced
 from layerfed.privacy import Protection, refuse_buffers
+from layerfed.secure.client import add_secure_sums, masking
+from layerfed.secure.messages import read_secure
 from layerfed.seeding import Stream, generator, torch_seed
 from layerfed.task import Batch, Examples, Task, load_task
 from layerfed.task.costs import MEASURED_UNITS, MeasuredUnit, measure_costs, step_cost
@@ -137,6 +139,7 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
             "server": defaults.server,
             "exchange": defaults.exchange,
             "privacy": defaults.privacy,
+            "secagg": defaults.secagg,
             "run": defaults.run.model_copy(
                 update={"seed": config.run.seed, "device": config.run.device}
             ),
@@ -277,6 +280,8 @@ def train(message: Message, context: Context) -> Message:
     protection = _protection(node, context)
     if protection is not None:
         _check_protected(message, resident.layers)
+    if _run_config(context.run_config).secagg.enabled and read_secure(message) is None:
+        raise ValueError("secagg.enabled = true, but the server asks for an update in the clear")
     examples, _ = bench.examples(partition)
     steps = settings.steps(len(examples))
     schedule = read_schedule(message, resident.layers, steps)
@@ -361,12 +366,13 @@ def evaluate_locally(message: Message, context: Context) -> Message:
 
 def build_client_app(mods: list[Mod] | None = None) -> ClientApp:
     """Return a ClientApp with LayerFed's handlers, wrapped in Flower mods of your own."""
-    # Innermost: what mods of the user's see is a finished reply.
-    app = ClientApp(mods=[*(mods or ()), keeping_layers(node_store)])
+    # What mods of the user's see is a finished reply, and one that is not masked yet.
+    app = ClientApp(mods=[masking, *(mods or ()), keeping_layers(node_store)])
     app.query("describe")(describe)
     app.query("probe")(probe)
     app.train()(train)
     app.evaluate()(evaluate_locally)
+    add_secure_sums(app)
     return app
 
 

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from layerfed.config_section import ConfigError, Section
 from layerfed.privacy_config import PrivacyConfig, check_private
+from layerfed.secagg_config import SecAggConfig, refuse_with_secagg
 
 __all__ = [
     "BudgetUnit",
@@ -280,11 +281,18 @@ class RunConfig(Section):
     server: ServerConfig = ServerConfig()
     exchange: ExchangeConfig = ExchangeConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    secagg: SecAggConfig = SecAggConfig()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
     def _private(self) -> Self:
         check_private(self)
+        return self
+
+    @model_validator(mode="after")
+    def _sums_can_be_secure(self) -> Self:
+        if self.secagg.enabled:
+            refuse_with_secagg(self.to_flat())
         return self
 
     @classmethod

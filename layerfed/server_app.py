@@ -25,6 +25,8 @@ from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint
 from layerfed.server_optimizers import SERVER_OPTIMIZERS
 from layerfed.strategies import STRATEGIES, SelectiveStrategy
 from layerfed.strategies.resuming import check_base
+from layerfed.strategies.round import Round
+from layerfed.strategies.secure_round import secured
 from layerfed.task.flops import forward_flops
 from layerfed.task.training import evaluate
 
@@ -68,6 +70,7 @@ def build_strategy(
         aggregation=_aggregation(config),
         codec=config.exchange.codec,
         store=store,
+        rounds=secured(config.secagg) if config.secagg.enabled else Round,
         seed=config.run.seed,
         **strategy.options(config),
     )

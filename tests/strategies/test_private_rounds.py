@@ -257,3 +257,13 @@ def test_a_model_with_buffers_is_refused_before_anybody_works(
         assert "no parameter but a buffer" in record.failures[0].reason
     finally:
         client_app._workbench.cache_clear()
+
+
+def test_secure_sums_are_of_what_clients_have_protected() -> None:
+    private = ["privacy.mode=local", "privacy.clip=0.01", "strategy.name=top"]
+    grid, secure = rounds_of(*private, "secagg.enabled=true", rounds=2)
+    _, plain = rounds_of(*private, rounds=2)
+    assert [(r.replies, r.failures, r.train_loss) for r in secure.rounds] == [(4, [], None)] * 2
+    assert {name for update in sent(grid) for name in update} == {"masked"}
+    for name, values in plain.after.items():
+        np.testing.assert_allclose(secure.after[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
