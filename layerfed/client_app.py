@@ -57,9 +57,10 @@ __all__ = ["Workbench", "build_client_app", "client_app", "node_store", "workben
 class Workbench:
     """What a process keeps between messages: the task's data and one resident model."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, own_data: bool = False) -> None:
         self.config = config
         self.task: Task = load_task(config)
+        self.task.own_data = own_data
         self.device = _device(config.run.device)
         self.resident = ResidentModel(self.task.build_model, self.task.layers, self.device)
         self._examples: dict[int, tuple[Examples, Examples]] = {}
@@ -115,8 +116,8 @@ def _run_config(flat: Flat) -> RunConfig:
 
 
 @lru_cache(maxsize=2)
-def _workbench(config: RunConfig) -> Workbench:
-    return Workbench(config)
+def _workbench(config: RunConfig, own_data: bool) -> Workbench:
+    return Workbench(config, own_data=own_data)
 
 
 def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
@@ -142,7 +143,7 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
     )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    return _workbench(shared)
+    return _workbench(shared, node is not None and node.own_data is not None)
 
 
 def _device(name: str) -> torch.device:
