@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import signal
 import tempfile
 import time
@@ -30,7 +29,7 @@ from layerfed.deploy.federation import DeploymentFailed
 from layerfed.deploy.processes import clean_up_on_sigterm, commands
 from layerfed.deploy.rehearsal import Comparison, on_loopback
 from layerfed.engine import run_on
-from layerfed.runs import latest_checkpoint, read_lines
+from layerfed.runs import read_lines
 
 VICTIMS = ("serverapp", "superlink", "server")
 # A life lasts this long at most: about what starting, and two or three rounds, take.
@@ -84,11 +83,7 @@ class Server:
 
     def go_on(self) -> None:
         """Start the run, or resume it where it has a checkpoint."""
-        if latest_checkpoint(self.scene.folder) is not None:
-            self.run = self.scene.resume()
-        else:
-            shutil.rmtree(self.scene.folder, ignore_errors=True)
-            self.run = self.scene.start()
+        self.run = self.scene.resume()
 
     def kill(self, victim: str) -> None:
         """Kill, start what was killed, and wait until nobody writes the run folder any more."""

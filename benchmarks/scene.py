@@ -23,7 +23,7 @@ from layerfed.config import Flat, RunConfig, Scalar, load_config
 from layerfed.deploy.federation import DeploymentFailed, RunStatus
 from layerfed.deploy.rehearsal import Loopback
 from layerfed.engine import InProcessGrid
-from layerfed.runs import read_lines
+from layerfed.runs import latest_checkpoint, read_lines
 from layerfed.server_app import build_server_app
 
 __all__ = ["FAULTY", "NODES", "ROOT", "Scene", "changed_app", "replayed", "verdict"]
@@ -96,6 +96,10 @@ class Scene:
         return self.loopback.start_run(self.app, self.configured(name))
 
     def resume(self) -> int:
+        """Go on with the run, or start it anew where it has no checkpoint yet."""
+        if latest_checkpoint(self.folder) is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return self.start()
         config = self.configured()
         section = config.run.model_copy(update={"resume": str(self.folder)})
         return self.loopback.start_run(self.app, config.model_copy(update={"run": section}))

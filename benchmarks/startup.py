@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py --json startup.json
 
-Stages, each in processes of its own: torch alone; Flower's ClientApp with torch, as the floor of what any
+Stages, each in processes of its own: torch alone; Flower's ClientApp with torch, the floor of what any
 app takes; this app's import; and import plus the first message of each kind, on the digits job. The
 first process of a machine, which fills caches, runs before and is not counted.
 """

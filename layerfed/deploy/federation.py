@@ -296,7 +296,10 @@ class Federation:
             return status
         finally:
             stream.terminate()
-            stream.wait()
+            try:
+                stream.wait(STATUS_SECONDS)
+            except subprocess.TimeoutExpired:
+                stream.kill()
 
 
 def _last_object(text: str) -> dict[str, Any]:
