@@ -48,6 +48,7 @@ from layerfed.node_limits import Allowance, LayerCosts, free_memory, paced
 from layerfed.seeding import Stream, generator, torch_seed
 from layerfed.task import Batch, Examples, Task, load_task
 from layerfed.task.costs import MEASURED_UNITS, MeasuredUnit, measure_costs, step_cost
+from layerfed.task.local_sgd import LocalSGD
 from layerfed.task.probe import probe_layers
 from layerfed.task.training import OptimizerFn, evaluate, train_update
 
@@ -160,9 +161,7 @@ def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
         return lambda parameters: torch.optim.AdamW(
             parameters, lr=lr, weight_decay=train.weight_decay
         )
-    return lambda parameters: torch.optim.SGD(
-        parameters, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay
-    )
+    return lambda parameters: LocalSGD(parameters, lr, train.momentum, train.weight_decay)
 
 
 def _peak_memory(device: torch.device) -> float:
