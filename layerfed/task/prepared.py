@@ -74,7 +74,7 @@ def _write(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with beside.open("wb") as stream:
-            np.savez(stream, **arrays)
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
