@@ -152,7 +152,11 @@ class QuestionAnswering(TextTask):
         folder = _folder(root, source) if root is not None and root.is_dir() else None
         if folder is None:
             return False
-        return (folder / source.subset).is_dir() or not any(f.is_dir() for f in folder.iterdir())
+        inside = list(folder.iterdir())
+        # Without folders inside, its files are taken for the subset.
+        return folder / source.subset in inside or bool(
+            inside and not any(map(Path.is_dir, inside))
+        )
 
     def _load(self, source: Source) -> tuple[str, dict[str, Dataset]]:
         data = self.config.task.data
