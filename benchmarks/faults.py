@@ -102,7 +102,8 @@ def layer_without_nodes(scene: Scene) -> RunStatus:
 
 def empty_cache(scene: Scene) -> RunStatus:
     """Its layer store is wiped between rounds: it must be sent again what the server thinks it has."""
-    scene.overrides |= {"federation.rounds": 3}
+    # Other layers in every round, so that it also loses some that nobody sends in the next.
+    scene.overrides |= {"strategy.name": "random", "federation.rounds": 3}
     run = scene.start()
     scene.wait_for_round(2)
     for file in (scene.loopback.folder / f"node-{FAULTY}/layers").iterdir():
