@@ -50,7 +50,7 @@ def lock(folder: Path) -> FileLock:
     """
     if not folder.is_dir():
         raise ConfigError(f"run.resume = '{folder}' is no run folder of this machine")
-    taken = FileLock(folder / "lock", timeout=0)
+    taken = FileLock(folder / ".lock", timeout=0)
     try:
         taken.acquire()
     except Timeout:
