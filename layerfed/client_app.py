@@ -51,6 +51,7 @@ from layerfed.secure.messages import read_secure
 from layerfed.seeding import Stream, generator, torch_seed
 from layerfed.task import Batch, Examples, Task, load_task
 from layerfed.task.costs import MEASURED_UNITS, MeasuredUnit, measure_costs, step_cost
+from layerfed.task.local_sgd import LocalSGD
 from layerfed.task.probe import probe_layers
 from layerfed.task.training import OptimizerFn, evaluate, train_update
 
@@ -60,9 +61,10 @@ __all__ = ["Workbench", "build_client_app", "client_app", "node_store", "workben
 class Workbench:
     """What a process keeps between messages: the task's data and one resident model."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, own_data: bool = False) -> None:
         self.config = config
         self.task: Task = load_task(config)
+        self.task.own_data = own_data
         self.device = _device(config.run.device)
         self.resident = ResidentModel(self.task.build_model, self.task.layers, self.device)
         self._examples: dict[int, tuple[Examples, Examples]] = {}
@@ -118,8 +120,8 @@ def _run_config(flat: Flat) -> RunConfig:
 
 
 @lru_cache(maxsize=2)
-def _workbench(config: RunConfig) -> Workbench:
-    return Workbench(config)
+def _workbench(config: RunConfig, own_data: bool) -> Workbench:
+    return Workbench(config, own_data=own_data)
 
 
 def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
@@ -147,7 +149,7 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
     )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    return _workbench(shared)
+    return _workbench(shared, node is not None and node.own_data is not None)
 
 
 def _device(name: str) -> torch.device:
@@ -164,9 +166,7 @@ def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
         return lambda parameters: torch.optim.AdamW(
             parameters, lr=lr, weight_decay=train.weight_decay
         )
-    return lambda parameters: torch.optim.SGD(
-        parameters, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay
-    )
+    return lambda parameters: LocalSGD(parameters, lr, train.momentum, train.weight_decay)
 
 
 def _peak_memory(device: torch.device) -> float:

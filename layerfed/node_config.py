@@ -30,6 +30,9 @@ class NodeConfig(Section):
     data : str, optional
         Where the run's data lie on this node, in place of `task.data`; the node takes its partition of
         them.
+    own_data : str, optional
+        Where the node's own examples lie, in place of the run's data: it trains on all of them, and
+        nothing is cut. `partition_id` is then no more than the node's name in the run.
     budget : float or "auto", optional
         The most the node trains in a round, in `budget_unit`; the server can ask for less, never for
         more. "auto" measures how much memory is free.
@@ -58,6 +61,7 @@ class NodeConfig(Section):
     partition_id: Annotated[int, Field(ge=0)]
     num_partitions: Annotated[int, Field(ge=1)] | None = None
     data: Annotated[str, Field(min_length=1)] | None = None
+    own_data: Annotated[str, Field(min_length=1)] | None = None
     budget: float | Literal["auto"] | None = None
     budget_unit: BudgetUnit | None = None
     device: DeviceName | None = None
@@ -106,6 +110,15 @@ class NodeConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_place_of_data(self) -> NodeConfig:
+        if self.data is not None and self.own_data is not None:
+            raise ConfigError(
+                f"data = '{self.data}' and own-data = '{self.own_data}': give data where the node takes "
+                "its partition of the run's data, own-data where it trains on all that is there"
+            )
+        return self
+
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> NodeConfig:
         """Check a node's settings.
@@ -130,7 +143,6 @@ class NodeConfig(Section):
         """Return the run's configuration with what this node decides for itself in its place."""
         own = {"device": self.device, "threads": self.threads}
         section = config.run.model_copy(update={k: v for k, v in own.items() if v is not None})
-        task = (
-            config.task if self.data is None else config.task.model_copy(update={"data": self.data})
-        )
+        data = self.own_data or self.data
+        task = config.task if data is None else config.task.model_copy(update={"data": data})
         return config.model_copy(update={"run": section, "task": task})

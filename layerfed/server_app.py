@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
@@ -21,7 +21,7 @@ from layerfed.privacy_account import PrivacyAccount
 from layerfed.private_mean import PrivateAggregation
 from layerfed.records import Observer
 from layerfed.report import draw_run
-from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint
+from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
 from layerfed.server_optimizers import SERVER_OPTIMIZERS
 from layerfed.strategies import STRATEGIES, SelectiveStrategy
 from layerfed.strategies.resuming import check_base
@@ -106,8 +106,20 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
         If the configuration cannot be run; nothing is written then, and no client has worked.
     RoundFailed
         If too few clients took part; the run folder says so too.
+    NotWritten
+        If the run folder cannot be written any more; what it holds is whole, and can be resumed.
     """
     config = RunConfig.from_flat(context.run_config)
+    # Before it is read how far it got: the process that wrote it may still be at it.
+    held = lock(Path(config.run.resume)) if config.run.resume else None
+    try:
+        return _run(config, grid, context, observers)
+    finally:
+        if held is not None:
+            held.release()
+
+
+def _run(config: RunConfig, grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
     bench = workbench(context.run_config)
     test = bench.task.test_examples()
     strategy = build_strategy(config, bench.resident.layers, node_store(context))
@@ -169,7 +181,10 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
         )
         assert strategy.model is not None
         folder.finish(strategy.model.tensors)
-    draw_run(folder.path)
+    try:
+        draw_run(folder.path)
+    except OSError as error:
+        log(WARNING, "no pictures: %s; `layerfed report %s` draws them", error, folder.path)
     return folder.path
 
 
