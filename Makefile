@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench table deploy-demo faults clean
+.PHONY: help setup run test lint bench table deploy-demo faults kills clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -50,6 +50,9 @@ deploy-demo: $(VENV)/.installed ## four nodes with TLS and authentication on loo
 
 faults: $(VENV)/.installed ## what faults do to real processes on loopback (half an hour)
 	$(BIN)/python benchmarks/faults.py
+
+kills: $(VENV)/.installed ## kill the server of a real run twenty times, resume it, and compare (half an hour)
+	$(BIN)/python benchmarks/kills.py
 
 clean: ## remove the environment and caches (never your runs)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,64 +10,32 @@ the final model is, to 1e-5, that of a simulation in which the faulty node is si
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import logging
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 import numpy as np
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.constant import SUPERLINK_NODE_ID
 from safetensors.numpy import load_file
+from scene import FAULTY, NODES, Scene, changed_app, verdict
 
-from layerfed.client_app import build_client_app
-from layerfed.config import Flat, Scalar, load_config
-from layerfed.deploy.federation import DeploymentFailed, RunStatus, environment
+from layerfed.config import Scalar
+from layerfed.deploy.federation import RunStatus
 from layerfed.deploy.processes import clean_up_on_sigterm
-from layerfed.deploy.rehearsal import Loopback, on_loopback
-from layerfed.engine import InProcessGrid
+from layerfed.deploy.rehearsal import on_loopback
 from layerfed.runs import read_lines
-from layerfed.server_app import build_server_app
+from layerfed_assets import BACKBONE
 
-ROOT = Path(__file__).resolve().parents[1]
-NODES = 2
-WAIT_SECONDS = 900.0
-FAULTY = 1  # the partition whose node goes wrong
-
-# A client that is not what it should be, in place of the app's own.
-CHANGED_CLIENT = '''
-"""A client that goes wrong on purpose."""
-
-import time
-
-import numpy as np
-from flwr.app import Array
-
-from layerfed.client_app import build_client_app
-
-
-def wrong(message, context, call_next):
-    training = message.metadata.message_type == "train"
-    if not training or context.node_config["partition-id"] != {faulty}:
-        return call_next(message, context)
-    config = message.content.config_records["config"]
-    reply = call_next(message, context)
-    arrays = reply.content.array_records["arrays"]
-{change}
-    return reply
-
-
-client_app = build_client_app([wrong])
-'''
 GARBAGE = """
     for name in list(arrays):
         arrays[name] = Array(np.full_like(arrays[name].numpy(), np.nan))
@@ -77,56 +45,11 @@ SLOW = f"""
     if config["round"] == 1:
         time.sleep({SLOW_SECONDS})
 """
-
-
-@dataclass
-class Scene:
-    """One fault in one federation."""
-
-    loopback: Loopback
-    runs: Path
-    nodes: dict[int, Popen[bytes]]
-    overrides: dict[str, Scalar] = field(default_factory=dict)
-    app: Path = ROOT
-
-    def configured(self, name: str = "faulty") -> Any:
-        settings: dict[str, Scalar] = {
-            "federation.clients": NODES,
-            "federation.clients-per-round": NODES,
-            "federation.min-replies": 1,
-            "federation.rounds": 2,
-            "federation.timeout": 300,
-            "run.device": "cpu",
-            "run.dir": str(self.runs),
-            "run.name": name,
-            **self.overrides,
-        }
-        return load_config(None, [f"{key}={value}" for key, value in settings.items()])
-
-    def start(self, name: str = "faulty") -> int:
-        return self.loopback.start_run(self.app, self.configured(name))
-
-    def finish(self, run: int) -> RunStatus:
-        return self.loopback.federation.follow(run, WAIT_SECONDS)
-
-    def wait(self, what: str, ready: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not ready():
-            if time.monotonic() > deadline:
-                raise DeploymentFailed(f"{what}: not after {WAIT_SECONDS:g} s")
-            time.sleep(0.05)
-
-    def wait_for_message(self, kind: str) -> None:
-        """Wait until the faulty node has a message in hand."""
-        log = self.loopback.processes.logs / f"node-{FAULTY}.log"
-        self.wait(kind, lambda: f"Receiving: {kind} message" in log.read_text(errors="replace"))
-
-    def wait_for_round(self, number: int) -> None:
-        file = self.runs / "faulty/metrics.jsonl"
-        self.wait(f"round {number}", lambda: file.exists() and len(read_lines(file)) >= number)
-
-    def kill(self) -> None:
-        self.loopback.processes.signal(self.nodes[FAULTY], signal.SIGKILL)
+# As the kernel ends a process for want of memory.
+KILLED = """
+    if config["round"] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 # ------------------------------------------------------------------------------------ the faults
@@ -149,6 +72,47 @@ def killed_between_rounds(scene: Scene) -> RunStatus:
     scene.wait_for_round(1)
     scene.kill()
     return scene.finish(run)
+
+
+def out_of_memory(scene: Scene) -> RunStatus:
+    """The process of its ClientApp is killed in the first round's training, the SuperNode is not."""
+    scene.app = changed_app(scene, KILLED)
+    return scene.finish(scene.start())
+
+
+def layer_without_nodes(scene: Scene) -> RunStatus:
+    """Each node trains a block of its own, and one node is killed: nobody trains its block then."""
+    scene.overrides |= {"strategy.name": "random", "run.seed": 1, "federation.rounds": 1}
+    run = scene.start()
+    scene.wait_for_message("train")
+    scene.kill()
+    status = scene.finish(run)
+    (row,) = read_lines(scene.folder / "selection.jsonl")
+    masks = np.array(row["masks"], dtype=bool)
+    before, after = load_file(BACKBONE), load_file(scene.folder / "model.safetensors")
+    for client, mask in zip(row["clients"], masks, strict=True):
+        (block,) = np.flatnonzero(mask)
+        names = [name for name in before if name.startswith(f"blocks.{block}.")]
+        moved = any(not np.array_equal(before[name], after[name]) for name in names)
+        scene.found.append(
+            f"blocks.{block} of client {client} {'moved' if moved else 'is bit-identical'}"
+        )
+    return status
+
+
+def empty_cache(scene: Scene) -> RunStatus:
+    """Its layer store is wiped between rounds: it must be sent again what the server thinks it has."""
+    # Other layers in every round, so that it also loses some that nobody sends in the next.
+    scene.overrides |= {"strategy.name": "random", "federation.rounds": 3}
+    run = scene.start()
+    scene.wait_for_round(2)
+    for file in (scene.loopback.folder / f"node-{FAULTY}/layers").iterdir():
+        file.unlink()
+    status = scene.finish(run)
+    for row in read_lines(scene.folder / "ledger.jsonl"):
+        down = ", ".join(f"{size / 1e3:.0f}" for size in row["bytes_moved_down"])
+        scene.found.append(f"round {row['round']}: {down} kB down")
+    return status
 
 
 def joins_late(scene: Scene) -> RunStatus:
@@ -187,40 +151,54 @@ def garbage_reply(scene: Scene) -> RunStatus:
     return scene.finish(scene.start())
 
 
-def changed_app(scene: Scene, change: str) -> Path:
-    """Return a copy of the app in which the faulty node's client does something else."""
-    copy = scene.loopback.folder / "app"
-    shutil.copytree(ROOT / "layerfed", copy / "layerfed")
-    for name in ("README.md", "LICENSE", "conf/default.toml"):
-        (copy / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, copy / name)
-    code = CHANGED_CLIENT.format(faulty=FAULTY, change=change)
-    (copy / "layerfed/changed.py").write_text(code, encoding="utf-8")
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    project = project.replace("layerfed.client_app:client_app", "layerfed.changed:client_app")
-    (copy / "pyproject.toml").write_text(project, encoding="utf-8")
-    return copy
-
-
 def superlink_restarted(scene: Scene) -> RunStatus:
-    """The run in progress is lost; the next one, `again`, needs nothing done to the nodes."""
-    federation, processes = scene.loopback.federation, scene.loopback.processes
+    """The run in progress is lost; the next one needs nothing done to the nodes."""
     lost = scene.start("lost")
     scene.wait_for_message("train")
-    processes.signal(scene.loopback.server, signal.SIGKILL)
-    port = int(scene.loopback.superlink.rpartition(":")[2])
-    variables = environment(federation.flower_home)
-    processes.start("superlink-again", federation.superlink_command(port), variables)
-
-    def back() -> bool:
-        try:
-            return federation.online() >= NODES and federation.status(lost).finished
-        except DeploymentFailed:
-            return False
-
-    scene.wait("nodes are back", back)
-    print(f"the run in progress: {federation.status(lost).status}", file=sys.stderr)
+    scene.loopback.processes.kill(scene.loopback.server)
+    scene.loopback.start_superlink()
+    scene.wait_for_nodes()
+    federation = scene.loopback.federation
+    scene.wait("the run is over", lambda: federation.status(lost).finished)
+    scene.found.append(f"the run in progress: {federation.status(lost).status}")
     return scene.finish(scene.start())
+
+
+def clock_jumps(scene: Scene) -> RunStatus:
+    """The server's clock is ten minutes ahead in the first round's training, and then set right."""
+    clock = scene.loopback.folder / "clock"
+    run = scene.start()
+    scene.wait_for_message("train")
+    clock.write_text(f"+{JUMP_SECONDS}")
+    time.sleep(JUMPED_SECONDS)
+    clock.write_text("+0")
+    status = scene.finish(run)
+    if not status.completed:
+        scene.found.append(f"{status.status}, {status.details}; resumed")
+        gone = [p for p, node in scene.nodes.items() if node.poll() is not None]
+        if gone:
+            scene.found.append(f"SuperNodes that ended: {gone}")
+        scene.wait_for_nodes()
+        status = scene.finish(scene.resume())
+    return status
+
+
+@contextmanager
+def clock_of_its_own(folder: Path) -> Iterator[None]:
+    """Have programs that are started meanwhile go by a clock that `folder`/clock sets ahead."""
+    (folder / "clock").write_text("+0")
+    variables = {
+        "LD_PRELOAD": FAKETIME,
+        "FAKETIME_TIMESTAMP_FILE": str(folder / "clock"),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
 
 
 def read_only_run_folder(scene: Scene) -> RunStatus:
@@ -228,81 +206,73 @@ def read_only_run_folder(scene: Scene) -> RunStatus:
     return scene.finish(scene.start())
 
 
+def full_disk(scene: Scene) -> RunStatus:
+    """The run folder's disk fills up after the first round; there is room again for the resumed run."""
+    with small_disk(scene.runs):
+        run = scene.start()
+        scene.wait("a checkpoint", (scene.folder / "checkpoint/round-000001").exists)
+        ballast = scene.runs / "ballast"
+        fill(ballast)
+        failed = scene.finish(run)
+        whole = [len(read_lines(file)) for file in sorted(scene.folder.glob("*.jsonl"))]
+        scene.found.append(f"{failed.status}, {failed.details}; lines kept: {whole}")
+        ballast.unlink()
+        status = scene.finish(scene.resume())
+        # The disk is gone after the scene, and the verdict reads the folder.
+        kept = scene.loopback.folder / "kept"
+        shutil.copytree(scene.folder, kept / "faulty")
+    scene.runs = kept
+    return status
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """Mount a disk of 16 MB, in memory."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    subprocess.run(mount, check=True, timeout=30)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=30)
+
+
+def fill(file: Path) -> None:
+    """Write until nothing fits any more."""
+    size = 1 << 20
+    with file.open("wb", buffering=0) as stream:
+        while size:
+            try:
+                stream.write(b"\0" * size)
+            except OSError:
+                size //= 2
+
+
 FAULTS: dict[str, Callable[[Scene], RunStatus]] = {
     "killed-in-probe": killed_in_probe,
     "killed-in-training": killed_in_training,
     "killed-between-rounds": killed_between_rounds,
+    "out-of-memory": out_of_memory,
+    "layer-without-nodes": layer_without_nodes,
+    "empty-cache": empty_cache,
     "joins-late": joins_late,
     "hangs": hangs,
     "slower-than-the-timeout": slower_than_the_timeout,
     "client-raises": client_raises,
     "garbage-reply": garbage_reply,
     "superlink-restarted": superlink_restarted,
+    "clock-jumps": clock_jumps,
     "read-only-run-folder": read_only_run_folder,
+    "full-disk": full_disk,
 }
 SETTINGS: Mapping[str, Mapping[str, Scalar]] = {"client-raises": {"max-step-seconds": 1e-9}}
-
-
-# ----------------------------------------------------------------------------------- the verdict
-def replayed(folder: Path, flat: Flat) -> dict[str, np.ndarray]:
-    """Run in one process what a run folder tells; whoever did not answer there does not here."""
-    absent: set[tuple[str, int, int]] = set()
-    for row in read_lines(folder / "selection.jsonl"):
-        everyone = range(int(flat["federation.clients"]))
-        absent |= {("query.probe", row["round"], c) for c in everyone if c not in row["clients"]}
-    for row in read_lines(folder / "metrics.jsonl"):
-        for failure in row["failure_reasons"]:
-            if failure["phase"] == "train":
-                absent.add(("train", row["round"], failure["client"]))
-
-    def silent(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        config = message.content.config_records["config"]
-        partition = int(context.node_config["partition-id"])  # type: ignore[arg-type]
-        if (message.metadata.message_type, config["round"], partition) in absent:
-            raise TimeoutError("silent")
-        return call_next(message, context)
-
-    # Whoever was not sampled is silent too, so everyone can be asked.
-    flat = {**flat, "federation.clients-per-round": flat["federation.clients"]}
-    grid = InProcessGrid(build_client_app([silent]), int(flat["federation.clients"]), flat)
-    with tempfile.TemporaryDirectory() as runs:
-        flat |= {"run.dir": runs, "run.name": "replay", "exchange.store": "memory"}
-        context = Context(1, SUPERLINK_NODE_ID, {}, RecordDict(), flat)
-        build_server_app([], lambda path: None)(grid, context)
-        return load_file(Path(runs) / "replay/model.safetensors")
-
-
-def verdict(scene: Scene, status: RunStatus) -> dict[str, Any]:
-    folder = scene.runs / "faulty"
-    row: dict[str, Any] = {"status": status.status, "details": status.details}
-    if not (folder / "metrics.jsonl").exists():
-        return row | {
-            "rounds": 0,
-            "lost": None,
-            "happened": status.details,
-            "model": "no run folder",
-        }
-    rounds = read_lines(folder / "metrics.jsonl")
-    asked = int(scene.configured().federation.rounds)
-    reasons = [
-        f"round {r['round']}, {f['phase']}: {f['reason']}"
-        for r in rounds
-        for f in r["failure_reasons"]
-    ]
-    chosen = [r["clients"] for r in read_lines(folder / "selection.jsonl")]
-    row |= {
-        "rounds": len(rounds),
-        "lost": asked - len(rounds),
-        "clients": chosen,
-        "seconds": [round(r["seconds"]) for r in rounds],
-        "happened": "; ".join(reasons) or "all answered",
-    }
-    if not (folder / "model.safetensors").exists():
-        return row | {"model": "none"}
-    model = load_file(folder / "model.safetensors")
-    expected = replayed(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    worst = max(float(np.abs(model[n] - expected[n]).max()) for n in model if model[n].size)
-    return row | {"model": "same" if worst <= 1e-5 else f"differs by {worst:.1e}"}
+FAKETIME = next(iter(glob.glob("/usr/lib/*/faketime/libfaketime.so.1")), "")
+JUMP_SECONDS, JUMPED_SECONDS = 600, 60
+# What cannot be played everywhere, and why.
+IMPOSSIBLE = {
+    "full-disk": "only root can mount a disk" if os.geteuid() else "",
+    "clock-jumps": "" if FAKETIME else "there is no libfaketime (Debian: faketime)",
+}
 
 
 def play(name: str) -> dict[str, Any]:
@@ -310,14 +280,16 @@ def play(name: str) -> dict[str, Any]:
     count = 3 if name == "joins-late" else NODES
     with tempfile.TemporaryDirectory(prefix="layerfed-faults-") as private:
         folder = Path(private)
-        with on_loopback(folder, []) as loopback:
+        with ExitStack() as stack:
+            with clock_of_its_own(folder) if name == "clock-jumps" else nullcontext():
+                loopback = stack.enter_context(on_loopback(folder, []))
             nodes = {}
             for partition in range(NODES):
                 own = SETTINGS.get(name, {}) if partition == FAULTY else {}
                 settings = {"partition-id": partition, "num-partitions": count, **own}
                 nodes[partition] = loopback.start_node(f"node-{partition}", settings)
             scene = Scene(loopback, folder / "runs", nodes)
-            scene.wait("SuperNodes connect", lambda: loopback.federation.online() >= NODES)
+            scene.wait_for_nodes()
             row = verdict(scene, FAULTS[name](scene))
     return {"fault": name, **row, "total_seconds": round(time.monotonic() - began)}
 
@@ -333,6 +305,9 @@ def main() -> None:
     clean_up_on_sigterm()
     rows = []
     for name in arguments.fault or FAULTS:
+        if reason := IMPOSSIBLE.get(name):
+            print(f"{name}: left out, since {reason}", file=sys.stderr)
+            continue
         row = play(name)
         rows.append(row)
         print(

@@ -87,6 +87,9 @@ class Aggregator(ABC):
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
         """Take in one layer of an update; return its squared norm."""
 
+    def close(self) -> None:  # noqa: B027
+        """Take note that no update follows, before anything is read."""
+
     @abstractmethod
     def changes(self, layer: str) -> list[np.ndarray]:
         """Return a positive multiple of the update of each of a layer's parameters, without a copy."""
@@ -138,7 +141,7 @@ class MaskedMean(Aggregator):
         """Return the mean update of a layer's parameters, *times* `weights[layer]`, without a copy."""
         return [self._sums[name] for name in self._layers[layer].parameters]
 
-    def norm_sq(self, layer: str) -> float:
+    def norm_sq(self, layer: str) -> float | None:
         """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters."""
         square = sum(float(np.vdot(change, change)) for change in self.changes(layer))
         return square / self.weights[layer] ** 2

@@ -20,7 +20,8 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-from layerfed.config import ConfigError, RunConfig, load_config, parse_override
+from layerfed.command_line import read_settings
+from layerfed.config import ConfigError, RunConfig, parse_override
 from layerfed.deploy.cli import app as deploy
 
 EngineName = Literal["auto", "inprocess", "ray"]
@@ -47,12 +48,6 @@ Settings = Annotated[
         metavar="[CONF] [KEY=VALUE]...",
     ),
 ]
-
-
-def _load(settings: list[str] | None) -> RunConfig:
-    words = list(settings or [])
-    file = Path(words.pop(0)) if words and "=" not in words[0] else None
-    return load_config(file, words)
 
 
 def _engine(name: str) -> EngineName:
@@ -96,7 +91,7 @@ def run(
 
     clean_up_on_sigterm()
     with _one_line_errors(ConfigError):
-        config = _load(settings if resume is None else _resumed(resume, settings))
+        config = read_settings(settings, resume)
         wanted = _engine(engine)
         if directory is not None:
             config = config.model_copy(
@@ -104,7 +99,7 @@ def run(
             )
         # Imported late, so that `--help` and a wrong configuration answer at once.
         from layerfed.engine import choose_engine, run_on
-        from layerfed.runs import ProgressLine
+        from layerfed.runs import NotWritten, ProgressLine
         from layerfed.strategies import RoundFailed
 
         logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
@@ -118,17 +113,10 @@ def run(
         try:
             with ProgressLine(console) as progress:
                 folder = run_on(chosen, config, [progress], verbose=verbose)
-        except RoundFailed as error:
+        except (NotWritten, RoundFailed) as error:
             console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
             raise typer.Exit(1) from None
     _print_summary(folder)
-
-
-def _resumed(folder: Path, settings: list[str] | None) -> list[str]:
-    """Return the settings that go on with a run folder."""
-    if settings and "=" not in settings[0]:
-        raise ConfigError(f"--resume goes on with {folder}/config.json; leave out {settings[0]}")
-    return [str(folder / "config.json"), *(settings or ()), f"run.resume={folder.resolve()}"]
 
 
 def _print_summary(folder: Path) -> None:
@@ -230,7 +218,7 @@ def _plan(
         return load_plan(file, words[1:], seeds=numbers, only=_words(only)), Path("runs/tables")
     if only:
         raise ConfigError(f"--only {only} is for table files, which have several experiments")
-    base = _load(settings)
+    base = read_settings(settings)
     plan = Plan(
         name="table",
         title=f"{base.task.name}: strategies compared",
@@ -262,7 +250,7 @@ def report(
 def layers(settings: Settings = None) -> None:
     """Print how a configuration's model falls into layers."""
     with _one_line_errors(ConfigError):
-        config = _load(settings)
+        config = read_settings(settings)
         from layerfed.task import load_task
 
         task = load_task(config)

@@ -45,9 +45,13 @@ from layerfed.exchange import (
 from layerfed.layers import LayerMap
 from layerfed.node_config import NodeConfig
 from layerfed.node_limits import Allowance, LayerCosts, free_memory, paced
+from layerfed.privacy import Protection, refuse_buffers
+from layerfed.secure.client import add_secure_sums, masking
+from layerfed.secure.messages import read_secure
 from layerfed.seeding import Stream, generator, torch_seed
 from layerfed.task import Batch, Examples, Task, load_task
 from layerfed.task.costs import MEASURED_UNITS, MeasuredUnit, measure_costs, step_cost
+from layerfed.task.local_sgd import LocalSGD
 from layerfed.task.probe import probe_layers
 from layerfed.task.training import OptimizerFn, evaluate, train_update
 
@@ -57,9 +61,10 @@ __all__ = ["Workbench", "build_client_app", "client_app", "node_store", "workben
 class Workbench:
     """What a process keeps between messages: the task's data and one resident model."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, own_data: bool = False) -> None:
         self.config = config
         self.task: Task = load_task(config)
+        self.task.own_data = own_data
         self.device = _device(config.run.device)
         self.resident = ResidentModel(self.task.build_model, self.task.layers, self.device)
         self._examples: dict[int, tuple[Examples, Examples]] = {}
@@ -115,8 +120,8 @@ def _run_config(flat: Flat) -> RunConfig:
 
 
 @lru_cache(maxsize=2)
-def _workbench(config: RunConfig) -> Workbench:
-    return Workbench(config)
+def _workbench(config: RunConfig, own_data: bool) -> Workbench:
+    return Workbench(config, own_data=own_data)
 
 
 def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
@@ -135,6 +140,8 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
             "budget": defaults.budget,
             "server": defaults.server,
             "exchange": defaults.exchange,
+            "privacy": defaults.privacy,
+            "secagg": defaults.secagg,
             "run": defaults.run.model_copy(
                 update={"seed": config.run.seed, "device": config.run.device}
             ),
@@ -142,7 +149,7 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
     )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    return _workbench(shared)
+    return _workbench(shared, node is not None and node.own_data is not None)
 
 
 def _device(name: str) -> torch.device:
@@ -159,9 +166,7 @@ def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
         return lambda parameters: torch.optim.AdamW(
             parameters, lr=lr, weight_decay=train.weight_decay
         )
-    return lambda parameters: torch.optim.SGD(
-        parameters, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay
-    )
+    return lambda parameters: LocalSGD(parameters, lr, train.momentum, train.weight_decay)
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -178,6 +183,16 @@ def node_store(context: Context) -> LayerStore:
     store = context.node_config.get("store") or section.store
     size = context.node_config.get("store-size") or section.store_size
     return open_store(str(store), float(cast(float, size)))
+
+
+def _protection(node: NodeConfig, context: Context) -> Protection | None:
+    """Return what this node does to all that it sends."""
+    return Protection.of(_run_config(context.run_config).privacy, node)
+
+
+def _stated(examples: int, protection: Protection | None) -> int:
+    """Return the number of examples that a client states: the same for all where that is private."""
+    return 1 if protection is not None and protection.hides_examples else examples
 
 
 def _allowance(
@@ -219,9 +234,10 @@ def describe(message: Message, context: Context) -> Message:
         allowance = _allowance(node, bench, context, anew=True)
         if unit in MEASURED_UNITS:
             costs, depth_costs = (tuple(x) for x in bench.costs(node.partition_id, unit))
+    count = len(bench.examples(node.partition_id)[0]) if exists else 1
     description = Description(
         partition=node.partition_id,
-        examples=len(bench.examples(node.partition_id)[0]) if exists else 1,
+        examples=_stated(count, _protection(node, context)),
         budget=None if allowance is None else allowance.budget,
         partitions=node.num_partitions,
         costs=costs,
@@ -248,7 +264,10 @@ def probe(message: Message, context: Context) -> Message:
         config["statistics"],
         precision=train.precision,
     )
-    return probe_reply(message, statistics, len(examples), flops=flops)
+    protection = _protection(node, context)
+    if protection is not None:
+        statistics = protection.statistics(statistics)
+    return probe_reply(message, statistics, _stated(len(examples), protection), flops=flops)
 
 
 def train(message: Message, context: Context) -> Message:
@@ -258,6 +277,11 @@ def train(message: Message, context: Context) -> Message:
     config = read_config(message)
     partition, resident, settings = node.partition_id, bench.resident, bench.config.train
     mask = read_mask(message, resident.layers)
+    protection = _protection(node, context)
+    if protection is not None:
+        _check_protected(message, resident.layers)
+    if _run_config(context.run_config).secagg.enabled and read_secure(message) is None:
+        raise ValueError("secagg.enabled = true, but the server asks for an update in the clear")
     examples, _ = bench.examples(partition)
     steps = settings.steps(len(examples))
     schedule = read_schedule(message, resident.layers, steps)
@@ -285,25 +309,34 @@ def train(message: Message, context: Context) -> Message:
         precision=settings.precision,
         schedule=schedule,
     )
+    costs = {"flops": result.flops}
+    if protection is None:
+        costs |= {"loss": result.loss, "steps": result.steps, "seconds": time.monotonic() - began}
+        costs["peak-memory"] = _peak_memory(bench.device)
+    else:
+        update = dict(protection.update(update))
     parts = compress(
         CODECS[config["codec"]],
         {
             layer: {t: update[t] for t in resident.layers[layer].tensors}
             for layer in _to_send(message, resident.layers, update)
         },
-        node_store(context),
+        # Without error feedback where updates are private: an error that is remembered would carry
+        # parts of an update into a round that is not counted for them.
+        node_store(context) if protection is None else None,
         f"{config['run']}/{partition}",
     )
-    return train_reply(
-        message,
-        parts,
-        len(examples),
-        loss=result.loss,
-        steps=result.steps,
-        flops=result.flops,
-        seconds=time.monotonic() - began,
-        **{"peak-memory": _peak_memory(bench.device)},
-    )
+    return train_reply(message, parts, _stated(len(examples), protection), **costs)
+
+
+def _check_protected(message: Message, layers: LayerMap) -> None:
+    """Refuse instructions that would have a client say more than noise covers."""
+    refuse_buffers(layers)
+    if read_upload(message) is not None:
+        raise ValueError(
+            "the server asks for the layers that changed most; which they are would follow from this "
+            "client's data, and its updates are private"
+        )
 
 
 def _to_send(message: Message, layers: LayerMap, update: Mapping[str, np.ndarray]) -> list[str]:
@@ -321,6 +354,8 @@ def _to_send(message: Message, layers: LayerMap, update: Mapping[str, np.ndarray
 def evaluate_locally(message: Message, context: Context) -> Message:
     """Evaluate the global model on this client's held-out examples."""
     node = NodeConfig.read(context.node_config)
+    if _protection(node, context) is not None:
+        raise ValueError("this client's replies are private; it states no accuracy of its own")
     bench = workbench(context.run_config, node)
     bench.resident.move_to(*read_manifest(message), node_store(context))
     _, held_out = bench.examples(node.partition_id)
@@ -331,12 +366,13 @@ def evaluate_locally(message: Message, context: Context) -> Message:
 
 def build_client_app(mods: list[Mod] | None = None) -> ClientApp:
     """Return a ClientApp with LayerFed's handlers, wrapped in Flower mods of your own."""
-    # Innermost: what mods of the user's see is a finished reply.
-    app = ClientApp(mods=[*(mods or ()), keeping_layers(node_store)])
+    # What mods of the user's see is a finished reply, and one that is not masked yet.
+    app = ClientApp(mods=[masking, *(mods or ()), keeping_layers(node_store)])
     app.query("describe")(describe)
     app.query("probe")(probe)
     app.train()(train)
     app.evaluate()(evaluate_locally)
+    add_secure_sums(app)
     return app
 
 

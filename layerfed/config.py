@@ -15,14 +15,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from layerfed.config_section import ConfigError, Section
+from layerfed.privacy_config import PrivacyConfig, check_private
+from layerfed.secagg_config import SecAggConfig, refuse_with_secagg
 
 __all__ = [
     "BudgetUnit",
@@ -51,22 +48,7 @@ MODEL_FAMILIES = ("layerfed", "open_clip", "timm", "transformers")
 Positive = Annotated[int, Field(ge=1)]
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be run; the message names the key, the value and what is allowed."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        strict=True,  # no "3" or true for a number
-        populate_by_name=True,
-        alias_generator=lambda name: name.replace("_", "-"),
-    )
-
-
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """Data: what is learnt and how it is spread over the clients."""
 
     name: str = "digits"
@@ -96,7 +78,7 @@ class TaskConfig(_Section):
         return name
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The model that is fine-tuned and how it falls into layers."""
 
     name: str = "layerfed/vit"
@@ -144,7 +126,7 @@ class ModelConfig(_Section):
         return self
 
 
-class FederationConfig(_Section):
+class FederationConfig(Section):
     """The population of clients and what a round asks of it."""
 
     clients: Positive = 10
@@ -175,7 +157,7 @@ class FederationConfig(_Section):
         return self.min_replies or -(-self.clients_per_round // 2)
 
 
-class StrategyConfig(_Section):
+class StrategyConfig(Section):
     """Who picks the layers, and how."""
 
     name: StrategyName = "ilp"
@@ -196,7 +178,7 @@ class StrategyConfig(_Section):
     theory: bool = False
 
 
-class BudgetConfig(_Section):
+class BudgetConfig(Section):
     """How much each client can afford to train."""
 
     kind: Literal["identical", "half-normal", "per-node"] = "identical"
@@ -212,7 +194,7 @@ class BudgetConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """A client's local work in one round."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -244,7 +226,7 @@ class TrainConfig(_Section):
         return self.local_steps or self.local_epochs * -(-examples // self.batch_size)
 
 
-class ServerConfig(_Section):
+class ServerConfig(Section):
     """How the server turns the updates of a layer into its new version."""
 
     aggregation: Literal["mean", "median", "trimmed-mean"] = "mean"
@@ -257,7 +239,7 @@ class ServerConfig(_Section):
     tau: Annotated[float, Field(gt=0)] = 1e-3
 
 
-class ExchangeConfig(_Section):
+class ExchangeConfig(Section):
     """What travels, and where layers are kept between messages."""
 
     codec: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
@@ -265,7 +247,7 @@ class ExchangeConfig(_Section):
     store_size: Annotated[float, Field(gt=0)] = 10.0
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """Where the run is kept and what it runs on."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = ""
@@ -281,7 +263,7 @@ class RunSection(_Section):
     client_gpus: Annotated[float, Field(ge=0)] = 0.25
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything a run depends on.
 
     Raises
@@ -298,7 +280,20 @@ class RunConfig(_Section):
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
     exchange: ExchangeConfig = ExchangeConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    secagg: SecAggConfig = SecAggConfig()
     run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _private(self) -> Self:
+        check_private(self)
+        return self
+
+    @model_validator(mode="after")
+    def _sums_can_be_secure(self) -> Self:
+        if self.secagg.enabled:
+            refuse_with_secagg(self.to_flat())
+        return self
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:

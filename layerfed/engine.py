@@ -26,7 +26,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from layerfed.client_app import Workbench, build_client_app, client_app, workbench
 from layerfed.config import ConfigError, Flat, RunConfig, Scalar
 from layerfed.records import Observer
-from layerfed.server_app import build_server_app, build_strategy
+from layerfed.server_app import build_account, build_server_app, build_strategy
 
 __all__ = ["Engine", "EngineName", "InProcessGrid", "choose_engine", "prepare", "run_on"]
 
@@ -185,7 +185,7 @@ def prepare(config: RunConfig) -> Workbench:
         If the configuration cannot be run here.
     """
     bench = workbench(config.to_flat())
-    build_strategy(config, bench.resident.layers)
+    build_account(config, build_strategy(config, bench.resident.layers))
     bench.examples(0)
     return bench
 

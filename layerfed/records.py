@@ -81,7 +81,9 @@ class RoundRecord:
     see `layerfed.theory`; None where there is nothing to estimate them from. `peak_memory` is the most
     any client stated: of the round on CUDA, of its process since it started elsewhere. `late` counts
     the clients whose training nobody waited for, since enough others had answered, and `clipped` the
-    updates that were scaled down to `server.clip`.
+    updates that were scaled down to `server.clip`. `update_norm` is the median of the norms of clients'
+    updates, as they were read. `epsilon` is what the run has spent of privacy so far, on what
+    `epsilon_covers` names; see `layerfed.privacy_account`.
     """
 
     round: int
@@ -105,6 +107,9 @@ class RoundRecord:
     updated: dict[int, tuple[str, ...]] = field(default_factory=dict)
     e1: float | None = None
     e2: float | None = None
+    update_norm: float | None = None
+    epsilon: float | None = None
+    epsilon_covers: str | None = None
 
 
 class Observer:

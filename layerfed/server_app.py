@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
@@ -16,16 +16,21 @@ from layerfed.client_app import node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.exchange import LayerStore, record_of
 from layerfed.layers import LayerMap
+from layerfed.privacy import refuse_buffers
+from layerfed.privacy_account import PrivacyAccount
+from layerfed.private_mean import PrivateAggregation
 from layerfed.records import Observer
 from layerfed.report import draw_run
-from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint
+from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
 from layerfed.server_optimizers import SERVER_OPTIMIZERS
 from layerfed.strategies import STRATEGIES, SelectiveStrategy
 from layerfed.strategies.resuming import check_base
+from layerfed.strategies.round import Round
+from layerfed.strategies.secure_round import secured
 from layerfed.task.flops import forward_flops
 from layerfed.task.training import evaluate
 
-__all__ = ["build_server_app", "build_strategy", "run", "server_app"]
+__all__ = ["build_account", "build_server_app", "build_strategy", "run", "server_app"]
 
 # What a run's clients work on, by the grid Flower hands to the ServerApp.
 ENGINES = {"InProcessGrid": "inprocess", "InMemoryGrid": "ray"}
@@ -41,8 +46,10 @@ def build_strategy(
     Raises
     ------
     ConfigError
-        If budgets or strategy do not fit the model.
+        If budgets, strategy or privacy do not fit the model.
     """
+    if config.privacy.mode != "none":
+        refuse_buffers(layers)
     section = config.strategy
     strategy = STRATEGIES[section.name]
     return strategy(
@@ -60,17 +67,34 @@ def build_strategy(
         optimizer=SERVER_OPTIMIZERS[config.server.optimizer](
             config.server.lr, config.server.momentum, config.server.beta2, config.server.tau
         ),
-        aggregation=Aggregation(
-            config.server.aggregation,
-            config.server.trim,
-            config.server.clip,
-            config.federation.max_examples,
-        ),
+        aggregation=_aggregation(config),
         codec=config.exchange.codec,
         store=store,
+        rounds=secured(config.secagg) if config.secagg.enabled else Round,
         seed=config.run.seed,
         **strategy.options(config),
     )
+
+
+def _aggregation(config: RunConfig) -> Aggregation:
+    """Return how a round's updates become one."""
+    server, privacy = config.server, config.privacy
+    if privacy.mode == "central":
+        return PrivateAggregation(bound=privacy.clip, noise=privacy.noise)
+    return Aggregation(server.aggregation, server.trim, server.clip, config.federation.max_examples)
+
+
+def build_account(config: RunConfig, strategy: SelectiveStrategy) -> PrivacyAccount | None:
+    """Return what accounts for the run's privacy; None where it promises none.
+
+    Raises
+    ------
+    ConfigError
+        If the accountant is not installed.
+    """
+    if config.privacy.mode == "none":
+        return None
+    return PrivacyAccount(config.privacy, strategy.probed_in, config.federation.rounds)
 
 
 def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
@@ -82,11 +106,24 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
         If the configuration cannot be run; nothing is written then, and no client has worked.
     RoundFailed
         If too few clients took part; the run folder says so too.
+    NotWritten
+        If the run folder cannot be written any more; what it holds is whole, and can be resumed.
     """
     config = RunConfig.from_flat(context.run_config)
+    # Before it is read how far it got: the process that wrote it may still be at it.
+    held = lock(Path(config.run.resume)) if config.run.resume else None
+    try:
+        return _run(config, grid, context, observers)
+    finally:
+        if held is not None:
+            held.release()
+
+
+def _run(config: RunConfig, grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
     bench = workbench(context.run_config)
     test = bench.task.test_examples()
     strategy = build_strategy(config, bench.resident.layers, node_store(context))
+    account = build_account(config, strategy)
 
     def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if server_round % config.run.evaluate_every and server_round != config.federation.rounds:
@@ -121,6 +158,10 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
         flops = forward_flops(bench.resident.model, strategy.layers, example, bench.task.logits)
         folder.describe(strategy.layers, *flops)
         strategy.observers = (folder, *observers)
+        if account is not None:
+            account.recall(folder.asked(), folder.repeated_rounds)
+            # First: what it notes is what the others write and show.
+            strategy.observers = (account, *strategy.observers)
         if config.run.checkpoint_every:
             strategy.observers += (
                 Checkpoints(
@@ -140,7 +181,10 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
         )
         assert strategy.model is not None
         folder.finish(strategy.model.tensors)
-    draw_run(folder.path)
+    try:
+        draw_run(folder.path)
+    except OSError as error:
+        log(WARNING, "no pictures: %s; `layerfed report %s` draws them", error, folder.path)
     return folder.path
 
 

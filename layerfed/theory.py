@@ -16,6 +16,8 @@ function.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -103,6 +105,11 @@ class UpdateSpread:
         """
         self._examples[client], self._steps[client] = examples, steps
         self._norms[client] = norms_sq
+
+    def median_norm(self) -> float | None:
+        """Return the median over clients of ‖Δ_i‖, over all layers each trained; None if unknown."""
+        norms = [math.sqrt(sum(own.values())) for own in self._norms.values() if own]
+        return statistics.median(norms) if norms else None
 
     def heterogeneity_term(self, mean_norms_sq: Mapping[str, float], lr: float) -> float | None:
         """Return E2 over some layers, L_t; None where a client did not say its steps.

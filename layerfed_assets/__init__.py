@@ -8,10 +8,8 @@ The bundle excludes this package, so it is always imported from the environment.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
+from layerfed_assets.vit import VisionTransformer
 
 __all__ = ["BACKBONE", "backbone"]
 
@@ -25,13 +23,4 @@ def backbone(num_classes: int) -> VisionTransformer:
     heat maps read the same; patches of 8×8 because they quarter the tokens and cost little accuracy
     at this size.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=80,
-        depth=12,
-        num_heads=4,
-        num_classes=num_classes,
-    )
+    return VisionTransformer(size=32, patch=8, width=80, depth=12, heads=4, classes=num_classes)

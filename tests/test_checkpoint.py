@@ -83,6 +83,8 @@ def test_one_that_was_being_written_is_no_checkpoint(
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.round == 1
+    assert rounds(tmp_path) == ["round-000001"], "half a checkpoint takes no room"
+    (tmp_path / "checkpoint/.round-000002.tmp").mkdir()  # as of a process that was killed
     save_checkpoint(tmp_path, checkpoint(2), keep=1)
     assert rounds(tmp_path) == ["round-000002"], "what was left half-written is gone"
 

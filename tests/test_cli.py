@@ -47,6 +47,7 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     folder = tmp_path / "x"
     assert {file.name for file in folder.iterdir()} == {
+        ".lock",
         "accuracy.png",
         "checkpoint",
         "config.json",

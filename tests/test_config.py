@@ -63,6 +63,10 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("task.alpha=0", ["task.alpha", "greater than 0"]),
         ("budget.min=5", ["budget.min = 5", "budget.max = 4"]),
         ("budget.kind=half", ["budget.kind", "'half'", "'half-normal'"]),
+        ("privacy.mode=global", ["privacy.mode", "'global'", "'central'", "'local'"]),
+        ("privacy.clip=0", ["privacy.clip", "0", "greater than 0"]),
+        ("privacy.noise=1", ["privacy.noise = 1", "privacy.mode = 'none'", "central or local"]),
+        ("privacy.delta=1", ["privacy.delta", "less than 1"]),
         ("server.aggregation=mode", ["server.aggregation", "'mode'", "'median'", "'trimmed-mean'"]),
         ("server.trim=0.5", ["server.trim", "0.5", "less than 0.5"]),
         ("server.trim=-0.1", ["server.trim", "-0.1", "greater than or equal to 0"]),
@@ -81,6 +85,55 @@ def test_wrong_settings_give_one_clear_line(override: str, says: list[str]) -> N
     message = str(caught.value)
     assert "\n" not in message
     assert [text for text in says if text not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["privacy.statistics-clip=1.0"], ["statistics-noise = 0", "set both"]),
+        (["privacy.statistics-noise=1.0"], ["statistics-clip = 0", "set both"]),
+        (["privacy.delta=0.1"], ["privacy.delta = 0.1", "1 / federation.clients = 0.1"]),
+        (
+            ["strategy.name=fedtlu", "strategy.side=client"],
+            ["strategy.side = 'client'", "side=server"],
+        ),
+        (["task.local-test=0.2"], ["task.local-test = 0.2", "set it to 0"]),
+        (
+            [
+                *("strategy.name=random", "strategy.resample-steps=1"),
+                *("train.local-steps=0", "train.local-epochs=1"),
+            ],
+            ["strategy.resample-steps = 1", "train.local-steps"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("mode", ["central", "local"])
+def test_what_noise_would_not_cover_is_refused(
+    mode: str, settings: list[str], says: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"privacy.mode={mode}", *settings])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [text for text in says if text not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("server.aggregation=median", ["server.aggregation = 'median'", "privacy.mode=local"]),
+        ("server.clip=1.0", ["server.clip = 1", "privacy.clip"]),
+    ],
+)
+def test_central_noise_goes_with_the_mean_only(setting: str, says: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["privacy.mode=central", setting])
+    assert [text for text in says if text not in str(caught.value)] == []
+    load_config(None, ["privacy.mode=local", setting])
+
+
+def test_what_privacy_rules_out_is_allowed_without_it() -> None:
+    load_config(None, ["strategy.name=fedtlu", "strategy.side=client", "task.local-test=0.2"])
 
 
 def test_an_unreadable_or_broken_file_is_named(tmp_path: Path) -> None:

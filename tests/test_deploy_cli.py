@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import tomllib
@@ -147,10 +148,14 @@ def test_a_run_travels_with_every_setting(
         return {"run-id": "7"}
 
     monkeypatch.setattr(Federation, "flwr", flwr)
-    config = load_config(None, ["run.name=it-is", "strategy.consistency=0.25", "model.head=a b"])
+    monkeypatch.chdir(federation.folder)
+    settings = ["run.name=it-is", "strategy.consistency=0.25", "model.head=a b", "run.resume=r"]
+    config = load_config(None, settings)
     assert federation.start_run(Path(), config) == 7
     flat = {f"{section}.{key}": v for section, keys in sent.items() for key, v in keys.items()}
     assert flat.pop("run.dir") == str(federation.runs)
+    assert flat["run.resume"] == str(federation.folder / "r"), "the SuperLink runs elsewhere"
+    flat["run.resume"] = "r"
     assert RunConfig.from_flat(flat) == config
 
 
@@ -165,6 +170,29 @@ def test_the_exit_status_is_that_of_the_run(
     done = deploy("run", "--dir", federation.folder, "federation.rounds=1")
     assert done.exit_code == code
     assert f"run 7 {status} too few" in done.output
+
+
+def test_a_run_is_resumed_with_its_own_configuration(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[RunConfig] = []
+
+    def start(self: Federation, app: Path, config: RunConfig) -> int:
+        sent.append(config)
+        return 7
+
+    monkeypatch.setattr(Federation, "start_run", start)
+    monkeypatch.setattr(Federation, "follow", lambda self, run: RunStatus("finished:completed", ""))
+    config = load_config(None, ["federation.rounds=4", "strategy.name=top", "run.seed=3"])
+    (tmp_path / "config.json").write_text(json.dumps(config.to_flat()))
+    monkeypatch.chdir(tmp_path)
+    done = deploy("run", "--dir", federation.folder, "--resume", ".", "federation.rounds=9")
+    assert done.exit_code == 0, done.output
+    expected = {**config.to_flat(), "federation.rounds": 9, "run.resume": str(tmp_path.resolve())}
+    assert sent[0].to_flat() == expected
+    both = deploy("run", "conf/default.toml", "--dir", federation.folder, "--resume", tmp_path)
+    assert both.exit_code == 2
+    assert "leave out conf/default.toml" in both.output
 
 
 def test_a_wrong_configuration_reaches_no_superlink(federation: Federation) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from layerfed.deploy import processes
 from layerfed.deploy.federation import DeploymentFailed
-from layerfed.deploy.processes import Processes, free_ports
+from layerfed.deploy.processes import Processes, commands, free_ports
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs ps")
 
@@ -91,6 +91,30 @@ def test_a_child_outlives_its_killed_parent_but_not_the_context(tmp_path: Path) 
     os.kill(
         pids["detached"], signal.SIGKILL
     )  # left its session and lost its parent: not ours to see
+
+
+def test_what_was_killed_on_purpose_is_no_failure(tmp_path: Path) -> None:
+    with Processes(tmp_path / "logs") as running:
+        pids = start_family(running, tmp_path)
+        (parent,) = (member.process for member in running._members)
+        running.kill(parent)
+        assert until(lambda: not any(lives(pid) for pid in pids.values()))
+        running.check()
+
+
+def test_what_a_process_killed_alone_leaves_is_stopped_in_the_end(tmp_path: Path) -> None:
+    """Also those that left its session, whom nobody could find afterwards."""
+    with Processes(tmp_path / "logs") as running:
+        pids = start_family(running, tmp_path)
+        (parent,) = (member.process for member in running._members)
+        assert set(commands(parent.pid)) == set(pids.values())
+        assert commands(parent.pid)[pids["detached"]].endswith(f"{tmp_path} detached")
+        running.kill(parent, alone=True)
+        running.check()
+        assert not lives(pids["parent"])
+        assert lives(pids["detached"])
+        assert lives(pids["stubborn"])
+    assert not any(lives(pid) for pid in pids.values())
 
 
 def test_waiting_ends_when_a_process_does_and_shows_its_last_words(tmp_path: Path) -> None:

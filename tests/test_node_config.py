@@ -44,8 +44,14 @@ def test_only_the_partition_is_needed() -> None:
         ({"budget-unit": "bytes"}, "budget-unit = 'bytes' goes with a number"),
         ({"device": "gpu"}, "device = 'gpu'"),
         ({"data": ""}, "data = ''"),
+        ({"own-data": ""}, "own-data = ''"),
+        ({"data": "a", "own-data": "b"}, "data = 'a' and own-data = 'b': give data where"),
         ({"threads": 0}, "threads = 0"),
         ({"max-step-seconds": 0}, "max-step-seconds = 0"),
+        ({"privacy-clip": -1}, "privacy-clip = -1"),
+        ({"privacy-noise": 1}, "privacy-noise = 1 is a multiple of privacy-clip"),
+        ({"privacy-statistics-clip": 1}, "privacy-statistics-noise = 0 protects nothing"),
+        ({"privacy-statistics-noise": 1}, "privacy-statistics-clip = 0 with"),
         ({"bugdet": 2}, "unknown key 'bugdet'; known keys: partition-id"),
     ],
 )
@@ -66,3 +72,5 @@ def test_a_node_decides_for_itself_what_it_runs_on_and_where_its_data_are() -> N
     assert found.run == config.run.model_copy(update={"device": "cpu", "threads": 2})
     assert found.task == config.task.model_copy(update={"data": "/srv/rows.csv"})
     assert NodeConfig.read({"partition-id": 0}).applied_to(config) == config
+    own = NodeConfig.read({"partition-id": 0, "own-data": "/srv/own"}).applied_to(config)
+    assert own.task.data == "/srv/own"

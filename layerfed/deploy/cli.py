@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from layerfed.command_line import read_settings
 from layerfed.config import ConfigError, RunConfig, load_config, parse_override
 
 if TYPE_CHECKING:
@@ -171,6 +172,10 @@ def run(
             help="As in `layerfed run`: a file, then key=value", metavar="[CONF] [KEY=VALUE]…"
         ),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="A run folder of this server to go on with, from its last checkpoint"),
+    ] = None,
     folder: Folder = FOLDER,
     app_folder: Annotated[
         Path, typer.Option("--app", help="The Flower app: a clone of this repository")
@@ -178,9 +183,7 @@ def run(
 ) -> None:
     """On the server: run on the connected nodes, show the log, and exit 0 only if the run completed."""
     with _one_line_errors():
-        words = list(settings or [])
-        file = Path(words.pop(0)) if words and "=" not in words[0] else None
-        federation, config = _federation(folder), load_config(file, words)
+        federation, config = _federation(folder), read_settings(settings, resume)
         identity = federation.start_run(app_folder, config)
         console.print(f"run {identity}; Ctrl-C leaves it running", highlight=False)
         status = federation.follow(identity)

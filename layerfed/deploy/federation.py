@@ -254,6 +254,9 @@ class Federation:
         """Hand a run to the SuperLink and return its id."""
         settings: Flat = config.to_flat()
         settings["run.dir"] = str(Path(config.run.dir).resolve() if config.run.dir else self.runs)
+        # The ServerApp's working directory is that of the SuperLink.
+        if config.run.resume:
+            settings["run.resume"] = str(Path(config.run.resume).resolve())
         # As a file: on Flower's command line, a value with a space or a quote would be cut.
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "run.toml"
@@ -293,7 +296,10 @@ class Federation:
             return status
         finally:
             stream.terminate()
-            stream.wait()
+            try:
+                stream.wait(STATUS_SECONDS)
+            except subprocess.TimeoutExpired:
+                stream.kill()
 
 
 def _last_object(text: str) -> dict[str, Any]:

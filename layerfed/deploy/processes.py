@@ -22,7 +22,7 @@ from typing import Self
 
 from layerfed.deploy.federation import DeploymentFailed
 
-__all__ = ["Processes", "clean_up_on_sigterm", "free_ports", "undisturbed"]
+__all__ = ["Processes", "clean_up_on_sigterm", "commands", "free_ports", "undisturbed"]
 
 POLL_SECONDS = 0.2
 # What a process gets to end by itself after SIGTERM, and its descendants after that.
@@ -70,6 +70,8 @@ class Processes:
     def __init__(self, logs: Path) -> None:
         self.logs = logs
         self._members: list[_Member] = []
+        self._killed: set[int] = set()
+        self._orphans: set[_Entry] = set()
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -86,6 +88,7 @@ class Processes:
         with undisturbed():
             while self._members:
                 self._stop(self._members.pop())
+            _end(self._orphans)
 
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str]
@@ -123,15 +126,31 @@ class Processes:
         """Raise `DeploymentFailed`, with its last words, if one of the processes has ended."""
         for member in self._members:
             status = member.process.poll()
-            if status is not None:
+            if status is not None and member.process.pid not in self._killed:
                 lines = member.log.read_text(errors="replace").splitlines()[-LAST_LINES:]
                 raise DeploymentFailed(
                     f"{member.name} ended with status {status}:\n" + "\n".join(lines)
                 )
 
+    @property
+    def by_name(self) -> dict[str, subprocess.Popen[bytes]]:
+        """The processes by name, also those that have ended."""
+        return {member.name: member.process for member in self._members}
+
     def signal(self, process: subprocess.Popen[bytes], number: Signals) -> None:
         """Send a signal to one of the processes and to all it started: a machine that dies or hangs."""
         _signal(_family(process.pid), number)
+
+    def kill(self, process: subprocess.Popen[bytes], *, alone: bool = False) -> None:
+        """Kill one of the processes, with all it started or alone; its end is no failure then."""
+        self._killed.add(process.pid)
+        family = _family(process.pid)
+        if alone:
+            self._orphans |= family  # whose descent nobody can see any more afterwards
+            process.kill()
+        else:
+            _signal(family, signal.SIGKILL)
+        process.wait(GRACE_SECONDS)
 
     def _stop(self, member: _Member) -> None:
         pid = member.process.pid
@@ -142,14 +161,8 @@ class Processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 member.process.wait(GRACE_SECONDS)
         # Those that are left: workers that were at it, and whoever was started meanwhile.
-        family |= _family(pid)
-        _signal(family, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_SECONDS
-        while (family := family & set(_table())) and time.monotonic() < deadline:
-            member.process.poll()  # a child that nobody waits for stays in the table
-            time.sleep(POLL_SECONDS)
-        _signal(family, signal.SIGKILL)
-        member.process.wait()
+        _end(family | _family(pid))
+        member.process.wait(GRACE_SECONDS)
 
 
 @contextlib.contextmanager
@@ -193,6 +206,16 @@ def _table() -> list[_Entry]:
     ]
 
 
+def commands(root: int) -> dict[int, str]:
+    """Return the command lines of a process and of all it started, by process id."""
+    family = {entry.pid for entry in _family(root)}
+    listed = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True
+    )
+    rows = (line.split(maxsplit=1) for line in listed.stdout.splitlines())
+    return {int(pid): " ".join(command) for pid, *command in rows if int(pid) in family}
+
+
 def _family(root: int) -> set[_Entry]:
     """Return the living members of a process's group, and all their descendants."""
     table = _table()
@@ -200,6 +223,16 @@ def _family(root: int) -> set[_Entry]:
     while more := {e for e in table if e.parent in {f.pid for f in found}} - found:
         found |= more
     return found
+
+
+def _end(family: set[_Entry]) -> None:
+    """Have processes end by themselves, or kill them."""
+    family = family & set(_table())  # a number may be another's by now
+    _signal(family, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while (family := family & set(_table())) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    _signal(family, signal.SIGKILL)
 
 
 def _signal(family: Iterable[_Entry], number: Signals) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
 from typing import Self
@@ -34,7 +34,7 @@ START_SECONDS = 180.0
 WEIGHTS = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loopback:
     """A running federation.
 
@@ -44,18 +44,50 @@ class Loopback:
     folder : Path
         Holds the federation's folder, and one for each node.
     processes : Processes
-    server : Popen
-        The SuperLink.
     superlink, gateway : str
         HOST:PORT.
+    server, door : Popen
+        The processes of SuperLink and gateway, as they were started last.
     """
 
     federation: Federation
     folder: Path
     processes: Processes
-    server: Popen[bytes]
     superlink: str
     gateway: str
+    server: Popen[bytes] = field(init=False)
+    door: Popen[bytes] = field(init=False)
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink, or another on its port and database, and wait until it answers."""
+        port = int(self.superlink.rpartition(":")[2])
+        self.server = self._started("superlink", self.federation.superlink_command(port))
+        self._wait_for("SuperLink", self.superlink)
+
+    def start_gateway(self) -> None:
+        """Start the gateway, or another on its port, and wait until it answers."""
+        port = self.gateway.rpartition(":")[2]
+        where = ["--dir", str(self.federation.folder), "--superlink", self.superlink]
+        command = [program("layerfed"), "deploy", "gateway", *where]
+        self.door = self._started("gateway", [*command, "--host", "127.0.0.1", "--port", port])
+        self._wait_for("gateway", self.gateway)
+
+    def _started(self, name: str, command: Sequence[str]) -> Popen[bytes]:
+        logs = len(list(self.processes.logs.glob(f"{name}*.log")))
+        own = f"{name}-{logs + 1}" if logs else name
+        return self.processes.start(own, command, environment(self.federation.flower_home))
+
+    def _wait_for(self, what: str, address: str) -> None:
+        context = ssl.create_default_context(cafile=str(self.federation.ca))
+
+        def answers() -> bool:
+            try:
+                httpx.get(f"https://{address}/health", verify=context, trust_env=False)
+            except httpx.TransportError:
+                return False
+            return True
+
+        self.processes.wait(f"the {what} answers", answers, START_SECONDS)
 
     def start_node(
         self,
@@ -121,30 +153,12 @@ def on_loopback(
     federation.create_certificates([], days=2)
     superlink_port, gateway_port = free_ports(2)
     superlink, gateway = f"127.0.0.1:{superlink_port}", f"127.0.0.1:{gateway_port}"
-    context = ssl.create_default_context(cafile=str(federation.ca))
-
-    def answers(address: str) -> bool:
-        try:
-            httpx.get(f"https://{address}/health", verify=context, trust_env=False)
-        except httpx.TransportError:
-            return False
-        return True
-
     with Processes(logs or folder / "logs") as processes:
+        loopback = Loopback(federation, folder, processes, superlink, gateway)
         say(f"SuperLink on {superlink}, with TLS, SuperNode authentication and a database")
-        variables = environment(federation.flower_home)
-        command = federation.superlink_command(superlink_port)
-        server = processes.start("superlink", command, variables)
-        door = ["deploy", "gateway", "--dir", str(federation.folder), "--superlink", superlink]
-        processes.start(
-            "gateway",
-            [program("layerfed"), *door, "--host", "127.0.0.1", "--port", str(gateway_port)],
-            variables,
-        )
-        processes.wait("the SuperLink answers", lambda: answers(superlink), START_SECONDS)
-        processes.wait("the gateway answers", lambda: answers(gateway), START_SECONDS)
+        loopback.start_superlink()
+        loopback.start_gateway()
         say(f"gateway on {gateway}, the one door for nodes")
-        loopback = Loopback(federation, folder, processes, server, superlink, gateway)
         for number, settings in enumerate(nodes):
             listed = ", ".join(f"{k}={v}" for k, v in settings.items())
             say(f"SuperNode {number + 1} of {len(nodes)}: {listed}")

@@ -24,12 +24,17 @@ RECORDS: Mapping[str, frozenset[str]] = {
     "query.probe": frozenset({"metrics", "statistics"}),
     "train": frozenset({"metrics", "arrays"}),
     "evaluate": frozenset({"metrics"}),
+    # Secure aggregation's own, see `layerfed/secure/messages.py`.
+    "query.keys": frozenset({"secure"}),
+    "query.shares": frozenset({"secure"}),
+    "query.unmask": frozenset({"secure"}),
 }
 LAYERS = "layers"
 TYPES = {
     "metrics": MetricRecord,
     "statistics": MetricRecord,
     "arrays": ArrayRecord,
+    "secure": ConfigRecord,
     LAYERS: ConfigRecord,
 }
 # Ten times what any of ours holds, and room for metrics of a user's own.

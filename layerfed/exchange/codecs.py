@@ -165,7 +165,10 @@ CODECS: Mapping[str, Codec] = {
 
 
 def compress(
-    codec: Codec, layers: Mapping[str, Mapping[str, np.ndarray]], store: LayerStore, key: str
+    codec: Codec,
+    layers: Mapping[str, Mapping[str, np.ndarray]],
+    store: LayerStore | None,
+    key: str,
 ) -> Parts:
     """Encode a client's update, with error feedback where the codec has it.
 
@@ -174,8 +177,9 @@ def compress(
     codec : Codec
     layers : Mapping[str, Mapping[str, numpy.ndarray]]
         Δ_i by layer and tensor.
-    store : LayerStore
-        Remembers the error of each layer. What it evicts is lost, which costs a little accuracy.
+    store : LayerStore | None
+        Remembers the error of each layer. What it evicts is lost, which costs a little accuracy. None:
+        there is no error feedback.
     key : str
         Names the run and the client.
 
@@ -186,7 +190,7 @@ def compress(
     """
     parts: Parts = {}
     for layer, update in layers.items():
-        if not codec.feedback:
+        if store is None or not codec.feedback:
             parts.update(codec.encode(update))
             continue
         place = f"{key}/{layer}"

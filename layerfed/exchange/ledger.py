@@ -51,7 +51,7 @@ class Holdings:
 
 @dataclass
 class Traffic:
-    """Bytes of tensors and statistics of one client in one round, without framing.
+    """Bytes of tensors, statistics, keys and shares of one client in one round, without framing.
 
     Attributes
     ----------

@@ -9,12 +9,13 @@ message type    config                                        reply
 query.describe                                                partition, partitions, examples, budget
 query.probe     round, statistics, batches                    examples, one list of L a statistic
 train           round, mask (L zeros and ones), learning      arrays: Δ of the trained layers,
-                rate, codec, run; schedule, upload            encoded; examples, loss, steps, costs
+                rate, codec, run; schedule, upload            encoded; examples, costs; loss, steps
 evaluate        round                                         examples, loss, accuracy
 =============== ============================================= =====================================
 
 `schedule` and `upload` come with strategies whose clients change layers within a round, or send fewer
-than they trained: see `exchange/partial.py`.
+than they trained: see `exchange/partial.py`. Secure sums add queries of their own, see
+`secure/messages.py`.
 
 Each reply says besides, in `layers`, which of the manifest's versions the node keeps and in which store,
 or, instead of an answer, which it is *missing*: those are sent again.
@@ -55,6 +56,7 @@ __all__ = [
     "read_held",
     "read_manifest",
     "read_mask",
+    "read_metrics",
     "read_missing",
     "read_statistics",
     "read_train_reply",
@@ -223,7 +225,8 @@ def evaluate_reply(message: Message, examples: int, **metrics: float) -> Message
 
 
 # ---------------------------------------------------------------------------- reading replies
-def _metrics(message: Message, *, required: Iterable[str]) -> dict[str, float]:
+def read_metrics(message: Message, *, required: Iterable[str]) -> dict[str, float]:
+    """Return a reply's numbers, checked to be finite and to hold those that are required."""
     record = message.content.metric_records.get("metrics")
     if record is None:
         raise RefusedReply("it has no 'metrics' record")
@@ -248,7 +251,7 @@ def _examples(metrics: Mapping[str, float]) -> int:
 
 def read_description(message: Message, num_blocks: int | None = None) -> Description:
     """Read the answer to `query.describe`; costs are taken where `num_blocks`, L, is given."""
-    metrics = _metrics(message, required=("partition", "examples"))
+    metrics = read_metrics(message, required=("partition", "examples"))
     budget = metrics.get("budget")
     if budget is not None and budget < 0:
         raise RefusedReply(f"it states a budget of {budget:g}")
@@ -287,7 +290,7 @@ def read_statistics(
     message: Message, names: Iterable[str], num_blocks: int
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Read the answer to `query.probe`: {statistic: (L,) float64} and the metrics beside it."""
-    metrics = _metrics(message, required=("examples",))
+    metrics = read_metrics(message, required=("examples",))
     _examples(metrics)
     record = message.content.metric_records.get("statistics")
     if record is None:
@@ -318,7 +321,7 @@ def read_train_reply(
     RefusedReply
         On wrong names, shapes, dtypes, numbers that no training gives, or a forged example count.
     """
-    metrics = _metrics(message, required=("examples", "loss"))
+    metrics = read_metrics(message, required=("examples",))
     examples = _examples(metrics)
     record = message.content.array_records.get("arrays", ArrayRecord())
     due = {name: codec.parts_of(name, like) for name, like in expected.items()}
@@ -343,7 +346,7 @@ def read_train_reply(
 
 def read_evaluation(message: Message) -> tuple[int, dict[str, float]]:
     """Read the answer to `evaluate`: the number of examples and the metrics over them."""
-    metrics = _metrics(message, required=("examples", "loss", "accuracy"))
+    metrics = read_metrics(message, required=("examples", "loss", "accuracy"))
     return _examples(metrics), metrics
 
 

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from layerfed.config import ConfigError
 from layerfed.layers import digest
 
-__all__ = ["FolderStore", "LayerStore", "MemoryStore", "open_store"]
+__all__ = ["FolderStore", "LayerStore", "MemoryStore", "open_store", "user_cache"]
 
 MEMORY = "memory"
 IDENTITY = "identity"
@@ -248,6 +248,11 @@ class FolderStore(LayerStore):
         self._write(self._own_file(key), tensors)
 
 
+def user_cache() -> Path:
+    """Return this user's folder for what can be had again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerfed"
+
+
 def open_store(location: str = "", gigabytes: float = 20.0) -> LayerStore:
     """Return the store at a location, one object a process.
 
@@ -265,8 +270,7 @@ def open_store(location: str = "", gigabytes: float = 20.0) -> LayerStore:
     """
     if location == MEMORY:
         return _memory()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(location).expanduser() if location else cache / "layerfed" / "layers"
+    folder = Path(location).expanduser() if location else user_cache() / "layers"
     return _folder(folder.resolve(), gigabytes * 1e9)
 
 

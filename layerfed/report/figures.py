@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from layerfed.report.paper_costs import PaperCosts, paper_costs
-from layerfed.runs.folder import read_lines
+from layerfed.runs.files import read_lines
 
 __all__ = ["RunFigures", "Section"]
 

@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from layerfed.runs.folder import read_lines
+from layerfed.runs.files import read_lines
 
 __all__ = ["draw_run", "selection_shares"]
 

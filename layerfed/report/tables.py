@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -16,6 +18,15 @@ def _size(count: float) -> str:
 
 def _of_full(count: float, full: float) -> str:
     return f"{_size(count)} ({count / full:.1%} of full-model exchange)" if full else _size(count)
+
+
+def _privacy(summary: Mapping[str, Any]) -> str:
+    if summary["epsilon"] is None:
+        return "nothing revealed yet"
+    return (
+        f"ε = {float(summary['epsilon']):.4g} at δ = {summary['delta']:g}, by client, for "
+        f"{summary['epsilon_covers']}"
+    )
 
 
 def run_table(folder: Path) -> Table:
@@ -36,6 +47,8 @@ def run_table(folder: Path) -> Table:
         f"{summary['flops_probe'] / 1e12:.3f} TFLOPs probing",
         "time": f"{summary['seconds']:.1f} s for {summary['rounds']} rounds ({summary['engine']})",
     }
+    if summary.get("delta") is not None:
+        rows["privacy"] = _privacy(summary)
     if summary["failures"]:
         rows["failures"] = f"{summary['failures']} replies missing or refused: see metrics.jsonl"
     for name, value in rows.items():

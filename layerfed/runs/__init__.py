@@ -1,15 +1,18 @@
 """The run folder, checkpoints, and the observers that fill them and show progress."""
 
 from layerfed.runs.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
-from layerfed.runs.folder import RunFolder, read_lines
+from layerfed.runs.files import NotWritten, lock, read_lines
+from layerfed.runs.folder import RunFolder
 from layerfed.runs.progress import LogLines, ProgressLine
 
 __all__ = [
     "Checkpoint",
     "Checkpoints",
     "LogLines",
+    "NotWritten",
     "ProgressLine",
     "RunFolder",
     "latest_checkpoint",
+    "lock",
     "read_lines",
 ]

@@ -106,25 +106,34 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, keep: int) -> Path
     place = root / f"round-{checkpoint.round:06d}"
     beside = root / f".{place.name}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    try:
+        beside.mkdir(parents=True)
+        _fill(beside, checkpoint)
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(beside, place)
+    except OSError:
+        # On a full disk, half a checkpoint would take the room that the next round's lines need.
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    _flush(root)
+    for old in _found(run_folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return place
+
+
+def _fill(folder: Path, checkpoint: Checkpoint) -> None:
     digests = {}
     for name, tensors in ((LAYERS, checkpoint.layers), (STATE, checkpoint.state)):
         content = save({n: np.asarray(t, order="C") for n, t in tensors.items()})
         digests[name] = _digest(content)
-        _write(beside / name, content)
+        _write(folder / name, content)
     index = {
         "round": checkpoint.round,
         "base": checkpoint.base,
         "run_token": checkpoint.run_token,
         "digests": digests,
     }
-    _write(beside / INDEX, json.dumps(index, indent=2).encode())
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(beside, place)
-    _flush(root)
-    for old in _found(run_folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return place
+    _write(folder / INDEX, json.dumps(index, indent=2).encode())
 
 
 def latest_checkpoint(run_folder: Path) -> Checkpoint | None:

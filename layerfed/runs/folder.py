@@ -7,25 +7,36 @@ whatever a killed run leaves is whole.
 from __future__ import annotations
 
 import json
-import os
+import math
 import platform
 import time
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
+from logging import WARNING
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from safetensors.numpy import save_file
+from filelock import FileLock
+from flwr.common.logger import log
 
 from layerfed.config import ConfigError, RunConfig
 from layerfed.exchange import Ledger
 from layerfed.layers import LayerMap
 from layerfed.records import Observer, RoundRecord, SelectionRecord
+from layerfed.runs.files import (
+    NotWritten,
+    append_line,
+    lock,
+    read_lines,
+    write_json,
+    write_lines,
+    write_tensors,
+)
 
-__all__ = ["RunFolder", "read_lines"]
+__all__ = ["RunFolder"]
 
 PACKAGES = ("layerfed", "flwr", "torch", "timm", "numpy", "pulp")
 # Files with a line a round.
@@ -39,27 +50,6 @@ TRAFFIC = {
     "bytes_full_up": "full_up",
     "bytes_full_down": "full_down",
 }
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read a `.jsonl` file; a last line cut short by a crash is left out."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    _replace(file, json.dumps(content, indent=2) + "\n")
-
-
-def _replace(file: Path, text: str) -> None:
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)
 
 
 class RunFolder(Observer):
@@ -78,17 +68,21 @@ class RunFolder(Observer):
         self.path = path
         self.config = config
         self.engine = engine
+        self._lock: FileLock | None = None
         self._began = time.monotonic()
         self._before = 0.0
         self._initial: float | None = None
         self._totals: dict[str, float] = dict.fromkeys((*TRAFFIC, "flops", "flops_probe"), 0)
         self._failures = 0
+        self._epsilon: dict[str, Any] = {"epsilon": None, "epsilon_covers": None}
+        self.repeated_rounds: list[int] = []
+        """Rounds that were cut off and done again, or are to be, once for each time."""
         self._accuracies: list[float | None] = []
 
     def _open(self) -> Self:
         """Write what is known before the first round."""
         # Ready to be run again, which is not to go on with it.
-        _write(self.path / "config.json", self.config.to_flat() | {"run.resume": ""})
+        write_json(self.path / "config.json", self.config.to_flat() | {"run.resume": ""})
         self._summarise("running")
         return self
 
@@ -108,7 +102,9 @@ class RunFolder(Observer):
         for attempt in range(2, 100):
             try:
                 path.mkdir(parents=True)
-                return cls(path, config, engine)._open()
+                folder = cls(path, config, engine)
+                folder._lock = lock(path)
+                return folder._open()
             except FileExistsError:
                 if config.run.name:
                     raise ConfigError(
@@ -116,10 +112,9 @@ class RunFolder(Observer):
                         "remove that folder"
                     ) from None
                 path = root / f"{name}-{attempt}"
-            except OSError as error:
-                raise ConfigError(
-                    f"run.dir = '{root}' cannot be written: {error.strerror}"
-                ) from None
+            except (OSError, NotWritten) as error:
+                reason = error.reason if isinstance(error, NotWritten) else error.strerror
+                raise ConfigError(f"run.dir = '{root}' cannot be written: {reason}") from None
         raise ConfigError(f"run.dir = '{root}' is full of runs named {name}")
 
     @classmethod
@@ -129,6 +124,7 @@ class RunFolder(Observer):
         Parameters
         ----------
         path : Path
+            The caller holds its lock, since before it looked for a checkpoint there.
         config : RunConfig
             That of the run; the number of rounds may differ, and of `run` all but the seed.
         engine : str
@@ -150,15 +146,23 @@ class RunFolder(Observer):
                 f"run.resume = '{path}' had another configuration ({', '.join(other)}); resume with "
                 "its own config.json"
             )
+        before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        found = {name: read_lines(path / name) for name in LINES if (path / name).exists()}
+        again = [
+            row["round"] for row in found.get("metrics.jsonl", []) if row["round"] > last_round
+        ]
+        if before["status"] != "completed":
+            again.append(max([last_round, *again]) + 1)  # the one that was going on
+        repeated = [*before["repeated_rounds"], *again]
+        # Before the lines that say so are dropped, or a kill here would forget what was revealed.
+        write_json(path / "summary.json", before | {"repeated_rounds": repeated})
         kept: dict[str, list[dict[str, Any]]] = {}
         for name in LINES:
-            rows = read_lines(path / name) if (path / name).exists() else []
-            kept[name] = [row for row in rows if row["round"] <= last_round]
-            text = "".join(json.dumps(row) + "\n" for row in kept[name])
-            _replace(path / name, text)
-        before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            kept[name] = [row for row in found.get(name, []) if row["round"] <= last_round]
+            write_lines(path / name, kept[name])
         # Nothing is written before all is known again: the run may be killed here too.
         folder = cls(path, config, engine)
+        folder.repeated_rounds = repeated
         folder._initial = before["initial_accuracy"]
         folder._before = sum(row["seconds"] for row in kept["metrics.jsonl"])
         for row in kept["metrics.jsonl"]:
@@ -176,10 +180,23 @@ class RunFolder(Observer):
         trace: TracebackType | None,
     ) -> None:
         """Record how the run ended."""
-        if isinstance(error, KeyboardInterrupt):
-            self._summarise("interrupted")
-        elif error is not None:
-            self._summarise("failed", error=f"{type(error).__name__}: {error}")
+        try:
+            if isinstance(error, KeyboardInterrupt):
+                self._summarise("interrupted")
+            elif error is not None:
+                self._summarise("failed", error=f"{type(error).__name__}: {error}")
+        except NotWritten as another:
+            # Most likely what the run failed of; that must not take the place of the reason.
+            log(WARNING, "the run folder cannot say how the run ended: %s", another)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def asked(self) -> list[tuple[int, list[int]]]:
+        """Return the rounds so far, each with the clients (partition ids) that were asked in it."""
+        file = self.path / "ledger.jsonl"
+        rows = read_lines(file) if file.exists() else []
+        return [(row["round"], row["clients"]) for row in rows]
 
     def describe(self, layers: LayerMap, forward: Mapping[str, float], whole: float) -> None:
         """Write the layers of the model, `layers.json`.
@@ -202,7 +219,7 @@ class RunFolder(Observer):
             }
             for x in layers.layers
         ]
-        _write(self.path / "layers.json", {"forward_flops": whole, "layers": rows})
+        write_json(self.path / "layers.json", {"forward_flops": whole, "layers": rows})
 
     def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
         """Note the accuracy before the first round."""
@@ -219,6 +236,9 @@ class RunFolder(Observer):
             "train_loss": record.train_loss,
             "e1": record.e1,
             "e2": record.e2,
+            "update_norm": record.update_norm,
+            "epsilon": _finite(record.epsilon),
+            "epsilon_covers": record.epsilon_covers,
             "client_accuracy": record.client_accuracy,
             "lr": record.lr,
             "clients": record.replies,
@@ -237,10 +257,10 @@ class RunFolder(Observer):
             "peak_memory": record.peak_memory,
         }
         self._count(line)
-        self._append("metrics.jsonl", line)
-        self._append("ledger.jsonl", _ledger_line(record.round, record.ledger))
+        append_line(self.path / "metrics.jsonl", line)
+        append_line(self.path / "ledger.jsonl", _ledger_line(record.round, record.ledger))
         if record.selection is not None:
-            self._append("selection.jsonl", _selection_line(record, record.selection))
+            append_line(self.path / "selection.jsonl", _selection_line(record, record.selection))
         self._summarise("running")
 
     def _count(self, line: Mapping[str, Any]) -> None:
@@ -248,22 +268,17 @@ class RunFolder(Observer):
         for key in self._totals:
             self._totals[key] += line[key]
         self._failures += line["failures"]
+        self._epsilon = {key: line[key] for key in self._epsilon}
         self._accuracies.append(line["accuracy"])
 
     def finish(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Write the final model and mark the run as completed."""
-        beside = self.path / "model.safetensors.tmp"
-        save_file({name: np.asarray(t, order="C") for name, t in tensors.items()}, beside)
-        os.replace(beside, self.path / "model.safetensors")
+        write_tensors(self.path / "model.safetensors", tensors)
         self._summarise("completed")
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
     def _summarise(self, status: str, **more: Any) -> None:
         config, scored = self.config, [a for a in self._accuracies if a is not None]
-        _write(
+        write_json(
             self.path / "summary.json",
             {
                 "task": config.task.name,
@@ -277,6 +292,9 @@ class RunFolder(Observer):
                 "seconds": self._before + time.monotonic() - self._began,
                 **self._totals,
                 "failures": self._failures,
+                **self._epsilon,
+                "delta": config.privacy.delta if config.privacy.mode != "none" else None,
+                "repeated_rounds": self.repeated_rounds,
                 "status": status,
                 **more,
                 "versions": {
@@ -285,6 +303,11 @@ class RunFolder(Observer):
                 },
             },
         )
+
+
+def _finite(epsilon: float | None) -> float | str | None:
+    """Write an infinite ε as "inf": JSON has no number for it, and `float` reads it."""
+    return "inf" if epsilon == math.inf else epsilon
 
 
 def _ledger_line(server_round: int, ledger: Ledger) -> dict[str, Any]:

@@ -23,6 +23,15 @@ from layerfed.records import Observer, RoundRecord
 __all__ = ["LogLines", "ProgressLine"]
 
 
+def _privacy(record: RoundRecord) -> str:
+    """Return what a run has spent of privacy, to be appended to a line; empty where it promises none."""
+    return "" if record.epsilon is None else f", ε {record.epsilon:.3g}"
+
+
+def _loss(record: RoundRecord) -> str:
+    return "–" if record.train_loss is None else f"{record.train_loss:.3f}"
+
+
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
 
@@ -45,15 +54,16 @@ class LogLines(Observer):
         passed = time.monotonic() - self._began
         log(
             INFO,
-            "[round %d/%d] accuracy %s, loss %.3f, %d clients, %d failed, %.2f MB up, %.1f s; "
+            "[round %d/%d] accuracy %s, loss %s, %d clients, %d failed, %.2f MB up%s, %.1f s; "
             "about %.0f s left",
             record.round,
             self._rounds,
             _percent(record.accuracy),
-            float("nan") if record.train_loss is None else record.train_loss,
+            _loss(record),
             record.replies,
             len(record.failures),
             record.ledger.total().up / 1e6,
+            _privacy(record),
             record.seconds,
             passed / (record.round - self._done) * (self._rounds - record.round),
         )
@@ -108,13 +118,14 @@ class ProgressLine(Observer):
 
     def on_round(self, record: RoundRecord) -> None:
         """Advance by a round."""
+        shown = _percent(record.accuracy) + _privacy(record)
         self._progress.update(self._task, advance=1)
         if record.accuracy is not None:
-            self._progress.update(self._task, accuracy=_percent(record.accuracy))
+            self._progress.update(self._task, accuracy=shown)
         if not self._console.is_terminal:
             self._console.print(
-                f"round {record.round}/{self._rounds}  accuracy {_percent(record.accuracy)}  "
-                f"train loss {record.train_loss:.3f}  clients {record.replies}  "
+                f"round {record.round}/{self._rounds}  accuracy {shown}  "
+                f"train loss {_loss(record)}  clients {record.replies}  "
                 f"{record.seconds:.1f} s",
                 highlight=False,
             )

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from logging import INFO
 from uuid import uuid4
 
@@ -76,6 +77,8 @@ class SelectiveStrategy(Selecting, Strategy):
         What clients write their updates in.
     store : LayerStore, optional
         The server's layer store: clients that see the same one are sent no layers.
+    rounds : Callable[..., Round] (default: Round)
+        Makes each round; `secured(…)` makes rounds whose single updates the server cannot see.
     seed : int (default: 0)
         Seed of sampling and of random masks.
     observers : Sequence[Observer] (default: ())
@@ -100,6 +103,7 @@ class SelectiveStrategy(Selecting, Strategy):
         aggregation: Aggregation = WEIGHTED_MEAN,
         codec: str = "float32",
         store: LayerStore | None = None,
+        rounds: Callable[..., Round] = Round,
         seed: int = 0,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -114,6 +118,7 @@ class SelectiveStrategy(Selecting, Strategy):
         self.aggregation = aggregation
         self.codec = codec
         self.store = store
+        self.rounds = rounds
         self.observers = tuple(observers)
         self.holdings = Holdings(store.identity if store is not None else "")
         self.population = Population(
@@ -217,7 +222,9 @@ class SelectiveStrategy(Selecting, Strategy):
             messages = self.configure_train(server_round, self.model.record(), train_config, grid)
             # 4-5. train, and aggregate as replies arrive
             with self._phase("train"):
-                self._take_updates(self._exchange(grid, messages))
+                send = partial(exchange, grid, timeout=timeout, late=self._late)
+                self._take_updates(self._exchange(grid, self.round.agree(messages, send)))
+                self.round.unmask(send)
                 self._finish()
             result.arrays = self.model.record()
             result.train_metrics_clientapp[server_round] = self._train_metrics()
@@ -241,7 +248,7 @@ class SelectiveStrategy(Selecting, Strategy):
             raise RoundFailed(f"round {server_round}: no client is connected any more")
         nodes, codec, rules = self.population.nodes, CODECS[self.codec], self.aggregation
         examples = {client: self.population.description(client).examples for client in nodes}
-        self.round = Round(
+        self.round = self.rounds(
             server_round, model, nodes, self.timeout, self.holdings, examples, codec, rules
         )
         record = self.round.record
@@ -357,8 +364,8 @@ class SelectiveStrategy(Selecting, Strategy):
 
     def _train_metrics(self) -> MetricRecord:
         record = self.round.record
-        assert record.train_loss is not None
-        return MetricRecord({"loss": record.train_loss, "replies": record.replies})
+        loss = {} if record.train_loss is None else {"loss": record.train_loss}
+        return MetricRecord({**loss, "replies": record.replies})
 
     def _evaluate_on_clients(self, config: ConfigRecord, grid: Grid, result: Result) -> None:
         assert self.model is not None

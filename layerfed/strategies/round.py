@@ -35,7 +35,10 @@ from layerfed.server_optimizers import ServerOptimizer
 from layerfed.strategies.population import RoundFailed
 from layerfed.theory import UpdateSpread, importance_term
 
-__all__ = ["Round"]
+__all__ = ["Round", "Send", "answer_to", "refuse_no_steps"]
+
+Send = Callable[[Iterable[Message]], Iterator[tuple[int, Message | None]]]
+"""Sends messages and yields each node's reply as it arrives; None for a node that gives none."""
 
 # What a client is asked in each phase.
 ASKED = {"probe": "query.probe", "train": "train", "evaluate": "evaluate"}
@@ -163,6 +166,16 @@ class Round:
             content, node, kind, group_id=asked.metadata.group_id, ttl=asked.metadata.ttl
         )
 
+    def agree(self, messages: Iterable[Message], send: Send) -> Iterable[Message]:
+        """Do what must be done before anybody trains; return the instructions that are to be sent.
+
+        Nothing here: see `SecureRound`.
+        """
+        return messages
+
+    def unmask(self, send: Send) -> None:
+        """Do what remains to be done for the mean once all updates are in: nothing, or as above."""
+
     def take_statistics(
         self, replies: Iterable[tuple[int, Message | None]], names: Sequence[str], enough: int
     ) -> dict[int, dict[str, np.ndarray]]:
@@ -190,26 +203,35 @@ class Round:
             traffic.up += carried_bytes(arrays)
             traffic.moved_up += moved_bytes(arrays)
             due = self._due_from(node, partition, answer)
-            expected = {t: v for tensors in due.values() for t, v in tensors.items()}
-            train = read_train_reply(answer, expected, self._codec)
-            most = self._examples.get(partition, train.examples)
-            if train.examples > most:
-                raise RefusedReply(
-                    f"it claims {train.examples} examples, and had {most} on joining"
-                )
-            steps = train.metrics.get("steps")
-            if steps is not None and steps < 1:
-                raise RefusedReply(f"it claims {steps:g} local steps")
-            examples = self._aggregation.counted(train.examples)
-            norms_sq = self._mean.add(due, self._clipped(train.update), examples)
-            record, metrics = self.record, train.metrics
-            self._spread.add(partition, examples, steps, norms_sq)
+            examples, metrics, norms_sq = self._fold_in(partition, due, answer)
+            if norms_sq:
+                self._spread.add(partition, examples, metrics.get("steps"), norms_sq)
+            record = self.record
             record.updated[partition] = tuple(due)
             record.replies += 1
             traffic.full_up += self._model.bytes(self._model.layers.names)
             record.flops += metrics.get("flops", 0.0)
             record.peak_memory = max(record.peak_memory, metrics.get("peak-memory", 0.0))
-            self._losses[partition] = (examples, metrics["loss"])
+            if "loss" in metrics:  # private clients do not say
+                self._losses[partition] = (examples, metrics["loss"])
+
+    def _fold_in(
+        self, partition: int, due: Mapping[str, Mapping[str, np.ndarray]], answer: Message
+    ) -> tuple[int, Mapping[str, float], Mapping[str, float]]:
+        """Check what a client trained and add it to the mean.
+
+        Returns the number of examples it counts as, the metrics, and ‖Δ_{i,l}‖² of each layer; none
+        where they cannot be known.
+        """
+        expected = {t: v for tensors in due.values() for t, v in tensors.items()}
+        train = read_train_reply(answer, expected, self._codec)
+        most = self._examples.get(partition, train.examples)
+        if train.examples > most:
+            raise RefusedReply(f"it claims {train.examples} examples, and had {most} on joining")
+        refuse_no_steps(train.metrics)
+        examples = self._aggregation.counted(train.examples)
+        norms_sq = self._mean.add(due, self._clipped(train.update), examples)
+        return examples, train.metrics, norms_sq
 
     def _clipped(self, update: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Scale an update down to the largest norm that is allowed, if there is one."""
@@ -257,6 +279,7 @@ class Round:
                 self.record.replies,
                 self._aggregation.clip,
             )
+        self._mean.close()
         chosen = applied(self._mean)
         names = tuple(layer for layer in self._mean.weights if layer in chosen)
         self._estimate_theory(names)
@@ -281,12 +304,14 @@ class Round:
         }
         # In the order of partition ids, so that the figure does not depend on who answered first.
         losses = [self._losses[partition] for partition in sorted(self._losses)]
-        self.record.train_loss = sum(n * x for n, x in losses) / sum(n for n, _ in losses)
+        if losses:
+            self.record.train_loss = sum(n * x for n, x in losses) / sum(n for n, _ in losses)
         return names
 
     def _estimate_theory(self, names: Sequence[str]) -> None:
         """Estimate E1 and E2 from what this round has seen, given the layers that move."""
         record, blocks = self.record, self._model.layers.blocks
+        record.update_norm = self._spread.median_norm()
         selection = record.selection
         if selection is not None and "grad_norm_sq" in selection.statistics:
             record.e1 = importance_term(
@@ -350,11 +375,7 @@ class Round:
         asked = self._asked.get(node)
         if asked is None or asked.metadata.message_type != ASKED[phase]:
             raise RefusedReply(f"it was not asked to {phase}")
-        if reply is None:
-            raise RefusedReply("no reply in time")
-        if reply.has_error():
-            raise RefusedReply(str(reply.error.reason))
-        check_reply(reply, asked)
+        reply = answer_to(asked, reply)
         if (node, phase) in self._answered:
             raise RefusedReply("it has answered already")
         self._answered.add((node, phase))
@@ -381,3 +402,20 @@ class Round:
             return asked
         sent = read_uploaded(answer, asked, upload[0], self._codec)
         return {name: asked[name] for name in sent}
+
+
+def answer_to(asked: Message, reply: Message | None) -> Message:
+    """Return the reply to an instruction, if it is an answer."""
+    if reply is None:
+        raise RefusedReply("no reply in time")
+    if reply.has_error():
+        raise RefusedReply(str(reply.error.reason))
+    check_reply(reply, asked)
+    return reply
+
+
+def refuse_no_steps(metrics: Mapping[str, float]) -> None:
+    """Refuse a reply that says that it trained for less than a step."""
+    steps = metrics.get("steps")
+    if steps is not None and steps < 1:
+        raise RefusedReply(f"it claims {steps:g} local steps")

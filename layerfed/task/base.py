@@ -123,6 +123,8 @@ class Task(ABC):
     """Fields of `TaskConfig` that this task reads besides those that all read."""
     families: ClassVar[tuple[str, ...]] = ("layerfed",)
     """Families of models (`model.name`) that fit its data."""
+    own_data = False
+    """Whether `task.data` is one node's own, all of it its examples, instead of the run's."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -180,9 +182,22 @@ class Task(ABC):
         except LayerMapError as error:
             raise ConfigError(str(error)) from None
 
+    def own_examples(self) -> Examples:
+        """Return all examples of a node that has data of its own.
+
+        Raises
+        ------
+        ConfigError
+            Unless a task overrides this, or if the data do not fit the run.
+        """
+        raise ConfigError(
+            f"own-data = '{self.config.task.data}': task.name = '{self.config.task.name}' takes no data "
+            "of a node's own; leave own-data out, or choose a task that does, such as custom"
+        )
+
     def client_examples(self, partition_id: int) -> tuple[Examples, Examples]:
         """Return one client's training and held-out examples (`task.local-test` of them)."""
-        examples = self.partition(partition_id)
+        examples = self.own_examples() if self.own_data else self.partition(partition_id)
         share = self.config.task.local_test
         held_out = max(1, int(len(examples) * share)) if share else 0
         rng = generator(self.config.run.seed, Stream.LOCAL_TEST, partition_id)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from layerfed.layers import LayerMap
 from layerfed.task.base import Batch
-from layerfed.task.flops import counter
+from layerfed.task.flops import TotalFlops
 from layerfed.task.training import LossFn, autocast, selected_layers
 
 __all__ = ["MEASURED_UNITS", "MeasuredUnit", "measure_costs", "step_cost"]
@@ -123,10 +123,10 @@ def _clear(model: nn.Module) -> None:
 
 
 def _flops(model: nn.Module, step: Callable[[], None]) -> float:
-    with counter() as flops:
+    with TotalFlops() as flops:
         step()
     _clear(model)
-    return float(flops.get_total_flops())
+    return float(flops.total)
 
 
 def _seconds(model: nn.Module, step: Callable[[], None]) -> float:

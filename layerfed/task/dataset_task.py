@@ -150,6 +150,11 @@ class DatasetTask(Task):
         asked = words(self.config.task.classes) or self.default_classes
         if asked and asked != ("all",):
             return asked
+        if self.own_data:
+            raise ConfigError(
+                f"own-data = '{self.data}': a node's own examples need not show every class of the run, "
+                "so the run has to name them: set task.classes=NAME,NAME,… on the server"
+            )
         return self._known_classes
 
     @cached_property
@@ -164,6 +169,8 @@ class DatasetTask(Task):
         named = [part.group for part in self.parts[0] if part.group]
         columns = [(p, c) for p in self.parts[0] if (c := self._group_column(p))]
         known = tuple(dict.fromkeys(named)) or self._values(columns)
+        if self.own_data:
+            return known  # which of them there are is the node's affair
         if not known and asked:
             raise ConfigError(
                 f"{self.parts[0][0].where}: no column says which group a row belongs to; there are "
@@ -210,7 +217,9 @@ class DatasetTask(Task):
         inputs = pick_columns(section.input_columns, self.inputs, part, "task.input-columns")
         label, group = self._label_column(part), self._group_column(part)
         known = self._known_classes
-        if missing := [name for name in self.classes if name not in known]:
+        if self.own_data:
+            self._refuse_other_classes(part, label)
+        elif missing := [name for name in self.classes if name not in known]:
             raise ConfigError(
                 f"class '{missing[0]}' is not in {part.where}; there are {some(known)} (task.classes)"
             )
@@ -246,6 +255,20 @@ class DatasetTask(Task):
             encoder.key,
         )
         return kept(part, make, features, key)
+
+    def _refuse_other_classes(self, part: Part, column: str) -> None:
+        """Refuse own data with examples of a class that the run does not have."""
+        feature = part.rows.features[column]
+        values = part.rows.data.column(column).unique().to_pylist()
+        if isinstance(feature, ClassLabel):
+            # A number without a name is refused where its row is known.
+            values = [feature.names[v] for v in values if v in range(len(feature.names))]
+        found = sorted(str(value) for value in values if value is not None)
+        if other := [name for name in found if name not in self.classes]:
+            raise ConfigError(
+                f"own-data: {part.where} has examples of class {some(other)}; the run's classes are "
+                f"{some(self.classes)} (task.classes); rename them, or leave these examples out"
+            )
 
     def _own_group(self, part: Part) -> int | None:
         if not part.group:
@@ -300,6 +323,13 @@ class DatasetTask(Task):
     def partition(self, partition_id: int) -> Examples:
         """Return one client's rows."""
         return Examples(self._tables[0], self._indices[partition_id])
+
+    def own_examples(self) -> Examples:
+        """Return all rows that a node has to train on; none are held out for the server."""
+        encoded = [rows for part in self.parts[0] if len(rows := self.encode(part))]
+        if not encoded:
+            raise ConfigError(f"own-data = '{self.data}' holds no examples for this run")
+        return Examples.of(Table(join_parts(encoded), self.encoder.collate))
 
     def test_examples(self) -> Examples:
         """Return the server's test set."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 
 from layerfed.block_finder import some
 from layerfed.config import ConfigError, RunConfig
 from layerfed.seeding import Stream, torch_seed
+from layerfed.task.prepared import prepared
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 __all__ = ["partition_indices"]
 
@@ -45,11 +49,42 @@ def partition_indices(
         If there are more clients than examples, fewer than groups, or no draw leaves every client
         enough of them.
     """
-    clients, seed = config.federation.clients, torch_seed(config.run.seed, Stream.PARTITION)
+    clients = config.federation.clients
     if clients > len(labels):
         raise ConfigError(
             f"federation.clients = {clients} is above the {len(labels)} training examples; lower it"
         )
+
+    def make() -> dict[str, np.ndarray]:
+        parts = _drawn(labels, config, groups, group_names)
+        ends = np.cumsum([len(part) for part in parts])
+        return {"indices": np.concatenate(parts), "ends": ends}
+
+    found = prepared(
+        {
+            "what": "partition",
+            "flwr-datasets": version("flwr-datasets"),
+            "kind": config.task.partition,
+            "alpha": config.task.alpha,
+            "clients": clients,
+            "seed": config.run.seed,
+            "least": MIN_EXAMPLES,
+            "labels": labels,
+            "groups": groups,
+            "names": tuple(group_names),
+        },
+        make,
+    )
+    return np.split(found["indices"], found["ends"][:-1])
+
+
+def _drawn(
+    labels: np.ndarray, config: RunConfig, groups: np.ndarray | None, group_names: Sequence[str]
+) -> list[np.ndarray]:
+    # Imported late: with `datasets` behind it, it takes seconds, which most processes need not spend.
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+
+    clients, seed = config.federation.clients, torch_seed(config.run.seed, Stream.PARTITION)
     if config.task.partition == "by-column":
         return _by_group(groups, group_names, config, seed)
     partitioner: Partitioner
@@ -71,6 +106,8 @@ def partition_indices(
 
 def _cut(partitioner: Partitioner, labels: np.ndarray, seed: int) -> list[np.ndarray]:
     """Let a partitioner cut the examples; return nothing if it gives up."""
+    from datasets import Dataset
+
     # Only labels and indices go through the partitioner; the examples themselves stay where they are.
     order = np.random.default_rng(seed).permutation(len(labels))
     partitioner.dataset = Dataset.from_dict({"label": labels[order], "index": order})
@@ -89,6 +126,8 @@ def _cut(partitioner: Partitioner, labels: np.ndarray, seed: int) -> list[np.nda
 def _by_group(
     groups: np.ndarray | None, names: Sequence[str], config: RunConfig, seed: int
 ) -> list[np.ndarray]:
+    from flwr_datasets.partitioner import IidPartitioner
+
     clients = config.federation.clients
     if groups is None:
         raise ConfigError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -131,17 +132,31 @@ class QuestionAnswering(TextTask):
         test: list[Part] = []
         for name in names:
             source = SOURCES[name]
+            if self.own_data and not self._holds(source):
+                continue
             where, splits = self._load(source)
             first, second = pick_splits(splits, "", "", where)
             if name in TEST_SPLIT and second:
                 second = TEST_SPLIT[name]
-            kept_back = None if second else self._cut(splits[first])
+            kept_back = None if second or self.own_data else self._cut(splits[first])
             for split, role, rows in (
                 (first, train, kept_back[0] if kept_back else splits[first]),
                 (second or first, test, kept_back[1] if kept_back else splits[second or first]),
             ):
                 role.append(Part(rows, f"{where}, split '{split}'", name))
         return train, test
+
+    def _holds(self, source: Source) -> bool:
+        """Say whether a node's own data have a folder of that data set, and of its subset."""
+        root = local_path(self.config.task.data)
+        folder = _folder(root, source) if root is not None and root.is_dir() else None
+        if folder is None:
+            return False
+        inside = list(folder.iterdir())
+        # Without folders inside, its files are taken for the subset.
+        return folder / source.subset in inside or bool(
+            inside and not any(map(Path.is_dir, inside))
+        )
 
     def _load(self, source: Source) -> tuple[str, dict[str, Dataset]]:
         data = self.config.task.data
@@ -153,12 +168,11 @@ class QuestionAnswering(TextTask):
                 f"task.data = '{data}' is not a folder; for qa it should hold {', '.join(SOURCES)} in "
                 f"folders named as on the hub, such as {source.hub}"
             )
-        tried = [root / source.hub, root / source.hub.rpartition("/")[2]]
-        folder = next((path for path in tried if path.is_dir()), None)
+        folder, name = _folder(root, source), source.hub.rpartition("/")[2]
         if folder is None:
             raise ConfigError(
-                f"task.data = '{data}' has no folder {tried[1].name}; run `hf download {source.hub} "
-                f"--repo-type dataset --local-dir {tried[1]}`, or leave it out by task.groups"
+                f"task.data = '{data}' has no folder {name}; run `hf download {source.hub} "
+                f"--repo-type dataset --local-dir {root / name}`, or leave it out by task.groups"
             )
         inside = folder / source.subset
         return str(inside if inside.is_dir() else folder), load_splits(str(folder), source.subset)
@@ -269,6 +283,12 @@ class QuestionAnswering(TextTask):
         beyond = torch.arange(len(LETTERS), device=mask.device) >= batch["choices"][:, None]
         answer: Tensor = last.float().masked_fill(beyond, float("-inf"))
         return answer
+
+
+def _folder(root: Path, source: Source) -> Path | None:
+    """Return a data set's folder in a folder of several, named as on the hub, with or without owner."""
+    tried = [root / source.hub, root / source.hub.rpartition("/")[2]]
+    return next((path for path in tried if path.is_dir()), None)
 
 
 def _prompt(question: Question) -> str:

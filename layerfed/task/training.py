@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from layerfed.task.base import Batch
 from layerfed.task.flops import counted
 
 __all__ = [
+    "LocalOptimizer",
     "LossFn",
     "OptimizerFn",
     "TrainResult",
@@ -34,7 +36,19 @@ __all__ = [
 ]
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
-OptimizerFn = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class LocalOptimizer(Protocol):
+    """What takes a client's local steps: any optimiser of torch does."""
+
+    def step(self) -> object:
+        """Move the parameters by their gradients."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+
+
+OptimizerFn = Callable[[list[nn.Parameter]], LocalOptimizer]
 
 
 @dataclass(frozen=True)

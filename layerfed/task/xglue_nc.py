@@ -70,7 +70,8 @@ class XglueNc(TextTask):
         section = self.config.task
         first = section.train_split or ("validation" if "validation" in by_language else "train")
         train, test = pick_splits(by_language, first, section.test_split, self.data)
-        if missing := [name for name in self.languages if name not in by_language[train]]:
+        missing = [name for name in self.languages if name not in by_language[train]]
+        if missing and not self.own_data:
             raise ConfigError(
                 f"{self.data}, split '{train}' has no language '{missing[0]}'; there are "
                 f"{', '.join(by_language[train])}; choose by task.groups=NAME,NAME, or another split by "

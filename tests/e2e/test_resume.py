@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -15,7 +16,8 @@ from safetensors.numpy import load_file
 
 from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.engine import run_on
-from layerfed.runs import read_lines
+from layerfed.runs import latest_checkpoint, lock, read_lines
+from layerfed.runs.files import NotWritten, append_line, write_json
 
 QUICK = [
     *("federation.clients=4", "federation.clients-per-round=2", "federation.rounds=8"),
@@ -106,6 +108,56 @@ def test_killed_again_and_again_it_ends_like_the_run_that_was_not(
     before = json.loads((whole / "summary.json").read_text())
     for key in ("accuracy", "initial_accuracy", "bytes_up", "bytes_down", "flops", "failures"):
         assert summary[key] == before[key], key
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "selection.jsonl", "summary.json"])
+def test_a_full_disk_fails_the_run_and_costs_the_round_in_flight(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """From round 4 on a file cannot be written; there is room again for the resumed run."""
+    folder = tmp_path / "broken"
+
+    def no_room(file: Path, *content: object) -> None:
+        rows = read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+        if file.name == full and len(rows) >= (3 if full == "metrics.jsonl" else 4):
+            raise NotWritten(file, OSError(errno.ENOSPC, "No space left on device"))
+        {"append_line": append_line, "write_json": write_json}[kind](file, *content)
+
+    kind = "write_json" if full == "summary.json" else "append_line"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"layerfed.runs.folder.{kind}", no_room)
+        with pytest.raises(NotWritten, match=f"{full} cannot be written: No space left"):
+            run_on("inprocess", configured(tmp_path, "broken"))
+    found = latest_checkpoint(folder)
+    assert found is not None
+    assert found.round == 3
+    if full != "summary.json":
+        summary = json.loads((folder / "summary.json").read_text())
+        assert (summary["status"], "No space left" in summary["error"]) == ("failed", True)
+    run_on("inprocess", resumed(configured(tmp_path, "broken"), folder))
+    same(whole, folder)
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(whole: Path, tmp_path: Path) -> None:
+    """Another process, as a ServerApp that its SuperLink left behind, still writes the folder."""
+    before = {file: file.read_bytes() for file in whole.glob("*.json*")}
+    config = configured(tmp_path, "x", "federation.rounds=9")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        held = lock(whole)
+        os.write(writing, b"!")
+        time.sleep(600)
+        os._exit(held.is_locked)
+    try:
+        os.read(reading, 1)
+        with pytest.raises(ConfigError, match="is being written by a run that goes on"):
+            run_on("inprocess", resumed(config, whole))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert before == {file: file.read_bytes() for file in whole.glob("*.json*")}
+    lock(whole).release()  # whoever held it is dead
 
 
 def test_a_finished_run_can_be_given_more_rounds(whole: Path, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ TENSORS = st.one_of(
     # One more than any of them had on joining.
     st.integers(10 + CLIENTS, MAX_EXAMPLES).map(lambda n: put("metrics", "examples", n)),
     st.sampled_from([0, 0.5, -3]).map(lambda steps: put("metrics", "steps", steps)),
-    st.just(without("metrics", "loss")),
+    st.just(without("metrics", "examples")),
 )
 EVALUATIONS = st.sampled_from(["loss", "accuracy"]).map(lambda name: without("metrics", name))
 OF_KIND = {"query.probe": STATISTICS, "train": TENSORS, "evaluate": EVALUATIONS}

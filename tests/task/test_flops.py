@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from layerfed.layers import LayerMap
 from layerfed.task.base import Batch
-from layerfed.task.flops import counter, forward_flops
+from layerfed.task.flops import TotalFlops, _counter, forward_flops
 from tests.conftest import WIDTH
 
 BATCH, TOKENS, WIDE = 3, 5, 16
 
 
 def forward_count(layer: nn.Module, *inputs: Tensor) -> float:
-    with counter() as flops:
+    with TotalFlops() as flops:
         layer(*inputs)
-    return float(flops.get_total_flops())
+    return flops.total
 
 
 @pytest.mark.parametrize("kind", ["attention", "encoder layer"])
@@ -33,6 +33,40 @@ def test_a_frozen_layer_counts_what_a_trained_one_does(kind: str) -> None:
     trained = forward_count(layer, *inputs)
     frozen = forward_count(layer.requires_grad_(False), *inputs)
     assert frozen == trained > 2 * BATCH * TOKENS * 4 * WIDE**2
+
+
+def test_attention_on_a_cpu_is_counted_there_and_back() -> None:
+    """Two products forward; five backward, since the scores are computed once more."""
+    query, key, value = (torch.randn(2, 4, TOKENS, 8, requires_grad=True) for _ in range(3))
+    product = 2 * 2 * 4 * TOKENS * TOKENS * 8
+    with TotalFlops() as flops:
+        out = nn.functional.scaled_dot_product_attention(query, key, value)
+    assert flops.total == 2 * product
+    with TotalFlops() as flops:
+        out.sum().backward()
+    assert flops.total == 5 * product
+
+
+def test_the_total_is_that_of_torchs_counter(tiny: nn.Module) -> None:
+    """Forward and backward, of composed operations too."""
+    net = nn.Sequential(
+        nn.Conv1d(2, 4, 3),
+        nn.Flatten(),
+        nn.Linear(12, 16),
+        nn.Unflatten(1, (2, 8)),
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        nn.LSTM(8, 5, batch_first=True),
+    )
+
+    def step() -> None:
+        out, _ = net(torch.randn(3, 2, 5))
+        torch.einsum("bti,btj->bij", out, out).sum().backward()
+
+    with TotalFlops() as ours:
+        step()
+    with _counter() as theirs:
+        step()
+    assert ours.total == theirs.get_total_flops() > 10_000
 
 
 def test_a_forward_pass_is_counted_by_layer(tiny: nn.Module, layers: LayerMap) -> None:

@@ -16,6 +16,7 @@ from layerfed.config import RunConfig, load_config
 from layerfed.engine import run_on
 from layerfed.runs import read_lines
 from layerfed.task import load_task
+from layerfed.task.local_sgd import LocalSGD
 from tests.task import hub
 from tests.task.hub import WORDS, whole
 
@@ -138,20 +139,20 @@ def test_a_run_needs_no_second_look_at_the_data(finished: tuple[RunConfig, Path]
 
 
 # ------------------------------------------------------------------------- steps and their rate
-class Steps(torch.optim.SGD):
+class Steps(LocalSGD):
     """Remembers the rate of every step."""
 
     rates: list[float]
 
-    def step(self, closure: None = None) -> None:
-        self.rates.append(self.param_groups[0]["lr"])
-        super().step(closure)
+    def step(self) -> None:
+        self.rates.append(self.lr)
+        super().step()
 
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     Steps.rates = []
-    monkeypatch.setattr(torch.optim, "SGD", Steps)
+    monkeypatch.setattr("layerfed.client_app.LocalSGD", Steps)
     return Steps.rates
 
 

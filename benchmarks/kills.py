@@ -1,0 +1,226 @@
+"""A run on real processes whose server is killed again and again, and that is resumed each time.
+
+    python benchmarks/kills.py --kills 20 --json kills.json     # three quarters of an hour
+
+At random moments the ServerApp, the SuperLink, or all of the server (both, and the gateway) get a
+kill -9. What was killed is started again, and the run goes on from its last checkpoint, as `layerfed
+deploy run --resume` has it. In the end masks and weights are compared with an undisturbed simulation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from scene import NODES, Scene
+
+from layerfed.config import Scalar
+from layerfed.deploy.federation import DeploymentFailed
+from layerfed.deploy.processes import clean_up_on_sigterm, commands
+from layerfed.deploy.rehearsal import Comparison, on_loopback
+from layerfed.engine import run_on
+from layerfed.runs import read_lines
+
+VICTIMS = ("serverapp", "superlink", "server")
+# A life lasts this long at most: about what starting, and two or three rounds, take.
+LONGEST_LIFE = 75.0
+# Masks that differ by round, no probe, and a server optimiser with something to remember.
+SETTINGS: dict[str, Scalar] = {
+    "strategy.name": "random",
+    "server.optimizer": "momentum",
+    "server.momentum": 0.5,
+    "federation.min-replies": NODES,
+}
+LONGEST_WAIT = 600.0
+# Asking the SuperLink how the run stands costs seconds of a core.
+LOOK_SECONDS = 45.0
+
+
+@dataclass
+class Kill:
+    """One kill, and what it cost.
+
+    Attributes
+    ----------
+    number : int
+    victim : str
+    life : float
+        Seconds the run had had since it was started or resumed.
+    in_flight : int
+        The round that was cut off.
+    lost : int
+        Rounds that the run folder had lines of, and that were done again for want of a checkpoint.
+    seconds : float or None
+        Until the resumed run finished a round; None if the next kill came first.
+    """
+
+    number: int
+    victim: str
+    life: float
+    in_flight: int
+    lost: int
+    seconds: float | None = None
+
+
+class Server:
+    """The server of a scene, parts of which are killed and brought back."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.run = 0
+        self.failed: list[str] = []
+        """How runs ended that nobody killed: none should."""
+
+    def go_on(self) -> None:
+        """Start the run, or resume it where it has a checkpoint."""
+        self.run = self.scene.resume()
+
+    def kill(self, victim: str) -> None:
+        """Kill, start what was killed, and wait until nobody writes the run folder any more."""
+        loopback = self.scene.loopback
+        apps = self._server_apps()
+        if victim == "serverapp":
+            for pid in apps:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        else:
+            loopback.processes.kill(loopback.server, alone=victim == "superlink")
+        if victim == "server":
+            loopback.processes.kill(loopback.door)
+            loopback.start_gateway()
+        if victim != "serverapp":
+            loopback.start_superlink()
+        # A ServerApp that lost its SuperLink has to notice; until then the folder is its own.
+        self.scene.wait(
+            "the ServerApp is gone",
+            lambda: not any(Path(f"/proc/{pid}").exists() for pid in apps),
+            LONGEST_WAIT,
+        )
+        self.scene.wait_for_nodes()
+
+    def finished(self) -> bool:
+        """Say whether the run has its final model."""
+        return (self.scene.folder / "model.safetensors").exists()
+
+    def check(self) -> None:
+        """Resume a run that failed by itself."""
+        with suppress(DeploymentFailed):
+            status = self.scene.loopback.federation.status(self.run)
+            if status.finished and not status.completed and not self.finished():
+                self.failed.append(f"{status.status}: {status.details}")
+                print(self.failed[-1], flush=True)
+                self.go_on()
+
+    def _server_apps(self) -> list[int]:
+        listed = commands(self.scene.loopback.server.pid)
+        return [pid for pid, command in listed.items() if "flwr-serverapp" in command]
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """Return the round of the newest checkpoint, 0 if there is none."""
+    return max((int(p.name[6:]) for p in (folder / "checkpoint").glob("round-*")), default=0)
+
+
+def run_among_kills(
+    server: Server, kills: int, seed: int, note: Callable[[list[Kill]], None]
+) -> list[Kill]:
+    """Run to the end, with so many kills on the way if it takes that long."""
+    draws, done, scene = random.Random(seed), list[Kill](), server.scene
+    killed = time.monotonic()
+    server.go_on()
+    while True:
+        began = looked = time.monotonic()
+        kept = newest_checkpoint(scene.folder)
+        life = draws.uniform(0.0, LONGEST_LIFE) if len(done) < kills else LONGEST_WAIT * 10
+        while time.monotonic() - began < life and not server.finished():
+            time.sleep(0.2)
+            if done and done[-1].seconds is None and newest_checkpoint(scene.folder) > kept:
+                done[-1].seconds = round(time.monotonic() - killed, 1)
+            if time.monotonic() - looked > LOOK_SECONDS:
+                server.check()
+                looked = time.monotonic()
+        if server.finished():
+            return done
+        killed, victim, in_flight = time.monotonic(), draws.choice(VICTIMS), scene.rounds() + 1
+        server.kill(victim)
+        lost = scene.rounds() - newest_checkpoint(scene.folder)
+        done.append(Kill(len(done) + 1, victim, round(killed - began, 1), in_flight, lost))
+        print(done[-1], flush=True)
+        note(done)
+        server.go_on()
+
+
+def table(kills: list[Kill]) -> str:
+    """Return the kills as a table."""
+    lines = [
+        "| kill | what | after, s | round in flight | rounds done again | s to the next round |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {k.number} | {k.victim} | {k.life:.0f} | {k.in_flight} | {k.lost} | "
+        f"{'killed before' if k.seconds is None else f'{k.seconds:.0f}'} |"
+        for k in kills
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
+    parser.add_argument("--json", type=Path, help="write the kills there, each as it happens")
+    arguments = parser.parse_args()
+
+    def note(kills: list[Kill], **outcome: object) -> None:
+        if arguments.json:
+            rows = [*(asdict(kill) for kill in kills), *([outcome] if outcome else [])]
+            arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    clean_up_on_sigterm()
+    with tempfile.TemporaryDirectory(prefix="layerfed-kills-") as private:
+        folder = Path(private)
+        nodes = [{"partition-id": i, "num-partitions": NODES} for i in range(NODES)]
+        with on_loopback(folder, nodes) as loopback:
+            overrides = {**SETTINGS, "federation.rounds": arguments.rounds}
+            scene = Scene(loopback, folder / "runs", {}, overrides)
+            server, began = Server(scene), time.monotonic()
+            kills = run_among_kills(server, arguments.kills, arguments.seed, note)
+            status = scene.finish(server.run)
+            took = time.monotonic() - began
+        undisturbed = run_on("inprocess", scene.configured("undisturbed"))
+        found = Comparison.of(undisturbed, scene.folder)
+        failures = sum(row["failures"] for row in read_lines(scene.folder / "metrics.jsonl"))
+    print(table(kills))
+    print(
+        f"{arguments.rounds} rounds in {took:.0f} s with {len(kills)} kills: {status.status}; masks "
+        f"{'identical' if found.masks else 'DIFFER'}, final weights differ by at most "
+        f"{found.weights:.1e}; {failures} failures of clients, {len(server.failed)} of runs that "
+        f"nobody killed; finished rounds done again: {sum(kill.lost for kill in kills)}"
+    )
+    note(
+        kills,
+        seconds=round(took),
+        rounds=arguments.rounds,
+        status=status.status,
+        masks=found.masks,
+        weights=found.weights,
+        failures=failures,
+        failed=server.failed,
+    )
+    raise SystemExit(0 if found.same else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Differential privacy: what clipping and Gaussian noise do to updates and statistics.
+
+Noise is drawn from the operating system's entropy, never from the run's seed: whoever knows a seed can
+subtract what came of it. It is drawn and added in float64, and only the sum is rounded to the tensor's
+own type; Gaussian noise of floating-point numbers is still not the ideal one (Mironov, *On significance
+of the least significant bits for differential privacy*, 2012), which no ε here accounts for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerfed.clipping import clipped
+from layerfed.config_section import ConfigError
+from layerfed.layers import LayerMap
+from layerfed.node_config import NodeConfig
+from layerfed.privacy_config import PrivacyConfig
+
+__all__ = ["PUBLIC_STATISTICS", "Entropy", "Protection", "add_noise", "gaussian", "refuse_buffers"]
+
+Entropy = Callable[[int], bytes]
+
+PUBLIC_STATISTICS = frozenset({"param_norm_sq"})
+"""Statistics of the global model alone, which say nothing of a client's data."""
+
+PIECE = 2**16
+
+
+def gaussian(count: int, entropy: Entropy = os.urandom) -> np.ndarray:
+    """Draw numbers from N(0, 1), shape (count,), float64 (Box and Muller, 1958).
+
+    Parameters
+    ----------
+    count : int
+    entropy : Callable[[int], bytes]
+        Returns so many random bytes; the operating system's by default, which suits cryptography as
+        numpy's own generators do not.
+    """
+    pairs = -(-count // 2)
+    words = np.frombuffer(entropy(16 * pairs), dtype=np.uint64).reshape(2, pairs)
+    # 53 bits each, in (0, 1]: zero has no logarithm.
+    first, second = ((words >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+    radius, angle = np.sqrt(-2.0 * np.log(first)), 2.0 * math.pi * second
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def add_noise(total: np.ndarray, std: float, entropy: Entropy = os.urandom) -> None:
+    """Add N(0, std²) to each element of a contiguous float64 array, in place."""
+    flat = total.reshape(-1)
+    for start in range(0, flat.size if std > 0 else 0, PIECE):
+        piece = flat[start : start + PIECE]
+        piece += std * gaussian(piece.size, entropy)
+
+
+def refuse_buffers(layers: LayerMap) -> None:
+    """Refuse a model whose trained layers hold more than parameters.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first such tensor. A counter of batches would leave unclipped and without noise, and
+        a running variance with noise on it may be negative.
+    """
+    for layer in (*layers.blocks, layers.head):
+        if buffers := sorted(set(layer.tensors) - set(layer.parameters)):
+            raise ConfigError(
+                f"differential privacy does not go with this model: '{buffers[0]}' of layer "
+                f"'{layer.name}' is no parameter but a buffer (BatchNorm's statistics, a counter), "
+                "which noise would spoil and which says something of the data without; use a model "
+                "with LayerNorm or GroupNorm, or privacy.mode=none"
+            )
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What a client does to all that it sends.
+
+    Attributes
+    ----------
+    clip : float
+        C, the largest L2 norm of an update.
+    noise : float
+        z: N(0, (z·C)²) is added to each coordinate of it.
+    statistics_clip, statistics_noise : float
+        The same for each statistic of a probe; 0 leaves them alone.
+    hides_examples : bool
+        Whether the client states one example, whatever it has.
+    """
+
+    clip: float
+    noise: float = 0.0
+    statistics_clip: float = 0.0
+    statistics_noise: float = 0.0
+    hides_examples: bool = False
+
+    @classmethod
+    def of(cls, run: PrivacyConfig, node: NodeConfig) -> Protection | None:
+        """Return what run and node together ask for, the stricter of each; None for nothing.
+
+        Of two bounds the lower one holds, of two noise multipliers the higher one.
+        """
+        private, local = run.mode != "none", run.mode == "local"
+        bounds = [run.clip] if private else []
+        bounds += [node.privacy_clip] if node.privacy_clip else []
+        of_statistics = [
+            bound for bound in (run.statistics_clip, node.privacy_statistics_clip) if bound
+        ]
+        if not bounds and not of_statistics:
+            return None
+        return cls(
+            clip=min(bounds, default=math.inf),
+            noise=max(run.noise if local else 0.0, node.privacy_noise),
+            statistics_clip=min(of_statistics, default=0.0),
+            statistics_noise=max(run.statistics_noise, node.privacy_statistics_noise),
+            hides_examples=private,
+        )
+
+    def update(
+        self, update: Mapping[str, np.ndarray], entropy: Entropy = os.urandom
+    ) -> Mapping[str, np.ndarray]:
+        """Clip an update, with the norm over all that it holds, and add the noise."""
+        update, _ = clipped(update, self.clip)
+        if self.noise == 0:
+            return update
+        sent = {}
+        for name, values in update.items():
+            noised = np.array(values, dtype=np.float64, order="C")
+            add_noise(noised, self.noise * self.clip, entropy)
+            sent[name] = noised.astype(values.dtype)
+        return sent
+
+    def statistics(
+        self, statistics: Mapping[str, Sequence[float]], entropy: Entropy = os.urandom
+    ) -> dict[str, list[float]]:
+        """Clip each statistic that depends on data, add the noise, and cut off what is below 0."""
+        if self.statistics_clip == 0:
+            return {name: list(row) for name, row in statistics.items()}
+        sent = {}
+        for name, row in statistics.items():
+            values = np.array(row, dtype=np.float64)
+            if name not in PUBLIC_STATISTICS:
+                values = np.array(clipped({name: values}, self.statistics_clip)[0][name])
+                add_noise(values, self.statistics_noise * self.statistics_clip, entropy)
+            sent[name] = np.maximum(values, 0.0).tolist()
+        return sent

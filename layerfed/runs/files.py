@@ -1,0 +1,146 @@
+"""Files of a run folder: whatever happens while one is written, what was there before is there still."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from layerfed.config import ConfigError
+
+__all__ = [
+    "NotWritten",
+    "append_line",
+    "lock",
+    "read_lines",
+    "write_json",
+    "write_lines",
+    "write_tensors",
+]
+
+
+class NotWritten(RuntimeError):
+    """A file could not be written, as when the disk is full; what was in its place is untouched."""
+
+    def __init__(self, file: Path, error: Exception) -> None:
+        self.reason = getattr(error, "strerror", None) or str(error)
+        super().__init__(
+            f"{file} cannot be written: {self.reason}; mend that, and go on with --resume {file.parent}"
+        )
+
+
+def lock(folder: Path) -> FileLock:
+    """Take a run folder for this process, until the lock is released or the process has ended.
+
+    A ServerApp may outlive the SuperLink that started it for a while: were the run resumed meanwhile,
+    two would write.
+
+    Raises
+    ------
+    ConfigError
+        If another process has it, or it is no folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"run.resume = '{folder}' is no run folder of this machine")
+    taken = FileLock(folder / ".lock", timeout=0)
+    try:
+        taken.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"run.resume = '{folder}' is being written by a run that goes on; wait for its end"
+        ) from None
+    return taken
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Read a `.jsonl` file; a last line cut short by a crash is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def append_line(file: Path, row: Mapping[str, Any]) -> None:
+    """Append a line to a `.jsonl` file, all of it or nothing.
+
+    Raises
+    ------
+    NotWritten
+        If it cannot be written.
+    """
+    rest = memoryview((json.dumps(row) + "\n").encode())
+    try:
+        # Without a buffer, which would be tried again when the file is closed.
+        with file.open("ab", buffering=0) as stream:
+            size = stream.tell()
+            try:
+                while rest:
+                    rest = rest[stream.write(rest) :]
+            except OSError:
+                with suppress(OSError):
+                    stream.truncate(size)
+                raise
+    except OSError as error:
+        raise NotWritten(file, error) from error
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a `.json` file in place of what is there.
+
+    Raises
+    ------
+    NotWritten
+        If it cannot be written.
+    """
+    _replace(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a `.jsonl` file in place of what is there.
+
+    Raises
+    ------
+    NotWritten
+        If it cannot be written.
+    """
+    _replace(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a `.safetensors` file in place of what is there.
+
+    Raises
+    ------
+    NotWritten
+        If it cannot be written.
+    """
+    beside = file.with_name(file.name + ".tmp")
+    try:
+        save_file({name: np.asarray(t, order="C") for name, t in tensors.items()}, beside)
+        os.replace(beside, file)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise NotWritten(file, error) from error
+
+
+def _replace(file: Path, text: str) -> None:
+    beside = file.with_name(file.name + ".tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, file)
+    except OSError as error:
+        # On a full disk, half a file would take the room that the next one needs.
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise NotWritten(file, error) from error

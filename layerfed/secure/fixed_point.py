@@ -1,0 +1,119 @@
+"""Updates as integers modulo 2³², so that masks can hide them and sums stay exact.
+
+Client i writes each coordinate x of its update as rint(s · d_i · x) with x clipped to [−c, c], and d_i
+itself after them. The scale s is the largest power of two at which a sum over all clients of the round
+fits 32 bits with its sign:
+
+    s · c · Σ_i d_i + n ≤ 2³¹ − 1
+
+Only rounding to whole numbers, at most one half a client, is lost: a coordinate of the mean of n
+survivors with D examples is off by at most n / (2 s D).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerfed.secure.crypto import UNIT
+
+__all__ = ["FixedPoint"]
+
+ROOM = 2**31 - 1
+PIECE = 2**16
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """How the updates of one round are written.
+
+    Attributes
+    ----------
+    limit : float
+        c, above 0.
+    scale : float
+        s, in units for one example and a change of 1.
+    """
+
+    limit: float
+    scale: float
+
+    @classmethod
+    def fitting(cls, limit: float, examples: int, clients: int) -> FixedPoint:
+        """Choose the scale at which the sum over a round's clients cannot overflow.
+
+        Parameters
+        ----------
+        limit : float
+            c.
+        examples, clients : int
+            Σ d_i and n of all clients whose updates may become part of the sum.
+
+        Raises
+        ------
+        ValueError
+            If the examples alone overflow.
+        """
+        room = ROOM - clients
+        if examples > room:
+            raise ValueError(f"{examples} examples in one round; a secure sum counts to {room}")
+        return cls(limit, 2.0 ** math.floor(math.log2(room / (limit * examples))))
+
+    def error(self, examples: int, clients: int) -> float:
+        """Return the most that a coordinate of the mean of so many clients is off."""
+        return clients / (2 * self.scale * examples)
+
+    def encode(self, update: Sequence[np.ndarray], examples: int) -> tuple[np.ndarray, int]:
+        """Write an update, times its number of examples.
+
+        Parameters
+        ----------
+        update : Sequence[numpy.ndarray]
+            Tensors of Δ_i, with m elements together.
+        examples : int
+            d_i.
+
+        Returns
+        -------
+        tuple[numpy.ndarray, int]
+            A vector of `UNIT`, shape (m + 1,), with d_i last; and how many coordinates were clipped.
+
+        Raises
+        ------
+        ValueError
+            If the update holds NaN or Inf, or could overflow: nobody could see that in a sum.
+        """
+        if examples * max(1.0, self.limit * self.scale) > ROOM:
+            raise ValueError(f"{examples} examples overflow the scale {self.scale:g} of this round")
+        vector = np.empty(sum(values.size for values in update) + 1, UNIT)
+        place, cut = 0, 0
+        for values in update:
+            flat = values.reshape(-1)
+            for start in range(0, flat.size, PIECE):
+                piece = flat[start : start + PIECE].astype(np.float64)
+                if not np.isfinite(piece).all():
+                    raise ValueError("the update holds NaN or Inf; lower train.lr")
+                cut += int((np.abs(piece) > self.limit).sum())
+                np.clip(piece, -self.limit, self.limit, out=piece)
+                whole = np.rint(piece * (self.scale * examples)).astype(np.int32)
+                vector[place : place + piece.size] = whole.view(np.uint32)
+                place += piece.size
+        vector[-1] = examples
+        return vector, cut
+
+    def decode(self, total: np.ndarray) -> tuple[np.ndarray, int]:
+        """Read a sum: the mean update, float64 of shape (m,), and Σ d_i over those in it.
+
+        Raises
+        ------
+        ValueError
+            If the sum holds no examples, so is none of what clients encoded.
+        """
+        signed = total.astype(np.uint32, copy=False).view(np.int32)
+        examples = int(signed[-1])
+        if examples < 1:
+            raise ValueError(f"the sum states {examples} examples")
+        return signed[:-1] / (self.scale * examples), examples

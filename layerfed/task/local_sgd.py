@@ -1,0 +1,59 @@
+"""The step of local SGD (eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LocalSGD"]
+
+
+class LocalSGD:
+    """Local SGD (eq. 2) with momentum and weight decay; its steps are `torch.optim.SGD`'s, to the bit.
+
+    torch's optimisers import its compiler at the first step, which takes longer than a round on a small
+    model; on real devices every message starts a new process.
+
+    Parameters
+    ----------
+    parameters : Sequence[nn.Parameter]
+    lr : float
+        η.
+    momentum, weight_decay : float
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.parameters = tuple(parameters)
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self._moved: dict[nn.Parameter, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the parameters that have a gradient."""
+        for parameter in self.parameters:
+            change = parameter.grad
+            if change is None:
+                continue
+            if self.weight_decay:
+                change = change.add(parameter, alpha=self.weight_decay)
+            if self.momentum:
+                before = self._moved.get(parameter)
+                # The first step has nothing to remember.
+                change = (
+                    change.clone() if before is None else before.mul_(self.momentum).add_(change)
+                )
+                self._moved[parameter] = change
+            parameter.add_(change, alpha=-self.lr)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
