@@ -1,14 +1,13 @@
-"""One round in progress: who was asked for what, and what came back."""
+"""One round in progress: what came back from whoever was asked, and what becomes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import INFO, WARNING
-from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message
 from flwr.common.logger import log
 
 from layerfed.aggregation import WEIGHTED_MEAN, Aggregation, Aggregator
@@ -20,7 +19,6 @@ from layerfed.exchange import (
     Holdings,
     RefusedReply,
     check_reply,
-    instruction,
     read_evaluation,
     read_held,
     read_missing,
@@ -30,8 +28,9 @@ from layerfed.exchange import (
     read_uploaded,
 )
 from layerfed.exchange.arrays import carried_bytes, moved_bytes
-from layerfed.records import Failure, RoundRecord
+from layerfed.records import Failure
 from layerfed.server_optimizers import ServerOptimizer
+from layerfed.strategies.asking import Asking
 from layerfed.strategies.population import RoundFailed
 from layerfed.theory import UpdateSpread, importance_term
 
@@ -44,7 +43,7 @@ Send = Callable[[Iterable[Message]], Iterator[tuple[int, Message | None]]]
 ASKED = {"probe": "query.probe", "train": "train", "evaluate": "evaluate"}
 
 
-class Round:
+class Round(Asking):
     """Builds a round's messages, folds its replies in, and keeps the record.
 
     Every reply is checked here. One that cannot be used is logged, counted and left out; the round goes
@@ -56,12 +55,8 @@ class Round:
         t, from 1.
     model : GlobalModel
         θ^t; moved to θ^{t+1} by `finish`.
-    nodes : Mapping[int, int]
-        Node id of each client, by partition id.
-    timeout : float
-        Seconds that a message is worth answering.
-    holdings : Holdings
-        Which layers each node is known to hold; kept up to date.
+    nodes, timeout, holdings
+        As in `Asking`.
     examples : Mapping[int, int], optional
         d_i as each client stated it when it joined, by partition id; an update may not claim more.
     codec : Codec
@@ -81,90 +76,14 @@ class Round:
         codec: Codec = CODECS["float32"],
         aggregation: Aggregation = WEIGHTED_MEAN,
     ) -> None:
-        self.record = RoundRecord(number)
-        self._model = model
-        self._nodes = nodes
-        self._partitions = {node: partition for partition, node in nodes.items()}
-        self._timeout = timeout
-        self._holdings = holdings
+        super().__init__(number, model, nodes, timeout, holdings)
         self._examples = examples or {}
         self._codec = codec
         self._aggregation = aggregation
         self._mean = aggregation.begin(model.layers)
         self._spread = UpdateSpread()
         self._losses: dict[int, tuple[int, float]] = {}
-        self._asked: dict[int, Message] = {}
         self._answered: set[tuple[int, str]] = set()
-        self._resent: set[tuple[int, str]] = set()
-
-    def instructions(
-        self, kind: str, clients: Sequence[int], configs: Sequence[Mapping[str, Any]]
-    ) -> list[Message]:
-        """Build one message a client, each with the layers that client is not known to hold."""
-        manifest, changed = self._model.manifest(), self._model.changed
-        # Clients that lack the same layers share one record, and all share the serialised tensors.
-        payloads: dict[tuple[str, ...], ArrayRecord] = {}
-        messages = []
-        for client, config in zip(clients, configs, strict=True):
-            node = self._nodes[client]
-            lacking = self._holdings.lacks(node, manifest, changed)
-            sent = () if self._holdings.shares(node) else lacking
-            if sent not in payloads:
-                payloads[sent] = self._model.payload(sent)
-            traffic = self.record.ledger[client]
-            traffic.down += self._model.bytes(lacking)
-            traffic.moved_down += self._model.bytes(sent)
-            message = instruction(
-                kind,
-                node,
-                server_round=self.record.round,
-                timeout=self._timeout,
-                manifest=manifest,
-                arrays=payloads[sent],
-                **config,
-            )
-            self._asked[node] = message
-            messages.append(message)
-        return messages
-
-    def again(self, node: int, reply: Message) -> Message | None:
-        """Return the instruction with the layers that a reply says are missing, once a node and phase.
-
-        A node that answered otherwise is done, and what it says it holds is noted. What cannot be read
-        is refused where the reply is taken.
-        """
-        partition, asked = self._partitions.get(node), self._asked.get(node)
-        if reply.has_error() or partition is None or asked is None:
-            return None
-        try:
-            check_reply(reply, asked)
-            missing = read_missing(reply, self._model.layers)
-            held, store = read_held(reply)
-            # Digests of nothing that exists are not worth keeping.
-            known = set(self._model.manifest().digests.values())
-            self._holdings.learn(node, known.intersection(held), store)
-        except RefusedReply:
-            return None
-        kind = asked.metadata.message_type
-        if not missing or (node, kind) in self._resent:
-            return None
-        self._resent.add((node, kind))
-        log(
-            INFO,
-            "round %d: client %d lacks %s; sent again",
-            self.record.round,
-            partition,
-            ", ".join(missing),
-        )
-        size = self._model.bytes(missing)
-        traffic = self.record.ledger[partition]
-        traffic.down += size
-        traffic.moved_down += size
-        content = RecordDict(dict(asked.content))
-        content["arrays"] = self._model.payload(missing)
-        return Message(
-            content, node, kind, group_id=asked.metadata.group_id, ttl=asked.metadata.ttl
-        )
 
     def agree(self, messages: Iterable[Message], send: Send) -> Iterable[Message]:
         """Do what must be done before anybody trains; return the instructions that are to be sent.
