@@ -45,7 +45,7 @@ from layerfed.exchange import (
 from layerfed.layers import LayerMap
 from layerfed.node_config import NodeConfig
 from layerfed.node_limits import Allowance, LayerCosts, free_memory, paced
-from layerfed.privacy import Protection, refuse_buffers
+from layerfed.privacy.protection import Protection, refuse_buffers
 from layerfed.secure.client import add_secure_sums, masking
 from layerfed.secure.messages import read_secure
 from layerfed.seeding import Stream, generator, torch_seed

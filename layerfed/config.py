@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from layerfed.config_section import ConfigError, Section
-from layerfed.privacy_config import PrivacyConfig, check_private
-from layerfed.secagg_config import SecAggConfig, refuse_with_secagg
+from layerfed.privacy.settings import PrivacyConfig, check_private
+from layerfed.secure.settings import SecAggConfig, refuse_with_secagg
 
 __all__ = [
     "BudgetUnit",

@@ -83,7 +83,7 @@ class RoundRecord:
     the clients whose training nobody waited for, since enough others had answered, and `clipped` the
     updates that were scaled down to `server.clip`. `update_norm` is the median of the norms of clients'
     updates, as they were read. `epsilon` is what the run has spent of privacy so far, on what
-    `epsilon_covers` names; see `layerfed.privacy_account`.
+    `epsilon_covers` names; see `layerfed.privacy.account`.
     """
 
     round: int

@@ -16,9 +16,9 @@ from layerfed.client_app import node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.exchange import LayerStore, record_of
 from layerfed.layers import LayerMap
-from layerfed.privacy import refuse_buffers
-from layerfed.privacy_account import PrivacyAccount
-from layerfed.private_mean import PrivateAggregation
+from layerfed.privacy.account import PrivacyAccount
+from layerfed.privacy.private_mean import PrivateAggregation
+from layerfed.privacy.protection import refuse_buffers
 from layerfed.records import Observer
 from layerfed.report import draw_run
 from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint, lock

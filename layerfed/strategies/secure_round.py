@@ -10,7 +10,6 @@ import numpy as np
 from flwr.app import Message
 
 from layerfed.exchange import RefusedReply, read_config
-from layerfed.secagg_config import SecAggConfig
 from layerfed.secure.messages import (
     attach,
     question,
@@ -22,6 +21,7 @@ from layerfed.secure.messages import (
 )
 from layerfed.secure.participant import SMALLEST
 from layerfed.secure.secure_sum import SecureSum
+from layerfed.secure.settings import SecAggConfig
 from layerfed.strategies.population import RoundFailed
 from layerfed.strategies.round import Round, Send, answer_to, refuse_no_steps
 

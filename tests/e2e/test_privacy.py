@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from layerfed.cli import app
 from layerfed.config import RunConfig, load_config
 from layerfed.engine import run_on
-from layerfed.privacy_account import epsilon_of
+from layerfed.privacy.account import epsilon_of
 from layerfed.runs import read_lines
 
 QUICK = [

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerfed.config import ConfigError
-from layerfed.privacy_account import PrivacyAccount, epsilon_of
-from layerfed.privacy_config import PrivacyConfig
+from layerfed.privacy.account import PrivacyAccount, epsilon_of
+from layerfed.privacy.settings import PrivacyConfig
 from layerfed.records import RoundRecord
 
 DELTA = 1e-5

@@ -16,8 +16,8 @@ from layerfed.clipping import norm_of
 from layerfed.config import ConfigError
 from layerfed.layers import LayerMap
 from layerfed.node_config import NodeConfig
-from layerfed.privacy import Protection, add_noise, gaussian, refuse_buffers
-from layerfed.privacy_config import PrivacyConfig
+from layerfed.privacy.protection import Protection, add_noise, gaussian, refuse_buffers
+from layerfed.privacy.settings import PrivacyConfig
 from tests.conftest import TinyNet
 
 UPDATES = st.dictionaries(

@@ -47,7 +47,7 @@ def refuse_with_secagg(flat: Mapping[str, Any]) -> None:
     """Refuse settings of a run with secure aggregation that no round could work with.
 
     What depends on the clients (their own budgets, what an integer program selects) is seen in the
-    round, see `strategies/securing.py`.
+    round, see `strategies/secure_round.py`.
 
     Parameters
     ----------

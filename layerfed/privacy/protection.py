@@ -19,7 +19,7 @@ from layerfed.clipping import clipped
 from layerfed.config_section import ConfigError
 from layerfed.layers import LayerMap
 from layerfed.node_config import NodeConfig
-from layerfed.privacy_config import PrivacyConfig
+from layerfed.privacy.settings import PrivacyConfig
 
 __all__ = ["PUBLIC_STATISTICS", "Entropy", "Protection", "add_noise", "gaussian", "refuse_buffers"]
 

@@ -24,8 +24,8 @@ from typing import Literal
 from flwr.common.logger import log
 
 from layerfed.config_section import ConfigError
-from layerfed.privacy import PUBLIC_STATISTICS
-from layerfed.privacy_config import PrivacyConfig
+from layerfed.privacy.protection import PUBLIC_STATISTICS
+from layerfed.privacy.settings import PrivacyConfig
 from layerfed.records import Observer, RoundRecord
 
 __all__ = ["Covers", "PrivacyAccount", "epsilon_of"]

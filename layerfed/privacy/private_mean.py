@@ -11,7 +11,7 @@ import numpy as np
 from layerfed.aggregation import Aggregation, MaskedMean
 from layerfed.clipping import clipped
 from layerfed.layers import LayerMap
-from layerfed.privacy import Entropy, add_noise
+from layerfed.privacy.protection import Entropy, add_noise
 
 __all__ = ["PrivateAggregation", "PrivateMean"]
 

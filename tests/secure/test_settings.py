@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from layerfed.config import ConfigError, load_config
-from layerfed.secagg_config import SecAggConfig, refuse_with_secagg
+from layerfed.secure.settings import SecAggConfig, refuse_with_secagg
 
 TOP = "strategy.name=top"
 

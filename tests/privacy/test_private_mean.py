@@ -10,7 +10,7 @@ from torch import nn
 
 from layerfed.clipping import norm_of
 from layerfed.layers import LayerMap
-from layerfed.private_mean import PrivateMean
+from layerfed.privacy.private_mean import PrivateMean
 from tests.conftest import TinyNet
 
 
