@@ -101,7 +101,7 @@ class Server:
         # A ServerApp that lost its SuperLink has to notice; until then the folder is its own.
         self.scene.wait(
             "the ServerApp is gone",
-            lambda: not any(Path(f"/proc/{pid}").exists() for pid in apps),
+            lambda: not any(map(lives, apps)),
             LONGEST_WAIT,
         )
         self.scene.wait_for_nodes()
@@ -122,6 +122,14 @@ class Server:
     def _server_apps(self) -> list[int]:
         listed = commands(self.scene.loopback.server.pid)
         return [pid for pid, command in listed.items() if "flwr-serverapp" in command]
+
+
+def lives(pid: int) -> bool:
+    """Say whether a process is there, and not only waits for its parent to notice its end."""
+    with suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        return stat.rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def newest_checkpoint(folder: Path) -> int:
