@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sampling import Usage, descendants, disk, growth, of_processes
+from sampling import Usage, command, descendants, disk, growth, of_processes
 from scene import Scene
 
 from layerfed.config import Scalar, load_config
@@ -58,7 +58,7 @@ class Sampler(Observer):
 
 def named(who: str, usage: Usage) -> Sample:
     return {
-        f"{who}, MB": usage.rss / 1e6,
+        f"{who}, MB": usage.memory / 1e6,
         f"{who}, descriptors": usage.descriptors,
         f"{who}, threads": usage.threads,
     }
@@ -90,7 +90,9 @@ def simulated(engine: str, clients: int, rounds: int) -> list[Sample]:
             gc.collect()
             sample = named("this process", of_processes([os.getpid()]))
             if others := descendants(os.getpid()):
-                sample |= named("Ray's processes", of_processes(others))
+                clients = [pid for pid in others if command(pid).startswith("ray::ClientAppActor")]
+                sample |= named("clients' processes", of_processes(clients))
+                sample |= named("Ray itself", of_processes(set(others) - set(clients)))
             return (
                 sample
                 | stored("layer store", folder / "layers")
