@@ -10,7 +10,6 @@ the final model is, to 1e-5, that of a simulation in which the faulty node is si
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,43 +163,6 @@ def superlink_restarted(scene: Scene) -> RunStatus:
     return scene.finish(scene.start())
 
 
-def clock_jumps(scene: Scene) -> RunStatus:
-    """The server's clock is ten minutes ahead in the first round's training, and then set right."""
-    clock = scene.loopback.folder / "clock"
-    run = scene.start()
-    scene.wait_for_message("train")
-    clock.write_text(f"+{JUMP_SECONDS}")
-    time.sleep(JUMPED_SECONDS)
-    clock.write_text("+0")
-    status = scene.finish(run)
-    if not status.completed:
-        scene.found.append(f"{status.status}, {status.details}; resumed")
-        gone = [p for p, node in scene.nodes.items() if node.poll() is not None]
-        if gone:
-            scene.found.append(f"SuperNodes that ended: {gone}")
-        scene.wait_for_nodes()
-        status = scene.finish(scene.resume())
-    return status
-
-
-@contextmanager
-def clock_of_its_own(folder: Path) -> Iterator[None]:
-    """Have programs that are started meanwhile go by a clock that `folder`/clock sets ahead."""
-    (folder / "clock").write_text("+0")
-    variables = {
-        "LD_PRELOAD": FAKETIME,
-        "FAKETIME_TIMESTAMP_FILE": str(folder / "clock"),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in variables:
-            del os.environ[name]
-
-
 def read_only_run_folder(scene: Scene) -> RunStatus:
     scene.runs = Path("/proc/nobody-writes-here")
     return scene.finish(scene.start())
@@ -261,18 +223,12 @@ FAULTS: dict[str, Callable[[Scene], RunStatus]] = {
     "client-raises": client_raises,
     "garbage-reply": garbage_reply,
     "superlink-restarted": superlink_restarted,
-    "clock-jumps": clock_jumps,
     "read-only-run-folder": read_only_run_folder,
     "full-disk": full_disk,
 }
 SETTINGS: Mapping[str, Mapping[str, Scalar]] = {"client-raises": {"max-step-seconds": 1e-9}}
-FAKETIME = next(iter(glob.glob("/usr/lib/*/faketime/libfaketime.so.1")), "")
-JUMP_SECONDS, JUMPED_SECONDS = 600, 60
 # What cannot be played everywhere, and why.
-IMPOSSIBLE = {
-    "full-disk": "only root can mount a disk" if os.geteuid() else "",
-    "clock-jumps": "" if FAKETIME else "there is no libfaketime (Debian: faketime)",
-}
+IMPOSSIBLE = {"full-disk": "only root can mount a disk" if os.geteuid() else ""}
 
 
 def play(name: str) -> dict[str, Any]:
@@ -280,9 +236,7 @@ def play(name: str) -> dict[str, Any]:
     count = 3 if name == "joins-late" else NODES
     with tempfile.TemporaryDirectory(prefix="layerfed-faults-") as private:
         folder = Path(private)
-        with ExitStack() as stack:
-            with clock_of_its_own(folder) if name == "clock-jumps" else nullcontext():
-                loopback = stack.enter_context(on_loopback(folder, []))
+        with on_loopback(folder, []) as loopback:
             nodes = {}
             for partition in range(NODES):
                 own = SETTINGS.get(name, {}) if partition == FAULTY else {}

@@ -32,8 +32,6 @@ from layerfed.engine import run_on
 from layerfed.runs import read_lines
 
 VICTIMS = ("serverapp", "superlink", "server")
-# A life lasts this long at most: about what starting, and two or three rounds, take.
-LONGEST_LIFE = 75.0
 # Masks that differ by round, no probe, and a server optimiser with something to remember.
 SETTINGS: dict[str, Scalar] = {
     "strategy.name": "random",
@@ -103,7 +101,7 @@ class Server:
         # A ServerApp that lost its SuperLink has to notice; until then the folder is its own.
         self.scene.wait(
             "the ServerApp is gone",
-            lambda: not any(Path(f"/proc/{pid}").exists() for pid in apps),
+            lambda: not any(map(lives, apps)),
             LONGEST_WAIT,
         )
         self.scene.wait_for_nodes()
@@ -126,13 +124,25 @@ class Server:
         return [pid for pid, command in listed.items() if "flwr-serverapp" in command]
 
 
+def lives(pid: int) -> bool:
+    """Say whether a process is there, and not only waits for its parent to notice its end."""
+    with suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        return stat.rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def newest_checkpoint(folder: Path) -> int:
     """Return the round of the newest checkpoint, 0 if there is none."""
     return max((int(p.name[6:]) for p in (folder / "checkpoint").glob("round-*")), default=0)
 
 
 def run_among_kills(
-    server: Server, kills: int, seed: int, note: Callable[[list[Kill]], None]
+    server: Server,
+    kills: int,
+    longest_life: float,
+    seed: int,
+    note: Callable[[list[Kill]], None],
 ) -> list[Kill]:
     """Run to the end, with so many kills on the way if it takes that long."""
     draws, done, scene = random.Random(seed), list[Kill](), server.scene
@@ -141,7 +151,7 @@ def run_among_kills(
     while True:
         began = looked = time.monotonic()
         kept = newest_checkpoint(scene.folder)
-        life = draws.uniform(0.0, LONGEST_LIFE) if len(done) < kills else LONGEST_WAIT * 10
+        life = draws.uniform(0.0, longest_life) if len(done) < kills else LONGEST_WAIT * 10
         while time.monotonic() - began < life and not server.finished():
             time.sleep(0.2)
             if done and done[-1].seconds is None and newest_checkpoint(scene.folder) > kept:
@@ -178,6 +188,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument(
+        "--longest-life",
+        type=float,
+        default=75.0,
+        help="seconds: about what starting, and two or three rounds, take",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     parser.add_argument("--json", type=Path, help="write the kills there, each as it happens")
     arguments = parser.parse_args()
@@ -196,7 +212,9 @@ def main() -> None:
             overrides = {**SETTINGS, "federation.rounds": arguments.rounds}
             scene = Scene(loopback, folder / "runs", {}, overrides)
             server, began = Server(scene), time.monotonic()
-            kills = run_among_kills(server, arguments.kills, arguments.seed, note)
+            kills = run_among_kills(
+                server, arguments.kills, arguments.longest_life, arguments.seed, note
+            )
             status = scene.finish(server.run)
             took = time.monotonic() - began
         undisturbed = run_on("inprocess", scene.configured("undisturbed"))

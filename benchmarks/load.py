@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sampling import Usage, descendants, disk, growth, of_processes
+from sampling import Usage, command, descendants, disk, growth, of_processes
 from scene import Scene
 
 from layerfed.config import Scalar, load_config
@@ -31,7 +31,6 @@ from layerfed.engine import run_on
 from layerfed.records import Observer, RoundRecord
 
 ENGINES = ("inprocess", "ray", "superlink")
-WARM_UP = 5
 # Below this, what a process holds is the same: pages come and go.
 STEADY = {"MB": 0.05, "descriptors": 0.1, "threads": 0.1, "files": 0.1}
 # One step on a few examples, and no probe: what counts is the number of messages.
@@ -59,7 +58,7 @@ class Sampler(Observer):
 
 def named(who: str, usage: Usage) -> Sample:
     return {
-        f"{who}, MB": usage.rss / 1e6,
+        f"{who}, MB": usage.memory / 1e6,
         f"{who}, descriptors": usage.descriptors,
         f"{who}, threads": usage.threads,
     }
@@ -91,7 +90,9 @@ def simulated(engine: str, clients: int, rounds: int) -> list[Sample]:
             gc.collect()
             sample = named("this process", of_processes([os.getpid()]))
             if others := descendants(os.getpid()):
-                sample |= named("Ray's processes", of_processes(others))
+                clients = [pid for pid in others if command(pid).startswith("ray::ClientAppActor")]
+                sample |= named("clients' processes", of_processes(clients))
+                sample |= named("Ray itself", of_processes(set(others) - set(clients)))
             return (
                 sample
                 | stored("layer store", folder / "layers")
@@ -151,15 +152,15 @@ def of_federation(loopback: Loopback, scene: Scene) -> Sample:
     }
 
 
-def summary(samples: list[Sample]) -> Iterator[dict[str, Any]]:
+def summary(samples: list[Sample], warm_up: int) -> Iterator[dict[str, Any]]:
     """Yield for each quantity what it was after the warm-up and at the end, and its growth."""
     for name in samples[-1] if samples else ():
         values = [sample.get(name, 0.0) for sample in samples]
-        slope = growth(values, WARM_UP)
+        slope = growth(values, warm_up)
         limit = STEADY.get(name.rpartition(", ")[2])
         yield {
             "what": name,
-            "after_warm_up": values[min(WARM_UP, len(values) - 1)],
+            "after_warm_up": values[min(warm_up, len(values) - 1)],
             "at_the_end": values[-1],
             "growth": slope,
             "steady": None if limit is None else slope <= limit,
@@ -172,6 +173,7 @@ def main() -> None:
         "--engine", action="append", choices=ENGINES, help="several times; all if none"
     )
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=5, help="rounds that do not count")
     parser.add_argument("--clients", type=int, default=100, help="of a simulation")
     parser.add_argument("--nodes", type=int, default=8, help="of the real processes")
     parser.add_argument("--json", type=Path, help="write the table there")
@@ -179,9 +181,12 @@ def main() -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     clean_up_on_sigterm()
     written: list[dict[str, Any]] = []
+    warm_up: int = arguments.warm_up
 
     def write(engine: str, samples: list[Sample]) -> None:
-        rows = [{"engine": engine, "rounds": len(samples), **row} for row in summary(samples)]
+        rows = [
+            {"engine": engine, "rounds": len(samples), **row} for row in summary(samples, warm_up)
+        ]
         if arguments.json:
             text = json.dumps([*written, *rows], indent=2)
             arguments.json.write_text(text + "\n", encoding="utf-8")
@@ -191,9 +196,9 @@ def main() -> None:
             samples = deployed(arguments.nodes, arguments.rounds, partial(write, engine))
         else:
             samples = simulated(engine, arguments.clients, arguments.rounds)
-        print(f"\n| {engine} | round {WARM_UP + 1} | round {len(samples)} | a round |")
+        print(f"\n| {engine} | round {warm_up + 1} | round {len(samples)} | a round |")
         print("|---|---|---|---|")
-        for row in summary(samples):
+        for row in summary(samples, warm_up):
             mark = {True: "", False: " **grows**", None: ""}[row["steady"]]
             print(
                 f"| {row['what']} | {row['after_warm_up']:.1f} | {row['at_the_end']:.1f} | "

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Usage", "descendants", "disk", "growth", "of_processes"]
+__all__ = ["Usage", "command", "descendants", "disk", "growth", "of_processes"]
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process holds, or several together: resident bytes, open descriptors, threads."""
+    """What a process holds, or several together: bytes, open descriptors, threads.
 
-    rss: int = 0
+    Bytes are resident and its own: what is shared, such as Ray's object store, fills up as it is used.
+    """
+
+    memory: int = 0
     descriptors: int = 0
     threads: int = 0
 
@@ -34,7 +37,7 @@ def of_processes(pids: Iterable[int]) -> Usage:
                 line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
             )
             total += Usage(
-                rss=int(status.get("VmRSS", "0").split()[0]) * 1024,
+                memory=int(status.get("RssAnon", "0").split()[0]) * 1024,
                 descriptors=len(os.listdir(f"/proc/{pid}/fd")),
                 threads=int(status["Threads"]),
             )
@@ -54,6 +57,13 @@ def descendants(root: int) -> list[int]:
         unseen = [child for pid in unseen for child in children.get(pid, ())]
         found += unseen
     return found
+
+
+def command(pid: int) -> str:
+    """Return a process's command line; empty where it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
 
 
 def disk(folder: Path) -> tuple[int, int]:
