@@ -25,7 +25,7 @@ from sampling import Usage, command, descendants, disk, growth, of_processes
 from scene import Scene
 
 from layerfed.config import Scalar, load_config
-from layerfed.deploy.processes import clean_up_on_sigterm
+from layerfed.deploy.processes import clean_up_on_sigterm, commands
 from layerfed.deploy.rehearsal import Loopback, on_loopback
 from layerfed.engine import run_on
 from layerfed.records import Observer, RoundRecord
@@ -137,7 +137,7 @@ def of_federation(loopback: Loopback, scene: Scene) -> Sample:
     server = loopback.server.pid
     started = loopback.processes.by_name
     nodes = [process.pid for name, process in started.items() if name.startswith("node-")]
-    others = descendants(server)
+    others = set(commands(server)) - {server}  # some have left its tree, not its group
     state = sum(file.stat().st_size for file in loopback.federation.folder.glob("state.db*"))
     return {
         **named("SuperLink", of_processes([server])),

@@ -113,6 +113,21 @@ def test_what_is_too_large_is_refused(app: Starlette, monkeypatch: pytest.Monkey
     assert ask(app, never, unsized).status_code == 411
 
 
+@pytest.mark.parametrize("name", FLEET)
+def test_a_superlink_that_stumbles_is_asked_again_where_that_does_no_harm(
+    name: str, app: Starlette
+) -> None:
+    """SuperNodes end on 500, and try again on 503; what was pushed or confirmed is not said twice."""
+
+    def stumbles(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(500, content=b"database is locked")
+
+    reply = ask(app, stumbles, post(f"/v1/fleet/{name}"))
+    once = {"activate-node", "deactivate-node", "push-messages", "confirm-message-received"}
+    assert reply.status_code == (500 if name in once else 503)
+    assert reply.content == b"database is locked"
+
+
 def test_a_superlink_that_is_down_is_a_reason_to_try_again(app: Starlette) -> None:
     def down(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")

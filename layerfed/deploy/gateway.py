@@ -36,6 +36,16 @@ FLEET = (
     "pull-object",
     "confirm-message-received",
 )
+# Of these, what can be asked again. A SuperLink on a busy disk answers 500, "database is locked", and a
+# SuperNode that hears it from any call ends; it tries again on 503.
+REPEATABLE = (
+    "send-node-heartbeat",
+    "pull-messages",
+    "get-run",
+    "get-fab",
+    "push-object",
+    "pull-object",
+)
 # Arrays travel in chunks of 5 MB, an app's bundle in one piece of at most 10 MiB.
 MOST_BYTES = 32 * 2**20
 UPSTREAM_SECONDS = 60.0
@@ -84,9 +94,12 @@ def build_gateway(superlink: str, ca: Path) -> Starlette:
         except httpx.TransportError:
             # SuperNodes try again on this, as when a SuperLink is restarted.
             return PlainTextResponse("the SuperLink does not answer", 502)
+        status = reply.status_code
+        if status == 500 and request.scope["path"].rpartition("/")[2] in REPEATABLE:
+            status = 503
         return StreamingResponse(
             reply.aiter_raw(),
-            reply.status_code,
+            status,
             {k: v for k, v in reply.headers.items() if k not in HOP},
             background=BackgroundTask(reply.aclose),
         )
