@@ -40,6 +40,8 @@ class Budgets:
         c_l, shape (L,), the same for all; None where each client states what it measured.
     seed : int
         The run's seed; a client's budget depends on it and on the client's partition id only.
+    kept : bool (default: True)
+        Whether the run's strategy keeps to budgets. For one that does not, any will do.
 
     Raises
     ------
@@ -48,11 +50,14 @@ class Budgets:
         budgets are drawn between bounds that are not.
     """
 
-    def __init__(self, config: BudgetConfig, costs: np.ndarray | None, seed: int) -> None:
+    def __init__(
+        self, config: BudgetConfig, costs: np.ndarray | None, seed: int, *, kept: bool = True
+    ) -> None:
         self.config = config
         self.costs = costs
         self.seed = seed
-        if config.kind == "half-normal" and config.unit == "layers":
+        self._kept = kept
+        if kept and config.kind == "half-normal" and config.unit == "layers":
             for key in ("min", "max"):
                 value = getattr(config, key)
                 if value % 1:
@@ -65,6 +70,8 @@ class Budgets:
 
     def _problem(self, costs: np.ndarray, depth: np.ndarray) -> tuple[str, str] | None:
         """Say whether budgets afford everything ("above") or nothing ("below"), and in what words."""
+        if not self._kept:
+            return None
         config = self.config
         keys = {"identical": ("layers",), "half-normal": ("min", "max"), "per-node": ()}
         total, least = costs.sum() + depth[0], (costs + depth).min()
@@ -165,6 +172,8 @@ class Budgets:
     def __str__(self) -> str:
         """Describe the budgets in a few words."""
         config = self.config
+        if not self._kept:
+            return "none but what nodes state themselves"
         if config.kind == "identical":
             return f"{config.layers:g} {config.unit} each"
         if config.kind == "half-normal":

@@ -246,7 +246,7 @@ def report(
     """Draw a run folder's pictures anew and print its figures."""
     from layerfed.report import draw_run
 
-    with _one_line_errors(OSError):
+    with _one_line_errors(OSError, ValueError):
         draw_run(folder)
     _print_summary(folder.resolve())
 

@@ -169,6 +169,12 @@ def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
     return lambda parameters: LocalSGD(parameters, lr, train.momentum, train.weight_decay)
 
 
+def _forget_peak_memory(device: torch.device) -> None:
+    """Begin a new peak where a device can: a process elsewhere keeps its own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _peak_memory(device: torch.device) -> float:
     """Return peak bytes: of tensors on a GPU, of the whole process elsewhere."""
     if device.type == "cuda":
@@ -256,6 +262,7 @@ def probe(message: Message, context: Context) -> Message:
     examples, _ = bench.examples(partition)
     count = config["batches"] or -(-len(examples) // train.batch_size)
     rng = generator(bench.config.run.seed, Stream.PROBE, config["round"], partition)
+    _forget_peak_memory(bench.device)
     statistics, flops = probe_layers(
         resident.model,
         resident.layers,
@@ -264,10 +271,12 @@ def probe(message: Message, context: Context) -> Message:
         config["statistics"],
         precision=train.precision,
     )
-    protection = _protection(node, context)
-    if protection is not None:
+    protection, costs = _protection(node, context), {"flops": flops}
+    if protection is None:
+        costs["peak-memory"] = _peak_memory(bench.device)
+    else:
         statistics = protection.statistics(statistics)
-    return probe_reply(message, statistics, _stated(len(examples), protection), flops=flops)
+    return probe_reply(message, statistics, _stated(len(examples), protection), **costs)
 
 
 def train(message: Message, context: Context) -> Message:
@@ -292,8 +301,7 @@ def train(message: Message, context: Context) -> Message:
     seed, server_round = bench.config.run.seed, config["round"]
     rng = generator(seed, Stream.TRAIN, server_round, partition)
     torch.manual_seed(torch_seed(seed, Stream.TRAIN, server_round, partition))  # dropout
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(bench.device)
+    _forget_peak_memory(bench.device)
     batches: Iterator[Batch] = islice(
         examples.shuffled(settings.batch_size, bench.device, rng), steps
     )

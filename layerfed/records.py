@@ -78,8 +78,11 @@ class RoundRecord:
 
     `moved` names the layers of the global model that changed, and `updated` says for each client (by
     partition id) to which of them it contributed. `e1` and `e2` are the two terms of the error floor,
-    see `layerfed.theory`; None where there is nothing to estimate them from. `peak_memory` is the most
-    any client stated: of the round on CUDA, of its process since it started elsewhere. `late` counts
+    see `layerfed.theory`, and `e2_masks` is the part of `e2` that the masks are to blame for; None where
+    there is nothing to estimate them from. `steps` and `train_seconds` are sums over clients of what
+    they stated: local steps, and the time that these took by their own clocks. `peak_memory` and
+    `peak_memory_probe` are the most any client stated, in training and in the probe: of the phase on
+    CUDA, of its process since it started elsewhere. `late` counts
     the clients whose training nobody waited for, since enough others had answered, and `clipped` the
     updates that were scaled down to `server.clip`. `update_norm` is the median of the norms of clients'
     updates, as they were read. `epsilon` is what the run has spent of privacy so far, on what
@@ -102,11 +105,15 @@ class RoundRecord:
     ledger: Ledger = field(default_factory=Ledger)
     flops: float = 0.0
     flops_probe: float = 0.0
+    steps: float = 0.0
+    train_seconds: float = 0.0
     peak_memory: float = 0.0
+    peak_memory_probe: float = 0.0
     moved: tuple[str, ...] = ()
     updated: dict[int, tuple[str, ...]] = field(default_factory=dict)
     e1: float | None = None
     e2: float | None = None
+    e2_masks: float | None = None
     update_norm: float | None = None
     epsilon: float | None = None
     epsilon_covers: str | None = None

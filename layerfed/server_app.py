@@ -52,9 +52,10 @@ def build_strategy(
         refuse_buffers(layers)
     section = config.strategy
     strategy = STRATEGIES[section.name]
+    costs = layer_costs(layers, config.budget.unit)
     return strategy(
         layers,
-        budget=Budgets(config.budget, layer_costs(layers, config.budget.unit), config.run.seed),
+        budget=Budgets(config.budget, costs, config.run.seed, kept=strategy.within_budget),
         clients_per_round=config.federation.clients_per_round,
         clients=config.federation.clients,
         min_replies=config.federation.needed_replies,

@@ -6,7 +6,9 @@ E1 = Σ_{l∉L_t} ‖∇_l f(θ^t)‖²
     What is lost on the layers that nobody trains in round t, with L_t the layers that somebody does.
 E2 = Σ_{l∈L_t} χ_l κ_l²,   χ_l = Σ_i (w_{i,l} − α_i)² / α_i,   κ_l² ≥ Σ_i α_i ‖∇_l f_i − ∇_l f‖²
     What is lost since layer l is averaged over the clients that train it, with weights w_{i,l} in place
-    of the data's α_i: χ_l says how far the two are apart, κ_l² how much clients' gradients differ.
+    of the data's α_i: χ_l says how far the two are apart, κ_l² how much clients' gradients differ. The
+    α_i are those of all clients, so that a round of 20 of 100 has χ_l ≈ 4 whatever their masks are. The
+    part of it that masks are to blame for, with α_i among the round's clients, is given beside it.
 
 More layers for everyone lower both; choices that agree lower E2, choices that differ lower E1. The
 paper's constants could not be recovered, so the two are shown side by side and not added up. Both are
@@ -54,7 +56,7 @@ def mask_divergence(trained: float, total: float) -> float:
     Parameters
     ----------
     trained, total : float
-        Σ d_i over the clients that train the layer, and over all of the round's.
+        Σ d_i over the clients that train the layer, and over all clients that there are.
 
     Notes
     -----
@@ -73,6 +75,8 @@ class UpdateSpread:
 
         κ_l² ≈ (Σ_i w_{i,l} ‖Δ_{i,l}‖² − ‖Σ_i w_{i,l} Δ_{i,l}‖²) / (η τ)²
 
+    with τ the steps in which layer l moved.
+
     Notes
     -----
     Whom it sees: the clients that trained layer l, hence nothing of those that did not; a
@@ -85,11 +89,15 @@ class UpdateSpread:
 
     def __init__(self) -> None:
         self._examples: dict[int, int] = {}
-        self._steps: dict[int, float | None] = {}
+        self._steps: dict[int, Mapping[str, float] | None] = {}
         self._norms: dict[int, Mapping[str, float]] = {}
 
     def add(
-        self, client: int, examples: int, steps: float | None, norms_sq: Mapping[str, float]
+        self,
+        client: int,
+        examples: int,
+        steps: Mapping[str, float] | None,
+        norms_sq: Mapping[str, float],
     ) -> None:
         """Take in one client's update.
 
@@ -98,8 +106,9 @@ class UpdateSpread:
         client : int
         examples : int
             d_i.
-        steps : float | None
-            τ_i; None where the client does not say, which makes E2 unknown.
+        steps : Mapping[str, float] | None
+            In how many steps each layer moved; None where the client does not say, which makes E2
+            unknown.
         norms_sq : Mapping[str, float]
             ‖Δ_{i,l}‖² over the parameters of each layer it trained.
         """
@@ -111,7 +120,9 @@ class UpdateSpread:
         norms = [math.sqrt(sum(own.values())) for own in self._norms.values() if own]
         return statistics.median(norms) if norms else None
 
-    def heterogeneity_term(self, mean_norms_sq: Mapping[str, float], lr: float) -> float | None:
+    def heterogeneity_term(
+        self, mean_norms_sq: Mapping[str, float], lr: float, total: float | None = None
+    ) -> float | None:
         """Return E2 over some layers, L_t; None where a client did not say its steps.
 
         Parameters
@@ -120,20 +131,26 @@ class UpdateSpread:
             ‖Σ_i w_{i,l} Δ_{i,l}‖² of each layer of L_t.
         lr : float
             η.
+        total : float, optional
+            Σ d_i over all clients, of whom this round's are some: E2 as the paper has it. By default
+            over this round's clients: the part of E2 that their masks are to blame for. The rest comes
+            from sampling, and is there with full fine-tuning too.
         """
         # In the order of partition ids, so that the figure does not depend on who answered first.
         clients: Sequence[int] = sorted(self._norms)
-        steps = [self._steps[client] for client in clients]
-        if not clients or any(step is None for step in steps):
+        steps = {client: found for client in clients if (found := self._steps[client]) is not None}
+        if not clients or len(steps) < len(clients):
             return None
-        examples = np.array([self._examples[client] for client in clients], dtype=np.float64)
-        total, term = examples.sum(), 0.0
+        if total is None:
+            total = sum(self._examples[client] for client in clients)
+        term = 0.0
         for layer, mean_norm_sq in mean_norms_sq.items():
-            there = np.array([layer in self._norms[client] for client in clients])
-            norms = [self._norms[c][layer] for c in clients if layer in self._norms[c]]
-            weights = examples[there] / examples[there].sum()
+            there = [client for client in clients if layer in self._norms[client]]
+            examples = np.array([self._examples[client] for client in there], dtype=np.float64)
+            weights = examples / examples.sum()
+            norms = [self._norms[client][layer] for client in there]
             spread = max(float(weights @ norms) - mean_norm_sq, 0.0)  # rounding may cross zero
-            mean_steps = float(weights @ np.array(steps, dtype=np.float64)[there])
-            chi = mask_divergence(examples[there].sum(), total)
+            mean_steps = float(weights @ [steps[client][layer] for client in there])
+            chi = mask_divergence(examples.sum(), total)
             term += chi * spread / (lr * mean_steps) ** 2
         return float(term)

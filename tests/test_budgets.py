@@ -195,3 +195,22 @@ def test_a_measured_budget_is_refused_only_where_it_fits_nobody() -> None:
         check(1)
     with pytest.raises(ConfigError, match=r"budget\.layers = 26 .* cost 25 seconds"):
         check(26)
+
+
+# ------------------------------------------------------------------------------ kept to or not
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"layers": 0},
+        {"layers": 99},
+        {"unit": "bytes", "layers": 1},
+        {"kind": "half-normal", "min": 1.5, "max": 99},
+    ],
+)
+def test_budgets_that_nobody_keeps_to_are_not_checked(keys: dict[str, object]) -> None:
+    """`full` trains everything: a comparison may have budgets that mean nothing to it."""
+    config = BudgetConfig(**keys)  # type: ignore[arg-type]
+    costs = layer_costs(LAYERS, config.unit)
+    with pytest.raises(ConfigError, match=r"budget\.(layers|min|max) = "):
+        Budgets(config, costs, 0)
+    Budgets(config, costs, 0, kept=False).check_measured([])

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from layerfed.cli import app
 from layerfed.report.plots import draw_run, selection_shares
 
 PNG = b"\x89PNG"
@@ -64,3 +66,28 @@ def test_shares_are_of_clients_that_updated_a_layer() -> None:
     """What failed, or was left out after training, does not count."""
     rows = [selection(), selection(updated=[[0, 0], [1, 0]])]
     np.testing.assert_array_equal(selection_shares(rows), [[1.0, 0.5], [0.5, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [
+        ({"metrics.jsonl": ""}, "no round was finished; out of layers"),
+        ({"metrics.jsonl": None, "selection.jsonl": None}, "no round was finished; out of layers"),
+        ({"summary.json": "{"}, "summary.json is damaged"),
+        ({"metrics.jsonl": '{\n{"round": 1}\n'}, "metrics.jsonl, line 1 is damaged"),
+    ],
+)
+def test_of_a_run_that_did_not_get_far_it_is_said_why(
+    left: dict[str, str | None], says: str, tmp_path: Path
+) -> None:
+    folder(tmp_path, [{"accuracy": 0.5}], [selection()])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"error": "out of layers"}))
+    for name, text in left.items():
+        if text is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_text(text)
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())

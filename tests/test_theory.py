@@ -71,10 +71,19 @@ def test_heterogeneity_of_plain_sgd_is_the_spread_of_the_clients_gradients(
     spread = UpdateSpread()
     for i in rng.permutation(len(examples)):
         norms = {"blocks.0": norm_sq(updates[i])} if i in there else {}
-        spread.add(int(i), examples[i], steps, norms)
+        spread.add(int(i), examples[i], {"blocks.0": steps}, norms)
     mean_update = weights @ updates[list(there)]
     found = spread.heterogeneity_term({"blocks.0": norm_sq(mean_update)}, lr)
     assert found == pytest.approx(chi * kappa_sq, rel=1e-6, abs=1e-9)
+
+
+def test_over_all_clients_a_sample_of_them_diverges_too() -> None:
+    """Two of eight clients, all of them alike in size: χ = 8/2 − 1, though both train the layer."""
+    spread = UpdateSpread()
+    for client, norm in enumerate((1.0, 3.0)):
+        spread.add(client, 10, {"a": 2.0}, {"a": norm})
+    assert spread.heterogeneity_term({"a": 1.5}, 0.5) == 0.0
+    assert spread.heterogeneity_term({"a": 1.5}, 0.5, total=80) == pytest.approx(3 * 0.5 / 1.0)
 
 
 def test_the_figure_does_not_depend_on_who_answered_first() -> None:
@@ -82,14 +91,14 @@ def test_the_figure_does_not_depend_on_who_answered_first() -> None:
     for order in ([0, 1, 2], [2, 0, 1]):
         spread = UpdateSpread()
         for client in order:
-            spread.add(client, client + 3, 5.0, {"a": 0.1 + client / 7} if client else {})
+            spread.add(client, client + 3, {"a": 5.0}, {"a": 0.1 + client / 7} if client else {})
         found.add(spread.heterogeneity_term({"a": 0.1}, 0.1))
     assert len(found) == 1
 
 
 def test_a_client_that_does_not_say_its_steps_leaves_it_unknown() -> None:
     spread = UpdateSpread()
-    spread.add(0, 3, 5.0, {"a": 1.0})
+    spread.add(0, 3, {"a": 5.0}, {"a": 1.0})
     assert spread.heterogeneity_term({"a": 1.0}, 0.1) == 0.0
     spread.add(1, 3, None, {"a": 1.0})
     assert spread.heterogeneity_term({"a": 1.0}, 0.1) is None
@@ -97,6 +106,6 @@ def test_a_client_that_does_not_say_its_steps_leaves_it_unknown() -> None:
 
 def test_rounding_gives_no_negative_term() -> None:
     spread = UpdateSpread()
-    spread.add(0, 1, 1.0, {"a": 1.0})
-    spread.add(1, 1, 1.0, {})
+    spread.add(0, 1, {"a": 1.0}, {"a": 1.0})
+    spread.add(1, 1, {"a": 1.0}, {})
     assert spread.heterogeneity_term({"a": 1.0 + 1e-12}, 1.0) == 0.0

@@ -12,7 +12,9 @@ from layerfed.report import (
     RunFigures,
     Section,
     accuracy_table,
+    differences,
     draw_accuracy,
+    draw_terms,
     draw_uplink,
     measured_costs,
     paper_accounting,
@@ -98,6 +100,8 @@ class Output:
                     ACCOUNTED,
                     paper_accounting(section, plan.reference),
                 ]
+        if warning := differences(sections):
+            parts.append(warning)
         if plan.note:
             parts.append(plan.note)
         table = self._file(".md")
@@ -107,14 +111,17 @@ class Output:
         return [table, self._file(".csv")]
 
     def draw(self) -> list[Path]:
-        """Draw accuracy by round, and accuracy against uplink; return the pictures, if there are any."""
+        """Draw accuracy by round, accuracy against uplink, and the theory's terms where known."""
         if not self._runs:
             return []
         sections = self.sections
-        return [
+        pictures = [
             draw_accuracy(sections, self._file("-accuracy.png")),
             draw_uplink(sections, self._file("-uplink.png")),
         ]
+        if any(any(run.terms.values()) for run in self._runs.values()):
+            pictures.append(draw_terms(sections, self._file("-theory.png")))
+        return pictures
 
     def _file(self, ending: str) -> Path:
         return self._directory / f"{self._plan.name}{ending}"
@@ -122,7 +129,8 @@ class Output:
 
 MEASURED = (
     "Measured, a client and round: FLOPs as counted, forward and backward, frozen layers included; "
-    "bytes of the ledger; peak memory of a round on CUDA, of the whole process elsewhere."
+    "bytes of the ledger; seconds of a step by the clients' clocks; peak memory of training (of the "
+    "probe) on CUDA, of the whole process elsewhere."
 )
 ACCOUNTED = (
     "In the paper's accounting, a client and round: each selected layer counts as its share of the "
@@ -132,12 +140,16 @@ ACCOUNTED = (
 
 def _caption(plan: Plan) -> str:
     seeds = len(plan.seeds)
-    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else f"seed {plan.seeds[0]}"
+    over = (
+        f"mean ± sample standard deviation over {seeds} seeds"
+        if seeds > 1
+        else f"seed {plan.seeds[0]}"
+    )
     text = f"Final test accuracy in %, {over}"
     if plan.show == "accuracy":
         text += (
-            "; the best of each budget in bold. Bytes (in % of full-model exchange) and TFLOPs (probe "
-            "included) are of the first budget a row has"
+            "; the best of each budget in bold, which need not mean that it is better. Bytes (in % of "
+            "full-model exchange) and TFLOPs (probe included) are of the first budget a row has"
         )
     source = f" Published figures: {plan.source}." if plan.source else ""
     return f"{text}.{source}"

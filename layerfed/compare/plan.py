@@ -191,7 +191,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be told apart or does not exist."""
-        _distinct("row", [row.folder for row in self.rows])
+        _distinct("row", [row.name for row in self.rows])
+        _apart(self.rows)
         _distinct("budget", [budget.name for budget in self.budgets])
         _distinct("experiment", [experiment.name for experiment in self.experiments])
         _distinct("seed", [str(seed) for seed in self.seeds])
@@ -263,6 +264,17 @@ def _distinct(kind: str, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{kind} '{name}' is there twice; give each a name of its own")
+
+
+def _apart(rows: Sequence[Row]) -> None:
+    """Refuse rows whose runs would lie in the same folders."""
+    owners: dict[str, str] = {}
+    for row in rows:
+        if (other := owners.setdefault(row.folder, row.name)) != row.name:
+            raise ConfigError(
+                f"rows '{other}' and '{row.name}' would share the run folders '{row.folder}-…'; let "
+                "their names differ in a letter or a digit"
+            )
 
 
 def parse_seeds(words: Iterable[str]) -> list[int]:

@@ -25,6 +25,7 @@ from layerfed.exchange.messages import (
     train_reply,
 )
 from layerfed.exchange.partial import (
+    layer_steps,
     read_schedule,
     read_upload,
     read_uploaded,
@@ -59,6 +60,7 @@ __all__ = [
     "exchange",
     "instruction",
     "keeping_layers",
+    "layer_steps",
     "open_store",
     "probe_reply",
     "read_config",

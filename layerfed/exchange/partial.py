@@ -18,7 +18,14 @@ from layerfed.exchange.codecs import Codec
 from layerfed.exchange.messages import read_config, read_mask
 from layerfed.layers import LayerMap
 
-__all__ = ["read_schedule", "read_upload", "read_uploaded", "scheduled", "upload_of"]
+__all__ = [
+    "layer_steps",
+    "read_schedule",
+    "read_upload",
+    "read_uploaded",
+    "scheduled",
+    "upload_of",
+]
 
 
 def scheduled(masks: np.ndarray, steps: int) -> dict[str, list[int] | int]:
@@ -60,6 +67,21 @@ def read_schedule(
         (tuple(bool(m) for m in row), min(each, steps - start))
         for row, start in zip(masks, range(0, steps, each), strict=True)
     ]
+
+
+def layer_steps(message: Message, layers: LayerMap, steps: float) -> dict[str, float]:
+    """Return in how many steps each block moved on a client that made so many, by its instruction.
+
+    At least one, whatever the client claims.
+    """
+    config, mask = read_config(message), read_mask(message, layers)
+    masks, each = np.array([mask]), steps
+    if "schedule" in config:
+        masks = np.array(config["schedule"], dtype=bool).reshape(-1, layers.num_blocks)
+        each = config["schedule-steps"]
+    made = np.clip(steps - each * np.arange(len(masks)), 0.0, each)
+    moved = np.maximum(made @ masks, 1.0)
+    return {block.name: float(n) for block, n in zip(layers.blocks, moved, strict=True)}
 
 
 def upload_of(count: int, norm: Norm) -> dict[str, int | str]:

@@ -3,11 +3,12 @@
 from layerfed.report.comparison import (
     PAPER_COSTS,
     accuracy_table,
+    differences,
     measured_costs,
     paper_accounting,
     runs_csv,
 )
-from layerfed.report.comparison_plots import draw_accuracy, draw_uplink
+from layerfed.report.comparison_plots import draw_accuracy, draw_terms, draw_uplink
 from layerfed.report.figures import RunFigures, Section
 from layerfed.report.plots import draw_run
 from layerfed.report.tables import run_table
@@ -17,8 +18,10 @@ __all__ = [
     "RunFigures",
     "Section",
     "accuracy_table",
+    "differences",
     "draw_accuracy",
     "draw_run",
+    "draw_terms",
     "draw_uplink",
     "measured_costs",
     "paper_accounting",

@@ -10,7 +10,14 @@ from io import StringIO
 
 from layerfed.report.figures import RunFigures, Section
 
-__all__ = ["PAPER_COSTS", "accuracy_table", "measured_costs", "paper_accounting", "runs_csv"]
+__all__ = [
+    "PAPER_COSTS",
+    "accuracy_table",
+    "differences",
+    "measured_costs",
+    "paper_accounting",
+    "runs_csv",
+]
 
 # Published costs a client and round, as a table file names them, and their columns here.
 PAPER_COSTS = {
@@ -35,9 +42,20 @@ RUN_COLUMNS = (
     "flops_probe",
     "updates",
     "seconds",
+    "steps",
     "train_seconds",
     "peak_memory",
+    "peak_memory_probe",
+    "e1",
+    "e2",
+    "e2_masks",
+    "engine",
+    "device",
+    "torch",
+    "layerfed",
 )
+# What a run was made on and with: columns of the CSV in which runs had better not differ.
+MADE_WITH = ("engine", "device", "torch", "layerfed")
 
 Runs = Sequence[RunFigures]
 Figure = Callable[[RunFigures], float]
@@ -102,7 +120,7 @@ def measured_costs(section: Section, reference: str = "") -> str:
     header = [
         *("strategy", "TFLOPs training", "TFLOPs selection", "sum, % of full (selection)"),
         *("Mbit up", "% of full", "Mbit down", "% of full"),
-        *("s a round", "s of training a client", "peak memory, MB", "accuracy, %"),
+        *("s a round", "s a step", "peak memory, MB (of the probe)", "accuracy, %"),
     ]
     lines = []
     for row in section.rows:
@@ -119,8 +137,8 @@ def measured_costs(section: Section, reference: str = "") -> str:
                 _text(runs, _mbit_down, ",.4g"),
                 _ratio(runs, _mbit_down, full, _mbit_down),
                 _text(runs, lambda run: run.seconds / run.rounds, ".3g"),
-                _text(runs, lambda run: run.train_seconds / run.updates, ".3g"),
-                _text(runs, lambda run: run.peak_memory / 1e6, ",.0f"),
+                _text(runs, _step_seconds, ".3g"),
+                f"{_text(runs, _peak, ',.0f')} ({_text(runs, _peak_probe, ',.0f')})",
                 _spread(runs, section.seeds),
             ]
         )
@@ -174,6 +192,19 @@ def runs_csv(sections: Iterable[tuple[str, Section]]) -> str:
     return text.getvalue()
 
 
+def differences(sections: Iterable[Section]) -> str:
+    """Say in what that costs depend on the runs of a comparison differ; nothing where in nothing."""
+    runs = [run for section in sections for found in section.runs.values() for run in found]
+    found = {key: sorted({getattr(run, key) for run in runs}) for key in MADE_WITH}
+    apart = [f"{key} ({', '.join(values)})" for key, values in found.items() if len(values) > 1]
+    if not apart:
+        return ""
+    return (
+        f"**These runs differ in {' and '.join(apart)}**: their costs cannot be compared, see the CSV "
+        "for which is which."
+    )
+
+
 def _accuracy(run: RunFigures) -> float:
     return 100 * run.accuracy
 
@@ -190,6 +221,21 @@ def _selection(run: RunFigures) -> float:
 
 def _compute(run: RunFigures) -> float:
     return _training(run) + _selection(run)
+
+
+def _step_seconds(run: RunFigures) -> float:
+    """Seconds of a local step, by the clients' own clocks."""
+    return run.train_seconds / run.steps if run.steps else math.nan
+
+
+def _peak(run: RunFigures) -> float:
+    """MB at the peak of a client's training."""
+    return run.peak_memory / 1e6 or math.nan
+
+
+def _peak_probe(run: RunFigures) -> float:
+    """MB at the peak of a client's probe."""
+    return run.peak_memory_probe / 1e6 or math.nan
 
 
 def _accounted(run: RunFigures) -> float:

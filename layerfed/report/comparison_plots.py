@@ -1,4 +1,4 @@
-"""The pictures of a comparison: accuracy by round, and what accuracy costs in uplink."""
+"""The pictures of a comparison: accuracy by round, what it costs in uplink, and the theory's terms."""
 
 from __future__ import annotations
 
@@ -14,12 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from layerfed.report.figures import RunFigures, Section
+from layerfed.report.figures import Section
 
-__all__ = ["draw_accuracy", "draw_uplink", "mean_curve", "pareto_front"]
+__all__ = ["draw_accuracy", "draw_terms", "draw_uplink", "look", "mean_curve", "pareto_front"]
 
 COLORS = tuple(matplotlib.colormaps["tab10"].colors)  # type: ignore[attr-defined]
+# The first ten rows are told apart by colour, the next ten have the same ones dashed, …
+STYLES = ("-", "--", ":", "-.")
+FILLS = ("full", "none", "left", "right")
 MARKERS = "osD^v<>pP*"
+
+# The terms of `layerfed.theory` by their keys in metrics.jsonl.
+TERM_TITLES = {
+    "e1": r"$\hat E_1$: layers nobody trains",
+    "e2": r"$\hat E_2$: clients that differ",
+    "e2_masks": r"of $\hat E_2$ by the masks",
+}
+
+Curve = Sequence[tuple[int, float]]
 
 
 def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
@@ -34,7 +46,7 @@ def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
         for budget, axes in zip(section.budgets, line, strict=True):
             for number, row in enumerate(section.rows):
                 if runs := section.entry(row, budget):
-                    _curve(axes, runs, row, _color(number))
+                    _curve(axes, mean_curve([run.curve for run in runs]), row, number)
             axes.set(xlabel="round", ylabel="test accuracy", title=f"{section.title} · {budget}")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -45,30 +57,72 @@ def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
     return file
 
 
-def _color(number: int) -> tuple[float, ...]:
-    color: tuple[float, ...] = COLORS[number % len(COLORS)]
-    return color
+def draw_terms(sections: Sequence[Section], file: Path) -> Path:
+    """Draw the theory's terms by round: a line of panels an experiment and term, as `draw_accuracy`.
+
+    The scale is logarithmic and ends in zero. Nothing is drawn where a term is not known: E1 needs a
+    probe of gradient norms.
+    """
+    across, down = len(sections[0].budgets), len(sections) * len(TERM_TITLES)
+    figure = Figure(figsize=(5.2 * across, 3.4 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False)
+    pairs = [(section, key) for section in sections for key in TERM_TITLES]
+    for (section, key), line in zip(pairs, panels, strict=True):
+        for budget, axes in zip(section.budgets, line, strict=True):
+            positive = []
+            for number, row in enumerate(section.rows):
+                runs = section.entry(row, budget)
+                known = [run.terms[key] for run in runs or () if run.terms[key]]
+                if known:
+                    curve = mean_curve(known)
+                    positive += curve[1][curve[1] > 0].tolist()
+                    _curve(axes, curve, row, number)
+            if positive:
+                axes.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
+            axes.set(xlabel="round", ylabel=TERM_TITLES[key], ylim=(0, None))
+            axes.set_title(f"{section.title} · {budget}", fontsize=10)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=7, ncols=2)
+    figure.savefig(file, dpi=120)
+    return file
 
 
-def _curve(axes: Axes, runs: Sequence[RunFigures], row: str, color: tuple[float, ...]) -> None:
-    rounds, mean, spread = mean_curve(runs)
-    axes.plot(rounds, mean, label=row, color=color, linewidth=1.5)
-    if len(runs) > 1:
+def look(number: int) -> tuple[tuple[float, ...], str, str]:
+    """Return colour, line and filling by which a row is known in all pictures."""
+    again, color = divmod(number, len(COLORS))
+    return COLORS[color], STYLES[again % len(STYLES)], FILLS[again % len(FILLS)]
+
+
+def _curve(
+    axes: Axes, curve: tuple[np.ndarray, np.ndarray, np.ndarray], row: str, number: int
+) -> None:
+    """Draw a row's mean with its band."""
+    rounds, mean, spread = curve
+    color, style, _ = look(number)
+    axes.plot(rounds, mean, label=row, color=color, linestyle=style, linewidth=1.5)
+    if spread.any():
         axes.fill_between(rounds, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
 
 
-def mean_curve(runs: Sequence[RunFigures]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return rounds that every run was evaluated in, with mean and standard deviation over runs.
+def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rounds that every run has a value of, with mean and standard deviation over runs.
+
+    Parameters
+    ----------
+    curves : Sequence[Sequence[tuple[int, float]]]
+        Rounds and values, a curve a run.
 
     Returns
     -------
     tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]
         Shape (rounds,) each; with one run, the standard deviation is 0.
     """
-    curves = [dict(run.curve) for run in runs]
-    rounds = sorted(set.intersection(*(set(curve) for curve in curves)))
-    table = np.array([[curve[r] for r in rounds] for curve in curves])
-    spread = table.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(rounds))
+    values = [dict(curve) for curve in curves]
+    rounds = sorted(set.intersection(*(set(curve) for curve in values)))
+    table = np.array([[curve[r] for r in rounds] for curve in values])
+    spread = table.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros(len(rounds))
     return np.array(rounds), table.mean(axis=0), spread
 
 
@@ -89,10 +143,12 @@ def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
             sent = float(np.mean([run.bytes_up for run in runs])) / 1e6
             scores = [run.accuracy for run in runs]
             points.append((sent, float(np.mean(scores))))
+            color, _, fill = look(section.rows.index(row))
             axes.errorbar(
                 *points[-1],
                 yerr=np.std(scores, ddof=1) if len(scores) > 1 else None,
-                color=_color(section.rows.index(row)),
+                color=color,
+                fillstyle=fill,
                 marker=MARKERS[section.budgets.index(budget) % len(MARKERS)] if budget else "X",
                 capsize=2,
                 linestyle="none",

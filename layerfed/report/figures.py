@@ -13,7 +13,9 @@ import numpy as np
 from layerfed.report.paper_costs import PaperCosts, paper_costs
 from layerfed.runs.files import read_lines
 
-__all__ = ["RunFigures", "Section"]
+__all__ = ["TERMS", "RunFigures", "Section"]
+
+TERMS = ("e1", "e2", "e2_masks")
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,18 @@ class RunFigures:
         Of all clients' training, and of their probes; counted, see `layerfed.task.flops`.
     updates : int
         Updates that the server averaged: clients times rounds, less what failed.
-    seconds, train_seconds : float
-        Of the rounds, and of their training phases.
-    peak_memory : float
-        The most bytes a client stated, see `RoundRecord`.
+    seconds : float
+        Of the rounds, by the server's clock.
+    steps, train_seconds : float
+        Local steps of all clients, and the time that these took by the clients' own clocks; 0 where
+        clients do not say, as private ones.
+    peak_memory, peak_memory_probe : float
+        The most bytes a client stated, in training and in the probe, see `RoundRecord`.
+    terms : Mapping[str, tuple[tuple[int, float], ...]]
+        E1, E2 and the part of E2 that masks are to blame for, by their keys in metrics.jsonl: rounds
+        and estimates, where there are any (`layerfed.theory`).
+    engine, device, torch, layerfed : str
+        What the run was made on and with; figures of costs of others are not comparable.
     accounted : PaperCosts
         What the run costs in the paper's accounting.
     """
@@ -55,8 +65,15 @@ class RunFigures:
     flops_probe: float
     updates: int
     seconds: float
+    steps: float
     train_seconds: float
     peak_memory: float
+    peak_memory_probe: float
+    terms: Mapping[str, tuple[tuple[int, float], ...]]
+    engine: str
+    device: str
+    torch: str
+    layerfed: str
     accounted: PaperCosts
 
     @classmethod
@@ -72,6 +89,10 @@ class RunFigures:
         config = _json(folder / "config.json")
         layers = _json(folder / "layers.json")
         metrics = read_lines(folder / "metrics.jsonl")
+        if len(metrics) != summary["rounds"]:
+            raise ValueError(
+                f"metrics.jsonl has {len(metrics)} whole lines for {summary['rounds']} rounds"
+            )
         curve = [(row["round"], row["accuracy"]) for row in metrics if row["accuracy"] is not None]
         if summary["initial_accuracy"] is not None:
             curve = [(0, summary["initial_accuracy"]), *curve]
@@ -92,8 +113,18 @@ class RunFigures:
             flops_probe=total("flops_probe"),
             updates=total("clients"),
             seconds=total("seconds"),
-            train_seconds=sum(row["seconds_by_phase"].get("train", 0.0) for row in metrics),
+            steps=total("steps"),
+            train_seconds=total("train_seconds"),
             peak_memory=max((row["peak_memory"] for row in metrics), default=0.0),
+            peak_memory_probe=max((row["peak_memory_probe"] for row in metrics), default=0.0),
+            terms={
+                key: tuple((row["round"], row[key]) for row in metrics if row[key] is not None)
+                for key in TERMS
+            },
+            engine=summary["engine"],
+            device=config["run.device"],
+            torch=summary["versions"]["torch"],
+            layerfed=summary["versions"]["layerfed"],
             accounted=_accounted(config, layers, read_lines(folder / "selection.jsonl")),
         )
 
@@ -101,6 +132,25 @@ class RunFigures:
     def accuracy(self) -> float:
         """Accuracy after the last round that was evaluated; NaN without any."""
         return self.curve[-1][1] if self.curve else float("nan")
+
+    @property
+    def e1(self) -> float:
+        """Mean over rounds of E1's estimates; NaN where there is none."""
+        return self._term("e1")
+
+    @property
+    def e2(self) -> float:
+        """Mean over rounds of E2's estimates; NaN where there is none."""
+        return self._term("e2")
+
+    @property
+    def e2_masks(self) -> float:
+        """Mean over rounds of what masks are to blame for of E2; NaN where there is none."""
+        return self._term("e2_masks")
+
+    def _term(self, key: str) -> float:
+        values = [value for _, value in self.terms[key]]
+        return sum(values) / len(values) if values else float("nan")
 
     @property
     def best_accuracy(self) -> float:

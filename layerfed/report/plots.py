@@ -23,6 +23,7 @@ __all__ = ["draw_run", "selection_shares"]
 TERMS = {
     "e1": (r"$\hat E_1$: layers nobody trains", "#c05a1a"),
     "e2": (r"$\hat E_2$: clients that differ", "#1f5fa8"),
+    "e2_masks": (r"of it by the masks", "#7fb0dd"),
 }
 
 
@@ -40,10 +41,21 @@ def draw_run(folder: Path) -> list[Path]:
     """Draw a run folder's pictures from its files; return their paths.
 
     `accuracy.png` and `layers.png`, and `theory.png` where a term of `layerfed.theory` is known.
+
+    Raises
+    ------
+    OSError, ValueError
+        If it is no run folder, one of its files is damaged, or no round was finished.
     """
-    metrics = read_lines(folder / "metrics.jsonl")
-    selections = read_lines(folder / "selection.jsonl")
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'summary.json'} is damaged: {error}") from None
+    lines = [folder / "metrics.jsonl", folder / "selection.jsonl"]
+    metrics, selections = (read_lines(file) if file.exists() else [] for file in lines)
+    if not metrics or not selections:
+        ended = summary.get("error") or f"its status is '{summary.get('status')}'"
+        raise ValueError(f"{folder}: no round was finished; {ended}")
     title = f"{summary['task']} · {summary['strategy']} · seed {summary['seed']}"
     pictures = [
         _accuracy(metrics, summary, title, folder / "accuracy.png"),

@@ -61,13 +61,21 @@ def lock(folder: Path) -> FileLock:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read a `.jsonl` file; a last line cut short by a crash is left out."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    """Read a `.jsonl` file; a last line cut short by a crash is left out.
+
+    Raises
+    ------
+    ValueError
+        If a line before the last is damaged: then it was not a crash.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{file.name}, line {number} is damaged: {error}") from None
     return rows
 
 

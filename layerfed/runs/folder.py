@@ -147,7 +147,12 @@ class RunFolder(Observer):
                 "its own config.json"
             )
         before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        found = {name: read_lines(path / name) for name in LINES if (path / name).exists()}
+        try:
+            found = {name: read_lines(path / name) for name in LINES if (path / name).exists()}
+        except ValueError as error:
+            raise ConfigError(
+                f"run.resume = '{path}': {error}; it cannot be gone on with"
+            ) from None
         again = [
             row["round"] for row in found.get("metrics.jsonl", []) if row["round"] > last_round
         ]
@@ -236,6 +241,7 @@ class RunFolder(Observer):
             "train_loss": record.train_loss,
             "e1": record.e1,
             "e2": record.e2,
+            "e2_masks": record.e2_masks,
             "update_norm": record.update_norm,
             "epsilon": _finite(record.epsilon),
             "epsilon_covers": record.epsilon_covers,
@@ -254,7 +260,10 @@ class RunFolder(Observer):
             **{key: getattr(total, field) for key, field in TRAFFIC.items()},
             "flops": record.flops,
             "flops_probe": record.flops_probe,
+            "steps": record.steps,
+            "train_seconds": record.train_seconds,
             "peak_memory": record.peak_memory,
+            "peak_memory_probe": record.peak_memory_probe,
         }
         self._count(line)
         append_line(self.path / "metrics.jsonl", line)

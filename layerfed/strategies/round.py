@@ -19,6 +19,7 @@ from layerfed.exchange import (
     Holdings,
     RefusedReply,
     check_reply,
+    layer_steps,
     read_evaluation,
     read_held,
     read_missing,
@@ -105,7 +106,11 @@ class Round(Asking):
                 answer = self._answer(node, reply, "probe")
                 rows, costs = read_statistics(answer, names, self._model.layers.num_blocks)
                 found[partition] = rows
-                self.record.flops_probe += costs.get("flops", 0.0)
+                record = self.record
+                record.flops_probe += costs.get("flops", 0.0)
+                record.peak_memory_probe = max(
+                    record.peak_memory_probe, costs.get("peak-memory", 0.0)
+                )
                 size = sum(row.nbytes for row in rows.values())
                 self.record.ledger[partition].up += size
                 self.record.ledger[partition].moved_up += size
@@ -124,12 +129,15 @@ class Round(Asking):
             due = self._due_from(node, partition, answer)
             examples, metrics, norms_sq = self._fold_in(partition, due, answer)
             if norms_sq:
-                self._spread.add(partition, examples, metrics.get("steps"), norms_sq)
+                moved = self._steps(node, metrics.get("steps"))
+                self._spread.add(partition, examples, moved, norms_sq)
             record = self.record
             record.updated[partition] = tuple(due)
             record.replies += 1
             traffic.full_up += self._model.bytes(self._model.layers.names)
             record.flops += metrics.get("flops", 0.0)
+            record.steps += metrics.get("steps", 0.0)
+            record.train_seconds += metrics.get("seconds", 0.0)
             record.peak_memory = max(record.peak_memory, metrics.get("peak-memory", 0.0))
             if "loss" in metrics:  # private clients do not say
                 self._losses[partition] = (examples, metrics["loss"])
@@ -243,7 +251,15 @@ class Round(Asking):
             norms_sq = {layer: self._mean.norm_sq(layer) for layer in there}
             known = {layer: norm for layer, norm in norms_sq.items() if norm is not None}
             if len(known) == len(there):
-                record.e2 = self._spread.heterogeneity_term(known, record.lr)
+                everyone = sum(map(self._counted, self._partitions.values()))
+                record.e2 = self._spread.heterogeneity_term(known, record.lr, everyone)
+                record.e2_masks = self._spread.heterogeneity_term(known, record.lr)
+
+    def _steps(self, node: int, stated: float | None) -> dict[str, float] | None:
+        """Return in how many steps each block moved on a client; None where it does not say."""
+        if stated is None:
+            return None
+        return layer_steps(self._asked[node], self._model.layers, stated)
 
     def _counted(self, client: int) -> int:
         """Return as how many examples those count that a client stated when it joined."""

@@ -19,13 +19,24 @@ def write_run(
     accuracies: Sequence[float] = (0.5,),
     *,
     status: str = "completed",
+    engine: str = "inprocess",
+    torch: str = "2.14.1",
     **line: Any,
 ) -> None:
     """Write a run in which two clients train block 0 in each round."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_flat()))
     (folder / "summary.json").write_text(
-        json.dumps({"status": status, "initial_accuracy": 0.1, "accuracy": accuracies[-1]})
+        json.dumps(
+            {
+                "status": status,
+                "rounds": len(accuracies),
+                "initial_accuracy": 0.1,
+                "accuracy": accuracies[-1],
+                "engine": engine,
+                "versions": {"torch": torch, "layerfed": "0.1.0"},
+            }
+        )
     )
     layers = [("embeddings", "embeddings", 400, 10.0)]
     layers += [(f"blocks.{i}", "block", 1000, 40.0) for i in range(BLOCKS)]
@@ -45,7 +56,13 @@ def write_run(
         "bytes_full_down": 9000,
         "flops": 4e12,
         "flops_probe": 2e12,
+        "steps": 10,
+        "train_seconds": 5.0,
         "peak_memory": 5e6,
+        "peak_memory_probe": 7e6,
+        "e1": None,
+        "e2": 0.25,
+        "e2_masks": 0.0,
     }
     metrics = [
         {"round": i, "accuracy": accuracy, **figures, **line}

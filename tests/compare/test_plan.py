@@ -67,7 +67,7 @@ def test_a_cell_is_its_experiment_with_budget_row_and_seed_on_top() -> None:
         ({"rows": [Row("top"), Row("top")]}, "row 'top' is there twice"),
         (
             {"rows": [Row("a b", {"strategy.name": "top"}), Row("a-b", {"strategy.name": "snr"})]},
-            "row 'a-b' is there twice",
+            "rows 'a b' and 'a-b' would share the run folders 'a-b-…'",
         ),
         ({"budgets": [Budget.parse("1"), Budget.parse("1.0")]}, "budget '1' is there twice"),
         ({"rows": [Row("tpo")]}, "row 'tpo': there is no strategy 'tpo'; known: ilp, full"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerfed.config import RunConfig
-from layerfed.report import RunFigures, Section, draw_accuracy, draw_uplink
+from layerfed.report import RunFigures, Section, draw_accuracy, draw_terms, draw_uplink
 from layerfed.report.comparison import (
     accuracy_table,
+    differences,
     measured_costs,
     paper_accounting,
     runs_csv,
 )
-from layerfed.report.comparison_plots import mean_curve, pareto_front
+from layerfed.report.comparison_plots import look, mean_curve, pareto_front
 from layerfed.report.paper_costs import paper_costs
 from tests.compare.synthetic import write_run
 
@@ -65,12 +67,14 @@ def test_accuracies_are_means_and_deviations_and_the_best_is_bold(section: Secti
 def test_costs_are_of_a_client_and_round(section: Section) -> None:
     lines = measured_costs(section, "full").splitlines()
     assert lines[2] == (
-        "| full | 4 | 1 | 100.0 (20.0) | 0.036 | 100.0 | 0.036 | 100.0 | 4 | 1.5 | 5 | 99.00 (1 of 2) |"
+        "| full | 4 | 1 | 100.0 (20.0) | 0.036 | 100.0 | 0.036 | 100.0 | 4 | 0.5 | 5 (7) "
+        "| 99.00 (1 of 2) |"
     )
     assert lines[5] == (
-        "| ours | 2 | 2 | 80.0 (40.0) | 0.0088 | 24.4 | 0.0044 | 12.2 | 4 | 1.5 | 5 | 80.00 (1 of 2) |"
+        "| ours | 2 | 2 | 80.0 (40.0) | 0.0088 | 24.4 | 0.0044 | 12.2 | 4 | 0.5 | 5 (7) "
+        "| 80.00 (1 of 2) |"
     )
-    assert lines[4].count("…") == 8
+    assert lines[4].count("…") == 9
     assert "– (–)" in measured_costs(section)
 
 
@@ -126,6 +130,55 @@ def test_every_run_is_a_line_of_the_csv(section: Section) -> None:
     assert float(rows[0]["flops"]) == 8e12
 
 
+def test_a_step_takes_what_clients_say_whatever_the_phase_took(tmp_path: Path) -> None:
+    """Ten steps in 6 s of the clients' own; messages, averages and a full core are not theirs."""
+    run = figures(tmp_path, 0.5, steps=10, train_seconds=6.0, seconds_by_phase={"train": 99.0})
+    silent = figures(tmp_path, 0.5, steps=0, train_seconds=0.0, peak_memory=0.0)
+    shown = Section(
+        "x", ["a", "b"], ["R = 1"], {("a", "R = 1"): [run], ("b", "R = 1"): [silent]}, 1
+    )
+    lines = [line.split(" | ") for line in measured_costs(shown).splitlines()]
+    column = lines[0].index("s a step")
+    assert [lines[2][column], lines[3][column]] == ["0.6", "–"]
+    assert [lines[2][column + 1], lines[3][column + 1]] == ["5 (7)", "– (7)"]
+
+
+def test_the_terms_of_the_theory_are_means_over_the_rounds_that_have_them(tmp_path: Path) -> None:
+    run = figures(tmp_path, 0.5, 0.6, e1=None, e2=0.5)
+    assert math.isnan(run.e1)
+    assert (run.e2, run.e2_masks) == (0.5, 0.0)
+    assert run.terms["e2"] == ((1, 0.5), (2, 0.5))
+
+
+def test_runs_of_another_make_are_pointed_out(tmp_path: Path, section: Section) -> None:
+    """They count as done, and their costs would be averaged without a word."""
+    assert differences([section]) == ""
+    ray, newer = tmp_path / "ray", tmp_path / "newer"
+    write_run(ray, RunConfig(), engine="ray")
+    write_run(newer, RunConfig(), torch="2.15.0")
+    runs = {("top", "R = 1"): [RunFigures.read(ray), RunFigures.read(newer)]}
+    said = differences([Section("x", ["top"], ["R = 1"], runs, 2)])
+    assert "differ in engine (inprocess, ray) and torch (2.14.1, 2.15.0)" in said
+
+
+def test_a_run_that_lost_lines_is_not_taken_for_a_shorter_one(tmp_path: Path) -> None:
+    figures(tmp_path, 0.3, 0.9, 0.6)
+    file = tmp_path / "run-0/metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has 2 whole lines for 3 rounds"):
+        RunFigures.read(tmp_path / "run-0")
+    file.write_text(lines[0] + "{\n" + lines[2])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
+        RunFigures.read(tmp_path / "run-0")
+
+
+def test_no_two_of_many_rows_look_alike() -> None:
+    looks = [look(number) for number in range(40)]
+    assert len({(color, line) for color, line, _ in looks}) == 40
+    assert len({(color, filling) for color, _, filling in looks}) == 40
+
+
 def test_figures_are_sums_over_lines_not_the_summarys(tmp_path: Path) -> None:
     run = figures(tmp_path, 0.3, 0.9, 0.6)
     assert (run.rounds, run.updates, run.bytes_up, run.flops) == (3, 6, 6600, 12e12)
@@ -134,15 +187,17 @@ def test_figures_are_sums_over_lines_not_the_summarys(tmp_path: Path) -> None:
 
 
 def test_a_curve_has_the_rounds_that_all_runs_were_evaluated_in(tmp_path: Path) -> None:
-    rounds, mean, spread = mean_curve([figures(tmp_path, 0.2, 0.4), figures(tmp_path, 0.4)])
+    rounds, mean, spread = mean_curve(
+        [figures(tmp_path, 0.2, 0.4).curve, figures(tmp_path, 0.4).curve]
+    )
     assert rounds.tolist() == [0, 1]
     np.testing.assert_allclose(mean, [0.1, 0.3])
     np.testing.assert_allclose(spread, [0.0, np.std([0.2, 0.4], ddof=1)])
-    assert mean_curve([figures(tmp_path, 0.2)])[2].tolist() == [0.0, 0.0]
+    assert mean_curve([figures(tmp_path, 0.2).curve])[2].tolist() == [0.0, 0.0]
 
 
 def test_pictures_are_drawn_of_what_there_is(section: Section, tmp_path: Path) -> None:
-    for draw in (draw_accuracy, draw_uplink):
+    for draw in (draw_accuracy, draw_terms, draw_uplink):
         drawn = draw([section, section], tmp_path / "picture.png")
         assert drawn.read_bytes().startswith(b"\x89PNG")
         drawn.unlink()

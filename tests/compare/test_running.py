@@ -98,9 +98,9 @@ class Launcher:
             if name not in self.errors and isinstance(job.what, Cell):
                 if not config["run.resume"]:
                     write_cell(job.what)
-                (job.what.folder / "summary.json").write_text(
-                    json.dumps({"status": "completed", "initial_accuracy": None})
-                )
+                file = job.what.folder / "summary.json"
+                summary = json.loads(file.read_text())
+                file.write_text(json.dumps(summary | {"status": "completed"}))
             ended(Ended(job, self.errors.get(name, "")))
 
 
@@ -122,6 +122,7 @@ def test_only_what_is_missing_is_run(launcher: Launcher, tmp_path: Path) -> None
         "table.csv",
         "table-accuracy.png",
         "table-uplink.png",
+        "table-theory.png",
     ]
     text = files[0].read_text()
     compare(plan(), tmp_path)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from flwr.app import Message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from layerfed.client_app import workbench
 from layerfed.config import Scalar
@@ -42,6 +45,41 @@ def test_every_strategy_works_with_every_budget_and_codec(
     way: str, budget: str, codec: str
 ) -> None:
     check(way, budget, codec, BUDGETS[budget])
+
+
+@pytest.mark.parametrize("unit", ["layers", "bytes", "parameters", "flops", "memory"])
+@pytest.mark.parametrize("way", ["full", "fedtlu", "fedtlu, clients"])
+def test_what_keeps_to_no_budget_runs_whatever_it_is(way: str, unit: str) -> None:
+    """The one that a comparison leaves in place may be out of any range."""
+    for amount in (1e-6, 1e12):
+        settings = [f"budget.unit={unit}", f"budget.layers={amount}"]
+        result = run(configured(*WAYS[way], *settings))
+        assert result.rounds[0].replies == 4
+
+
+class Wire(Messages):
+    """Has every message written and read again, as between processes and machines."""
+
+    def _work(self, message: Message) -> Message:
+        return _over_the_wire(super()._work(_over_the_wire(message)))
+
+
+def _over_the_wire(message: Message) -> Message:
+    written = message_to_proto(message).SerializeToString()
+    return message_from_proto(ProtoMessage.FromString(written))
+
+
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_strategy_is_the_same_over_the_wire(way: str, codec: str) -> None:
+    """Ray, and a real SuperLink, hand over bytes where the in-process engine hands over objects."""
+    settings = [*WAYS[way], "budget.layers=2", f"exchange.codec={codec}"]
+    config = configured(*settings, "federation.clients-per-round=3", "strategy.theory=true")
+    here, there = run(config, 2), run(config, 2, Wire(config))
+    assert [record.failures for record in there.rounds] == [[], []]
+    for number in (1, 2):
+        assert there.masks(number) == here.masks(number)
+    assert all(np.array_equal(there.after[name], here.after[name]) for name in here.after)
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -12,40 +12,61 @@ from tests.strategies.tiny_task import Messages, configured, run
 pytestmark = pytest.mark.usefixtures("tiny_task")
 
 
-def test_both_terms_are_those_of_the_messages() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["budget.kind=half-normal", "budget.max=3", "strategy.consistency=-1"],
+        ["strategy.name=random", "strategy.resample-steps=1", "train.local-steps=4"],
+    ],
+    ids=["ilp", "resampled"],
+)
+def test_both_terms_are_those_of_the_messages(settings: list[str]) -> None:
     """From the replies as they travelled: nothing the strategy kept."""
-    config = configured("budget.kind=half-normal", "budget.max=3", "strategy.consistency=-1")
+    config = configured("strategy.theory=true", *settings)
     grid = Messages(config)
     (record,) = run(config, 1, grid).rounds
-    layers = workbench(config.to_flat()).resident.layers
+    bench = workbench(config.to_flat())
+    layers = bench.resident.layers
     selection = record.selection
     assert selection is not None
     masks = selection.choice.masks
     d = [int(r.content.metric_records["metrics"]["examples"]) for _, r in grid.trained()]
     share = np.array(d) / sum(d)
+    everyone = sum(len(bench.examples(i)[0]) for i in range(6))
 
     norms = selection.statistics["grad_norm_sq"]
     untrained = ~masks.any(axis=0)
     assert record.e1 == pytest.approx((share @ norms)[untrained].sum())
 
     updates = [r.content.array_records["arrays"] for _, r in grid.trained()]
-    e2 = 0.0
+    # In how many of its steps each client trained each layer; one mask a step where they change.
+    schedules = [selection.choice.schedule(i) for i in range(len(d))]
+    each = config.train.local_steps // len(schedules[0])
+    steps = each * np.array([schedule.sum(axis=0) for schedule in schedules])
+    e2 = np.zeros(2)
     for index, block in enumerate(layers.blocks):
         there = np.flatnonzero(masks[:, index])
         if not len(there):
             continue
-        rows = [
-            np.concatenate([updates[i][p].numpy().astype(float).ravel() for p in block.parameters])
-            for i in there
-        ]
-        gradients = np.stack(rows) / (config.train.lr * config.train.local_steps)
+        rows = np.stack(
+            [
+                np.concatenate(
+                    [updates[i][p].numpy().astype(float).ravel() for p in block.parameters]
+                )
+                for i in there
+            ]
+        )
         weights = share[there] / share[there].sum()
-        kappa_sq = weights @ ((gradients - weights @ gradients) ** 2).sum(axis=1)
-        full = np.zeros(len(share))
+        spread = weights @ ((rows - weights @ rows) ** 2).sum(axis=1)
+        kappa_sq = spread / (config.train.lr * (weights @ steps[there, index])) ** 2
+        # Σ (w − α)²/α, first with α over all six clients, of whom those without a reply have w = 0.
+        alpha = np.append(np.array(d), everyone - sum(d)) / everyone
+        full = np.zeros(len(alpha))
         full[there] = weights
-        e2 += ((full - share) ** 2 / share).sum() * kappa_sq
-    assert e2 > 0
-    assert record.e2 == pytest.approx(e2, rel=1e-5)
+        e2[0] += ((full - alpha) ** 2 / alpha).sum() * kappa_sq
+        e2[1] += ((full[:-1] - share) ** 2 / share).sum() * kappa_sq
+    assert e2[0] > e2[1] > 0
+    assert (record.e2, record.e2_masks) == pytest.approx(tuple(e2), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -64,9 +85,13 @@ def test_without_a_probe_of_norms_the_first_term_is_unknown(name: str) -> None:
     assert all(np.array_equal(plain.after[n], shown.after[n]) for n in plain.after)
 
 
-def test_full_fine_tuning_has_neither_term() -> None:
-    (record,) = run(configured("strategy.name=full", "strategy.theory=true")).rounds
-    assert record.e1 == record.e2 == 0.0
+@pytest.mark.parametrize("clients", [4, 6])
+def test_full_fine_tuning_of_all_clients_has_neither_term(clients: int) -> None:
+    """Of some, it has the second one, which its masks are not to blame for."""
+    settings = ["strategy.theory=true", f"federation.clients-per-round={clients}"]
+    (record,) = run(configured("strategy.name=full", *settings)).rounds
+    assert record.e1 == record.e2_masks == 0.0
+    assert (record.e2 == 0.0) == (clients == 6)
 
 
 def test_layers_that_are_left_out_after_training_count_as_untrained() -> None:
