@@ -5,6 +5,7 @@ show = "accuracy"                       # or "cost"
 seeds = [0, 1, 2]
 budgets = [1, 2]                        # or "half-normal"
 source = "[S, Table 1]"                 # of the published figures
+set = { run.evaluate-every = 5 }        # settings on top of every experiment's, if any
 
 [rows]                                  # a strategy's name, or a name with settings
 full = {}
@@ -13,7 +14,7 @@ full = {}
 [experiments.cifar10]
 title = "CIFAR-10"
 conf = "../cifar10.toml"                # from this file's folder
-set = { federation.rounds = 50 }        # settings on top of it, if any
+set = { federation.rounds = 50 }        # settings on top of these, if any
 
 [experiments.cifar10.paper]             # published, in %: one, or one a budget; nan: none
 full = 95.43
@@ -57,6 +58,7 @@ class _Table(_Strict):
     reference: str = ""
     source: str = ""
     note: str = ""
+    set: dict[str, Any] = {}
     rows: dict[str, dict[str, Any]]
     experiments: dict[Name, _Experiment]
 
@@ -113,7 +115,7 @@ def load_plan(
         rows=rows,
         budgets=budgets,
         experiments=[
-            _experiment(name, section, file, overrides)
+            _experiment(name, section, table.set, file, overrides)
             for name, section in table.experiments.items()
             if not only or name in only
         ],
@@ -137,9 +139,13 @@ def _row(name: str, settings: Mapping[str, Any], file: Path) -> Row:
 
 
 def _experiment(
-    name: str, section: _Experiment, file: Path, overrides: Sequence[str]
+    name: str,
+    section: _Experiment,
+    common: Mapping[str, Any],
+    file: Path,
+    overrides: Sequence[str],
 ) -> Experiment:
-    settings = flatten(section.set)
+    settings = flatten(common) | flatten(section.set)
     refuse_grid_keys(settings, f"{file}: experiment '{name}'")
     try:
         base = RunConfig.from_flat(

@@ -52,6 +52,14 @@ def test_settings_of_the_command_line_are_on_top_and_rows_on_top_of_them(table: 
     assert [cell.seed for cell in plan.cells(Path("x"))] == [3] * 6
 
 
+def test_settings_for_all_experiments_are_below_those_of_each(table: Path) -> None:
+    common = "[set]\ntrain = { lr = 0.75, local-steps = 3 }\n\n[rows]"
+    table.write_text(table.read_text().replace("[rows]", common))
+    one, two = load_plan(table).experiments
+    assert (one.base.train.lr, two.base.train.lr) == (0.5, 0.75)
+    assert one.base.train.local_steps == two.base.train.local_steps == 3
+
+
 def test_experiments_and_seeds_can_be_chosen(table: Path) -> None:
     plan = load_plan(table, seeds=[5, 6], only=["two"])
     assert [experiment.name for experiment in plan.experiments] == ["two"]
@@ -71,6 +79,7 @@ def test_experiments_and_seeds_can_be_chosen(table: Path) -> None:
         ("budgets = [1, 2]", 'budgets = ["normal"]', "'normal' is not allowed"),
         ('"base.toml"\nset', '"gone.toml"\nset', "experiment 'one': cannot read configuration"),
         ("train.lr = 0.5", "train.rl = 0.5", "experiment 'one': unknown key 'train.rl'"),
+        ("[rows]", "set = { train.rl = 1 }\n[rows]", "experiment 'one': unknown key 'train.rl'"),
         ("train.lr = 0.5", "run.seed = 5", "experiment 'one': run.seed is decided by seeds"),
         ("strategy.period = 2", "strategy.perod = 2", "unknown key 'strategy.perod'"),
         ("strategy.period = 2", "budget.layers = 2", "budget.layers is decided by budgets"),
