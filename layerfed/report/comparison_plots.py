@@ -83,8 +83,10 @@ def draw_terms(sections: Sequence[Section], file: Path) -> Path:
             axes.set_title(f"{section.title} · {budget}", fontsize=10)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=7, ncols=2)
+    drawn = {line.get_label(): line for axes in panels.flat for line in axes.lines}
+    rows = [row for row in sections[0].rows if row in drawn]
+    # Beside the panels: lines that end in zero lie where a legend would.
+    figure.legend([drawn[row] for row in rows], rows, loc="outside right upper", fontsize=9)
     figure.savefig(file, dpi=120)
     return file
 
@@ -158,6 +160,7 @@ def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
             front = np.array(pareto_front(points))
             axes.plot(*front.T, color="0.5", linewidth=1, linestyle="--", zorder=0)
             axes.set_xscale("log")
+            axes.tick_params(axis="x", which="both", labelsize=7)
             for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
                 axis(StrMethodFormatter("{x:g}"))
             axes.legend(fontsize=7, ncols=2)
