@@ -31,7 +31,7 @@ def require(library: str, extra: str, model: str) -> Any:
             raise
         raise ConfigError(
             f"model.name = '{model}' needs {library}, which is not installed: "
-            f'pip install "layerfed[{extra}]"'
+            f'pip install ".[{extra}]" in the clone of LayerFed'
         ) from None
 
 

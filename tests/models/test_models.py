@@ -273,7 +273,7 @@ def test_a_gated_model_says_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_missing_library_names_its_extra() -> None:
-    with pytest.raises(ConfigError, match=r"layerfed\[clip\]"):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[clip\]" in the clone'):
         require("no_such_library", "clip", "open_clip/ViT-B-32")
 
 
