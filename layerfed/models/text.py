@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +40,13 @@ def load_tokenizer(section: ModelConfig) -> PreTrainedTokenizerBase:
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> object:
     """Return what a tokenizer's output depends on, the same in every process."""
-    # Not a hash of the object, which changes with its first use.
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return type(tokenizer).__name__, backend.to_str() if backend else sorted(tokenizer.get_vocab())
+    if backend is None:
+        return type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())
+    # Cutting and padding are left behind by its last use; every call here says its own.
+    left = ("truncation", "padding")
+    kept = {name: part for name, part in json.loads(backend.to_str()).items() if name not in left}
+    return type(tokenizer).__name__, json.dumps(kept, sort_keys=True)
 
 
 def build_text_classifier(
