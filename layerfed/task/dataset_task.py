@@ -23,7 +23,7 @@ from layerfed.task.partition import partition_indices
 __all__ = ["DatasetTask", "Encoder", "Table", "join_parts"]
 
 # Goes into the key of everything that is kept: raise it when what is made of a row changes.
-FORMAT = 1
+FORMAT = 2
 
 Columns = dict[str, list[Any]]
 

@@ -13,7 +13,6 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Image, List, Value
 from PIL import Image as Pixels
-from PIL import UnidentifiedImageError
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
@@ -172,17 +171,28 @@ def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
     Raises
     ------
     ConfigError
-        If it is missing or broken.
+        If it is missing or broken, or its values cannot be told.
     """
     if cell is None or not (cell.get("bytes") or cell.get("path")):
         raise ConfigError(f"{where}: the image is missing; leave the row out")
     source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]
+    name = cell.get("path") or "without a name"
     try:
-        return Pixels.open(source).convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        image = Pixels.open(source)
+        if image.mode in ("I", "F"):
+            raise ConfigError(
+                f"{where}: image {name} has values of 32 bits (mode {image.mode}), and nothing says "
+                "which of them is white; convert it to 8 or 16 bits"
+            )
+        if image.mode.startswith("I;16"):
+            # Conversion alone would cut all values above 255 down to white.
+            image = Pixels.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except ConfigError:
+        raise
+    except (OSError, SyntaxError, ValueError, Pixels.DecompressionBombError) as error:
         raise ConfigError(
-            f"{where}: image {cell.get('path') or 'without a name'} cannot be decoded "
-            f"({type(error).__name__}); mend it or leave it out"
+            f"{where}: image {name} cannot be decoded ({type(error).__name__}); mend it or leave it out"
         ) from error
 
 
