@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from layerfed.task.dataset_task import Columns, DatasetTask, Encoder
 from layerfed.task.loading import (
     CHANGED,
     TEST_SPLITS,
+    TRAIN_SPLITS,
     Part,
     data_files,
     image_folders,
@@ -33,7 +35,7 @@ from layerfed.task.loading import (
 
 __all__ = ["ImageTask"]
 
-SPLITS = ("train", *TEST_SPLITS)
+SPLITS = (*TRAIN_SPLITS, *TEST_SPLITS)
 
 
 class ImageTask(DatasetTask):
@@ -86,10 +88,15 @@ class ImageTask(DatasetTask):
     ) -> tuple[list[Part], list[Part]]:
         """Read `CLASS/`, `GROUP/CLASS/`, and each below a folder for each split."""
         found: dict[str, dict[str, dict[str, Sequence[Path]]]] = {}
+        split_up = any(len(path) > 1 and path[0].lower() in SPLITS for path in folders)
         for path, images in folders.items():
-            below = len(path) > 1 and path[0] in SPLITS
-            split = path[0] if below else "train"
-            *group, label = path[below:] or ("",)
+            if split_up and not (path and path[0].lower() in SPLITS):
+                raise ConfigError(
+                    f"task.data = '{self.data}': some folders are for splits, such as train/ and test/, "
+                    f"but {root.joinpath(*path)} holds images too; move it into one of them"
+                )
+            split = path[0] if split_up else "train"
+            *group, label = path[split_up:] or ("",)
             if len(group) > 1 or not label:
                 raise ConfigError(
                     f"task.data = '{self.data}': images in {root.joinpath(*path)} have no class; "
@@ -106,7 +113,7 @@ class ImageTask(DatasetTask):
         train, test = pick_splits(found, section.train_split, section.test_split, self.data)
 
         def parts(split: str) -> list[Part]:
-            base = root / split if (root / split).is_dir() else root
+            base = root / split if split_up else root
             return [
                 self.with_images(Part(image_rows(files), str(base / group), group))
                 for group, files in found[split].items()
@@ -127,13 +134,18 @@ class ImageTask(DatasetTask):
             If its input column holds neither images nor paths of images.
         """
         given = self.config.task.input_columns
-        column = pick_columns(given, self.inputs, found, "task.input-columns")[0]
+        column, *more = pick_columns(given, self.inputs, found, "task.input-columns")
+        if more:
+            raise ConfigError(
+                f"task.input-columns = '{given}' names {len(more) + 1} columns, but images come from one"
+            )
         rows, feature = found.rows, found.rows.features[column]
         if getattr(feature, "dtype", "") in ("string", "large_string"):
             if CHANGED not in rows.column_names:
                 # Paths in a table are relative to the table.
                 base = local_path(self.data)
-                rows = _with_paths(rows, column, base.parent if base and base.is_file() else base)
+                folder = base.parent if base and base.is_file() else base or Path()
+                rows = _with_paths(rows, column, folder, found.where)
         elif not isinstance(feature, Image):
             raise ConfigError(
                 f"{found.where}: column '{column}' is of type {feature}, not of images or paths of "
@@ -157,11 +169,17 @@ class ImageTask(DatasetTask):
         return scores
 
 
-def _with_paths(rows: Dataset, column: str, folder: Path | None) -> Dataset:
+def _with_paths(rows: Dataset, column: str, folder: Path, where: str) -> Dataset:
     """Make paths absolute, and have a file that changes make another table."""
-    paths = [Path(folder or "", path or "") for path in rows[column]]
-    changed = [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
-    rows = rows.remove_columns(column).add_column(column, [str(path) for path in paths])
+    paths = [os.path.join(folder, path or "") for path in rows[column]]
+    # What is too long for a path, as a text may be, does not exist either.
+    changed = [os.stat(path).st_mtime_ns if os.path.isfile(path) else 0 for path in paths]
+    if paths and not any(changed):
+        raise ConfigError(
+            f"{where}: column '{column}' is of text, and nowhere the path of an image in {folder}; "
+            "choose another by task.input-columns=NAME, or for text a model of transformers (model.name)"
+        )
+    rows = rows.remove_columns(column).add_column(column, paths)
     return rows.add_column(CHANGED, changed)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from layerfed.config import ConfigError
 __all__ = [
     "CHANGED",
     "TEST_SPLITS",
+    "TRAIN_SPLITS",
     "Part",
     "data_files",
     "image_folders",
@@ -50,7 +51,9 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Times of change of the image files that a table points at: a column that nobody reads, but that makes a
 # table whose files have changed another one.
 CHANGED = "__changed__"
-TEST_SPLITS = ("test", "validation", "dev", "valid")
+# Names of splits, in any case; the first that is there is taken.
+TRAIN_SPLITS = ("train", "training")
+TEST_SPLITS = ("test", "testing", "eval", "validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,7 @@ def pick_splits(
                 f"task.{key}-split = '{name}', but {where} has no such split; there are "
                 f"{', '.join(splits)}"
             )
-    others = [name for name in TEST_SPLITS if name in splits and name != train]
-    first = train or ("train" if "train" in splits else "")
+    first = train or next(_named(TRAIN_SPLITS, splits), "")
     if not first:
         if len(splits) != 1:
             raise ConfigError(
@@ -225,8 +227,13 @@ def pick_splits(
                 f"{', '.join(splits)}"
             )
         first = next(iter(splits))
-    second = test or next((name for name in others if name != first), None)
+    second = test or next((name for name in _named(TEST_SPLITS, splits) if name != first), None)
     return first, None if second == first else second
+
+
+def _named(names: Sequence[str], splits: Mapping[str, object]) -> Iterator[str]:
+    """Yield the splits of some names, in the names' order."""
+    return (split for name in names for split in splits if split.lower() == name)
 
 
 def pick_columns(

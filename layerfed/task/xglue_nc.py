@@ -25,6 +25,7 @@ from layerfed.config import ConfigError
 from layerfed.models import build_text_classifier
 from layerfed.task.loading import (
     TEST_SPLITS,
+    TRAIN_SPLITS,
     Part,
     data_files,
     load_file_list,
@@ -103,7 +104,7 @@ class XglueNc(TextTask):
             path = file.relative_to(folder).as_posix()
             parts = {*re.split(r"[^\w]+", path), *re.split(r"[\W_]+", path)}
             language = next((name for name in self.languages if name in parts), None)
-            split = next((name for name in ("train", *TEST_SPLITS) if name in parts), None)
+            split = next((name for name in (*TRAIN_SPLITS, *TEST_SPLITS) if name in parts), None)
             if language and split:
                 files.setdefault(split, {}).setdefault(language, []).append(file)
         return {

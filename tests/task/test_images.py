@@ -268,6 +268,29 @@ def test_folders_for_splits_are_kept_apart(tmp_path: Path) -> None:
     assert whole(found.test_examples())["label"].tolist() == [0] * 5 + [1] * 5
 
 
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "Test"), ("Training", "Testing"), ("train", "val")]
+)
+def test_folders_for_splits_go_by_many_names(train: str, test: str, tmp_path: Path) -> None:
+    for split, count in ((train, 30), (test, 5)):
+        hub.image_files(tmp_path / split, ["cat", "dog"], count)
+    found = custom(tmp_path)
+    assert sum(len(found.partition(i)) for i in range(4)) == 60
+    assert len(found.test_examples()) == 10
+    assert found.groups == ()  # type: ignore[attr-defined]
+    where = [part.where for parts in found.parts for part in parts]  # type: ignore[attr-defined]
+    assert where == [str(tmp_path / train), str(tmp_path / test)]
+    named = custom(tmp_path, f"task.train-split={test}", f"task.test-split={train}")
+    assert len(named.test_examples()) == 60
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    hub.image_files(tmp_path, ["bus", "train"], 30)
+    assert custom(tmp_path).classes == ("bus", "train")  # type: ignore[attr-defined]
+    hub.image_files(tmp_path / "train", ["express"], 1)
+    refused(lambda: custom(tmp_path), "are for splits", "bus holds images too")
+
+
 def test_a_table_of_paths_is_read_from_its_folder(tmp_path: Path) -> None:
     hub.image_files(tmp_path, ["pictures"], 80)
     lines = [f"pictures/{i:03}.png,{['no', 'yes'][i % 2]},{i % 4}" for i in range(80)]
@@ -285,7 +308,17 @@ def test_a_table_of_paths_is_read_from_its_folder(tmp_path: Path) -> None:
     file.write_text(file.read_text() + "\n")
     refused(lambda: custom(file, *columns), "row 17", "017.png", "cannot be decoded")
     refused(lambda: custom(file, "task.input-columns=photos"), "'photos'", "photo, ill, hospital")
+    two = ["task.input-columns=photo,ill", "task.label-column=ill"]
+    refused(lambda: custom(file, *two), "'photo,ill' names 2 columns", "from one")
     refused(lambda: custom(file, *columns, "task.group-column=ward"), "'ward'", "task.group-column")
+
+
+@pytest.mark.parametrize("text", ["fine", "word " * 900], ids=["short", "long"])
+def test_text_is_no_path_of_an_image(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i in range(9)))
+    chosen = "task.input-columns=text"
+    refused(lambda: custom(file, chosen), "column 'text' is of text", "model.name", chosen[:18])
 
 
 def test_images_without_a_class_and_layouts_too_deep_are_refused(tmp_path: Path) -> None:
