@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules.csv.csv import Csv
 from filelock import FileLock
 
 from layerfed.block_finder import some
@@ -38,12 +46,14 @@ __all__ = [
     "words",
 ]
 
+# A class may be called None and a region NA: only an empty cell is a missing value.
+CSV = {"keep_default_na": False, "na_values": [""]}
 READERS = {
     ".parquet": ("parquet", {}),
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".csv": ("csv", CSV),
+    ".tsv": ("csv", {**CSV, "sep": "\t"}),
 }
 # Owner, name and, where a data set has several, one of its subsets.
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
@@ -127,7 +137,7 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
         else:
             inside = path / subset if subset and (path / subset).is_dir() else path
             saved = any((inside / f).exists() for f in ("dataset_dict.json", "state.json"))
-            found = load_from_disk(str(inside)) if saved else load_dataset(str(inside))
+            found = load_from_disk(str(inside)) if saved else _load_folder(inside)
     except ConfigError:
         raise
     except Exception as error:  # whatever the library raises, a user can only act on its reason
@@ -157,9 +167,31 @@ def load_file_list(files: Sequence[Path]) -> Dataset:
     reader, options = READERS[kinds.pop()]
     names = [str(file) for file in files]
     try:
-        return load_dataset(reader, data_files={"train": names}, split="train", **options)
+        found = load_dataset(reader, data_files={"train": names}, split="train", **options)
     except Exception as error:  # whatever the library raises, a user can only act on its reason
         raise ConfigError(f"cannot read {some(names)}: {_reason(error)}") from error
+    if reader == "csv":
+        _refuse_shifted(found, some(names))
+    return found
+
+
+def _load_folder(folder: Path) -> DatasetDict:
+    """Read a folder in the hub's layout, tables of commas or tabs as single files are read."""
+    if not isinstance(load_dataset_builder(str(folder)), Csv):
+        return load_dataset(str(folder))
+    found = load_dataset(str(folder), **CSV)
+    for split, rows in found.items():
+        _refuse_shifted(rows, f"{folder}, split '{split}'")
+    return found
+
+
+def _refuse_shifted(rows: Dataset, where: str) -> None:
+    """Refuse a table in which pandas took the first fields for an index, as no name was left for the last."""
+    if any(name.startswith("__index_level_") for name in rows.column_names):
+        raise ConfigError(
+            f"{where}: lines have more fields than the header, so columns cannot be told; put text with "
+            "commas in quotes"
+        )
 
 
 def image_folders(root: Path) -> dict[tuple[str, ...], list[Path]]:

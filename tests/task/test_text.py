@@ -203,7 +203,39 @@ def test_a_custom_table_of_text_spread_by_dirichlet(tmp_path: Path, model: list[
     )
 
 
+@pytest.mark.parametrize(
+    "layout", ["table.csv", "table.tsv", "folder/train.csv", "folder/train.tsv"]
+)
+def test_none_and_na_are_names_in_tables(layout: str, tmp_path: Path, model: list[str]) -> None:
+    """Only an empty cell is missing, in a file as in a folder."""
+    mark = "\t" if layout.endswith("tsv") else ","
+    rows = [("w1 w2", ["None", "b"][i % 2], ["NA", "EU"][i // 2 % 2]) for i in range(48)]
+    file = tmp_path / layout
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n".join(mark.join(row) for row in [("text", "label", "region"), *rows]))
+    data = file if file.parent == tmp_path else file.parent
+    given = ["task.name=custom", f"task.data={data}", "task.partition=by-column"]
+    few = ["federation.clients=2", "federation.clients-per-round=2"]
+    found = hub.task(*given, "task.group-column=region", *few, *model)
+    found.partition(1)
+    assert isinstance(found, text.TextTask)
+    assert (found.classes, found.groups) == (("None", "b"), ("EU", "NA"))
+
+
 # ------------------------------------------------------------------------------- wrong rows
+@pytest.mark.parametrize("layout", ["table.csv", "folder/train.csv"])
+def test_commas_outside_quotes_shift_no_column(
+    layout: str, tmp_path: Path, model: list[str]
+) -> None:
+    """Read as they are, the label's column would hold the text's beginning."""
+    file = tmp_path / layout
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("label,text\n" + "".join(f"{'ab'[i % 2]},w1, w2\n" for i in range(40)))
+    data = file if file.parent == tmp_path else file.parent
+    says = [str(data), "more fields than the header", "put text with commas in quotes"]
+    refused(lambda: hub.task("task.name=custom", f"task.data={data}", *model), *says)
+
+
 @pytest.mark.parametrize(
     ("train", "test", "says"),
     [
