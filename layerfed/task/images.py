@@ -28,9 +28,11 @@ from layerfed.task.loading import (
     data_files,
     image_folders,
     image_rows,
+    is_text,
     local_path,
     pick_columns,
     pick_splits,
+    require_type,
 )
 
 __all__ = ["ImageTask"]
@@ -139,18 +141,14 @@ class ImageTask(DatasetTask):
             raise ConfigError(
                 f"task.input-columns = '{given}' names {len(more) + 1} columns, but images come from one"
             )
-        rows, feature = found.rows, found.rows.features[column]
-        if getattr(feature, "dtype", "") in ("string", "large_string"):
-            if CHANGED not in rows.column_names:
-                # Paths in a table are relative to the table.
-                base = local_path(self.data)
-                folder = base.parent if base and base.is_file() else base or Path()
-                rows = _with_paths(rows, column, folder, found.where)
-        elif not isinstance(feature, Image):
-            raise ConfigError(
-                f"{found.where}: column '{column}' is of type {feature}, not of images or paths of "
-                "images; choose another by task.input-columns=NAME"
-            )
+        rows, paths = found.rows, is_text(found, column)
+        fits = paths or isinstance(rows.features[column], Image)
+        require_type(found, column, fits, "images or paths of images", "task.input-columns")
+        if paths and CHANGED not in rows.column_names:
+            # Paths in a table are relative to the table.
+            base = local_path(self.data)
+            folder = base.parent if base and base.is_file() else base or Path()
+            rows = _with_paths(rows, column, folder, found.where)
         return Part(rows.cast_column(column, Image(decode=False)), found.where, found.group)
 
     def build_model(self) -> nn.Module:

@@ -37,12 +37,14 @@ __all__ = [
     "data_files",
     "image_folders",
     "image_rows",
+    "is_text",
     "kept",
     "load_file_list",
     "load_splits",
     "local_path",
     "pick_columns",
     "pick_splits",
+    "require_type",
     "words",
 ]
 
@@ -186,7 +188,7 @@ def _load_folder(folder: Path) -> DatasetDict:
 
 
 def _refuse_shifted(rows: Dataset, where: str) -> None:
-    """Refuse a table in which pandas took the first fields for an index, as no name was left for the last."""
+    """Refuse a table in which pandas took the first fields for an index, for want of names."""
     if any(name.startswith("__index_level_") for name in rows.column_names):
         raise ConfigError(
             f"{where}: lines have more fields than the header, so columns cannot be told; put text with "
@@ -289,6 +291,27 @@ def pick_columns(
         else f"none of the columns {' / '.join('+'.join(c) for c in candidates)} is there"
     )
     raise ConfigError(f"{part.where}: {wanted}; there are {', '.join(there)}; choose by {key}=NAME")
+
+
+def require_type(part: Part, column: str, fits: bool, wanted: str, key: str) -> None:
+    """Refuse a column whose type does not fit.
+
+    Raises
+    ------
+    ConfigError
+        Naming the column and its type.
+    """
+    if not fits:
+        feature = part.rows.features[column]
+        raise ConfigError(
+            f"{part.where}: column '{column}' is of type {getattr(feature, 'dtype', feature)}, not "
+            f"{wanted}; choose another by {key}=NAME"
+        )
+
+
+def is_text(part: Part, column: str) -> bool:
+    """Say whether a column holds strings."""
+    return getattr(part.rows.features[column], "dtype", "") in ("string", "large_string")
 
 
 def kept(

@@ -16,6 +16,7 @@ from layerfed.config import ConfigError
 from layerfed.models import build_text_classifier, load_tokenizer, tokenizer_key
 from layerfed.task.base import Batch, Examples
 from layerfed.task.dataset_task import Columns, DatasetTask, Encoder, Table
+from layerfed.task.loading import Part, is_text, require_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +60,13 @@ class TextTask(DatasetTask):
         pad = tokenizer.pad_token_id or 0
         key = "text", limit, tokenizer_key(tokenizer)
         return Encoder(key, token_features(), encode, lambda rows: padded(rows, pad))
+
+    def input_columns(self, part: Part) -> tuple[str, ...]:
+        """Return the columns of text."""
+        columns = super().input_columns(part)
+        for column in columns:
+            require_type(part, column, is_text(part, column), "text", "task.input-columns")
+        return columns
 
     def build_model(self) -> nn.Module:
         """Return the pretrained encoder with a new classification head."""

@@ -240,7 +240,7 @@ def test_commas_outside_quotes_shift_no_column(
     ("train", "test", "says"),
     [
         (["a", "b"], ["a", "c"], ["split 'test'", "row 1", "label = 'c'", "a, b"]),
-        (["a", None], ["a", "b"], ["split 'train'", "row 1", "label = None", "a"]),
+        (["b", None, "a"], ["a", "b"], ["split 'train'", "row 1", "label = None", "a"]),
     ],
     ids=["unknown", "null"],
 )
@@ -248,10 +248,82 @@ def test_labels_that_are_not_known_are_named(
     train: list[str], test: list[str], says: list[str], tmp_path: Path, model: list[str]
 ) -> None:
     for split, labels in (("train", train), ("test", test)):
-        columns = {"text": ["w1 w2"] * 2, "label": labels}
+        columns = {"text": ["w1 w2"] * len(labels), "label": labels}
         hub.parquet(tmp_path / f"{split}-00000-of-00001.parquet", columns)
     few = ["federation.clients=1", "federation.clients-per-round=1"]
     refused(lambda: hub.task("task.name=custom", f"task.data={tmp_path}", *few, *model), *says)
+
+
+def rows_task(folder: Path, model: list[str], columns: dict[str, list[object]], *more: str) -> Task:
+    """A task on a table of JSON lines: several values in turn, 60 rows."""
+    file = folder / "table.jsonl"
+    rows = [{name: cells[i % len(cells)] for name, cells in columns.items()} for i in range(60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    few = ["federation.clients=2", "federation.clients-per-round=2", "task.partition=iid"]
+    return hub.task("task.name=custom", f"task.data={file}", *few, *model, *more)
+
+
+@pytest.mark.parametrize(
+    ("columns", "more", "says"),
+    [
+        ({"text": [1, 2], "label": ["a", "b"]}, [], ["'text' is of type int64, not text"]),
+        (
+            {"text": [["w1"], ["w2"]], "label": ["a", "b"]},
+            [],
+            ["'text' is of type List", "input-col"],
+        ),
+        (
+            {"text": ["w1"], "label": [["a"], ["b"]]},
+            [],
+            ["'label' is of type List", "label-column"],
+        ),
+        ({"text": ["w1"], "label": [1, "b"]}, [], ["'label' is of type Json", "names or numbers"]),
+        (
+            {"text": ["w1"], "label": [1, 2], "shop": [["x"], ["y"]]},
+            ["task.group-column=shop"],
+            ["'shop' is of type List", "task.group-column"],
+        ),
+    ],
+    ids=["numbers", "lists", "listed labels", "mixed labels", "listed groups"],
+)
+def test_columns_of_other_types_are_named(
+    columns: dict[str, list[object]],
+    more: list[str],
+    says: list[str],
+    tmp_path: Path,
+    model: list[str],
+) -> None:
+    refused(lambda: rows_task(tmp_path, model, columns, *more), "table.jsonl", *says)
+
+
+def test_labels_that_tell_nothing_apart_are_refused(tmp_path: Path, model: list[str]) -> None:
+    one = {"text": ["w1"], "label": ["a"]}
+    refused(lambda: rows_task(tmp_path, model, one), "classes are a", "at least two")
+    two = {"text": ["w1"], "label": ["a", "b"]}
+    refused(lambda: rows_task(tmp_path, model, two, "task.classes=b"), "classes are b")
+
+
+def test_a_column_of_measures_is_not_taken_for_labels(tmp_path: Path, model: list[str]) -> None:
+    columns = {"text": ["w1"], "score": [i / 100 for i in range(60)]}
+    column = "task.label-column=score"
+    says = ["'score' has 60 different values in 60 rows", "is it a label", "task.label-column"]
+    refused(lambda: rows_task(tmp_path, model, columns, column), *says)
+    rows_task(tmp_path, model, columns, column, "task.classes=all").partition(0)
+
+
+def test_test_rows_count_whatever_their_group(tmp_path: Path, model: list[str]) -> None:
+    for split, shops in (("train", "xy"), ("test", "xz")):
+        lines = [f"w1,{'ab'[i % 2]},{shops[i // 2 % 2]}\n" for i in range(40)]
+        (tmp_path / f"{split}.csv").write_text("text,label,shop\n" + "".join(lines))
+    few = ["federation.clients=2", "federation.clients-per-round=2"]
+    given = ["task.partition=by-column", "task.group-column=shop", *few, *model]
+
+    def tested(*groups: str) -> int:
+        found = hub.task("task.name=custom", f"task.data={tmp_path}", *given, *groups)
+        assert [len(found.partition(i)) for i in range(2)] == [20, 20]
+        return len(found.test_examples())
+
+    assert (tested(), tested("task.groups=all"), tested("task.groups=x,y")) == (40, 40, 20)
 
 
 def test_rows_without_text_are_named(tmp_path: Path, model: list[str]) -> None:
