@@ -194,7 +194,7 @@ def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
     source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]
     name = cell.get("path") or "without a name"
     try:
-        image = Pixels.open(source)
+        image: Pixels.Image = Pixels.open(source)
         if image.mode in ("I", "F"):
             raise ConfigError(
                 f"{where}: image {name} has values of 32 bits (mode {image.mode}), and nothing says "

@@ -79,7 +79,15 @@ def _piqa(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
 
 
 def _lettered(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
-    labels, texts, key = row["choices"]["label"], row["choices"]["text"], row["answerKey"]
+    choices, key = row["choices"], row["answerKey"]
+    labels, texts = (
+        map(choices.get, ("label", "text")) if isinstance(choices, dict) else (None, None)
+    )
+    if not (isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts)):
+        raise ValueError(
+            f"choices is of type {type(choices).__name__}; it should hold two lists of one length, label "
+            "and text"
+        )
     if key not in labels:
         raise ValueError(
             f"answerKey = {key!r} is not allowed: it should be one of {', '.join(labels) or 'nothing'}"

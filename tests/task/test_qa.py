@@ -154,6 +154,11 @@ def rewrite(
             {"choices": {"text": ["yes"] * 6, "label": list("ABCDEF")}, "answerKey": "A"},
             ["ARC-Challenge", "row 1", "6 are given", "2 to 5"],
         ),
+        (
+            "openbookqa/main/train",
+            {"choices": None},
+            ["openbookqa", "row 1", "choices", "two lists"],
+        ),
     ],
 )
 def test_wrong_questions_are_named(
@@ -161,6 +166,16 @@ def test_wrong_questions_are_named(
 ) -> None:
     shutil.copytree(data, tmp_path / "qa")
     rewrite(tmp_path / "qa", path, lambda row: {**row, **change})
+    refused(lambda: qa_task(tmp_path / "qa", weights), *says)
+
+
+def test_choices_of_another_form_are_named(data: Path, weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "qa")
+    pairs = [{"text": "yes", "label": "A"}, {"text": "no", "label": "B"}]
+    rows = [{"question_stem": "w1", "choices": pairs, "answerKey": "A"}] * 9
+    for file in (tmp_path / "qa/openbookqa/main").iterdir():
+        Dataset.from_list(rows).to_parquet(str(file))
+    says = ["openbookqa", "row 0", "choices is of type list", "two lists of one length"]
     refused(lambda: qa_task(tmp_path / "qa", weights), *says)
 
 
