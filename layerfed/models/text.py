@@ -18,7 +18,13 @@ from layerfed.models.source import loading, new_weights, require
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["build_choice_model", "build_text_classifier", "load_tokenizer", "tokenizer_key"]
+__all__ = [
+    "build_choice_model",
+    "build_text_classifier",
+    "load_tokenizer",
+    "reading_limits",
+    "tokenizer_key",
+]
 
 
 def load_tokenizer(section: ModelConfig) -> PreTrainedTokenizerBase:
@@ -66,7 +72,7 @@ def build_text_classifier(
     seed : int
         Of the run: draws the head, and all weights where they are random.
     pad_token : int, optional
-        For decoders, which find the last token by it.
+        Of the rows it will read.
     skeleton : bool
         Layers without weights, on torch's `meta` device.
 
@@ -124,6 +130,19 @@ def build_choice_model(
     model.config.tie_word_embeddings = False
     model.set_output_embeddings(head)  # type: ignore[no-untyped-call]
     return model
+
+
+def reading_limits(model: nn.Module, pad_token: int) -> tuple[int, int | None]:
+    """Return how many token ids a model knows, and how many tokens a row may have; None: any number."""
+    net: Any = model
+    words, config = net.get_input_embeddings(), net.config.get_text_config()
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    for module in net.modules():
+        # RoBERTa's and its kin's positions are counted from the padding token's id on.
+        offset = isinstance(module, nn.Embedding) and module.padding_idx is not None
+        if limit and offset and module is not words and module.num_embeddings == limit:
+            return words.num_embeddings, limit - pad_token - 1
+    return words.num_embeddings, limit
 
 
 def _source(section: ModelConfig) -> str:

@@ -80,13 +80,12 @@ def _piqa(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
 
 def _lettered(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
     choices, key = row["choices"], row["answerKey"]
-    labels, texts = (
-        map(choices.get, ("label", "text")) if isinstance(choices, dict) else (None, None)
-    )
+    held = choices if isinstance(choices, dict) else {}
+    labels, texts = held.get("label"), held.get("text")
     if not (isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts)):
         raise ValueError(
-            f"choices is of type {type(choices).__name__}; it should hold two lists of one length, label "
-            "and text"
+            f"choices is of type {type(choices).__name__}, and should hold two lists of one length, "
+            "label and text"
         )
     if key not in labels:
         raise ValueError(
@@ -221,7 +220,7 @@ class QuestionAnswering(TextTask):
     @cached_property
     def encoder(self) -> Encoder:
         """Right-padded prompts and the number of choices of each."""
-        pad = self.tokenizer.pad_token_id or 0
+        pad = self.pad
 
         def collate(rows: pa.Table) -> dict[str, Tensor]:
             choices = torch.from_numpy(rows.column("choices").to_numpy().copy())
@@ -276,6 +275,7 @@ class QuestionAnswering(TextTask):
     # ------------------------------------------------------------------------------- model
     def build_model(self) -> nn.Module:
         """Return the pretrained model with the letters' rows as its output layer."""
+        self.refuse_misfit()
         return build_choice_model(self.config.model, self.letters, self.config.run.seed)
 
     def skeleton(self) -> nn.Module:

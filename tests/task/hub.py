@@ -136,6 +136,20 @@ def llama(folder: Path, **changes: object) -> Path:
     return tokenizer(folder)
 
 
+def gpt2(folder: Path, **changes: object) -> Path:
+    """As decoders are: without a token for padding."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "n_positions": 128, "n_embd": 16, "n_layer": 3, "n_head": 2}
+    transformers.GPT2Model(transformers.GPT2Config(**{**sizes, **changes})).save_pretrained(folder)
+    file = tokenizer(folder) / "tokenizer_config.json"
+    named = json.loads(file.read_text())
+    del named["pad_token"]
+    file.write_text(json.dumps(named))
+    return folder
+
+
 def clip(folder: Path) -> Path:
     """An open_clip repository: configuration and weights."""
     import open_clip

@@ -120,6 +120,14 @@ def test_long_questions_keep_their_end(data: Path, weights: Path) -> None:
     assert (words[0], words[-2:]) == ("<s>", ["Answer", ":"])
 
 
+def test_a_model_that_does_not_fit_is_refused(data: Path, weights: Path, tmp_path: Path) -> None:
+    small = hub.llama(tmp_path / "llama", vocab_size=40)
+    with pytest.raises(ConfigError, match=r"knows 40 tokens.*model\.tokenizer"):
+        qa_task(data, small).build_model()
+    with pytest.raises(ConfigError, match=r"task\.max-tokens = 301.* lower it to 296"):
+        qa_task(data, weights, "task.max-tokens=301").build_model()
+
+
 def test_a_set_with_one_split_is_cut(data: Path, weights: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "qa")
     for name in ("train", "test"):

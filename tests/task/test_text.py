@@ -95,6 +95,64 @@ def test_scores_do_not_depend_on_padding(xglue: Path, model: list[str]) -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+def test_a_decoder_scores_each_text_at_its_last_token(xglue: Path, tmp_path: Path) -> None:
+    """Its tokenizer has no token for padding, and the one that pads instead ends every text."""
+    weights = hub.gpt2(tmp_path / "gpt2")
+    found = news_task(xglue, ["model.name=transformers/gpt2", f"model.weights={weights}"])
+    net = found.build_model().eval()
+    part = found.partition(1)
+    batch = part.store.batch(part.indices[:6])
+    ends = batch["attention_mask"].sum(1)
+    assert isinstance(found, text.TextTask)
+    assert found.pad == found.tokenizer.eos_token_id
+    assert len(set(ends.tolist())) > 1
+    net.config.pad_token_id = 59  # which no text has
+    with torch.no_grad():
+        together = found.logits(net, batch)
+        for row, (ids, end) in enumerate(zip(batch["input_ids"], ends.tolist(), strict=True)):
+            assert ids[end - 1] == found.pad
+            alone = net(input_ids=ids[None, :end]).logits
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def limited(kind: str, folder: Path, **changes: object) -> list[str]:
+    weights = {"roberta": hub.xlm_roberta, "gpt2": hub.gpt2, "llama": hub.llama}[kind](
+        folder / "weights", **changes
+    )
+    return ["model.name=transformers/x", f"model.weights={weights}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "most"),
+    [
+        ("gpt2", {"n_positions": 60}, 56),
+        # Two positions are the padding's and what stands before it.
+        ("roberta", {"max_position_embeddings": 66}, 64),
+        ("roberta", {"max_position_embeddings": 65}, 56),
+        ("llama", {"max_position_embeddings": 64}, 64),
+    ],
+)
+def test_texts_longer_than_the_model_reads_are_refused(
+    kind: str, changes: dict[str, object], most: int, tmp_path: Path
+) -> None:
+    columns: dict[str, list[object]] = {"text": [" ".join(WORDS * 3)], "label": ["a", "b"]}
+    model = limited(kind, tmp_path, **changes)
+    found = rows_task(tmp_path, model, columns, f"task.max-tokens={most}")
+    part = found.partition(0)
+    assert found.logits(found.build_model(), part.store.batch(part.indices[:2])).shape == (2, 2)
+    too_long = rows_task(tmp_path, model, columns, f"task.max-tokens={most + 1}")
+    with pytest.raises(ConfigError, match=rf"max-tokens = {most + 1}, but .* lower it to {most}$"):
+        too_long.build_model()
+
+
+@pytest.mark.parametrize("kind", ["roberta", "gpt2"])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(kind: str, tmp_path: Path) -> None:
+    columns: dict[str, list[object]] = {"text": ["w1"], "label": ["a", "b"]}
+    found = rows_task(tmp_path, limited(kind, tmp_path, vocab_size=40), columns)
+    with pytest.raises(ConfigError, match=r"ids up to \d+, but .* knows 40 .*model\.tokenizer"):
+        found.build_model()
+
+
 def test_long_texts_are_cut(xglue: Path, model: list[str]) -> None:
     masks = whole(news_task(xglue, model, "task.max-tokens=8").partition(0))["attention_mask"]
     assert masks.sum(1).max() == 8
@@ -116,7 +174,7 @@ def test_texts_are_tokenised_once_a_machine(
     class Broken:
         """Knows what a tokenizer is, but not how to work."""
 
-        pad_token_id = 1
+        pad_token_id, eos_token_id = 1, 2
 
         def __call__(self, *_: object, **__: object) -> None:
             raise AssertionError("tokenised again")
