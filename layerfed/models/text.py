@@ -36,8 +36,10 @@ def load_tokenizer(section: ModelConfig) -> PreTrainedTokenizerBase:
         If it is not there.
     """
     transformers = require("transformers", "text", section.name)
-    source = _path(section.tokenizer) or _source(section)
-    with loading(section, source, "model.tokenizer"):
+    source, key = _source(section)
+    if section.tokenizer or Path(source).exists():
+        source, key = _path(section.tokenizer) or source, "model.tokenizer"
+    with loading(section, source, key):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             source, trust_remote_code=False
         )
@@ -145,10 +147,12 @@ def reading_limits(model: nn.Module, pad_token: int) -> tuple[int, int | None]:
     return words.num_embeddings, limit
 
 
-def _source(section: ModelConfig) -> str:
-    """Return the hub id or folder that configuration and tokenizer come from."""
-    given = section.weights not in ("pretrained", "random")
-    return _path(section.weights if given else section.architecture)
+def _source(section: ModelConfig) -> tuple[str, str]:
+    """Return the hub id or folder of configuration and tokenizer, and the setting that changes it."""
+    if section.weights == "random":
+        return _path(section.architecture), "model.name"
+    given = section.weights != "pretrained"
+    return _path(section.weights if given else section.architecture), "model.weights"
 
 
 def _path(text: str) -> str:
@@ -160,8 +164,8 @@ def _build(
     kind: Any, section: ModelConfig, changes: dict[str, Any], skeleton: bool
 ) -> PreTrainedModel:
     transformers = require("transformers", "text", section.name)
-    source = _source(section)
-    with loading(section, source):
+    source, key = _source(section)
+    with loading(section, source, key):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
         model: PreTrainedModel
         if skeleton:
