@@ -35,8 +35,10 @@ __all__ = [
     "TRAIN_SPLITS",
     "Part",
     "data_files",
+    "download",
     "image_folders",
     "image_rows",
+    "is_saved",
     "is_text",
     "kept",
     "load_file_list",
@@ -119,9 +121,10 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
         Hub id, with a subset after a colon where there are several; folder (in the hub's layout, as
         `save_to_disk` leaves it, or of images) or file.
     subset : str
-        Name of a configuration on the hub; locally, of a folder inside, if there is one.
+        Name of a configuration on the hub, for a task that reads several data sets side by side;
+        locally, of a folder inside, if there is one.
     revision : str, optional
-        Of the hub's repository.
+        Of the hub's repository, where the subset is a folder.
 
     Raises
     ------
@@ -133,18 +136,26 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
         if path is None:
             name = HUB_ID.fullmatch(data)
             assert name  # or it would have been refused
-            found = load_dataset(name[1], subset or name[2], revision=revision)
+            if revision is None:
+                found = load_dataset(name[1], subset or name[2])
+            else:
+                # The hub's own conversions have no card, so the library does not know their subsets.
+                found = load_dataset(name[1], data_dir=subset, revision=revision)
         elif path.is_file():
             return {"train": load_file_list([path])}
         else:
             inside = path / subset if subset and (path / subset).is_dir() else path
-            saved = any((inside / f).exists() for f in ("dataset_dict.json", "state.json"))
-            found = load_from_disk(str(inside)) if saved else _load_folder(inside)
+            found = load_from_disk(str(inside)) if is_saved(inside) else _load_folder(inside)
     except ConfigError:
         raise
     except Exception as error:  # whatever the library raises, a user can only act on its reason
-        raise ConfigError(_unreadable(data, subset, path, error)) from error
+        raise ConfigError(_unreadable(data, subset, revision, path, error)) from error
     return {"train": found} if isinstance(found, Dataset) else dict(found)
+
+
+def is_saved(folder: Path) -> bool:
+    """Say whether a folder is as `save_to_disk` leaves it."""
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -226,14 +237,26 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {lines[0] if lines else 'no more is said'}"
 
 
-def _unreadable(data: str, subset: str, path: Path | None, error: Exception) -> str:
+def download(repository: str, folder: str, revision: str | None = None, subset: str = "") -> str:
+    """Return the command that brings a data set, or a subset that is a folder of it."""
+    chosen = f" --revision {revision}" * bool(revision) + f" --include '{subset}/*'" * bool(subset)
+    return f"`hf download {repository} --repo-type dataset{chosen} --local-dir {folder}`"
+
+
+def _unreadable(
+    data: str, subset: str, revision: str | None, path: Path | None, error: Exception
+) -> str:
     if path is not None:
         return f"cannot read task.data = '{data}': {_reason(error)}"
-    repository = data.partition(":")[0]
+    repository, _, named = data.partition(":")
+    # Data sets that a task reads side by side lie in folders of one.
+    beside = f"DIR/{repository.rpartition('/')[2]}" if subset else "DIR"
     return (
         f"cannot load '{data}'{f' ({subset})' if subset else ''}, which is no file or folder here, from "
-        f"the hub: {_reason(error)}. Where there is a network, run `hf download {repository} "
-        "--repo-type dataset --local-dir DIR`, and give that folder: task.data=DIR"
+        f"the hub: {_reason(error)}. Where there is a network, run "
+        f"{download(repository, beside, revision, named)}, and say task.data=DIR"
+        + f"/{named}"
+        * bool(named)
     )
 
 

@@ -24,7 +24,17 @@ from layerfed.config import ConfigError
 from layerfed.models import build_choice_model, tokenizer_key
 from layerfed.task.base import Batch
 from layerfed.task.dataset_task import FORMAT, Encoder
-from layerfed.task.loading import Part, kept, load_splits, local_path, pick_splits, words
+from layerfed.task.loading import (
+    Part,
+    data_files,
+    download,
+    is_saved,
+    kept,
+    load_splits,
+    local_path,
+    pick_splits,
+    words,
+)
 from layerfed.task.text import TextTask, padded, token_features
 
 LETTERS = ("A", "B", "C", "D", "E")
@@ -159,11 +169,10 @@ class QuestionAnswering(TextTask):
         folder = _folder(root, source) if root is not None and root.is_dir() else None
         if folder is None:
             return False
-        inside = list(folder.iterdir())
-        # Without folders inside, its files are taken for the subset.
-        return folder / source.subset in inside or bool(
-            inside and not any(map(Path.is_dir, inside))
-        )
+        if (folder / source.subset).is_dir() or is_saved(folder):
+            return True
+        # Tables are the subset's where they lie in no folder, or anywhere if there is no other subset.
+        return any(source.subset == "default" or f.parent == folder for f in data_files(folder))
 
     def _load(self, source: Source) -> tuple[str, dict[str, Dataset]]:
         data = self.config.task.data
@@ -178,8 +187,9 @@ class QuestionAnswering(TextTask):
         folder, name = _folder(root, source), source.hub.rpartition("/")[2]
         if folder is None:
             raise ConfigError(
-                f"task.data = '{data}' has no folder {name}; run `hf download {source.hub} "
-                f"--repo-type dataset --local-dir {root / name}`, or leave it out by task.groups"
+                f"task.data = '{data}' has no folder {name}; run "
+                f"{download(source.hub, str(root / name), source.revision)}, or leave it out by "
+                "task.groups"
             )
         inside = folder / source.subset
         return str(inside if inside.is_dir() else folder), load_splits(str(folder), source.subset)

@@ -63,7 +63,8 @@ class XglueNc(TextTask):
         """One part a language where names of splits or files tell it; a column does otherwise."""
         path = local_path(self.data)
         if path is not None and path.is_dir():
-            by_language = self._files(path)
+            # Beside its subset `nc` the repository has others with splits by language.
+            by_language = self._files(path / "nc" if (path / "nc").is_dir() else path)
         else:
             by_language = self._splits(load_splits(self.data))
         if not by_language:

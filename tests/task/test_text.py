@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,6 +238,20 @@ def test_a_file_for_each_split_and_language(suffix: str, tmp_path: Path, model: 
     refused(
         lambda: news_task(tmp_path, model, "task.groups=de,es"), "no language 'es'", "task.groups"
     )
+
+
+def test_the_whole_repository_is_read_by_its_subset(
+    xglue: Path, model: list[str], tmp_path: Path
+) -> None:
+    """Other subsets have splits by language, too."""
+    shutil.copytree(xglue, tmp_path / "xglue")
+    for split in ("validation.de", "test.en"):
+        file = tmp_path / f"xglue/mlqa/{split}-00000-of-00001.parquet"
+        hub.parquet(file, {"context": ["w1"], "question": ["w2"]})
+    assert len(news_task(tmp_path / "xglue", model).test_examples()) == 90
+    command = "`hf download hgissbkh/xglue --repo-type dataset --include 'nc/*' --local-dir DIR`"
+    given = ["task.name=xglue_nc", "task.partition=by-column"]
+    refused(lambda: hub.task(*given, *model), command, "task.data=DIR/nc")
 
 
 def test_a_custom_table_of_text_spread_by_dirichlet(tmp_path: Path, model: list[str]) -> None:
