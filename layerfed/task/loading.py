@@ -190,12 +190,17 @@ def load_file_list(files: Sequence[Path]) -> Dataset:
 
 def _load_folder(folder: Path) -> DatasetDict:
     """Read a folder in the hub's layout, tables of commas or tabs as single files are read."""
-    if not isinstance(load_dataset_builder(str(folder)), Csv):
-        return load_dataset(str(folder))
-    found = load_dataset(str(folder), **CSV)
-    for split, rows in found.items():
+    found = load_dataset_builder(str(folder))
+    # Of a folder with a card the library keeps what it read by name, whatever has changed inside, unless
+    # the files are named one by one.
+    files = {str(split): list(names) for split, names in (found.config.data_files or {}).items()}
+    separated = isinstance(found, Csv)
+    splits = load_dataset(
+        str(folder), found.config.name, data_files=files, **(CSV if separated else {})
+    )
+    for split, rows in splits.items() if separated else ():
         _refuse_shifted(rows, f"{folder}, split '{split}'")
-    return found
+    return splits
 
 
 def _refuse_shifted(rows: Dataset, where: str) -> None:

@@ -148,6 +148,19 @@ def test_questions_of_a_set_without_other_subsets(layout: str, tmp_path: Path) -
     assert task.groups == ("sciq",)  # type: ignore[attr-defined]
 
 
+def test_folders_of_one_name_with_a_card_are_kept_apart(tmp_path: Path) -> None:
+    """Nodes that share a machine, and its cache, have their own examples nevertheless."""
+    model = ["model.name=transformers/x", f"model.weights={hub.xlm_roberta(tmp_path / 'model')}"]
+    for node, label in (("one", "a"), ("two", "b")):
+        folder = tmp_path / node / "reviews"
+        hub.parquet(folder / "data/train-0.parquet", {"text": ["w1"] * 3, "label": [label] * 3})
+        card = "configs: [{config_name: default, data_files: data/train-*}]"
+        (folder / "README.md").write_text(f"---\n{card}\n---\n")
+    for node, expected in (("one", 0), ("two", 1)):
+        given = ["task.name=custom", f"task.data={tmp_path / node / 'reviews'}", "task.classes=a,b"]
+        assert labels(own(*given, *model)) == [expected] * 3
+
+
 def test_digits_take_none() -> None:
     node = NodeConfig.read({"partition-id": 0, "own-data": "/srv/digits"})
     with pytest.raises(ConfigError, match=r"'/srv/digits' has no use for task\.name = 'digits'"):
