@@ -68,11 +68,11 @@ def loading(
     except ConfigError:
         raise
     except Exception as error:  # libraries raise all kinds; a user can act on the reason only
-        lines = str(error).strip().splitlines() or ["no more is said"]
+        reason = (str(error).strip().splitlines() or ["no more is said"])[0].rstrip(".")
         no_path = ", which is no file or folder here," * bool(repository)
         raise ConfigError(
             f"cannot load '{source}'{no_path} for model.name = '{section.name}': "
-            f"{type(error).__name__}: {lines[0]}. {_advice(section, repository, key, str(error))}"
+            f"{type(error).__name__}: {reason}. {_advice(section, repository, key, str(error))}"
         ) from error
 
 

@@ -239,7 +239,7 @@ def _reason(error: Exception) -> str:
     """Return the first line of what an error is about, or of what caused it."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no more is said'}"
+    return f"{type(cause).__name__}: {lines[0].rstrip('.') if lines else 'no more is said'}"
 
 
 def download(repository: str, folder: str, revision: str | None = None, subset: str = "") -> str:
