@@ -257,7 +257,6 @@ class DatasetTask(Task):
         read_group = NameReader(
             part, group, names_in([(part, group)] if group else []), self.groups
         )
-
         every_group = self._asked_groups in ((), ("all",))
 
         def make(columns: Columns, rows: list[int]) -> Columns:
