@@ -11,6 +11,7 @@ from layerfed.models.text import (
     build_choice_model,
     build_text_classifier,
     load_tokenizer,
+    reading_limits,
     tokenizer_key,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "build_image_classifier",
     "build_text_classifier",
     "load_tokenizer",
+    "reading_limits",
     "tokenizer_key",
 ]

@@ -134,7 +134,7 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
 def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
     open_clip = require("open_clip", "clip", section.name)
     name, asked = section.architecture, section.weights
-    path = Path(asked).expanduser()
+    path, repository = Path(asked).expanduser(), None
     tags = open_clip.list_pretrained_tags_by_model(name)
     options: dict[str, Any] = {
         "load_weights": weights != "random",
@@ -155,19 +155,21 @@ def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
     elif path.is_file():
         options["pretrained"] = str(path) if weights != "random" else None
     elif asked in tags:
+        tag = open_clip.get_pretrained_cfg(name, asked)
         options["pretrained"] = asked if weights != "random" else None
         # Weights were trained with one activation or the other; the tag knows which.
-        options["force_quick_gelu"] = bool(
-            open_clip.get_pretrained_cfg(name, asked).get("quick_gelu")
-        )
+        options["force_quick_gelu"] = bool(tag.get("quick_gelu"))
+        repository = tag.get("hf_hub", "").rpartition("/")[0]
     elif asked != "random":
         raise ConfigError(
             f"model.weights = '{asked}' is no folder or file here, no hub id, and no weights that "
             f"open_clip has of {name}: {', '.join(tags)}; or say random"
         )
-    with loading(section, asked):
+    with loading(section, asked, repository=repository):
         model = open_clip.create_model(name, **options)
     tower = model.visual
+    if hasattr(tower, "output_tokens"):
+        tower.output_tokens = False  # CoCa's gives those that its text decoder reads, too
     settings = open_clip.get_model_preprocess_cfg(model)
     size = settings["size"] if isinstance(settings["size"], int) else settings["size"][-1]
     with torch.no_grad():

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from layerfed.config import ConfigError, ModelConfig
 from layerfed.seeding import Stream, torch_seed
 
 __all__ = ["loading", "new_weights", "require"]
+
+# Some of the oldest have no owner.
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def require(library: str, extra: str, model: str) -> Any:
@@ -31,12 +35,14 @@ def require(library: str, extra: str, model: str) -> Any:
             raise
         raise ConfigError(
             f"model.name = '{model}' needs {library}, which is not installed: "
-            f'pip install "layerfed[{extra}]"'
+            f'pip install ".[{extra}]" in the clone of LayerFed'
         ) from None
 
 
 @contextmanager
-def loading(section: ModelConfig, source: str, key: str = "model.weights") -> Iterator[None]:
+def loading(
+    section: ModelConfig, source: str, key: str = "model.weights", repository: str | None = None
+) -> Iterator[None]:
     """Turn what a library raises about a model that is not there into what to do about it.
 
     Parameters
@@ -46,22 +52,45 @@ def loading(section: ModelConfig, source: str, key: str = "model.weights") -> It
         Hub id, tag, folder or file that is read.
     key : str
         The setting that points at it.
+    repository : str, optional
+        The hub id of a tag; empty if the hub does not have it.
     """
+    there = Path(source).expanduser().exists()
+    if source.startswith(("/", ".", "~")) and not there:
+        raise ConfigError(
+            f"{key} names '{source}', which does not exist; give a folder, a file or a hub id"
+        )
+    if repository is None:
+        named = HUB_ID.fullmatch(source) and source != "random" and not there
+        repository = source if named else ""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # libraries raise all kinds; a user can act on the reason only
-        lines = str(error).strip().splitlines() or ["no more is said"]
-        gated = re.search(r"gated|\b40[13]\b", str(error), re.IGNORECASE) is not None
-        access = f"ask for access at https://huggingface.co/{source}, `hf auth login`, and " * gated
+        reason = (str(error).strip().splitlines() or ["no more is said"])[0].rstrip(".")
+        no_path = ", which is no file or folder here," * bool(repository)
         raise ConfigError(
-            f"cannot load '{source}' for model.name = '{section.name}': {type(error).__name__}: "
-            f"{lines[0]}. To use it without a network, {access}run `hf download REPO --local-dir DIR` "
-            f"where there is one (REPO is its id on huggingface.co), and set {key}=DIR"
-            + "; for random weights say model.weights=random"
-            * (key == "model.weights")
+            f"cannot load '{source}'{no_path} for model.name = '{section.name}': "
+            f"{type(error).__name__}: {reason}. {_advice(section, repository, key, str(error))}"
         ) from error
+
+
+def _advice(section: ModelConfig, repository: str, key: str, error: str) -> str:
+    # Of transformers, random weights need the configuration all the same.
+    drawn = key == "model.weights" and section.family != "transformers"
+    random = "; for random weights say model.weights=random" * drawn
+    if not repository:
+        return f"Give a folder as `hf download` leaves it ({key}){random}"
+    gated = re.search(r"gated|\b40[13]\b", error, re.IGNORECASE) is not None
+    access = f"ask for access at https://huggingface.co/{repository}, `hf auth login`, and " * gated
+    only, value = "", "DIR"
+    if key == "model.name":  # of random weights, which come with none
+        only, value = " --include '*.json'", f"{section.family}/DIR"
+    return (
+        f"To use it without a network, {access}run `hf download {repository}{only} --local-dir DIR` "
+        f"where there is one, and set {key}={value}{random}"
+    )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,13 @@ from layerfed.models.source import loading, new_weights, require
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["build_choice_model", "build_text_classifier", "load_tokenizer", "tokenizer_key"]
+__all__ = [
+    "build_choice_model",
+    "build_text_classifier",
+    "load_tokenizer",
+    "reading_limits",
+    "tokenizer_key",
+]
 
 
 def load_tokenizer(section: ModelConfig) -> PreTrainedTokenizerBase:
@@ -29,8 +36,10 @@ def load_tokenizer(section: ModelConfig) -> PreTrainedTokenizerBase:
         If it is not there.
     """
     transformers = require("transformers", "text", section.name)
-    source = _path(section.tokenizer) or _source(section)
-    with loading(section, source, "model.tokenizer"):
+    source, key = _source(section)
+    if section.tokenizer or Path(source).exists():
+        source, key = _path(section.tokenizer) or source, "model.tokenizer"
+    with loading(section, source, key):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             source, trust_remote_code=False
         )
@@ -39,9 +48,13 @@ def load_tokenizer(section: ModelConfig) -> PreTrainedTokenizerBase:
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> object:
     """Return what a tokenizer's output depends on, the same in every process."""
-    # Not a hash of the object, which changes with its first use.
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return type(tokenizer).__name__, backend.to_str() if backend else sorted(tokenizer.get_vocab())
+    if backend is None:
+        return type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())
+    # Cutting and padding are left behind by its last use; every call here says its own.
+    left = ("truncation", "padding")
+    kept = {name: part for name, part in json.loads(backend.to_str()).items() if name not in left}
+    return type(tokenizer).__name__, json.dumps(kept, sort_keys=True)
 
 
 def build_text_classifier(
@@ -61,7 +74,7 @@ def build_text_classifier(
     seed : int
         Of the run: draws the head, and all weights where they are random.
     pad_token : int, optional
-        For decoders, which find the last token by it.
+        Of the rows it will read.
     skeleton : bool
         Layers without weights, on torch's `meta` device.
 
@@ -121,10 +134,25 @@ def build_choice_model(
     return model
 
 
-def _source(section: ModelConfig) -> str:
-    """Return the hub id or folder that configuration and tokenizer come from."""
-    given = section.weights not in ("pretrained", "random")
-    return _path(section.weights if given else section.architecture)
+def reading_limits(model: nn.Module, pad_token: int) -> tuple[int, int | None]:
+    """Return how many token ids a model knows, and how many tokens a row may have; None: any number."""
+    net: Any = model
+    words, config = net.get_input_embeddings(), net.config.get_text_config()
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    for module in net.modules():
+        # RoBERTa's and its kin's positions are counted from the padding token's id on.
+        offset = isinstance(module, nn.Embedding) and module.padding_idx is not None
+        if limit and offset and module is not words and module.num_embeddings == limit:
+            return words.num_embeddings, limit - pad_token - 1
+    return words.num_embeddings, limit
+
+
+def _source(section: ModelConfig) -> tuple[str, str]:
+    """Return the hub id or folder of configuration and tokenizer, and the setting that changes it."""
+    if section.weights == "random":
+        return _path(section.architecture), "model.name"
+    given = section.weights != "pretrained"
+    return _path(section.weights if given else section.architecture), "model.weights"
 
 
 def _path(text: str) -> str:
@@ -136,8 +164,8 @@ def _build(
     kind: Any, section: ModelConfig, changes: dict[str, Any], skeleton: bool
 ) -> PreTrainedModel:
     transformers = require("transformers", "text", section.name)
-    source = _source(section)
-    with loading(section, source):
+    source, key = _source(section)
+    with loading(section, source, key):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
         model: PreTrainedModel
         if skeleton:

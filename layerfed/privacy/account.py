@@ -52,7 +52,7 @@ def epsilon_of(precision: float, delta: float) -> float:
     except ImportError:
         raise ConfigError(
             "privacy.mode needs an accountant, Google's dp-accounting, which is not installed: "
-            "pip install 'layerfed[privacy]'"
+            "pip install '.[privacy]' in the clone of LayerFed"
         ) from None
     if precision == 0:
         return 0.0

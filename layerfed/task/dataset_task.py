@@ -17,13 +17,26 @@ from torch import Tensor
 from layerfed.block_finder import some
 from layerfed.config import ConfigError
 from layerfed.task.base import Batch, Examples, Task
-from layerfed.task.loading import Part, kept, load_splits, pick_columns, pick_splits, words
+from layerfed.task.loading import (
+    Part,
+    kept,
+    load_splits,
+    pick_columns,
+    pick_splits,
+    require_type,
+    words,
+)
+from layerfed.task.names import NameReader, names_in
 from layerfed.task.partition import partition_indices
 
 __all__ = ["DatasetTask", "Encoder", "Table", "join_parts"]
 
 # Goes into the key of everything that is kept: raise it when what is made of a row changes.
-FORMAT = 1
+FORMAT = 2
+# More values than this, and than a fourth of the rows, are hardly names of classes.
+MANY = 50
+# The group of test rows whose group no training row has.
+UNSEEN = -1
 
 Columns = dict[str, list[Any]]
 
@@ -83,7 +96,8 @@ class DatasetTask(Task):
     """A task whose examples are rows with inputs, a label, and perhaps a group they belong to.
 
     A subclass says where its data are (`hub`, or `parts`), which columns count, and how inputs are
-    encoded. Rows of other classes or groups than the chosen ones are left out when rows are made.
+    encoded. Rows of other classes or groups than the chosen ones are left out when rows are made. Where
+    no groups are chosen, test rows count whatever their group: groups say only who trains on what.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
@@ -149,26 +163,47 @@ class DatasetTask(Task):
         """Names of the classes, in the order of the scores."""
         asked = words(self.config.task.classes) or self.default_classes
         if asked and asked != ("all",):
-            return asked
+            return self._at_least_two(asked)
         if self.own_data:
             raise ConfigError(
                 f"own-data = '{self.data}': a node's own examples need not show every class of the run, "
                 "so the run has to name them: set task.classes=NAME,NAME,… on the server"
             )
-        return self._known_classes
+        if not asked:
+            self._refuse_measures()
+        return self._at_least_two(self._known_classes)
+
+    def _at_least_two(self, classes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(classes) < 2:
+            raise ConfigError(
+                f"task.data = '{self.data}': the classes are {some(classes) or 'none'}, and there is "
+                "nothing to tell apart; at least two are needed (task.label-column, task.classes)"
+            )
+        return classes
+
+    def _refuse_measures(self) -> None:
+        """Refuse a column of so many values that it is hardly one of labels."""
+        parts = self.parts[0]
+        column, rows = self._label_column(parts[0]), sum(len(part.rows) for part in parts)
+        declared = isinstance(parts[0].rows.features[column], ClassLabel)
+        if not declared and (count := len(self._known_classes)) > max(MANY, rows / 4):
+            raise ConfigError(
+                f"{parts[0].where}: column '{column}' has {count} different values in {rows} rows; is "
+                "it a label? Choose another by task.label-column=NAME, or say task.classes=all"
+            )
 
     @cached_property
     def _known_classes(self) -> tuple[str, ...]:
         """All classes of the training rows: a class feature's names, or the values that occur."""
-        return self._values([(p, self._label_column(p)) for p in self.parts[0]])
+        return names_in([(p, self._label_column(p)) for p in self.parts[0]])
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
         """Names of the groups; empty if nothing says which group a row belongs to."""
-        asked = words(self.config.task.groups) or self.default_groups
+        asked = self._asked_groups
         named = [part.group for part in self.parts[0] if part.group]
         columns = [(p, c) for p in self.parts[0] if (c := self._group_column(p))]
-        known = tuple(dict.fromkeys(named)) or self._values(columns)
+        known = tuple(dict.fromkeys(named)) or names_in(columns)
         if self.own_data:
             return known  # which of them there are is the node's affair
         if not known and asked:
@@ -185,22 +220,13 @@ class DatasetTask(Task):
             )
         return asked
 
-    def _values(self, columns: Sequence[tuple[Part, str]]) -> tuple[str, ...]:
-        found: dict[str, None] = {}
-        for part, column in columns:
-            feature = part.rows.features[column]
-            if isinstance(feature, ClassLabel):
-                found |= dict.fromkeys(feature.names)
-            else:
-                values = part.rows.data.column(column).unique().to_pylist()
-                # Numbers in the order of numbers; a missing value is refused where its row is known.
-                ordered = sorted(v for v in values if v is not None)
-                found |= dict.fromkeys(map(str, ordered))
-        return tuple(found)
+    @property
+    def _asked_groups(self) -> tuple[str, ...]:
+        return words(self.config.task.groups) or self.default_groups
 
     def _label_column(self, part: Part) -> str:
         given = self.config.task.label_column
-        return pick_columns(given, self.labels, part, "task.label-column")[0]
+        return _column_of_names(given, self.labels, part, "task.label-column")
 
     def _group_column(self, part: Part) -> str:
         given = self.config.task.group_column
@@ -208,13 +234,17 @@ class DatasetTask(Task):
             return ""
         if not given and not any(set(c) <= set(part.rows.column_names) for c in self.group_columns):
             return ""
-        return pick_columns(given, self.group_columns, part, "task.group-column")[0]
+        return _column_of_names(given, self.group_columns, part, "task.group-column")
+
+    def input_columns(self, part: Part) -> tuple[str, ...]:
+        """Return the columns of inputs."""
+        given = self.config.task.input_columns
+        return pick_columns(given, self.inputs, part, "task.input-columns")
 
     # ------------------------------------------------------------------------- encoded rows
     def encode(self, part: Part) -> Dataset:
         """Encode a part's rows of the chosen classes and groups, once on this machine."""
-        section, encoder = self.config.task, self.encoder
-        inputs = pick_columns(section.input_columns, self.inputs, part, "task.input-columns")
+        encoder, inputs = self.encoder, self.input_columns(part)
         label, group = self._label_column(part), self._group_column(part)
         known = self._known_classes
         if self.own_data:
@@ -223,14 +253,19 @@ class DatasetTask(Task):
             raise ConfigError(
                 f"class '{missing[0]}' is not in {part.where}; there are {some(known)} (task.classes)"
             )
-        read_label = _Reader(part, label, known, self.classes)
-        read_group = _Reader(part, group, self._known_groups(part, group), self.groups)
+        read_label = NameReader(part, label, known, self.classes)
+        read_group = NameReader(
+            part, group, names_in([(part, group)] if group else []), self.groups
+        )
+        every_group = self._asked_groups in ((), ("all",))
 
         def make(columns: Columns, rows: list[int]) -> Columns:
             labels = read_label(columns[label], rows)
             groups = (
                 read_group(columns[group], rows) if group else [self._own_group(part)] * len(rows)
             )
+            if every_group:
+                groups = [UNSEEN if found is None else found for found in groups]
             chosen = [
                 i for i, pair in enumerate(zip(labels, groups, strict=True)) if None not in pair
             ]
@@ -251,6 +286,7 @@ class DatasetTask(Task):
             known,
             self.classes,
             self.groups,
+            every_group,
             part.group,
             encoder.key,
         )
@@ -274,9 +310,6 @@ class DatasetTask(Task):
         if not part.group:
             return 0
         return self.groups.index(part.group) if part.group in self.groups else None
-
-    def _known_groups(self, part: Part, column: str) -> tuple[str, ...]:
-        return self._values([(part, column)]) if column else ()
 
     @cached_property
     def _tables(self) -> tuple[Table, Table | None]:
@@ -337,34 +370,10 @@ class DatasetTask(Task):
         return Examples.of(test) if test is not None else Examples(train, self._shares[1])
 
 
-class _Reader:
-    """Turns a column's values into positions among the chosen names; None for names not chosen."""
-
-    def __init__(
-        self, part: Part, column: str, known: Sequence[str], chosen: Sequence[str]
-    ) -> None:
-        self._part, self._column, self._known = part, column, known
-        position = {name: index for index, name in enumerate(chosen)}
-        feature = part.rows.features[column] if column else None
-        self._names = feature.names if isinstance(feature, ClassLabel) else None
-        self._of: dict[object, int | None] = {
-            (index if self._names else name): position.get(name)
-            for index, name in enumerate(self._names or known)
-        }
-
-    def __call__(self, values: Sequence[object], rows: Sequence[int]) -> list[int | None]:
-        found = []
-        for value, row in zip(values, rows, strict=True):
-            known = value if self._names or value is None else str(value)
-            if known not in self._of:
-                raise ConfigError(
-                    f"{self._part.where}, row {row}: {self._column} = {value!r} is not allowed: it "
-                    f"should be one of {', '.join(self._known[:20])}{' …' * (len(self._known) > 20)}"
-                    + (
-                        " (given by number, from 0); rows without a label have to be left out"
-                        if self._names
-                        else ""
-                    )
-                )
-            found.append(self._of[known])
-        return found
+def _column_of_names(
+    given: str, candidates: Sequence[tuple[str, ...]], part: Part, key: str
+) -> str:
+    column = pick_columns(given, candidates, part, key)[0]
+    fits = isinstance(part.rows.features[column], Value | ClassLabel)
+    require_type(part, column, fits, "names or numbers", key)
+    return column

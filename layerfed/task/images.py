@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,6 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Image, List, Value
 from PIL import Image as Pixels
-from PIL import UnidentifiedImageError
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
@@ -23,18 +23,21 @@ from layerfed.task.dataset_task import Columns, DatasetTask, Encoder
 from layerfed.task.loading import (
     CHANGED,
     TEST_SPLITS,
+    TRAIN_SPLITS,
     Part,
     data_files,
     image_folders,
     image_rows,
+    is_text,
     local_path,
     pick_columns,
     pick_splits,
+    require_type,
 )
 
 __all__ = ["ImageTask"]
 
-SPLITS = ("train", *TEST_SPLITS)
+SPLITS = (*TRAIN_SPLITS, *TEST_SPLITS)
 
 
 class ImageTask(DatasetTask):
@@ -87,10 +90,15 @@ class ImageTask(DatasetTask):
     ) -> tuple[list[Part], list[Part]]:
         """Read `CLASS/`, `GROUP/CLASS/`, and each below a folder for each split."""
         found: dict[str, dict[str, dict[str, Sequence[Path]]]] = {}
+        split_up = any(len(path) > 1 and path[0].lower() in SPLITS for path in folders)
         for path, images in folders.items():
-            below = len(path) > 1 and path[0] in SPLITS
-            split = path[0] if below else "train"
-            *group, label = path[below:] or ("",)
+            if split_up and not (path and path[0].lower() in SPLITS):
+                raise ConfigError(
+                    f"task.data = '{self.data}': some folders are for splits, such as train/ and test/, "
+                    f"but {root.joinpath(*path)} holds images too; move it into one of them"
+                )
+            split = path[0] if split_up else "train"
+            *group, label = path[split_up:] or ("",)
             if len(group) > 1 or not label:
                 raise ConfigError(
                     f"task.data = '{self.data}': images in {root.joinpath(*path)} have no class; "
@@ -107,7 +115,7 @@ class ImageTask(DatasetTask):
         train, test = pick_splits(found, section.train_split, section.test_split, self.data)
 
         def parts(split: str) -> list[Part]:
-            base = root / split if (root / split).is_dir() else root
+            base = root / split if split_up else root
             return [
                 self.with_images(Part(image_rows(files), str(base / group), group))
                 for group, files in found[split].items()
@@ -128,18 +136,19 @@ class ImageTask(DatasetTask):
             If its input column holds neither images nor paths of images.
         """
         given = self.config.task.input_columns
-        column = pick_columns(given, self.inputs, found, "task.input-columns")[0]
-        rows, feature = found.rows, found.rows.features[column]
-        if getattr(feature, "dtype", "") in ("string", "large_string"):
-            if CHANGED not in rows.column_names:
-                # Paths in a table are relative to the table.
-                base = local_path(self.data)
-                rows = _with_paths(rows, column, base.parent if base and base.is_file() else base)
-        elif not isinstance(feature, Image):
+        column, *more = pick_columns(given, self.inputs, found, "task.input-columns")
+        if more:
             raise ConfigError(
-                f"{found.where}: column '{column}' is of type {feature}, not of images or paths of "
-                "images; choose another by task.input-columns=NAME"
+                f"task.input-columns = '{given}' names {len(more) + 1} columns, but images come from one"
             )
+        rows, paths = found.rows, is_text(found, column)
+        fits = paths or isinstance(rows.features[column], Image)
+        require_type(found, column, fits, "images or paths of images", "task.input-columns")
+        if paths and CHANGED not in rows.column_names:
+            # Paths in a table are relative to the table.
+            base = local_path(self.data)
+            folder = base.parent if base and base.is_file() else base or Path()
+            rows = _with_paths(rows, column, folder, found.where)
         return Part(rows.cast_column(column, Image(decode=False)), found.where, found.group)
 
     def build_model(self) -> nn.Module:
@@ -158,11 +167,17 @@ class ImageTask(DatasetTask):
         return scores
 
 
-def _with_paths(rows: Dataset, column: str, folder: Path | None) -> Dataset:
+def _with_paths(rows: Dataset, column: str, folder: Path, where: str) -> Dataset:
     """Make paths absolute, and have a file that changes make another table."""
-    paths = [Path(folder or "", path or "") for path in rows[column]]
-    changed = [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
-    rows = rows.remove_columns(column).add_column(column, [str(path) for path in paths])
+    paths = [os.path.join(folder, path or "") for path in rows[column]]
+    # What is too long for a path, as a text may be, does not exist either.
+    changed = [os.stat(path).st_mtime_ns if os.path.isfile(path) else 0 for path in paths]
+    if paths and not any(changed):
+        raise ConfigError(
+            f"{where}: column '{column}' is of text, and nowhere the path of an image in {folder}; "
+            "choose another by task.input-columns=NAME, or for text a model of transformers (model.name)"
+        )
+    rows = rows.remove_columns(column).add_column(column, paths)
     return rows.add_column(CHANGED, changed)
 
 
@@ -172,17 +187,28 @@ def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
     Raises
     ------
     ConfigError
-        If it is missing or broken.
+        If it is missing or broken, or its values cannot be told.
     """
     if cell is None or not (cell.get("bytes") or cell.get("path")):
         raise ConfigError(f"{where}: the image is missing; leave the row out")
     source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]
+    name = cell.get("path") or "without a name"
     try:
-        return Pixels.open(source).convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        image: Pixels.Image = Pixels.open(source)
+        if image.mode in ("I", "F"):
+            raise ConfigError(
+                f"{where}: image {name} has values of 32 bits (mode {image.mode}), and nothing says "
+                "which of them is white; convert it to 8 or 16 bits"
+            )
+        if image.mode.startswith("I;16"):
+            # Conversion alone would cut all values above 255 down to white.
+            image = Pixels.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except ConfigError:
+        raise
+    except (OSError, SyntaxError, ValueError, Pixels.DecompressionBombError) as error:
         raise ConfigError(
-            f"{where}: image {cell.get('path') or 'without a name'} cannot be decoded "
-            f"({type(error).__name__}); mend it or leave it out"
+            f"{where}: image {name} cannot be decoded ({type(error).__name__}); mend it or leave it out"
         ) from error
 
 

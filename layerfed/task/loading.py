@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules.csv.csv import Csv
 from filelock import FileLock
 
 from layerfed.block_finder import some
@@ -24,25 +32,32 @@ from layerfed.config import ConfigError
 __all__ = [
     "CHANGED",
     "TEST_SPLITS",
+    "TRAIN_SPLITS",
     "Part",
     "data_files",
+    "download",
     "image_folders",
     "image_rows",
+    "is_saved",
+    "is_text",
     "kept",
     "load_file_list",
     "load_splits",
     "local_path",
     "pick_columns",
     "pick_splits",
+    "require_type",
     "words",
 ]
 
+# A class may be called None and a region NA: only an empty cell is a missing value.
+CSV = {"keep_default_na": False, "na_values": [""]}
 READERS = {
     ".parquet": ("parquet", {}),
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".csv": ("csv", CSV),
+    ".tsv": ("csv", {**CSV, "sep": "\t"}),
 }
 # Owner, name and, where a data set has several, one of its subsets.
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
@@ -50,7 +65,9 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Times of change of the image files that a table points at: a column that nobody reads, but that makes a
 # table whose files have changed another one.
 CHANGED = "__changed__"
-TEST_SPLITS = ("test", "validation", "dev", "valid")
+# Names of splits, in any case; the first that is there is taken.
+TRAIN_SPLITS = ("train", "training")
+TEST_SPLITS = ("test", "testing", "eval", "validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
@@ -104,9 +121,10 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
         Hub id, with a subset after a colon where there are several; folder (in the hub's layout, as
         `save_to_disk` leaves it, or of images) or file.
     subset : str
-        Name of a configuration on the hub; locally, of a folder inside, if there is one.
+        Name of a configuration on the hub, for a task that reads several data sets side by side;
+        locally, of a folder inside, if there is one.
     revision : str, optional
-        Of the hub's repository.
+        Of the hub's repository, where the subset is a folder.
 
     Raises
     ------
@@ -118,18 +136,26 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
         if path is None:
             name = HUB_ID.fullmatch(data)
             assert name  # or it would have been refused
-            found = load_dataset(name[1], subset or name[2], revision=revision)
+            if revision is None:
+                found = load_dataset(name[1], subset or name[2])
+            else:
+                # The hub's own conversions have no card, so the library does not know their subsets.
+                found = load_dataset(name[1], data_dir=subset, revision=revision)
         elif path.is_file():
             return {"train": load_file_list([path])}
         else:
             inside = path / subset if subset and (path / subset).is_dir() else path
-            saved = any((inside / f).exists() for f in ("dataset_dict.json", "state.json"))
-            found = load_from_disk(str(inside)) if saved else load_dataset(str(inside))
+            found = load_from_disk(str(inside)) if is_saved(inside) else _load_folder(inside)
     except ConfigError:
         raise
     except Exception as error:  # whatever the library raises, a user can only act on its reason
-        raise ConfigError(_unreadable(data, subset, path, error)) from error
+        raise ConfigError(_unreadable(data, subset, revision, path, error)) from error
     return {"train": found} if isinstance(found, Dataset) else dict(found)
+
+
+def is_saved(folder: Path) -> bool:
+    """Say whether a folder is as `save_to_disk` leaves it."""
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -154,9 +180,36 @@ def load_file_list(files: Sequence[Path]) -> Dataset:
     reader, options = READERS[kinds.pop()]
     names = [str(file) for file in files]
     try:
-        return load_dataset(reader, data_files={"train": names}, split="train", **options)
+        found = load_dataset(reader, data_files={"train": names}, split="train", **options)
     except Exception as error:  # whatever the library raises, a user can only act on its reason
         raise ConfigError(f"cannot read {some(names)}: {_reason(error)}") from error
+    if reader == "csv":
+        _refuse_shifted(found, some(names))
+    return found
+
+
+def _load_folder(folder: Path) -> DatasetDict:
+    """Read a folder in the hub's layout, tables of commas or tabs as single files are read."""
+    found = load_dataset_builder(str(folder))
+    # Of a folder with a card the library keeps what it read by name, whatever has changed inside, unless
+    # the files are named one by one.
+    files = {str(split): list(names) for split, names in (found.config.data_files or {}).items()}
+    separated = isinstance(found, Csv)
+    splits = load_dataset(
+        str(folder), found.config.name, data_files=files, **(CSV if separated else {})
+    )
+    for split, rows in splits.items() if separated else ():
+        _refuse_shifted(rows, f"{folder}, split '{split}'")
+    return splits
+
+
+def _refuse_shifted(rows: Dataset, where: str) -> None:
+    """Refuse a table in which pandas took the first fields for an index, for want of names."""
+    if any(name.startswith("__index_level_") for name in rows.column_names):
+        raise ConfigError(
+            f"{where}: lines have more fields than the header, so columns cannot be told; put text with "
+            "commas in quotes"
+        )
 
 
 def image_folders(root: Path) -> dict[tuple[str, ...], list[Path]]:
@@ -186,17 +239,29 @@ def _reason(error: Exception) -> str:
     """Return the first line of what an error is about, or of what caused it."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no more is said'}"
+    return f"{type(cause).__name__}: {lines[0].rstrip('.') if lines else 'no more is said'}"
 
 
-def _unreadable(data: str, subset: str, path: Path | None, error: Exception) -> str:
+def download(repository: str, folder: str, revision: str | None = None, subset: str = "") -> str:
+    """Return the command that brings a data set, or a subset that is a folder of it."""
+    chosen = f" --revision {revision}" * bool(revision) + f" --include '{subset}/*'" * bool(subset)
+    return f"`hf download {repository} --repo-type dataset{chosen} --local-dir {folder}`"
+
+
+def _unreadable(
+    data: str, subset: str, revision: str | None, path: Path | None, error: Exception
+) -> str:
     if path is not None:
         return f"cannot read task.data = '{data}': {_reason(error)}"
-    repository = data.partition(":")[0]
+    repository, _, named = data.partition(":")
+    # Data sets that a task reads side by side lie in folders of one.
+    beside = f"DIR/{repository.rpartition('/')[2]}" if subset else "DIR"
     return (
         f"cannot load '{data}'{f' ({subset})' if subset else ''}, which is no file or folder here, from "
-        f"the hub: {_reason(error)}. Where there is a network, run `hf download {repository} "
-        "--repo-type dataset --local-dir DIR`, and give that folder: task.data=DIR"
+        f"the hub: {_reason(error)}. Where there is a network, run "
+        f"{download(repository, beside, revision, named)}, and say task.data=DIR"
+        + f"/{named}"
+        * bool(named)
     )
 
 
@@ -216,8 +281,7 @@ def pick_splits(
                 f"task.{key}-split = '{name}', but {where} has no such split; there are "
                 f"{', '.join(splits)}"
             )
-    others = [name for name in TEST_SPLITS if name in splits and name != train]
-    first = train or ("train" if "train" in splits else "")
+    first = train or next(_named(TRAIN_SPLITS, splits), "")
     if not first:
         if len(splits) != 1:
             raise ConfigError(
@@ -225,8 +289,13 @@ def pick_splits(
                 f"{', '.join(splits)}"
             )
         first = next(iter(splits))
-    second = test or next((name for name in others if name != first), None)
+    second = test or next((name for name in _named(TEST_SPLITS, splits) if name != first), None)
     return first, None if second == first else second
+
+
+def _named(names: Sequence[str], splits: Mapping[str, object]) -> Iterator[str]:
+    """Yield the splits of some names, in the names' order."""
+    return (split for name in names for split in splits if split.lower() == name)
 
 
 def pick_columns(
@@ -250,6 +319,27 @@ def pick_columns(
         else f"none of the columns {' / '.join('+'.join(c) for c in candidates)} is there"
     )
     raise ConfigError(f"{part.where}: {wanted}; there are {', '.join(there)}; choose by {key}=NAME")
+
+
+def require_type(part: Part, column: str, fits: bool, wanted: str, key: str) -> None:
+    """Refuse a column whose type does not fit.
+
+    Raises
+    ------
+    ConfigError
+        Naming the column and its type.
+    """
+    if not fits:
+        feature = part.rows.features[column]
+        raise ConfigError(
+            f"{part.where}: column '{column}' is of type {getattr(feature, 'dtype', feature)}, not "
+            f"{wanted}; choose another by {key}=NAME"
+        )
+
+
+def is_text(part: Part, column: str) -> bool:
+    """Say whether a column holds strings."""
+    return getattr(part.rows.features[column], "dtype", "") in ("string", "large_string")
 
 
 def kept(

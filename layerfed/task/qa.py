@@ -24,7 +24,17 @@ from layerfed.config import ConfigError
 from layerfed.models import build_choice_model, tokenizer_key
 from layerfed.task.base import Batch
 from layerfed.task.dataset_task import FORMAT, Encoder
-from layerfed.task.loading import Part, kept, load_splits, local_path, pick_splits, words
+from layerfed.task.loading import (
+    Part,
+    data_files,
+    download,
+    is_saved,
+    kept,
+    load_splits,
+    local_path,
+    pick_splits,
+    words,
+)
 from layerfed.task.text import TextTask, padded, token_features
 
 LETTERS = ("A", "B", "C", "D", "E")
@@ -79,7 +89,14 @@ def _piqa(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
 
 
 def _lettered(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
-    labels, texts, key = row["choices"]["label"], row["choices"]["text"], row["answerKey"]
+    choices, key = row["choices"], row["answerKey"]
+    held = choices if isinstance(choices, dict) else {}
+    labels, texts = held.get("label"), held.get("text")
+    if not (isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts)):
+        raise ValueError(
+            f"choices is of type {type(choices).__name__}, and should hold two lists of one length, "
+            "label and text"
+        )
     if key not in labels:
         raise ValueError(
             f"answerKey = {key!r} is not allowed: it should be one of {', '.join(labels) or 'nothing'}"
@@ -152,11 +169,10 @@ class QuestionAnswering(TextTask):
         folder = _folder(root, source) if root is not None and root.is_dir() else None
         if folder is None:
             return False
-        inside = list(folder.iterdir())
-        # Without folders inside, its files are taken for the subset.
-        return folder / source.subset in inside or bool(
-            inside and not any(map(Path.is_dir, inside))
-        )
+        if (folder / source.subset).is_dir() or is_saved(folder):
+            return True
+        # Tables are the subset's where they lie in no folder, or anywhere if there is no other subset.
+        return any(source.subset == "default" or f.parent == folder for f in data_files(folder))
 
     def _load(self, source: Source) -> tuple[str, dict[str, Dataset]]:
         data = self.config.task.data
@@ -171,8 +187,9 @@ class QuestionAnswering(TextTask):
         folder, name = _folder(root, source), source.hub.rpartition("/")[2]
         if folder is None:
             raise ConfigError(
-                f"task.data = '{data}' has no folder {name}; run `hf download {source.hub} "
-                f"--repo-type dataset --local-dir {root / name}`, or leave it out by task.groups"
+                f"task.data = '{data}' has no folder {name}; run "
+                f"{download(source.hub, str(root / name), source.revision)}, or leave it out by "
+                "task.groups"
             )
         inside = folder / source.subset
         return str(inside if inside.is_dir() else folder), load_splits(str(folder), source.subset)
@@ -213,7 +230,7 @@ class QuestionAnswering(TextTask):
     @cached_property
     def encoder(self) -> Encoder:
         """Right-padded prompts and the number of choices of each."""
-        pad = self.tokenizer.pad_token_id or 0
+        pad = self.pad
 
         def collate(rows: pa.Table) -> dict[str, Tensor]:
             choices = torch.from_numpy(rows.column("choices").to_numpy().copy())
@@ -268,6 +285,7 @@ class QuestionAnswering(TextTask):
     # ------------------------------------------------------------------------------- model
     def build_model(self) -> nn.Module:
         """Return the pretrained model with the letters' rows as its output layer."""
+        self.refuse_misfit()
         return build_choice_model(self.config.model, self.letters, self.config.run.seed)
 
     def skeleton(self) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,15 @@ from datasets import List, Value
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
-from layerfed.models import build_text_classifier, load_tokenizer, tokenizer_key
+from layerfed.models import (
+    build_text_classifier,
+    load_tokenizer,
+    reading_limits,
+    tokenizer_key,
+)
 from layerfed.task.base import Batch, Examples
 from layerfed.task.dataset_task import Columns, DatasetTask, Encoder, Table
+from layerfed.task.loading import Part, is_text, require_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +44,12 @@ class TextTask(DatasetTask):
         """The model's tokenizer, or the one that `model.tokenizer` names."""
         return load_tokenizer(self.config.model)
 
+    @property
+    def pad(self) -> int:
+        """Token id that fills rows; decoders' tokenizers often have none for it."""
+        found = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return next((token for token in found if token is not None), 0)
+
     @cached_property
     def encoder(self) -> Encoder:
         """Join the input columns by a line break, tokenise, cut at `task.max-tokens`."""
@@ -56,18 +68,45 @@ class TextTask(DatasetTask):
                 return {"input_ids": []}
             return {"input_ids": tokenizer(texts, truncation=True, max_length=limit)["input_ids"]}
 
-        pad = tokenizer.pad_token_id or 0
+        pad = self.pad
         key = "text", limit, tokenizer_key(tokenizer)
         return Encoder(key, token_features(), encode, lambda rows: padded(rows, pad))
 
+    def input_columns(self, part: Part) -> tuple[str, ...]:
+        """Return the columns of text."""
+        columns = super().input_columns(part)
+        for column in columns:
+            require_type(part, column, is_text(part, column), "text", "task.input-columns")
+        return columns
+
     def build_model(self) -> nn.Module:
         """Return the pretrained encoder with a new classification head."""
+        self.refuse_misfit()
         return build_text_classifier(
-            self.config.model,
-            len(self.classes),
-            self.config.run.seed,
-            pad_token=self.tokenizer.pad_token_id,
+            self.config.model, len(self.classes), self.config.run.seed, pad_token=self.pad
         )
+
+    def refuse_misfit(self) -> None:
+        """Refuse token ids or lengths beyond what the model has weights for.
+
+        Raises
+        ------
+        ConfigError
+            Before the weights are loaded.
+        """
+        name, asked = self.config.model.name, self.config.task.max_tokens
+        known, limit = reading_limits(self.skeleton(), self.pad)
+        largest = max(self.pad, *self.tokenizer.get_vocab().values())
+        if largest >= known:
+            raise ConfigError(
+                f"the tokenizer has token ids up to {largest}, but model.name = '{name}' knows {known} "
+                "tokens; give the tokenizer that the model comes with (model.tokenizer)"
+            )
+        if limit is not None and _filled(asked) > limit:
+            raise ConfigError(
+                f"task.max-tokens = {asked}, but model.name = '{name}' reads {limit} tokens at most, in "
+                f"rows of multiples of {MULTIPLE}; lower it to {limit // MULTIPLE * MULTIPLE}"
+            )
 
     def skeleton(self) -> nn.Module:
         """Return the layers without their weights."""
@@ -80,10 +119,18 @@ class TextTask(DatasetTask):
         return by_length(super().test_examples())
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Score the classes."""
-        scores: Tensor = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits
+        """Score the classes, where a model does so at one token at the last of each text."""
+        net: Any = model
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        scores: Tensor
+        if not hasattr(net, "score"):
+            scores = net(input_ids=ids, attention_mask=mask).logits
+            return scores
+        # A decoder. `transformers` looks for the last token that is not padding by its id, which may be
+        # that of the token that ends every text.
+        hidden = net.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        last = hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
+        scores = net.score(last)
         return scores
 
 
@@ -99,7 +146,7 @@ def padded(rows: pa.Table, pad: int) -> dict[str, Tensor]:
     """
     ids = rows.column("input_ids").combine_chunks()
     lengths = np.diff(ids.offsets.to_numpy())
-    width = -(-int(lengths.max()) // MULTIPLE) * MULTIPLE
+    width = _filled(int(lengths.max()))
     mask = np.arange(width) < lengths[:, None]
     filled = np.full(mask.shape, pad, dtype=np.int64)
     filled[mask] = ids.flatten().to_numpy()
@@ -107,6 +154,10 @@ def padded(rows: pa.Table, pad: int) -> dict[str, Tensor]:
         "input_ids": torch.from_numpy(filled),
         "attention_mask": torch.from_numpy(mask.astype(np.int64)),
     }
+
+
+def _filled(length: int) -> int:
+    return -(-length // MULTIPLE) * MULTIPLE
 
 
 def by_length(examples: Examples) -> Examples:

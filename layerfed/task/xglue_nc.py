@@ -25,6 +25,7 @@ from layerfed.config import ConfigError
 from layerfed.models import build_text_classifier
 from layerfed.task.loading import (
     TEST_SPLITS,
+    TRAIN_SPLITS,
     Part,
     data_files,
     load_file_list,
@@ -62,7 +63,8 @@ class XglueNc(TextTask):
         """One part a language where names of splits or files tell it; a column does otherwise."""
         path = local_path(self.data)
         if path is not None and path.is_dir():
-            by_language = self._files(path)
+            # Beside its subset `nc` the repository has others with splits by language.
+            by_language = self._files(path / "nc" if (path / "nc").is_dir() else path)
         else:
             by_language = self._splits(load_splits(self.data))
         if not by_language:
@@ -103,7 +105,7 @@ class XglueNc(TextTask):
             path = file.relative_to(folder).as_posix()
             parts = {*re.split(r"[^\w]+", path), *re.split(r"[\W_]+", path)}
             language = next((name for name in self.languages if name in parts), None)
-            split = next((name for name in ("train", *TEST_SPLITS) if name in parts), None)
+            split = next((name for name in (*TRAIN_SPLITS, *TEST_SPLITS) if name in parts), None)
             if language and split:
                 files.setdefault(split, {}).setdefault(language, []).append(file)
         return {

@@ -14,9 +14,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from layerfed.config import ConfigError
+from layerfed.config import ConfigError, ModelConfig
 from layerfed.layers import LayerMap
-from layerfed.models import build_choice_model, build_image_classifier, build_text_classifier
+from layerfed.models import (
+    build_choice_model,
+    build_image_classifier,
+    build_text_classifier,
+    load_tokenizer,
+)
 from layerfed.models.source import require
 from tests.task import hub
 
@@ -237,9 +242,25 @@ def test_a_pickle_that_holds_more_than_weights_is_not_run(
     [
         ("open_clip/ViT-B-33", "openai", ["ViT-B-33", "ViT-B-32"]),
         ("open_clip/ViT-B-32", "nonsense", ["'nonsense'", "datacomp_xl_s13b_b90k", "random"]),
-        ("open_clip/ViT-B-32", "laion/none", ["laion/none", "hf download", "model.weights=DIR"]),
+        ("open_clip/ViT-B-32", "laion/none", ["hf download laion/none ", "model.weights=DIR"]),
+        (
+            "open_clip/ViT-B-32",
+            "datacomp_xl_s13b_b90k",
+            ["hf download laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K ", "model.weights=random"],
+        ),
+        (
+            "open_clip/ViT-B-32",
+            "/nowhere/clip",
+            ["model.weights names '/nowhere/clip'", "not exist"],
+        ),
+        ("timm/vit_tiny_patch16_224", "~/nowhere", ["model.weights names '~/nowhere'"]),
         ("timm/vit_tinny", "pretrained", ["vit_tinny", "timm has no"]),
-        ("timm/vit_tiny_patch16_224", "timm/none", ["timm/none", "hf download"]),
+        ("timm/vit_tiny_patch16_224", "timm/none", ["hf download timm/none "]),
+        (
+            "timm/vit_tiny_patch16_224",
+            "pretrained",
+            ["hf download timm/vit_tiny_patch16_224 ", "model.weights=random"],
+        ),
     ],
 )
 def test_image_models_that_are_not_there_are_named(
@@ -251,14 +272,47 @@ def test_image_models_that_are_not_there_are_named(
     assert [part for part in says if part not in str(caught.value)] == []
 
 
-def test_text_models_that_are_not_there_are_named() -> None:
-    section = hub.config(
-        "model.name=transformers/meta-llama/Llama-2-7b-hf", "model.weights=pretrained"
-    ).model
+@pytest.mark.parametrize("build", [lambda s: build_choice_model(s, [0, 1], 0), load_tokenizer])
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        (
+            "pretrained",
+            "`hf download meta-llama/Llama-2-7b-hf --local-dir DIR` where there is one, "
+            "and set model.weights=DIR",
+        ),
+        ("some/other", "`hf download some/other --local-dir DIR`"),
+        # The architecture's sizes are not known without its configuration.
+        (
+            "random",
+            "`hf download meta-llama/Llama-2-7b-hf --include '*.json' --local-dir DIR` where "
+            "there is one, and set model.name=transformers/DIR",
+        ),
+        ("./nowhere", "model.weights names './nowhere', which does not exist"),
+    ],
+)
+def test_text_models_that_are_not_there_are_named(
+    build: Callable[[ModelConfig], object], weights: str, says: str
+) -> None:
+    name = "model.name=transformers/meta-llama/Llama-2-7b-hf"
     with pytest.raises(ConfigError) as caught:
-        build_choice_model(section, [0, 1], 0)
-    says = ["meta-llama/Llama-2-7b-hf", "hf download", "model.weights=DIR", "model.weights=random"]
-    assert [part for part in says if part not in str(caught.value)] == []
+        build(hub.config(name, f"model.weights={weights}").model)
+    assert says in str(caught.value)
+    assert "model.weights=random" not in str(caught.value)
+
+
+def test_a_tokenizer_of_its_own_is_named_by_its_own_setting(tmp_path: Path) -> None:
+    given = ["model.name=transformers/x", f"model.weights={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"Give a folder as .* \(model\.tokenizer\)"):
+        load_tokenizer(hub.config(*given).model)
+    with pytest.raises(ConfigError, match=r"hf download some/words .* model\.tokenizer=DIR"):
+        load_tokenizer(hub.config(*given, "model.tokenizer=some/words").model)
+
+
+def test_a_tower_that_gives_more_than_its_output_is_cut_to_it() -> None:
+    """CoCa's also gives the tokens that its text decoder reads."""
+    layers = LayerMap.from_model(image("open_clip/coca_ViT-B-32", "random", skeleton=True))
+    assert layers.num_blocks == 12
 
 
 def test_a_gated_model_says_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +327,7 @@ def test_a_gated_model_says_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_missing_library_names_its_extra() -> None:
-    with pytest.raises(ConfigError, match=r"layerfed\[clip\]"):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[clip\]" in the clone'):
         require("no_such_library", "clip", "open_clip/ViT-B-32")
 
 

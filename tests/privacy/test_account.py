@@ -136,5 +136,5 @@ def test_tiny_and_huge_noise_give_finite_figures() -> None:
 
 def test_a_missing_accountant_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(ConfigError, match=r"pip install 'layerfed\[privacy\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[privacy\]' in the clone"):
         account(noise=1.0)

@@ -136,6 +136,20 @@ def llama(folder: Path, **changes: object) -> Path:
     return tokenizer(folder)
 
 
+def gpt2(folder: Path, **changes: object) -> Path:
+    """As decoders are: without a token for padding."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "n_positions": 128, "n_embd": 16, "n_layer": 3, "n_head": 2}
+    transformers.GPT2Model(transformers.GPT2Config(**{**sizes, **changes})).save_pretrained(folder)
+    file = tokenizer(folder) / "tokenizer_config.json"
+    named = json.loads(file.read_text())
+    del named["pad_token"]
+    file.write_text(json.dumps(named))
+    return folder
+
+
 def clip(folder: Path) -> Path:
     """An open_clip repository: configuration and weights."""
     import open_clip
@@ -181,15 +195,17 @@ def timm_vit(folder: Path) -> Path:
 
 # ---------------------------------------------------------------------------------- questions
 def questions(folder: Path, count: int = 40) -> Path:
-    """The five sets, the right answer of each question being the word `yes`."""
+    """The five sets as `hf download` leaves them, the right answer of each question the word `yes`."""
 
     def lettered(names: Sequence[str], i: int) -> dict[str, object]:
         at = i % len(names)
         texts = ["yes" if j == at else "no" for j in range(len(names))]
         return {"choices": {"text": texts, "label": list(names)}, "answerKey": names[at]}
 
-    def write(path: str, rows: Sequence[Mapping[str, object]]) -> None:
-        file = folder / f"{path}-00000-of-00001.parquet"
+    def write(
+        path: str, rows: Sequence[Mapping[str, object]], suffix: str = "-00000-of-00001"
+    ) -> None:
+        file = folder / f"{path}{suffix}.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         Dataset.from_list([dict(row) for row in rows]).to_parquet(str(file))
 
@@ -198,7 +214,7 @@ def questions(folder: Path, count: int = 40) -> Path:
         text = [f"{WORDS[i % 30]} {WORDS[i % 7]}" for i in range(n)]
         wrong = {"distractor1": "no", "distractor2": "maybe", "distractor3": "never"}
         write(
-            f"sciq/default/{split}",
+            f"sciq/data/{split}",
             [{"question": t, **wrong, "correct_answer": "yes"} for t in text],
         )
         write(
@@ -214,6 +230,26 @@ def questions(folder: Path, count: int = 40) -> Path:
         ]
         # The hub has no answers to PIQA's test questions.
         blank = [{**row, "label": -1} for row in rows]
-        write(f"piqa/plain_text/{'train' if split == 'train' else 'validation'}", rows)
-        write("piqa/plain_text/test", blank)
+        # Its repository is a script; the hub's conversion, which has no card, is a branch of it.
+        write(f"piqa/plain_text/{'train' if split == 'train' else 'validation'}", rows, "/0000")
+        write("piqa/plain_text/test", blank, "/0000")
+    folders = {
+        "sciq": {"default": "data"},
+        "openbookqa": {"main": "main"},
+        "ai2_arc": {"ARC-Easy": "ARC-Easy", "ARC-Challenge": "ARC-Challenge"},
+    }
+    for name, subsets in folders.items():
+        card = [
+            {
+                "config_name": subset,
+                "data_files": [
+                    {"split": split, "path": f"{inside}/{split}-*"} for split in ("train", "test")
+                ],
+            }
+            for subset, inside in subsets.items()
+        ]
+        (folder / name / "README.md").write_text(f"---\nconfigs: {json.dumps(card)}\n---\n")
+    left = folder / "sciq/.cache/huggingface/download/data"
+    left.mkdir(parents=True)
+    (left / "train-00000-of-00001.parquet.metadata").write_text("of the download")
     return folder

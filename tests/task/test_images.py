@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Image, Value
-from PIL import Image as Pixels
 
 from layerfed.config import ConfigError
 from layerfed.task import Task, images
@@ -133,7 +131,7 @@ def test_a_shuffled_stream_of_a_share_shows_its_rows_only(cifar: Path) -> None:
             ["airplane", "is not in", "cat, unicorn"],
         ),
         (
-            {"img": [hub.noise(0)] * 9, "label": ["cat"] * 8 + [None]},
+            {"img": [hub.noise(0)] * 9, "label": ["cat"] * 7 + ["dog", None]},
             {"img": Image()},
             ["row 8", "label = None", "cat"],
         ),
@@ -150,7 +148,7 @@ def test_a_shuffled_stream_of_a_share_shows_its_rows_only(cifar: Path) -> None:
         (
             {"img": [1] * 9, "label": [1] * 9},
             {"img": Value("int64"), "label": ClassLabel(names=hub.CIFAR)},
-            ["column 'img'", "not of images", "task.input-columns"],
+            ["column 'img'", "not images or paths", "task.input-columns"],
         ),
     ],
     ids=["no image", "no label", "unlabelled", "strings", "null", "corrupt", "missing", "numbers"],
@@ -226,8 +224,8 @@ def test_wrong_choices_of_domains_and_classes_are_refused(
 
 
 def test_a_domain_without_the_chosen_classes_is_named(domains: Path, tmp_path: Path) -> None:
-    data = hub.image_files(tmp_path, ["clipart/bird", "real/bird", "sketch/axe"], 12)
-    three = ["federation.clients=3", "federation.clients-per-round=3", "task.classes=bird"]
+    data = hub.image_files(tmp_path, ["clipart/bird", "real/zebra", "sketch/axe"], 12)
+    three = ["federation.clients=3", "federation.clients-per-round=3"]
     refused(lambda: domain_task(data, *three), "no examples of 'sketch'", "bird", "task.groups")
 
 
@@ -268,6 +266,29 @@ def test_folders_for_splits_are_kept_apart(tmp_path: Path) -> None:
     assert whole(found.test_examples())["label"].tolist() == [0] * 5 + [1] * 5
 
 
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "Test"), ("Training", "Testing"), ("train", "val")]
+)
+def test_folders_for_splits_go_by_many_names(train: str, test: str, tmp_path: Path) -> None:
+    for split, count in ((train, 30), (test, 5)):
+        hub.image_files(tmp_path / split, ["cat", "dog"], count)
+    found = custom(tmp_path)
+    assert sum(len(found.partition(i)) for i in range(4)) == 60
+    assert len(found.test_examples()) == 10
+    assert found.groups == ()  # type: ignore[attr-defined]
+    where = [part.where for parts in found.parts for part in parts]  # type: ignore[attr-defined]
+    assert where == [str(tmp_path / train), str(tmp_path / test)]
+    named = custom(tmp_path, f"task.train-split={test}", f"task.test-split={train}")
+    assert len(named.test_examples()) == 60
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    hub.image_files(tmp_path, ["bus", "train"], 30)
+    assert custom(tmp_path).classes == ("bus", "train")  # type: ignore[attr-defined]
+    hub.image_files(tmp_path / "train", ["express"], 1)
+    refused(lambda: custom(tmp_path), "are for splits", "bus holds images too")
+
+
 def test_a_table_of_paths_is_read_from_its_folder(tmp_path: Path) -> None:
     hub.image_files(tmp_path, ["pictures"], 80)
     lines = [f"pictures/{i:03}.png,{['no', 'yes'][i % 2]},{i % 4}" for i in range(80)]
@@ -285,7 +306,17 @@ def test_a_table_of_paths_is_read_from_its_folder(tmp_path: Path) -> None:
     file.write_text(file.read_text() + "\n")
     refused(lambda: custom(file, *columns), "row 17", "017.png", "cannot be decoded")
     refused(lambda: custom(file, "task.input-columns=photos"), "'photos'", "photo, ill, hospital")
+    two = ["task.input-columns=photo,ill", "task.label-column=ill"]
+    refused(lambda: custom(file, *two), "'photo,ill' names 2 columns", "from one")
     refused(lambda: custom(file, *columns, "task.group-column=ward"), "'ward'", "task.group-column")
+
+
+@pytest.mark.parametrize("text", ["fine", "word " * 900], ids=["short", "long"])
+def test_text_is_no_path_of_an_image(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i in range(9)))
+    chosen = "task.input-columns=text"
+    refused(lambda: custom(file, chosen), "column 'text' is of text", "model.name", chosen[:18])
 
 
 def test_images_without_a_class_and_layouts_too_deep_are_refused(tmp_path: Path) -> None:
@@ -306,26 +337,6 @@ def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path: Path) -> Non
 
 def test_without_data_custom_says_what_it_needs() -> None:
     refused(lambda: hub.task("task.name=custom"), "task.data", "folder")
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_every_kind_of_image_becomes_three_colours(mode: str) -> None:
-    image = hub.noise(0, (40, 30), "RGB").convert(mode)
-    file = BytesIO()
-    image.save(file, "JPEG" if mode == "CMYK" else "PNG")
-    opened = images._open({"bytes": file.getvalue(), "path": None}, "here")
-    assert images._square(opened, 16).shape == (3, 16, 16)
-
-
-@pytest.mark.parametrize("size", [(10, 30), (30, 10), (64, 64), (8, 500)])
-def test_the_middle_square_is_kept(size: tuple[int, int]) -> None:
-    pixels = np.zeros((*size, 3), np.uint8)
-    middle = tuple(slice(side // 2 - 1, side // 2 + 1) for side in size)
-    pixels[middle] = 255
-    kept = images._square(Pixels.fromarray(pixels), 32).astype(float)[0]
-    rows, columns = np.indices(kept.shape)
-    centre = (rows * kept).sum() / kept.sum(), (columns * kept).sum() / kept.sum()
-    assert centre == pytest.approx((15.5, 15.5), abs=1.5)
 
 
 # ------------------------------------------------------------------------------------ settings

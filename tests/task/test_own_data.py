@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from datasets import ClassLabel
@@ -121,6 +123,42 @@ def test_questions_of_the_sets_that_are_there(tmp_path: Path) -> None:
     (data / "ai2_arc/ARC-Challenge").rename(tmp_path / "away")
     with pytest.raises(ConfigError, match="holds no examples"):
         labels(own("task.name=qa", f"task.data={data}", *model))
+
+
+@pytest.mark.parametrize("layout", ["hub", "files", "saved"])
+def test_questions_of_a_set_without_other_subsets(layout: str, tmp_path: Path) -> None:
+    """As `hf download` leaves it, with a folder `data` and one of its own; or its bare files."""
+    data = hub.questions(tmp_path / "qa", count=6)
+    own_folder = tmp_path / "own/sciq"
+    if layout == "hub":
+        shutil.copytree(data / "sciq", own_folder)
+    elif layout == "files":
+        shutil.copytree(data / "sciq/data", own_folder)
+    else:
+        rows = datasets.load_dataset(str(data / "sciq/data"), split="train")
+        rows.save_to_disk(str(own_folder))
+    # A subset that the task does not read.
+    (tmp_path / "own/openbookqa/additional").mkdir(parents=True)
+    (data / "openbookqa/main/train-00000-of-00001.parquet").rename(
+        tmp_path / "own/openbookqa/additional/train.parquet"
+    )
+    model = ["model.name=transformers/x", f"model.weights={hub.llama(tmp_path / 'model')}"]
+    task = own("task.name=qa", f"task.data={tmp_path / 'own'}", *model)
+    assert len(labels(task)) == 6
+    assert task.groups == ("sciq",)  # type: ignore[attr-defined]
+
+
+def test_folders_of_one_name_with_a_card_are_kept_apart(tmp_path: Path) -> None:
+    """Nodes that share a machine, and its cache, have their own examples nevertheless."""
+    model = ["model.name=transformers/x", f"model.weights={hub.xlm_roberta(tmp_path / 'model')}"]
+    for node, label in (("one", "a"), ("two", "b")):
+        folder = tmp_path / node / "reviews"
+        hub.parquet(folder / "data/train-0.parquet", {"text": ["w1"] * 3, "label": [label] * 3})
+        card = "configs: [{config_name: default, data_files: data/train-*}]"
+        (folder / "README.md").write_text(f"---\n{card}\n---\n")
+    for node, expected in (("one", 0), ("two", 1)):
+        given = ["task.name=custom", f"task.data={tmp_path / node / 'reviews'}", "task.classes=a,b"]
+        assert labels(own(*given, *model)) == [expected] * 3
 
 
 def test_digits_take_none() -> None:

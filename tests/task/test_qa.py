@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
 from datasets import Dataset
 
 from layerfed.config import ConfigError
-from layerfed.task import Task
+from layerfed.task import Task, loading
 from layerfed.task.qa import LETTERS, SOURCES, QuestionAnswering
 from tests.task import hub
 from tests.task.hub import whole
@@ -63,6 +64,36 @@ def test_two_clients_a_set_and_each_question_with_its_answer(data: Path, weights
             assert words[at : at + 3] == [LETTERS[label], ".", "yes"]
         # The place of the right answer tells nothing.
         assert len(set(batch["label"].tolist())) == choices[name]
+
+
+def test_the_sets_come_from_the_hub(
+    data: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the library finds them there: by their cards, and PIQA's conversion without."""
+    asked = []
+
+    def load_dataset(name: str, *args: object, **more: object) -> object:
+        if name in ("csv", "json", "parquet"):
+            return datasets.load_dataset(name, *args, **more)
+        asked.append((name, more.get("revision")))
+        return datasets.load_dataset(str(data / name.rpartition("/")[2]), *args, **more)
+
+    monkeypatch.setattr(loading, "load_dataset", load_dataset)
+    found = qa_task(data, weights, "task.data=")
+    assert [len(found.partition(i)) for i in range(10)] == [20] * 10
+    assert len(found.test_examples()) == 50
+    assert asked == [(source.hub, source.revision) for source in SOURCES.values()]
+
+
+def test_what_is_not_there_is_named_with_the_command_that_brings_it(
+    data: Path, weights: Path, tmp_path: Path
+) -> None:
+    """Into the folder where it is looked for; PIQA from a branch, since the main one is a script."""
+    branch = "--repo-type dataset --revision refs/convert/parquet --local-dir"
+    piqa = ["task.groups=piqa", "federation.clients=2", "federation.clients-per-round=2"]
+    there = [f"`hf download ybisk/piqa {branch} DIR/piqa`", "say task.data=DIR"]
+    refused(lambda: qa_task(data, weights, "task.data=", *piqa), *there)
+    refused(lambda: qa_task(tmp_path, weights, *piqa), f"{branch} {tmp_path / 'piqa'}`")
 
 
 def test_piqa_is_tested_on_its_validation_split(data: Path, weights: Path) -> None:
@@ -120,10 +151,18 @@ def test_long_questions_keep_their_end(data: Path, weights: Path) -> None:
     assert (words[0], words[-2:]) == ("<s>", ["Answer", ":"])
 
 
+def test_a_model_that_does_not_fit_is_refused(data: Path, weights: Path, tmp_path: Path) -> None:
+    small = hub.llama(tmp_path / "llama", vocab_size=40)
+    with pytest.raises(ConfigError, match=r"knows 40 tokens.*model\.tokenizer"):
+        qa_task(data, small).build_model()
+    with pytest.raises(ConfigError, match=r"task\.max-tokens = 301.* lower it to 296"):
+        qa_task(data, weights, "task.max-tokens=301").build_model()
+
+
 def test_a_set_with_one_split_is_cut(data: Path, weights: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "qa")
     for name in ("train", "test"):
-        (tmp_path / f"qa/piqa/plain_text/{name}-00000-of-00001.parquet").unlink()
+        shutil.rmtree(tmp_path / f"qa/piqa/plain_text/{name}")
     more = ["task.groups=piqa", "federation.clients=1", "federation.clients-per-round=1"]
     found = qa_task(tmp_path / "qa", weights, *more)
     assert (len(found.partition(0)), len(found.test_examples())) == (8, 2)
@@ -132,7 +171,7 @@ def test_a_set_with_one_split_is_cut(data: Path, weights: Path, tmp_path: Path) 
 def rewrite(
     folder: Path, path: str, change: Callable[[dict[str, object]], dict[str, object]]
 ) -> None:
-    file = folder / f"{path}-00000-of-00001.parquet"
+    file = folder / f"{path}.parquet"
     rows = Dataset.from_parquet(str(file), cache_dir=str(folder / "cache")).to_list()
     Dataset.from_list([rows[0], change(rows[1]), *rows[2:]]).to_parquet(str(file))
     shutil.rmtree(folder / "cache")
@@ -142,17 +181,26 @@ def rewrite(
     ("path", "change", "says"),
     [
         (
-            "openbookqa/main/train",
+            "openbookqa/main/train-00000-of-00001",
             {"answerKey": "E"},
             ["openbookqa", "row 1", "answerKey = 'E'", "A, B, C, D"],
         ),
-        ("ai2_arc/ARC-Easy/train", {"answerKey": ""}, ["ARC-Easy", "row 1", "answerKey = ''"]),
-        ("piqa/plain_text/train", {"label": -1}, ["piqa", "row 1", "label = -1", "0 or 1"]),
-        ("sciq/default/train", {"correct_answer": None}, ["sciq", "row 1", "missing"]),
         (
-            "ai2_arc/ARC-Challenge/train",
+            "ai2_arc/ARC-Easy/train-00000-of-00001",
+            {"answerKey": ""},
+            ["ARC-Easy", "row 1", "answerKey = ''"],
+        ),
+        ("piqa/plain_text/train/0000", {"label": -1}, ["piqa", "row 1", "label = -1", "0 or 1"]),
+        ("sciq/data/train-00000-of-00001", {"correct_answer": None}, ["sciq", "row 1", "missing"]),
+        (
+            "ai2_arc/ARC-Challenge/train-00000-of-00001",
             {"choices": {"text": ["yes"] * 6, "label": list("ABCDEF")}, "answerKey": "A"},
             ["ARC-Challenge", "row 1", "6 are given", "2 to 5"],
+        ),
+        (
+            "openbookqa/main/train-00000-of-00001",
+            {"choices": None},
+            ["openbookqa", "row 1", "choices", "two lists"],
         ),
     ],
 )
@@ -161,6 +209,16 @@ def test_wrong_questions_are_named(
 ) -> None:
     shutil.copytree(data, tmp_path / "qa")
     rewrite(tmp_path / "qa", path, lambda row: {**row, **change})
+    refused(lambda: qa_task(tmp_path / "qa", weights), *says)
+
+
+def test_choices_of_another_form_are_named(data: Path, weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "qa")
+    pairs = [{"text": "yes", "label": "A"}, {"text": "no", "label": "B"}]
+    rows = [{"question_stem": "w1", "choices": pairs, "answerKey": "A"}] * 9
+    for file in (tmp_path / "qa/openbookqa/main").iterdir():
+        Dataset.from_list(rows).to_parquet(str(file))
+    says = ["openbookqa", "row 0", "choices is of type list", "two lists of one length"]
     refused(lambda: qa_task(tmp_path / "qa", weights), *says)
 
 

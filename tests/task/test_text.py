@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_texts_are_tokenised_once_a_machine(
     class Broken:
         """Knows what a tokenizer is, but not how to work."""
 
-        pad_token_id = 1
+        pad_token_id, eos_token_id = 1, 2
 
         def __call__(self, *_: object, **__: object) -> None:
             raise AssertionError("tokenised again")
@@ -135,8 +136,7 @@ def test_a_used_tokenizer_has_the_key_of_a_new_one(model: list[str]) -> None:
     section = hub.config(*model).model
     fresh, used = text.load_tokenizer(section), text.load_tokenizer(section)
     used(["w1 w2"] * 3, truncation=True, max_length=2, padding=True)
-    assert text.TextTask(hub.config("task.name=custom", *model)).tokenizer is not None
-    assert isinstance(text.tokenizer_key(fresh), tuple)
+    assert text.tokenizer_key(fresh) == text.tokenizer_key(used)
 
 
 # ------------------------------------------------------------------------------- other layouts
@@ -182,6 +182,20 @@ def test_a_file_for_each_split_and_language(suffix: str, tmp_path: Path, model: 
     )
 
 
+def test_the_whole_repository_is_read_by_its_subset(
+    xglue: Path, model: list[str], tmp_path: Path
+) -> None:
+    """Other subsets have splits by language, too."""
+    shutil.copytree(xglue, tmp_path / "xglue")
+    for split in ("validation.de", "test.en"):
+        file = tmp_path / f"xglue/mlqa/{split}-00000-of-00001.parquet"
+        hub.parquet(file, {"context": ["w1"], "question": ["w2"]})
+    assert len(news_task(tmp_path / "xglue", model).test_examples()) == 90
+    command = "`hf download hgissbkh/xglue --repo-type dataset --include 'nc/*' --local-dir DIR`"
+    given = ["task.name=xglue_nc", "task.partition=by-column"]
+    refused(lambda: hub.task(*given, *model), command, "task.data=DIR/nc")
+
+
 def test_a_custom_table_of_text_spread_by_dirichlet(tmp_path: Path, model: list[str]) -> None:
     made = hub.news(WORDS, 100, 2)
     lines = [
@@ -201,45 +215,4 @@ def test_a_custom_table_of_text_spread_by_dirichlet(tmp_path: Path, model: list[
         "none of the columns text is there",
         "review, stars",
         "task.input-columns",
-    )
-
-
-# ------------------------------------------------------------------------------- wrong rows
-@pytest.mark.parametrize(
-    ("train", "test", "says"),
-    [
-        (["a", "b"], ["a", "c"], ["split 'test'", "row 1", "label = 'c'", "a, b"]),
-        (["a", None], ["a", "b"], ["split 'train'", "row 1", "label = None", "a"]),
-    ],
-    ids=["unknown", "null"],
-)
-def test_labels_that_are_not_known_are_named(
-    train: list[str], test: list[str], says: list[str], tmp_path: Path, model: list[str]
-) -> None:
-    for split, labels in (("train", train), ("test", test)):
-        columns = {"text": ["w1 w2"] * 2, "label": labels}
-        hub.parquet(tmp_path / f"{split}-00000-of-00001.parquet", columns)
-    few = ["federation.clients=1", "federation.clients-per-round=1"]
-    refused(lambda: hub.task("task.name=custom", f"task.data={tmp_path}", *few, *model), *says)
-
-
-def test_rows_without_text_are_named(tmp_path: Path, model: list[str]) -> None:
-    columns = {"text": ["w1"] * 20 + [" "], "label": ["a", "b", "a"] * 7}
-    file = hub.parquet(tmp_path / "table.parquet", columns)
-    few = ["federation.clients=1", "federation.clients-per-round=1"]
-    refused(
-        lambda: hub.task("task.name=custom", f"task.data={file}", *few, *model),
-        "row 20",
-        "text holds no text",
-    )
-
-
-def test_a_broken_file_is_named(tmp_path: Path, model: list[str]) -> None:
-    file = tmp_path / "broken.parquet"
-    file.write_bytes(b"PAR1 this is not one")
-    refused(lambda: hub.task("task.name=custom", f"task.data={file}", *model), "broken.parquet")
-    other = tmp_path / "table.xlsx"
-    other.write_bytes(b"x")
-    refused(
-        lambda: hub.task("task.name=custom", f"task.data={other}", *model), "table.xlsx", ".csv"
     )

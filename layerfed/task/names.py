@@ -1,0 +1,61 @@
+"""Names of classes and groups in the columns of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datasets import ClassLabel
+
+from layerfed.config import ConfigError
+from layerfed.task.loading import Part
+
+__all__ = ["NameReader", "names_in"]
+
+
+def names_in(columns: Sequence[tuple[Part, str]]) -> tuple[str, ...]:
+    """Return the names that columns declare or, where they declare none, the values that occur."""
+    found: dict[str, None] = {}
+    for part, column in columns:
+        feature = part.rows.features[column]
+        if isinstance(feature, ClassLabel):
+            found |= dict.fromkeys(feature.names)
+        else:
+            values = part.rows.data.column(column).unique().to_pylist()
+            # Numbers in the order of numbers; a missing value is refused where its row is known.
+            ordered = sorted(v for v in values if v is not None)
+            found |= dict.fromkeys(map(str, ordered))
+    return tuple(found)
+
+
+class NameReader:
+    """Turns a column's values into positions among the chosen names; None for names not chosen."""
+
+    def __init__(
+        self, part: Part, column: str, known: Sequence[str], chosen: Sequence[str]
+    ) -> None:
+        self._part, self._column, self._known = part, column, known
+        position = {name: index for index, name in enumerate(chosen)}
+        feature = part.rows.features[column] if column else None
+        self._names = feature.names if isinstance(feature, ClassLabel) else None
+        self._of: dict[object, int | None] = {
+            (index if self._names else name): position.get(name)
+            for index, name in enumerate(self._names or known)
+        }
+
+    def __call__(self, values: Sequence[object], rows: Sequence[int]) -> list[int | None]:
+        """Return the positions of some rows' values; a value that is not known is refused."""
+        found = []
+        for value, row in zip(values, rows, strict=True):
+            known = value if self._names or value is None else str(value)
+            if known not in self._of:
+                raise ConfigError(
+                    f"{self._part.where}, row {row}: {self._column} = {value!r} is not allowed: it "
+                    f"should be one of {', '.join(self._known[:20])}{' …' * (len(self._known) > 20)}"
+                    + (
+                        " (given by number, from 0); rows without a label have to be left out"
+                        if self._names
+                        else ""
+                    )
+                )
+            found.append(self._of[known])
+        return found

@@ -1,0 +1,235 @@
+"""Tables of text as people have them: what they say is read right, and what cannot be read is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerfed.config import ConfigError
+from layerfed.task import Task, text
+from tests.task import hub
+from tests.task.hub import WORDS
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = hub.xlm_roberta(tmp_path_factory.mktemp("xlm-r"))
+    return ["model.name=transformers/FacebookAI/xlm-roberta-base", f"model.weights={folder}"]
+
+
+def refused(build: Callable[[], Task], *says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build().partition(0)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [text for text in says if text not in message] == []
+
+
+def rows_task(folder: Path, model: list[str], columns: dict[str, list[object]], *more: str) -> Task:
+    """A task on a table of JSON lines: several values in turn, 60 rows."""
+    file = folder / "table.jsonl"
+    rows = [{name: cells[i % len(cells)] for name, cells in columns.items()} for i in range(60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    few = ["federation.clients=2", "federation.clients-per-round=2", "task.partition=iid"]
+    return hub.task("task.name=custom", f"task.data={file}", *few, *model, *more)
+
+
+@pytest.mark.parametrize(
+    "layout", ["table.csv", "table.tsv", "folder/train.csv", "folder/train.tsv"]
+)
+def test_none_and_na_are_names_in_tables(layout: str, tmp_path: Path, model: list[str]) -> None:
+    """Only an empty cell is missing, in a file as in a folder."""
+    mark = "\t" if layout.endswith("tsv") else ","
+    rows = [("w1 w2", ["None", "b"][i % 2], ["NA", "EU"][i // 2 % 2]) for i in range(48)]
+    file = tmp_path / layout
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n".join(mark.join(row) for row in [("text", "label", "region"), *rows]))
+    data = file if file.parent == tmp_path else file.parent
+    given = ["task.name=custom", f"task.data={data}", "task.partition=by-column"]
+    few = ["federation.clients=2", "federation.clients-per-round=2"]
+    found = hub.task(*given, "task.group-column=region", *few, *model)
+    found.partition(1)
+    assert isinstance(found, text.TextTask)
+    assert (found.classes, found.groups) == (("None", "b"), ("EU", "NA"))
+
+
+@pytest.mark.parametrize("layout", ["table.csv", "folder/train.csv"])
+def test_commas_outside_quotes_shift_no_column(
+    layout: str, tmp_path: Path, model: list[str]
+) -> None:
+    """Read as they are, the label's column would hold the text's beginning."""
+    file = tmp_path / layout
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("label,text\n" + "".join(f"{'ab'[i % 2]},w1, w2\n" for i in range(40)))
+    data = file if file.parent == tmp_path else file.parent
+    says = [str(data), "more fields than the header", "put text with commas in quotes"]
+    refused(lambda: hub.task("task.name=custom", f"task.data={data}", *model), *says)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "says"),
+    [
+        (["a", "b"], ["a", "c"], ["split 'test'", "row 1", "label = 'c'", "a, b"]),
+        (["b", None, "a"], ["a", "b"], ["split 'train'", "row 1", "label = None", "a"]),
+    ],
+    ids=["unknown", "null"],
+)
+def test_labels_that_are_not_known_are_named(
+    train: list[str], test: list[str], says: list[str], tmp_path: Path, model: list[str]
+) -> None:
+    for split, labels in (("train", train), ("test", test)):
+        columns = {"text": ["w1 w2"] * len(labels), "label": labels}
+        hub.parquet(tmp_path / f"{split}-00000-of-00001.parquet", columns)
+    few = ["federation.clients=1", "federation.clients-per-round=1"]
+    refused(lambda: hub.task("task.name=custom", f"task.data={tmp_path}", *few, *model), *says)
+
+
+@pytest.mark.parametrize(
+    ("columns", "more", "says"),
+    [
+        ({"text": [1, 2], "label": ["a", "b"]}, [], ["'text' is of type int64, not text"]),
+        (
+            {"text": [["w1"], ["w2"]], "label": ["a", "b"]},
+            [],
+            ["'text' is of type List", "input-col"],
+        ),
+        (
+            {"text": ["w1"], "label": [["a"], ["b"]]},
+            [],
+            ["'label' is of type List", "label-column"],
+        ),
+        ({"text": ["w1"], "label": [1, "b"]}, [], ["'label' is of type Json", "names or numbers"]),
+        (
+            {"text": ["w1"], "label": [1, 2], "shop": [["x"], ["y"]]},
+            ["task.group-column=shop"],
+            ["'shop' is of type List", "task.group-column"],
+        ),
+    ],
+    ids=["numbers", "lists", "listed labels", "mixed labels", "listed groups"],
+)
+def test_columns_of_other_types_are_named(
+    columns: dict[str, list[object]],
+    more: list[str],
+    says: list[str],
+    tmp_path: Path,
+    model: list[str],
+) -> None:
+    refused(lambda: rows_task(tmp_path, model, columns, *more), "table.jsonl", *says)
+
+
+def test_labels_that_tell_nothing_apart_are_refused(tmp_path: Path, model: list[str]) -> None:
+    one = {"text": ["w1"], "label": ["a"]}
+    refused(lambda: rows_task(tmp_path, model, one), "classes are a", "at least two")
+    two = {"text": ["w1"], "label": ["a", "b"]}
+    refused(lambda: rows_task(tmp_path, model, two, "task.classes=b"), "classes are b")
+
+
+def test_a_column_of_measures_is_not_taken_for_labels(tmp_path: Path, model: list[str]) -> None:
+    columns = {"text": ["w1"], "score": [i / 100 for i in range(60)]}
+    column = "task.label-column=score"
+    says = ["'score' has 60 different values in 60 rows", "is it a label", "task.label-column"]
+    refused(lambda: rows_task(tmp_path, model, columns, column), *says)
+    rows_task(tmp_path, model, columns, column, "task.classes=all").partition(0)
+
+
+def test_test_rows_count_whatever_their_group(tmp_path: Path, model: list[str]) -> None:
+    for split, shops in (("train", "xy"), ("test", "xz")):
+        lines = [f"w1,{'ab'[i % 2]},{shops[i // 2 % 2]}\n" for i in range(40)]
+        (tmp_path / f"{split}.csv").write_text("text,label,shop\n" + "".join(lines))
+    few = ["federation.clients=2", "federation.clients-per-round=2"]
+    given = ["task.partition=by-column", "task.group-column=shop", *few, *model]
+
+    def tested(*groups: str) -> int:
+        found = hub.task("task.name=custom", f"task.data={tmp_path}", *given, *groups)
+        assert [len(found.partition(i)) for i in range(2)] == [20, 20]
+        return len(found.test_examples())
+
+    assert (tested(), tested("task.groups=all"), tested("task.groups=x,y")) == (40, 40, 20)
+
+
+def test_rows_without_text_are_named(tmp_path: Path, model: list[str]) -> None:
+    columns = {"text": ["w1"] * 20 + [" "], "label": ["a", "b", "a"] * 7}
+    file = hub.parquet(tmp_path / "table.parquet", columns)
+    few = ["federation.clients=1", "federation.clients-per-round=1"]
+    refused(
+        lambda: hub.task("task.name=custom", f"task.data={file}", *few, *model),
+        "row 20",
+        "text holds no text",
+    )
+
+
+def test_a_broken_file_is_named(tmp_path: Path, model: list[str]) -> None:
+    file = tmp_path / "broken.parquet"
+    file.write_bytes(b"PAR1 this is not one")
+    refused(lambda: hub.task("task.name=custom", f"task.data={file}", *model), "broken.parquet")
+    other = tmp_path / "table.xlsx"
+    other.write_bytes(b"x")
+    refused(
+        lambda: hub.task("task.name=custom", f"task.data={other}", *model), "table.xlsx", ".csv"
+    )
+
+
+# ----------------------------------------------------------------- what a model can read
+def test_a_decoder_scores_each_text_at_its_last_token(tmp_path: Path) -> None:
+    """Its tokenizer has no token for padding, and the one that pads instead ends every text."""
+    columns: dict[str, list[object]] = {
+        "text": [" ".join(WORDS[:i]) for i in range(1, 12)],
+        "label": ["a", "b"],
+    }
+    found = rows_task(tmp_path, limited("gpt2", tmp_path), columns)
+    net = found.build_model().eval()
+    part = found.partition(1)
+    batch = part.store.batch(part.indices[:6])
+    ends = batch["attention_mask"].sum(1)
+    assert isinstance(found, text.TextTask)
+    assert found.pad == found.tokenizer.eos_token_id
+    assert len(set(ends.tolist())) > 1
+    net.config.pad_token_id = 59  # which no text has
+    with torch.no_grad():
+        together = found.logits(net, batch)
+        for row, (ids, end) in enumerate(zip(batch["input_ids"], ends.tolist(), strict=True)):
+            assert ids[end - 1] == found.pad
+            alone = net(input_ids=ids[None, :end]).logits
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def limited(kind: str, folder: Path, **changes: object) -> list[str]:
+    weights = {"roberta": hub.xlm_roberta, "gpt2": hub.gpt2, "llama": hub.llama}[kind](
+        folder / "weights", **changes
+    )
+    return ["model.name=transformers/x", f"model.weights={weights}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "most"),
+    [
+        ("gpt2", {"n_positions": 60}, 56),
+        # Two positions are the padding's and what stands before it.
+        ("roberta", {"max_position_embeddings": 66}, 64),
+        ("roberta", {"max_position_embeddings": 65}, 56),
+        ("llama", {"max_position_embeddings": 64}, 64),
+    ],
+)
+def test_texts_longer_than_the_model_reads_are_refused(
+    kind: str, changes: dict[str, object], most: int, tmp_path: Path
+) -> None:
+    columns: dict[str, list[object]] = {"text": [" ".join(WORDS * 3)], "label": ["a", "b"]}
+    model = limited(kind, tmp_path, **changes)
+    found = rows_task(tmp_path, model, columns, f"task.max-tokens={most}")
+    part = found.partition(0)
+    assert found.logits(found.build_model(), part.store.batch(part.indices[:2])).shape == (2, 2)
+    too_long = rows_task(tmp_path, model, columns, f"task.max-tokens={most + 1}")
+    with pytest.raises(ConfigError, match=rf"max-tokens = {most + 1}, but .* lower it to {most}$"):
+        too_long.build_model()
+
+
+@pytest.mark.parametrize("kind", ["roberta", "gpt2"])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(kind: str, tmp_path: Path) -> None:
+    columns: dict[str, list[object]] = {"text": ["w1"], "label": ["a", "b"]}
+    found = rows_task(tmp_path, limited(kind, tmp_path, vocab_size=40), columns)
+    with pytest.raises(ConfigError, match=r"ids up to \d+, but .* knows 40 .*model\.tokenizer"):
+        found.build_model()
