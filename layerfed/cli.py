@@ -224,13 +224,15 @@ def _plan(
     if only:
         raise ConfigError(f"--only {only} is for table files, which have several experiments")
     base = read_settings(settings)
+    names = _words(strategies) or list(STRATEGIES)
     plan = Plan(
         name="table",
         title=f"{base.task.name}: strategies compared",
-        rows=[Row(name) for name in _words(strategies) or STRATEGIES],
+        rows=[Row(name) for name in names],
         budgets=[Budget.parse(budget) for budget in _words(budgets or "1,2")],
         experiments=[Experiment(base.task.name, base.task.name, base)],
         seeds=parse_seeds(_words(seeds or "0,1,2")),
+        reference="ilp" if "ilp" in names else "",
     )
     return plan, Path("runs/compare")
 

@@ -17,6 +17,7 @@ from layerfed.report import (
     draw_terms,
     draw_uplink,
     measured_costs,
+    paired_differences,
     paper_accounting,
     runs_csv,
 )
@@ -93,6 +94,8 @@ class Output:
                 parts.append(f"## {section.title}")
             if plan.show == "accuracy":
                 parts.append(accuracy_table(section))
+                if plan.reference and (pairs := paired_differences(section, plan.reference)):
+                    parts += [PAIRED, pairs]
             else:
                 parts += [
                     MEASURED,
@@ -127,6 +130,10 @@ class Output:
         return self._directory / f"{self._plan.name}{ending}"
 
 
+PAIRED = (
+    "Differences in percentage points, paired by seed: runs of one seed share partition, sampling and "
+    "new weights; mean ± sample standard deviation over seeds."
+)
 MEASURED = (
     "Measured, a client and round: FLOPs as counted, forward and backward, frozen layers included; "
     "bytes of the ledger; seconds of a step by the clients' clocks; peak memory of training (of the "

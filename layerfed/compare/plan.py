@@ -166,7 +166,8 @@ class Plan:
     show : {"accuracy", "cost"}
         What the table is about.
     reference : str
-        The row that costs are given in % of; empty: none.
+        The row that others are held against: costs are given in % of it, accuracies as differences to
+        it as well. Empty: none.
     source : str
         Where published figures are from.
     note : str

@@ -5,6 +5,7 @@ from layerfed.report.comparison import (
     accuracy_table,
     differences,
     measured_costs,
+    paired_differences,
     paper_accounting,
     runs_csv,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "draw_terms",
     "draw_uplink",
     "measured_costs",
+    "paired_differences",
     "paper_accounting",
     "run_table",
     "runs_csv",

@@ -15,6 +15,7 @@ __all__ = [
     "accuracy_table",
     "differences",
     "measured_costs",
+    "paired_differences",
     "paper_accounting",
     "runs_csv",
 ]
@@ -104,6 +105,38 @@ def accuracy_table(section: Section) -> str:
         ]
         lines.append(line)
     return _markdown(header, lines)
+
+
+def paired_differences(section: Section, reference: str) -> str:
+    """Return how far each row's accuracies are from those of one row, in percentage points.
+
+    Runs of one seed share partition, sampling and new weights, so their difference says more than that
+    of two means: mean ± standard deviation of it over seeds. Empty where no two seeds can be paired.
+
+    Parameters
+    ----------
+    section : Section
+    reference : str
+        The row that is subtracted.
+    """
+
+    def differences(row: str, budget: str) -> list[float]:
+        theirs = {run.seed: _accuracy(run) for run in section.entry(reference, budget) or ()}
+        runs = section.entry(row, budget) or ()
+        return [_accuracy(run) - theirs[run.seed] for run in runs if run.seed in theirs]
+
+    def cell(row: str, budget: str) -> str:
+        if section.entry(row, budget) is None:
+            return NONE
+        found = differences(row, budget)
+        spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+        return f"{statistics.fmean(found):+.2f}{spread}" if found else PENDING
+
+    rows = [row for row in section.rows if row != reference]
+    if all(len(differences(row, budget)) < 2 for row in rows for budget in section.budgets):
+        return ""
+    lines = [[row, *(cell(row, budget) for budget in section.budgets)] for row in rows]
+    return _markdown([f"less {reference}", *section.budgets], lines)
 
 
 def measured_costs(section: Section, reference: str = "") -> str:

@@ -17,6 +17,7 @@ from layerfed.report.comparison import (
     accuracy_table,
     differences,
     measured_costs,
+    paired_differences,
     paper_accounting,
     runs_csv,
 )
@@ -62,6 +63,38 @@ def test_accuracies_are_means_and_deviations_and_the_best_is_bold(section: Secti
         "| both | – | … | – | 94.96 | … | … | … |",
         "| ours | **80.00 (1 of 2)** | **70.00 ± 0.00** | – | – | 24.4 | 12.2 | 8.00 |",
     ]
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    """Both rows swing by ten points from seed to seed, and one is a point ahead in each."""
+
+    def runs(*scores: float) -> list[RunFigures]:
+        configs = [RunConfig.from_flat({"run.seed": seed}) for seed in range(len(scores))]
+        return [figures(tmp_path, x, config=c) for x, c in zip(scores, configs, strict=True)]
+
+    section = Section(
+        title="x",
+        rows=["full", "top", "both", "ours"],
+        budgets=["R = 1", "R = 2"],
+        runs={
+            ("full", None): runs(0.9, 0.8),
+            ("top", "R = 1"): list(reversed(runs(0.51, 0.61, 0.99))),
+            ("top", "R = 2"): [],
+            ("both", "R = 2"): runs(0.4),
+            ("ours", "R = 1"): runs(0.5, 0.6),
+            ("ours", "R = 2"): runs(0.7),
+        },
+        seeds=3,
+    )
+    assert paired_differences(section, "ours").splitlines() == [
+        "| less ours | R = 1 | R = 2 |",
+        "|---|---|---|",
+        "| full | +30.00 ± 14.14 | +20.00 |",
+        "| top | +1.00 ± 0.00 | … |",
+        "| both | – | -30.00 |",
+    ]
+    single = Section("x", ["top", "ours"], ["R = 2"], section.runs, 1)
+    assert paired_differences(single, "ours") == ""
 
 
 def test_costs_are_of_a_client_and_round(section: Section) -> None:
