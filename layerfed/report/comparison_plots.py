@@ -60,8 +60,8 @@ def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
 def draw_terms(sections: Sequence[Section], file: Path) -> Path:
     """Draw the theory's terms by round: a line of panels an experiment and term, as `draw_accuracy`.
 
-    The scale is logarithmic and ends in zero. Nothing is drawn where a term is not known: E1 needs a
-    probe of gradient norms.
+    Means over seeds, on a logarithmic scale that ends in zero, where bands would hide the lines. Nothing
+    is drawn where a term is not known: E1 needs a probe of gradient norms.
     """
     across, down = len(sections[0].budgets), len(sections) * len(TERM_TITLES)
     figure = Figure(figsize=(5.2 * across, 3.4 * down), layout="constrained")
@@ -74,9 +74,9 @@ def draw_terms(sections: Sequence[Section], file: Path) -> Path:
                 runs = section.entry(row, budget)
                 known = [run.terms[key] for run in runs or () if run.terms[key]]
                 if known:
-                    curve = mean_curve(known)
-                    positive += curve[1][curve[1] > 0].tolist()
-                    _curve(axes, curve, row, number)
+                    rounds, mean, spread = mean_curve(known)
+                    positive += mean[mean > 0].tolist()
+                    _curve(axes, (rounds, mean, np.zeros_like(spread)), row, number)
             if positive:
                 axes.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
             axes.set(xlabel="round", ylabel=TERM_TITLES[key], ylim=(0, None))
