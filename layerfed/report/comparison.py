@@ -35,6 +35,7 @@ RUN_COLUMNS = (
     "rounds",
     "accuracy",
     "best_accuracy",
+    "loss",
     "bytes_up",
     "bytes_down",
     "bytes_full_up",

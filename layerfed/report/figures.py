@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ class RunFigures:
     rounds : int
     curve : tuple[tuple[int, float], ...]
         Rounds and test accuracies in [0, 1]; round 0 is the model as it came.
+    loss : float
+        Test cross-entropy after the last round that was evaluated; NaN without any.
     bytes_up, bytes_down : int
         Over the run, with each client a device of its own.
     bytes_full_up, bytes_full_down : int
@@ -57,6 +60,7 @@ class RunFigures:
     seed: int
     rounds: int
     curve: tuple[tuple[int, float], ...]
+    loss: float
     bytes_up: int
     bytes_down: int
     bytes_full_up: int
@@ -105,6 +109,9 @@ class RunFigures:
             seed=config["run.seed"],
             rounds=len(metrics),
             curve=tuple(curve),
+            loss=next(
+                (row["loss"] for row in reversed(metrics) if row["loss"] is not None), math.nan
+            ),
             bytes_up=total("bytes_up"),
             bytes_down=total("bytes_down"),
             bytes_full_up=total("bytes_full_up"),

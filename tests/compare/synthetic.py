@@ -48,6 +48,7 @@ def write_run(
     (folder / "layers.json").write_text(json.dumps({"forward_flops": 180.0, "layers": rows}))
     figures = {
         "clients": 2,
+        "loss": None,
         "seconds": 4.0,
         "seconds_by_phase": {"train": 3.0},
         "bytes_up": 2200,

@@ -176,6 +176,11 @@ def test_a_step_takes_what_clients_say_whatever_the_phase_took(tmp_path: Path) -
     assert [lines[2][column + 1], lines[3][column + 1]] == ["5 (7)", "– (7)"]
 
 
+def test_the_loss_is_that_of_the_last_evaluation(tmp_path: Path) -> None:
+    assert figures(tmp_path, 0.5, 0.6, loss=1.5).loss == 1.5
+    assert math.isnan(figures(tmp_path, 0.5).loss)
+
+
 def test_the_terms_of_the_theory_are_means_over_the_rounds_that_have_them(tmp_path: Path) -> None:
     run = figures(tmp_path, 0.5, 0.6, e1=None, e2=0.5)
     assert math.isnan(run.e1)
