@@ -104,6 +104,10 @@ class RunFigures:
         def total(key: str) -> Any:
             return sum(row[key] for row in metrics)
 
+        def stated(key: str) -> list[float]:
+            # Runs of earlier versions lack some.
+            return [row[key] for row in metrics if key in row]
+
         return cls(
             folder=folder,
             seed=config["run.seed"],
@@ -120,12 +124,12 @@ class RunFigures:
             flops_probe=total("flops_probe"),
             updates=total("clients"),
             seconds=total("seconds"),
-            steps=total("steps"),
-            train_seconds=total("train_seconds"),
+            steps=sum(stated("steps")),
+            train_seconds=sum(stated("train_seconds")),
             peak_memory=max((row["peak_memory"] for row in metrics), default=0.0),
-            peak_memory_probe=max((row["peak_memory_probe"] for row in metrics), default=0.0),
+            peak_memory_probe=max(stated("peak_memory_probe"), default=0.0),
             terms={
-                key: tuple((row["round"], row[key]) for row in metrics if row[key] is not None)
+                key: tuple((row["round"], row[key]) for row in metrics if row.get(key) is not None)
                 for key in TERMS
             },
             engine=summary["engine"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -197,6 +198,19 @@ def test_runs_of_another_make_are_pointed_out(tmp_path: Path, section: Section) 
     runs = {("top", "R = 1"): [RunFigures.read(ray), RunFigures.read(newer)]}
     said = differences([Section("x", ["top"], ["R = 1"], runs, 2)])
     assert "differ in engine (inprocess, ray) and torch (2.14.1, 2.15.0)" in said
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """What it did not write is not known; it need not be run again."""
+    figures(tmp_path, 0.5)
+    file = tmp_path / "run-0/metrics.jsonl"
+    line = json.loads(file.read_text())
+    for key in ("steps", "train_seconds", "peak_memory_probe", "e1", "e2", "e2_masks"):
+        del line[key]
+    file.write_text(json.dumps(line) + "\n")
+    run = RunFigures.read(tmp_path / "run-0")
+    assert (run.accuracy, run.steps, run.peak_memory_probe) == (0.5, 0, 0.0)
+    assert math.isnan(run.e2)
 
 
 def test_a_run_that_lost_lines_is_not_taken_for_a_shorter_one(tmp_path: Path) -> None:
