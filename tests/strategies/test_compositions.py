@@ -128,3 +128,13 @@ def test_settings_of_other_strategies_are_no_errors() -> None:
     for name in STRATEGIES:
         result = run(configured(f"strategy.name={name}", "budget.layers=2", *everything))
         assert result.rounds[0].replies == 4
+
+
+def test_what_clients_state_of_their_costs_is_kept_apart_for_probe_and_training() -> None:
+    (probing,) = run(configured("strategy.name=ilp")).rounds
+    (plain,) = run(configured("strategy.name=top")).rounds
+    for record in (probing, plain):
+        assert record.steps == 4 * 2
+        assert record.train_seconds > 0
+        assert record.peak_memory > 0
+    assert probing.peak_memory_probe > 0 == plain.peak_memory_probe

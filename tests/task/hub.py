@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pixels
 from safetensors.torch import save_file
 
-from layerfed.config import RunConfig, load_config
+from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.task import Batch, Examples, Task, load_task
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -32,6 +33,15 @@ def config(*overrides: str) -> RunConfig:
 
 def task(*overrides: str) -> Task:
     return load_task(config(*overrides))
+
+
+def refused(build: Callable[[], Task], *says: str) -> None:
+    """Expect a task to be refused in one line that says certain things."""
+    with pytest.raises(ConfigError) as caught:
+        build().partition(0)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [text for text in says if text not in message] == []
 
 
 def whole(examples: Examples) -> Batch:

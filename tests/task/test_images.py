@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from layerfed.config import ConfigError
 from layerfed.task import Task, images
 from layerfed.task.partition import MIN_EXAMPLES
 from tests.task import hub
-from tests.task.hub import whole
+from tests.task.hub import refused, whole
 
 CLIENTS = ["federation.clients=4", "federation.clients-per-round=2"]
 DOMAINS = ("clipart", "real", "sketch")
@@ -39,14 +38,6 @@ def domain_task(data: Path, *more: str) -> Task:
     groups = f"task.groups={','.join(DOMAINS)}"
     kept = ["task.classes=bird,zebra", "task.partition=by-column", "task.image-size=8", groups]
     return hub.task("task.name=domainnet", f"task.data={data}", *kept, *more)
-
-
-def refused(build: Callable[[], Task], *says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        build().partition(0)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert [text for text in says if text not in message] == []
 
 
 # ------------------------------------------------------------------------------------ CIFAR-10

@@ -13,10 +13,10 @@ import transformers
 from datasets import Dataset
 
 from layerfed.config import ConfigError
-from layerfed.task import Task, loading
+from layerfed.task import loading
 from layerfed.task.qa import LETTERS, SOURCES, QuestionAnswering
 from tests.task import hub
-from tests.task.hub import whole
+from tests.task.hub import refused, whole
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,6 @@ def qa_task(data: Path, weights: Path, *more: str) -> QuestionAnswering:
     found = hub.task(*given, *model, *more)
     assert isinstance(found, QuestionAnswering)
     return found
-
-
-def refused(build: Callable[[], Task], *says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        build().partition(0)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert [text for text in says if text not in message] == []
 
 
 def test_two_clients_a_set_and_each_question_with_its_answer(data: Path, weights: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,9 @@ import pytest
 import torch
 from datasets import ClassLabel
 
-from layerfed.config import ConfigError
 from layerfed.task import Task, text
 from tests.task import hub
-from tests.task.hub import WORDS, whole
+from tests.task.hub import WORDS, refused, whole
 
 LABELS = ClassLabel(names=["finance", "news", "sports"])
 LANGUAGES = ("de", "en", "ru")
@@ -49,14 +47,6 @@ def news_task(data: Path, model: list[str], *more: str) -> Task:
     clients = ["federation.clients=3", "federation.clients-per-round=3"]
     given = ["task.name=xglue_nc", f"task.data={data}", "task.partition=by-column"]
     return hub.task(*given, *model, *clients, f"task.groups={','.join(LANGUAGES)}", *more)
-
-
-def refused(build: Callable[[], Task], *says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        build().partition(0)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert [text for text in says if text not in message] == []
 
 
 def test_a_client_holds_one_language_of_the_validation_split(xglue: Path, model: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,13 @@ import torch
 from layerfed.config import ConfigError
 from layerfed.task import Task, text
 from tests.task import hub
-from tests.task.hub import WORDS
+from tests.task.hub import WORDS, refused
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = hub.xlm_roberta(tmp_path_factory.mktemp("xlm-r"))
     return ["model.name=transformers/FacebookAI/xlm-roberta-base", f"model.weights={folder}"]
-
-
-def refused(build: Callable[[], Task], *says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        build().partition(0)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert [text for text in says if text not in message] == []
 
 
 def rows_task(folder: Path, model: list[str], columns: dict[str, list[object]], *more: str) -> Task:
