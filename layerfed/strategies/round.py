@@ -112,8 +112,8 @@ class Round(Asking):
                     record.peak_memory_probe, costs.get("peak-memory", 0.0)
                 )
                 size = sum(row.nbytes for row in rows.values())
-                self.record.ledger[partition].up += size
-                self.record.ledger[partition].moved_up += size
+                record.ledger[partition].up += size
+                record.ledger[partition].moved_up += size
             if len(found) == enough:
                 break
         return found
