@@ -99,6 +99,8 @@ def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
     axes = figure.subplots()
     for key, (label, color) in TERMS.items():
         rows = [row for row in metrics if row.get(key) is not None]
+        if key == "e2_masks" and all(row[key] == row["e2"] for row in rows):
+            continue  # where every client takes part, it would hide the whole
         axes.plot(
             [row["round"] for row in rows],
             [row[key] for row in rows],
