@@ -28,7 +28,7 @@ from layerfed.config import Scalar, load_config
 from layerfed.deploy.processes import clean_up_on_sigterm, commands
 from layerfed.deploy.rehearsal import Loopback, on_loopback
 from layerfed.engine import run_on
-from layerfed.records import Observer, RoundRecord
+from layerfed.runs.records import Observer, RoundRecord
 
 ENGINES = ("inprocess", "ray", "superlink")
 # Below this, what a process holds is the same: pages come and go.

@@ -21,10 +21,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from layerfed.config import SecAggConfig
 from layerfed.secure.crypto import KEY_BYTES, SEALED_BYTES, SECRET_BYTES
 from layerfed.secure.participant import Participant
 from layerfed.secure.secure_sum import SecureSum
-from layerfed.secure.settings import SecAggConfig
 
 COLUMNS = ("clients", "agree", "mask", "unmask", "server", "extra_kb_up", "extra_kb_down")
 console = Console()

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import nn
 
 from layerfed.exchange import Description, describe_reply
-from layerfed.layers import LayerMap
+from layerfed.models.layers import LayerMap
 from layerfed.strategies import Random
 
 WIDTH, DEPTH = 256, 12

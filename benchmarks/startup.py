@@ -53,9 +53,8 @@ def first_message(client_app: object, name: str) -> None:
     from flwr.supercore.task_identity import TaskIdentity
 
     from layerfed.client_app import workbench
-    from layerfed.config import load_config
+    from layerfed.config import NodeConfig, load_config
     from layerfed.exchange import Manifest, instruction
-    from layerfed.node_config import NodeConfig
 
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     flat = load_config(None, SETTINGS).to_flat()

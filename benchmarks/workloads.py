@@ -13,9 +13,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from layerfed.client.training import LossFn
 from layerfed.config import RunConfig, load_config
 from layerfed.task import Batch, Examples, Task, load_task
-from layerfed.task.training import LossFn
 
 IMAGES_OF_A_USER = 50
 

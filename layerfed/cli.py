@@ -25,8 +25,7 @@ if not sys.stderr.isatty():
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from layerfed.command_line import read_settings
-from layerfed.config import ConfigError, RunConfig, parse_override
+from layerfed.config import ConfigError, RunConfig, parse_override, read_settings
 from layerfed.deploy.cli import app as deploy
 
 EngineName = Literal["auto", "inprocess", "ray"]
@@ -34,7 +33,7 @@ ENGINES = get_args(EngineName)
 
 if TYPE_CHECKING:
     from layerfed.compare import Plan
-    from layerfed.layers import Layer
+    from layerfed.models.layers import Layer
 
 app = typer.Typer(
     help="Federated fine-tuning in which every device trains only the layers it can afford.",
@@ -105,7 +104,7 @@ def run(
         # Imported late, so that `--help` and a wrong configuration answer at once.
         from layerfed.engine import choose_engine, run_on
         from layerfed.runs import NotWritten, ProgressLine
-        from layerfed.strategies import RoundFailed
+        from layerfed.server.population import RoundFailed
 
         logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
         chosen, why = choose_engine(config, wanted)

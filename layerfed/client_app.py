@@ -21,18 +21,38 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
-from layerfed.budgets import layer_costs
-from layerfed.change_score import change_score, highest
-from layerfed.config import BudgetUnit, ConfigError, Flat, RunConfig, Scalar, TrainConfig
+from layerfed.client.costs import (
+    MEASURED_UNITS,
+    MeasuredUnit,
+    measure_costs,
+    step_cost,
+)
+from layerfed.client.limits import (
+    Allowance,
+    LayerCosts,
+    free_memory,
+    paced,
+)
+from layerfed.client.local_sgd import LocalSGD
+from layerfed.client.probe import probe_layers
+from layerfed.client.resident import ResidentModel, keeping_layers
+from layerfed.client.training import OptimizerFn, evaluate, train_update
+from layerfed.config import (
+    BudgetUnit,
+    ConfigError,
+    Flat,
+    NodeConfig,
+    RunConfig,
+    Scalar,
+    TrainConfig,
+)
 from layerfed.exchange import (
     CODECS,
     Description,
     LayerStore,
-    ResidentModel,
     compress,
     describe_reply,
     evaluate_reply,
-    keeping_layers,
     open_store,
     probe_reply,
     read_config,
@@ -42,18 +62,13 @@ from layerfed.exchange import (
     read_upload,
     train_reply,
 )
-from layerfed.layers import LayerMap
-from layerfed.node_config import NodeConfig
-from layerfed.node_limits import Allowance, LayerCosts, free_memory, paced
+from layerfed.exchange.change_score import change_score, highest
+from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.protection import Protection, refuse_buffers
 from layerfed.secure.client import add_secure_sums, masking
 from layerfed.secure.messages import read_secure
 from layerfed.seeding import Stream, generator, torch_seed
 from layerfed.task import Batch, Examples, Task, load_task
-from layerfed.task.costs import MEASURED_UNITS, MeasuredUnit, measure_costs, step_cost
-from layerfed.task.local_sgd import LocalSGD
-from layerfed.task.probe import probe_layers
-from layerfed.task.training import OptimizerFn, evaluate, train_update
 
 __all__ = ["Workbench", "build_client_app", "client_app", "node_store", "workbench"]
 

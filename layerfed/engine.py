@@ -25,7 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from layerfed.client_app import Workbench, build_client_app, client_app, workbench
 from layerfed.config import ConfigError, Flat, RunConfig, Scalar
-from layerfed.records import Observer
+from layerfed.runs.records import Observer
 from layerfed.server_app import build_account, build_server_app, build_strategy
 
 __all__ = ["Engine", "EngineName", "InProcessGrid", "choose_engine", "prepare", "run_on"]

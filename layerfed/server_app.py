@@ -10,25 +10,25 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from layerfed.aggregation import Aggregation
-from layerfed.budgets import Budgets, layer_costs
+from layerfed.client.flops import forward_flops
+from layerfed.client.training import evaluate
 from layerfed.client_app import node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.exchange import LayerStore, record_of
-from layerfed.layers import LayerMap
+from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
 from layerfed.privacy.private_mean import PrivateAggregation
 from layerfed.privacy.protection import refuse_buffers
-from layerfed.records import Observer
 from layerfed.report import draw_run
 from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
-from layerfed.server_optimizers import SERVER_OPTIMIZERS
+from layerfed.runs.records import Observer
+from layerfed.server.aggregation import Aggregation
+from layerfed.server.budgets import Budgets
+from layerfed.server.optimizers import SERVER_OPTIMIZERS
+from layerfed.server.resuming import check_base
+from layerfed.server.round import Round
+from layerfed.server.secure_round import secured
 from layerfed.strategies import STRATEGIES, SelectiveStrategy
-from layerfed.strategies.resuming import check_base
-from layerfed.strategies.round import Round
-from layerfed.strategies.secure_round import secured
-from layerfed.task.flops import forward_flops
-from layerfed.task.training import evaluate
 
 __all__ = ["build_account", "build_server_app", "build_strategy", "run", "server_app"]
 

@@ -9,7 +9,8 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor, nn
 
-from layerfed.layers import LayerMap
+from layerfed import client_app
+from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 
 WIDTH, CLASSES, BLOCKS = 6, 3, 4
@@ -84,3 +85,15 @@ def own_layer_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def inside_a_run() -> None:
     """Flower makes messages only inside a run."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+
+
+@pytest.fixture(scope="module")
+def tiny_task() -> Iterator[None]:
+    """Every workbench of this module's tests works on the tiny task; they share one."""
+    from tests.tiny_task import TinyTask
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_app, "load_task", TinyTask)
+        client_app._workbench.cache_clear()
+        yield
+    client_app._workbench.cache_clear()

@@ -16,8 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from layerfed.command_line import read_settings
-from layerfed.config import ConfigError, RunConfig, load_config, parse_override
+from layerfed.config import ConfigError, RunConfig, load_config, parse_override, read_settings
 
 if TYPE_CHECKING:
     from layerfed.deploy.federation import Federation

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerfed.config import ConfigError, Flat, RunConfig, Scalar
+from layerfed.config import ConfigError, Flat, NodeConfig, RunConfig, Scalar
 from layerfed.deploy.credentials import create_authority, create_server_certificate
-from layerfed.node_config import NodeConfig
 
 __all__ = [
     "DeploymentFailed",

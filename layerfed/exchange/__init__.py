@@ -1,10 +1,8 @@
-"""What travels between server and clients, and how each side keeps its copy of the model."""
+"""What crosses the wire: instructions, replies, arrays, codecs, and the layers that a node keeps."""
 
 from layerfed.exchange.arrays import RefusedReply, encode, record_of
 from layerfed.exchange.bounds import check_reply
 from layerfed.exchange.codecs import CODECS, Codec, compress
-from layerfed.exchange.global_model import GlobalModel
-from layerfed.exchange.ledger import Holdings, Ledger, Traffic
 from layerfed.exchange.messages import (
     Description,
     Manifest,
@@ -32,34 +30,24 @@ from layerfed.exchange.partial import (
     scheduled,
     upload_of,
 )
-from layerfed.exchange.resident import MissingLayers, ResidentModel, keeping_layers
 from layerfed.exchange.store import FolderStore, LayerStore, MemoryStore, open_store
-from layerfed.exchange.transport import exchange
 
 __all__ = [
     "CODECS",
     "Codec",
     "Description",
     "FolderStore",
-    "GlobalModel",
-    "Holdings",
     "LayerStore",
-    "Ledger",
     "Manifest",
     "MemoryStore",
-    "MissingLayers",
     "RefusedReply",
-    "ResidentModel",
-    "Traffic",
     "TrainReply",
     "check_reply",
     "compress",
     "describe_reply",
     "encode",
     "evaluate_reply",
-    "exchange",
     "instruction",
-    "keeping_layers",
     "layer_steps",
     "open_store",
     "probe_reply",

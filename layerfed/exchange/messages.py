@@ -38,7 +38,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from layerfed.exchange.arrays import RefusedReply, decode, record_of
 from layerfed.exchange.bounds import MAX_STATISTIC, check_values, number, row_of
 from layerfed.exchange.codecs import CODECS, Codec
-from layerfed.layers import LayerMap
+from layerfed.models.layers import LayerMap
 
 __all__ = [
     "Description",

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import numpy as np
 from flwr.app import ArrayRecord, Message
 
-from layerfed.change_score import Norm
 from layerfed.exchange.arrays import RefusedReply
+from layerfed.exchange.change_score import Norm
 from layerfed.exchange.codecs import Codec
 from layerfed.exchange.messages import read_config, read_mask
-from layerfed.layers import LayerMap
+from layerfed.models.layers import LayerMap
 
 __all__ = [
     "layer_steps",

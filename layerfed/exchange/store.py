@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from layerfed.config import ConfigError
-from layerfed.layers import digest
+from layerfed.models.layers import digest
 
 __all__ = ["FolderStore", "LayerStore", "MemoryStore", "open_store", "user_cache"]
 

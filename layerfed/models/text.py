@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from layerfed.block_finder import some
 from layerfed.config import ConfigError, ModelConfig
+from layerfed.models.block_finder import some
 from layerfed.models.source import loading, new_weights, require
 
 if TYPE_CHECKING:

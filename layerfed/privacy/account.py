@@ -23,10 +23,9 @@ from typing import Literal
 
 from flwr.common.logger import log
 
-from layerfed.config_section import ConfigError
+from layerfed.config import ConfigError, PrivacyConfig
 from layerfed.privacy.protection import PUBLIC_STATISTICS
-from layerfed.privacy.settings import PrivacyConfig
-from layerfed.records import Observer, RoundRecord
+from layerfed.runs.records import Observer, RoundRecord
 
 __all__ = ["Covers", "PrivacyAccount", "epsilon_of"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerfed.aggregation import Aggregation, MaskedMean
-from layerfed.clipping import clipped
-from layerfed.layers import LayerMap
+from layerfed.exchange.clipping import clipped
+from layerfed.models.layers import LayerMap
 from layerfed.privacy.protection import Entropy, add_noise
+from layerfed.server.aggregation import Aggregation, MaskedMean
 
 __all__ = ["PrivateAggregation", "PrivateMean"]
 

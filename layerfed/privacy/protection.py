@@ -15,11 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerfed.clipping import clipped
-from layerfed.config_section import ConfigError
-from layerfed.layers import LayerMap
-from layerfed.node_config import NodeConfig
-from layerfed.privacy.settings import PrivacyConfig
+from layerfed.config import ConfigError, NodeConfig, PrivacyConfig
+from layerfed.exchange.clipping import clipped
+from layerfed.models.layers import LayerMap
 
 __all__ = ["PUBLIC_STATISTICS", "Entropy", "Protection", "add_noise", "gaussian", "refuse_buffers"]
 

@@ -24,7 +24,7 @@ STYLES = ("-", "--", ":", "-.")
 FILLS = ("full", "none", "left", "right")
 MARKERS = "osD^v<>pP*"
 
-# The terms of `layerfed.theory` by their keys in metrics.jsonl.
+# The terms of `layerfed.server.theory` by their keys in metrics.jsonl.
 TERM_TITLES = {
     "e1": r"$\hat E_1$: layers nobody trains",
     "e2": r"$\hat E_2$: clients that differ",

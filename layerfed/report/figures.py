@@ -37,7 +37,7 @@ class RunFigures:
     bytes_full_up, bytes_full_down : int
         What sending the whole model would have taken.
     flops, flops_probe : float
-        Of all clients' training, and of their probes; counted, see `layerfed.task.flops`.
+        Of all clients' training, and of their probes; counted, see `layerfed.client.flops`.
     updates : int
         Updates that the server averaged: clients times rounds, less what failed.
     seconds : float
@@ -49,7 +49,7 @@ class RunFigures:
         The most bytes a client stated, in training and in the probe, see `RoundRecord`.
     terms : Mapping[str, tuple[tuple[int, float], ...]]
         E1, E2 and the part of E2 that masks are to blame for, by their keys in metrics.jsonl: rounds
-        and estimates, where there are any (`layerfed.theory`).
+        and estimates, where there are any (`layerfed.server.theory`).
     engine, device, torch, layerfed : str
         What the run was made on and with; figures of costs of others are not comparable.
     accounted : PaperCosts

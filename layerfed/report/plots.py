@@ -19,7 +19,7 @@ from layerfed.runs.files import read_lines
 
 __all__ = ["draw_run", "selection_shares"]
 
-# The terms of `layerfed.theory` in metrics.jsonl: what each is called, and its colour.
+# The terms of `layerfed.server.theory` in metrics.jsonl: what each is called, and its colour.
 TERMS = {
     "e1": (r"$\hat E_1$: layers nobody trains", "#c05a1a"),
     "e2": (r"$\hat E_2$: clients that differ", "#1f5fa8"),
@@ -40,7 +40,7 @@ def selection_shares(rows: list[dict[str, Any]]) -> np.ndarray:
 def draw_run(folder: Path) -> list[Path]:
     """Draw a run folder's pictures from its files; return their paths.
 
-    `accuracy.png` and `layers.png`, and `theory.png` where a term of `layerfed.theory` is known.
+    `accuracy.png` and `layers.png`, and `theory.png` where a term of `layerfed.server.theory` is known.
 
     Raises
     ------

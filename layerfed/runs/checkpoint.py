@@ -25,7 +25,7 @@ import numpy as np
 from flwr.common.logger import log
 from safetensors.numpy import load, save
 
-from layerfed.records import Observer, RoundRecord
+from layerfed.runs.records import Observer, RoundRecord
 
 __all__ = ["Checkpoint", "Checkpoints", "latest_checkpoint", "save_checkpoint"]
 

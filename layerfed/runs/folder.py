@@ -23,9 +23,7 @@ from filelock import FileLock
 from flwr.common.logger import log
 
 from layerfed.config import ConfigError, RunConfig
-from layerfed.exchange import Ledger
-from layerfed.layers import LayerMap
-from layerfed.records import Observer, RoundRecord, SelectionRecord
+from layerfed.models.layers import LayerMap
 from layerfed.runs.files import (
     NotWritten,
     append_line,
@@ -35,6 +33,8 @@ from layerfed.runs.files import (
     write_lines,
     write_tensors,
 )
+from layerfed.runs.ledger import Ledger
+from layerfed.runs.records import Observer, RoundRecord, SelectionRecord
 
 __all__ = ["RunFolder"]
 

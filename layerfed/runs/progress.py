@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from layerfed.records import Observer, RoundRecord
+from layerfed.runs.records import Observer, RoundRecord
 
 __all__ = ["LogLines", "ProgressLine"]
 

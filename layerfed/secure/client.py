@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 
-from layerfed.node_config import NodeConfig
+from layerfed.config import NodeConfig
 from layerfed.secure.fixed_point import FixedPoint
 from layerfed.secure.messages import answer, masked_reply, read_secure, tensors_of
 from layerfed.secure.participant import Participant

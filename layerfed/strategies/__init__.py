@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from layerfed.server.candidates import Candidates
+from layerfed.server.population import RoundFailed
 from layerfed.strategies.base import SelectiveStrategy
 from layerfed.strategies.both import Both
 from layerfed.strategies.bottom import Bottom
-from layerfed.strategies.candidates import Candidates
 from layerfed.strategies.cyclic import Cyclic
 from layerfed.strategies.fedtlu import FedTLU
 from layerfed.strategies.full import Full
 from layerfed.strategies.ilp import ILP
-from layerfed.strategies.population import RoundFailed
 from layerfed.strategies.random import Random
 from layerfed.strategies.rgn import RGN
 from layerfed.strategies.snr import SNR

@@ -20,16 +20,19 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from layerfed.aggregation import WEIGHTED_MEAN, Aggregation
-from layerfed.budgets import Budgets
-from layerfed.exchange import CODECS, GlobalModel, Holdings, LayerStore, exchange
-from layerfed.layers import LayerMap
-from layerfed.records import Observer
+from layerfed.exchange import CODECS, LayerStore
+from layerfed.models.layers import LayerMap
 from layerfed.runs.checkpoint import Checkpoint
-from layerfed.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
-from layerfed.strategies.population import Population, RoundFailed
-from layerfed.strategies.resuming import restore, take
-from layerfed.strategies.round import Round
+from layerfed.runs.records import Observer
+from layerfed.server.aggregation import WEIGHTED_MEAN, Aggregation
+from layerfed.server.budgets import Budgets
+from layerfed.server.global_model import GlobalModel
+from layerfed.server.holdings import Holdings
+from layerfed.server.optimizers import SERVER_OPTIMIZERS, ServerOptimizer
+from layerfed.server.population import Population, RoundFailed
+from layerfed.server.resuming import restore, take
+from layerfed.server.round import Round
+from layerfed.server.transport import exchange
 from layerfed.strategies.selecting import Selecting
 
 __all__ = ["SelectiveStrategy"]
@@ -59,9 +62,9 @@ class SelectiveStrategy(Selecting, Strategy):
     period : int (default: 1)
         k: layers are selected in every k-th round. In between, clients keep their masks and nothing is
         probed; one that was not there at the last selection is given masks within its own budget, see
-        `strategies.memory`.
+        `server/memory.py`.
     theory : bool (default: False)
-        Whether to probe in every round, to estimate E1 of `layerfed.theory`, also where the selection
+        Whether to probe in every round, to estimate E1 of `server/theory.py`, also where the selection
         needs no probe. Selection does not see it; its cost is counted, and a client whose probe fails
         drops out.
     client_evaluation : bool (default: False)

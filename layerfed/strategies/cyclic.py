@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from layerfed.config import RunConfig
-from layerfed.records import Choice
+from layerfed.runs.records import Choice
+from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
-from layerfed.strategies.candidates import Candidates
 from layerfed.strategies.ranking import affordable, skip_fill
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal
 
-from layerfed.aggregation import Aggregator
-from layerfed.change_score import Norm, change_score, count_of, highest
 from layerfed.config import RunConfig
 from layerfed.exchange import upload_of
-from layerfed.records import Choice
+from layerfed.exchange.change_score import (
+    Norm,
+    change_score,
+    count_of,
+    highest,
+)
+from layerfed.runs.records import Choice
+from layerfed.server.aggregation import Aggregator
+from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
-from layerfed.strategies.candidates import Candidates
 from layerfed.strategies.ranking import affordable
 
 
@@ -19,7 +24,7 @@ class FedTLU(SelectiveStrategy):
     """Every client trains all layers; only the highest-scored ones move the global model [T].
 
     Score(l) = ‖ΔW_l‖ / (√n_l · std(ΔW_l)), *a formula from a secondary source* (see
-    `layerfed.change_score`), taken over the parameters of a layer.
+    `layerfed.exchange.change_score`), taken over the parameters of a layer.
 
     On the server, ΔW_l is the mean update of the round, Σ_i w_{i,l} Δ_{i,l}: the change that layer l
     would make against θ^t. The highest-scored share of the layers is applied and the others stay as

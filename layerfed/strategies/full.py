@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from layerfed.records import Choice
+from layerfed.runs.records import Choice
+from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
-from layerfed.strategies.candidates import Candidates
 
 
 class Full(SelectiveStrategy):

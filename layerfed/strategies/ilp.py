@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from layerfed.config import RunConfig
-from layerfed.records import Choice
+from layerfed.runs.records import Choice
 from layerfed.selection import (
     SelectionProblem,
     limit_weights,
@@ -17,8 +17,8 @@ from layerfed.selection import (
     scale_consistency,
     solve,
 )
+from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
-from layerfed.strategies.candidates import Candidates
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from layerfed.config import ConfigError, RunConfig
 from layerfed.exchange import scheduled
-from layerfed.records import Choice
+from layerfed.runs.records import Choice
 from layerfed.seeding import Stream, generator
+from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
-from layerfed.strategies.candidates import Candidates
 from layerfed.strategies.ranking import skip_fill
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from layerfed.records import Choice
+from layerfed.runs.records import Choice
 from layerfed.seeding import Stream, generator
-from layerfed.strategies.candidates import Candidates
+from layerfed.server.candidates import Candidates
 
 __all__ = ["affordable", "by_order", "by_score", "prefix", "skip_fill"]
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from layerfed.aggregation import Aggregator
-from layerfed.budgets import Budgets
 from layerfed.config import RunConfig
 from layerfed.exchange import Description
-from layerfed.layers import LayerMap
-from layerfed.records import Choice, SelectionRecord
-from layerfed.strategies.candidates import Candidates, check_choice
-from layerfed.strategies.memory import HELD, Memory
+from layerfed.models.layers import LayerMap
+from layerfed.runs.records import Choice, SelectionRecord
+from layerfed.server.aggregation import Aggregator
+from layerfed.server.budgets import Budgets
+from layerfed.server.candidates import Candidates, check_choice
+from layerfed.server.memory import HELD, Memory
 
 __all__ = ["Selecting"]
 

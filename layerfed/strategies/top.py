@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from layerfed.records import Choice
+from layerfed.runs.records import Choice
+from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
-from layerfed.strategies.candidates import Candidates
 from layerfed.strategies.ranking import by_order
 
 

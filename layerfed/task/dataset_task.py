@@ -14,8 +14,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from torch import Tensor
 
-from layerfed.block_finder import some
 from layerfed.config import ConfigError
+from layerfed.models.block_finder import some
 from layerfed.task.base import Batch, Examples, Task
 from layerfed.task.loading import (
     Part,

@@ -17,7 +17,7 @@ from PIL import Image as Pixels
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
-from layerfed.models import build_image_classifier
+from layerfed.models.image import build_image_classifier
 from layerfed.task.base import Batch
 from layerfed.task.dataset_task import Columns, DatasetTask, Encoder
 from layerfed.task.loading import (

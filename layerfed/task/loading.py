@@ -26,8 +26,8 @@ from datasets.fingerprint import Hasher
 from datasets.packaged_modules.csv.csv import Csv
 from filelock import FileLock
 
-from layerfed.block_finder import some
 from layerfed.config import ConfigError
+from layerfed.models.block_finder import some
 
 __all__ = [
     "CHANGED",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerfed.block_finder import some
 from layerfed.config import ConfigError, RunConfig
+from layerfed.models.block_finder import some
 from layerfed.seeding import Stream, torch_seed
 from layerfed.task.prepared import prepared
 

@@ -21,7 +21,7 @@ from datasets import Dataset, Features, Value
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
-from layerfed.models import build_choice_model, tokenizer_key
+from layerfed.models.text import build_choice_model, tokenizer_key
 from layerfed.task.base import Batch
 from layerfed.task.dataset_task import FORMAT, Encoder
 from layerfed.task.loading import (

@@ -13,7 +13,7 @@ from datasets import List, Value
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
-from layerfed.models import (
+from layerfed.models.text import (
     build_text_classifier,
     load_tokenizer,
     reading_limits,

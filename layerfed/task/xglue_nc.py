@@ -22,7 +22,7 @@ from datasets import Dataset
 from torch import nn
 
 from layerfed.config import ConfigError
-from layerfed.models import build_text_classifier
+from layerfed.models.text import build_text_classifier
 from layerfed.task.loading import (
     TEST_SPLITS,
     TRAIN_SPLITS,

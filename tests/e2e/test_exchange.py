@@ -14,11 +14,13 @@ from flwr.serverapp import Grid
 from layerfed.client_app import build_client_app, client_app, workbench
 from layerfed.config import RunConfig, load_config
 from layerfed.engine import InProcessGrid, run_on
-from layerfed.exchange import Ledger, exchange, instruction, open_store, record_of
+from layerfed.exchange import instruction, open_store, record_of
 from layerfed.exchange.arrays import carried_bytes
 from layerfed.exchange.messages import missing_reply
-from layerfed.records import Observer, RoundRecord
 from layerfed.runs import read_lines
+from layerfed.runs.ledger import Ledger
+from layerfed.runs.records import Observer, RoundRecord
+from layerfed.server.transport import exchange
 from layerfed.server_app import build_strategy
 
 QUICK = ["federation.clients=4", "federation.clients-per-round=4", "train.local-steps=2"]

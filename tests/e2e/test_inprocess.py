@@ -17,8 +17,8 @@ from layerfed.config import ConfigError, RunConfig, Scalar, load_config
 from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import encode
 from layerfed.runs import read_lines
+from layerfed.server.population import RoundFailed
 from layerfed.server_app import build_strategy
-from layerfed.strategies import RoundFailed
 
 QUICK = ["federation.rounds=3", "strategy.probe-batches=1", "federation.clients-per-round=6"]
 

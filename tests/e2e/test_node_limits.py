@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from flwr.app import RecordDict
 
+from layerfed.client.training import train_update
 from layerfed.client_app import workbench
-from layerfed.config import ConfigError, Scalar
+from layerfed.config import ConfigError, NodeConfig, Scalar
 from layerfed.engine import run_on
-from layerfed.node_config import NodeConfig
 from layerfed.runs import read_lines
-from layerfed.task.training import train_update
 from tests.e2e.test_inprocess import Recorded, configured, start
 
 

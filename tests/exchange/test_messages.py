@@ -11,7 +11,6 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from layerfed.exchange import (
     Description,
-    GlobalModel,
     RefusedReply,
     describe_reply,
     evaluate_reply,
@@ -28,7 +27,8 @@ from layerfed.exchange import (
 )
 from layerfed.exchange.arrays import decode
 from layerfed.exchange.messages import MAX_EXAMPLES, missing_reply, state_held
-from layerfed.layers import LayerMap
+from layerfed.models.layers import LayerMap
+from layerfed.server.global_model import GlobalModel
 from tests.conftest import BLOCKS, TinyNet
 from tests.exchange.replies import (
     EXPECTED,

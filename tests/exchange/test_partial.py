@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from layerfed.exchange import read_schedule, read_upload, scheduled, upload_of
-from layerfed.layers import LayerMap
+from layerfed.models.layers import LayerMap
 from tests.exchange.replies import ask, over_the_wire
 
 MASKS = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [1, 1, 0, 0]], dtype=bool)

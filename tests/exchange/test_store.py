@@ -12,7 +12,7 @@ import pytest
 
 from layerfed.config import ConfigError
 from layerfed.exchange import FolderStore, LayerStore, MemoryStore, open_store
-from layerfed.layers import digest
+from layerfed.models.layers import digest
 
 KB = 1000
 

@@ -15,14 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layerfed.config import ConfigError, ModelConfig
-from layerfed.layers import LayerMap
-from layerfed.models import (
-    build_choice_model,
-    build_image_classifier,
-    build_text_classifier,
-    load_tokenizer,
-)
+from layerfed.models.image import build_image_classifier
+from layerfed.models.layers import LayerMap
 from layerfed.models.source import require
+from layerfed.models.text import build_choice_model, build_text_classifier, load_tokenizer
 from tests.task import hub
 
 IMAGES = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)

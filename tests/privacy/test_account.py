@@ -11,10 +11,9 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerfed.config import ConfigError
+from layerfed.config import ConfigError, PrivacyConfig
 from layerfed.privacy.account import PrivacyAccount, epsilon_of
-from layerfed.privacy.settings import PrivacyConfig
-from layerfed.records import RoundRecord
+from layerfed.runs.records import RoundRecord
 
 DELTA = 1e-5
 NOISE = st.floats(0.05, 50)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from layerfed.clipping import norm_of
-from layerfed.layers import LayerMap
+from layerfed.exchange.clipping import norm_of
+from layerfed.models.layers import LayerMap
 from layerfed.privacy.private_mean import PrivateMean
 from tests.conftest import TinyNet
 

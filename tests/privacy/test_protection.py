@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
 
-from layerfed.clipping import norm_of
-from layerfed.config import ConfigError
-from layerfed.layers import LayerMap
-from layerfed.node_config import NodeConfig
+from layerfed.config import ConfigError, NodeConfig, PrivacyConfig
+from layerfed.exchange.clipping import norm_of
+from layerfed.models.layers import LayerMap
 from layerfed.privacy.protection import Protection, add_noise, gaussian, refuse_buffers
-from layerfed.privacy.settings import PrivacyConfig
 from tests.conftest import TinyNet
 
 UPDATES = st.dictionaries(

@@ -12,7 +12,7 @@ from layerfed.client_app import workbench
 from layerfed.config import Scalar
 from layerfed.exchange import CODECS
 from layerfed.strategies import STRATEGIES
-from tests.strategies.tiny_task import Messages, configured, run
+from tests.tiny_task import Messages, configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 
-from layerfed.change_score import change_score
 from layerfed.client_app import build_client_app, workbench
 from layerfed.config import RunConfig
 from layerfed.exchange import CODECS, encode
-from layerfed.layers import LayerMap
-from tests.strategies.tiny_task import Messages, configured, run
+from layerfed.exchange.change_score import change_score
+from layerfed.models.layers import LayerMap
+from tests.tiny_task import Messages, configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 

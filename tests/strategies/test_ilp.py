@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerfed.layers import LayerMap
-from layerfed.strategies import ILP, Candidates
+from layerfed.models.layers import LayerMap
+from layerfed.server.candidates import Candidates
+from layerfed.strategies import ILP
+from tests.candidates import any_candidates, candidates, within_budgets
 from tests.conftest import TinyNet
-from tests.strategies.candidates import any_candidates, candidates, within_budgets
 
 LAYERS = LayerMap.from_model(TinyNet())
 

@@ -9,14 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerfed.layers import LayerMap
-from layerfed.records import Choice
-from layerfed.strategies import ILP, STRATEGIES, Candidates
-from layerfed.strategies.memory import HELD, Memory
+from layerfed.models.layers import LayerMap
+from layerfed.runs.records import Choice
+from layerfed.server.candidates import Candidates
+from layerfed.server.memory import HELD, Memory
+from layerfed.strategies import ILP, STRATEGIES
+from tests.candidates import any_candidates, candidates, within_budgets
 from tests.conftest import TinyNet
-from tests.strategies.candidates import any_candidates, candidates, within_budgets
 from tests.strategies.test_ilp import objective
-from tests.strategies.tiny_task import Messages, Run, configured, run
+from tests.tiny_task import (
+    Messages,
+    Run,
+    configured,
+    run,
+)
 
 LAYERS = LayerMap.from_model(TinyNet())
 UNIT = [1.0] * 4

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from layerfed.budgets import Budgets, layer_costs
 from layerfed.config import BudgetConfig, ConfigError, RunConfig, StrategyConfig, StrategyName
-from layerfed.layers import LayerMap
+from layerfed.models.layers import LayerMap, layer_costs
+from layerfed.server.budgets import Budgets
+from layerfed.server.candidates import Candidates
 from layerfed.server_app import build_strategy
-from layerfed.strategies import SNR, STRATEGIES, Both, Candidates, Random, SelectiveStrategy
+from layerfed.strategies import (
+    SNR,
+    STRATEGIES,
+    Both,
+    Random,
+    SelectiveStrategy,
+)
+from tests.candidates import any_candidates, candidates, within_budgets
 from tests.conftest import TinyNet
-from tests.strategies.candidates import any_candidates, candidates, within_budgets
 
 LAYERS = LayerMap.from_model(TinyNet())
 UNIT = [1.0] * 5

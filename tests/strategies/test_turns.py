@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from layerfed.client.training import train_layers, train_update
 from layerfed.client_app import workbench
 from layerfed.config import ConfigError
-from layerfed.layers import LayerMap
+from layerfed.models.layers import LayerMap
 from layerfed.strategies import Cyclic, Random
-from layerfed.task.training import train_layers, train_update
+from tests.candidates import candidates
 from tests.conftest import TinyNet
-from tests.strategies.candidates import candidates
-from tests.strategies.tiny_task import Messages, configured, run
+from tests.tiny_task import Messages, configured, run
 
 LAYERS = LayerMap.from_model(TinyNet())
 
@@ -116,7 +116,7 @@ def test_a_client_trains_one_draw_after_the_other_and_sends_all_it_touched(
         trained.append((tuple(args[2]), result.steps))
         return result
 
-    monkeypatch.setattr("layerfed.task.training.train_layers", watched)
+    monkeypatch.setattr("layerfed.client.training.train_layers", watched)
     grid = Messages(config)
     result = run(config, 1, grid)
     selection = result.rounds[0].selection

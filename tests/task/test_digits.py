@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from layerfed.client.training import evaluate
 from layerfed.config import TASK_NAMES, ConfigError, load_config
 from layerfed.task import TASKS, Batch, Examples, load_task
 from layerfed.task.digits import Digits
 from layerfed.task.partition import MIN_EXAMPLES, partition_indices
-from layerfed.task.training import evaluate
 from layerfed_assets import BACKBONE
 
 TRAIN, TEST = 1437, 360

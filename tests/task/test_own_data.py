@@ -11,9 +11,8 @@ import torch
 from datasets import ClassLabel
 
 from layerfed.client_app import workbench
-from layerfed.config import ConfigError
+from layerfed.config import ConfigError, NodeConfig
 from layerfed.engine import run_on
-from layerfed.node_config import NodeConfig
 from layerfed.runs import read_lines
 from layerfed.task import Batch, Task
 from tests.task import hub

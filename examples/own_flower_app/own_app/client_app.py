@@ -9,13 +9,14 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from layerfed.client.probe import probe_layers
+from layerfed.client.resident import ResidentModel, keeping_layers
+from layerfed.client.training import evaluate, train_update
 from layerfed.exchange import (
     Description,
     LayerStore,
-    ResidentModel,
     describe_reply,
     evaluate_reply,
-    keeping_layers,
     open_store,
     probe_reply,
     read_config,
@@ -23,10 +24,8 @@ from layerfed.exchange import (
     read_mask,
     train_reply,
 )
-from layerfed.layers import LayerMap
+from layerfed.models.layers import LayerMap
 from layerfed.seeding import Stream, torch_seed
-from layerfed.task.probe import probe_layers
-from layerfed.task.training import evaluate, train_update
 from own_app.task import Items, build_model, client_items, loader, logits, loss
 
 

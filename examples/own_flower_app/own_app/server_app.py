@@ -9,10 +9,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from layerfed.client.training import evaluate
 from layerfed.exchange import open_store
-from layerfed.layers import LayerMap
+from layerfed.models.layers import LayerMap
 from layerfed.strategies import ILP
-from layerfed.task.training import evaluate
 from own_app.task import build_model, loader, logits, server_items
 
 app = ServerApp()

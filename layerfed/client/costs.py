@@ -1,0 +1,182 @@
+"""What training a layer really costs, measured on this device: FLOPs, seconds or memory of a step.
+
+Backward runs from the loss down to the lowest trained layer, so a layer costs more than its own share:
+everything above it has to pass its gradient down. A step over the layers m costs
+
+    S(m) = S(∅) + Σ_l c_l m(l) + D_low(m)
+
+where S(∅) trains the head alone, c_l is what training layer l adds by itself, and D_l, non-increasing in
+l, is what carrying the gradient down to layer l costs. Both come from 2L measured steps:
+
+    c_l = S({0, l}) − S({0})  for l > 0,        D_l = S({l}) − S(∅) − c_l.
+
+Layer 0 is selected only together with D_0, so only their sum matters; c_0 is set to the median of the
+others.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from layerfed.client.flops import TotalFlops
+from layerfed.client.training import LossFn, autocast, selected_layers
+from layerfed.models.layers import LayerMap
+from layerfed.task.base import Batch
+
+__all__ = ["MEASURED_UNITS", "MeasuredUnit", "measure_costs", "step_cost"]
+
+MeasuredUnit = Literal["flops", "seconds", "memory"]
+MEASURED_UNITS: tuple[MeasuredUnit, ...] = ("flops", "seconds", "memory")
+
+# Timings are the median of so many, after one that is not counted.
+TIMED = 5
+
+
+def measure_costs(
+    model: nn.Module,
+    layers: LayerMap,
+    batch: Batch,
+    loss: LossFn,
+    unit: MeasuredUnit,
+    *,
+    precision: str = "float32",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measure c_l and D_l of every block, on the model's device.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Unchanged afterwards.
+    layers : LayerMap
+    batch : Batch
+        A batch of the size that is trained on.
+    loss : LossFn
+    unit : {"flops", "seconds", "memory"}
+        FLOPs and seconds of forward and backward; bytes kept for backward and for gradients (on CUDA,
+        the allocator's peak above what is there before).
+    precision : {"float32", "bfloat16"}
+
+    Returns
+    -------
+    tuple[numpy.ndarray, numpy.ndarray]
+        c and D, shape (L,) each, non-negative, D non-increasing.
+    """
+    names = [block.name for block in layers.blocks]
+
+    def cost(*selected: int) -> float:
+        chosen = [names[i] for i in selected]
+        return step_cost(model, layers, chosen, batch, loss, unit, precision=precision)
+
+    nothing = cost()
+    alone = np.array([cost(i) for i in range(len(names))]) - nothing
+    with_first = np.array([cost(0, i) for i in range(1, len(names))]) - nothing
+    return _split(alone, with_first)
+
+
+def step_cost(
+    model: nn.Module,
+    layers: LayerMap,
+    blocks: Iterable[str],
+    batch: Batch,
+    loss: LossFn,
+    unit: MeasuredUnit,
+    *,
+    precision: str = "float32",
+) -> float:
+    """Measure S(m), one step of training some blocks and the head; parameters as in `measure_costs`."""
+    device = next(model.parameters()).device
+    measure = {"flops": _flops, "seconds": _seconds, "memory": _memory}[unit]
+    with selected_layers(model, layers, [*blocks, "head"]):
+        model.eval()  # costs are the same, and BatchNorm's statistics must not drift
+
+        def step() -> None:
+            with autocast(device, precision):
+                value = loss(model, batch)
+            value.backward()  # type: ignore[no-untyped-call]
+
+        return measure(model, step)
+
+
+def _split(alone: np.ndarray, with_first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Solve for c and D from S({l}) − S(∅), shape (L,), and S({0, l}) − S(∅), shape (L-1,)."""
+    if len(alone) == 1:
+        return np.maximum(alone, 0.0), np.zeros(1)
+    others = np.maximum(with_first - alone[0], 0.0)
+    first = min(float(np.median(others)), max(float(alone[0]), 0.0))
+    own = np.array([first, *others])
+    # Timings are noisy; going down never becomes cheaper.
+    depth = np.maximum.accumulate(np.maximum(alone - own, 0.0)[::-1])[::-1]
+    return own, depth.copy()
+
+
+def _clear(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _flops(model: nn.Module, step: Callable[[], None]) -> float:
+    with TotalFlops() as flops:
+        step()
+    _clear(model)
+    return float(flops.total)
+
+
+def _seconds(model: nn.Module, step: Callable[[], None]) -> float:
+    on_gpu = next(model.parameters()).is_cuda
+    times = []
+    for _ in range(TIMED + 1):
+        _clear(model)
+        if on_gpu:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    _clear(model)
+    return statistics.median(times[1:])
+
+
+def _memory(model: nn.Module, step: Callable[[], None]) -> float:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        peak = float(torch.cuda.max_memory_allocated(device) - before)
+    else:
+        with _kept_for_backward(model.parameters()) as kept:
+            step()
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        peak = float(sum(kept.values()) + gradients)
+    _clear(model)
+    return peak
+
+
+@contextmanager
+def _kept_for_backward(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Collect the storages that autograd keeps, weights aside: {address: bytes}."""
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, int] = {}
+    # Held so that no address is used twice.
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept

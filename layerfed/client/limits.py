@@ -1,0 +1,299 @@
+"""What whoever runs a node allows it: a budget that the server cannot raise, and a slowest step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from flwr.app import MetricRecord, RecordDict
+
+from layerfed.config import BudgetUnit, ConfigError, NodeConfig
+from layerfed.task.base import Batch
+
+__all__ = [
+    "Allowance",
+    "LayerCosts",
+    "MaskRefused",
+    "StepTooSlow",
+    "free_memory",
+    "paced",
+    "translate",
+]
+
+# What the server allows for rounding (`selection.problem.BUDGET_TOLERANCE`): clients import no solver.
+TOLERANCE = 1e-9
+# `budget=auto` plans with half of what is free. A measured step counts what backward keeps and the
+# gradients; the rest is for copies of the trained layers, the optimiser's state, the reply, and for the
+# other programs on the device.
+AUTO_SHARE = 0.5
+# A translated budget may let a node exceed its own by this share, so that a limit of exactly two layers
+# is not lost to rounding; and it stays below the first mask that exceeds more by a share that no
+# solver's tolerance reaches.
+SLACK, MARGIN = 1e-6, 1e-8
+
+CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
+
+
+class MaskRefused(ValueError):
+    """The server asked for more than the node's budget; nothing was trained."""
+
+
+class StepTooSlow(RuntimeError):
+    """A training step took longer than the node allows."""
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What training costs on this node in one unit.
+
+    Attributes
+    ----------
+    own : numpy.ndarray
+        c_l, shape (L,).
+    depth : numpy.ndarray
+        D_l, shape (L,), non-increasing: what it costs that l is the lowest trained layer.
+    """
+
+    own: np.ndarray
+    depth: np.ndarray
+
+    def of(self, mask: Sequence[bool]) -> float:
+        """Return Σ_l c_l m(l) + D_low of a mask of length L."""
+        chosen = np.asarray(mask, dtype=bool)
+        if not chosen.any():
+            return 0.0
+        return float(self.own[chosen].sum() + self.depth[chosen.argmax()])
+
+    @property
+    def total(self) -> float:
+        """What all layers cost together."""
+        return float(self.own.sum() + self.depth[0])
+
+
+def translate(limit: float, given: LayerCosts, wanted: LayerCosts) -> float:
+    """Turn a limit in one unit into a budget in another that never exceeds it.
+
+    Parameters
+    ----------
+    limit : float
+        The most that training may cost, in the unit of `given`.
+    given, wanted : LayerCosts
+        What the same L layers cost in the two units.
+
+    Returns
+    -------
+    float
+        R such that every mask of at most R in the wanted unit costs at most `limit` in the given one
+        (up to a millionth); below the cheapest layer where none fits.
+
+    Notes
+    -----
+    The cheapest mask that exceeds the limit is sought for each lowest layer l. What it adds above l is a
+    covering knapsack; its fractional relaxation, filled by price for what it adds, bounds it from below,
+    so R is safe, and exact where the wanted unit is the number of layers.
+    """
+    limit *= 1 + SLACK
+    if given.total <= limit:
+        return wanted.total
+    cheapest = np.inf
+    for low in range(len(given.own)):
+        room = limit - given.own[low] - given.depth[low]
+        price = wanted.own[low] + wanted.depth[low]
+        sizes, prices = given.own[low + 1 :], wanted.own[low + 1 :]
+        if room >= sizes.sum():
+            continue  # nothing with this lowest layer exceeds the limit
+        if room > 0:
+            some = sizes > 0
+            sizes, prices = sizes[some], prices[some]
+            for item in np.argsort(prices / sizes):
+                share = min(1.0, room / sizes[item])
+                price += share * prices[item]
+                room -= share * sizes[item]
+                if room <= 0:
+                    break
+        cheapest = min(cheapest, price)
+    return float(cheapest * (1 - MARGIN))
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """A node's budget in the unit of a run, with the costs that it goes by.
+
+    Attributes
+    ----------
+    budget : float
+        R_i.
+    unit : str
+    costs : LayerCosts
+        In the same unit.
+    """
+
+    budget: float
+    unit: BudgetUnit
+    costs: LayerCosts
+
+    @classmethod
+    def of(
+        cls,
+        node: NodeConfig,
+        unit: BudgetUnit,
+        costs: Callable[[BudgetUnit], LayerCosts],
+        free: Callable[[], float],
+        head: Callable[[], float],
+    ) -> Allowance | None:
+        """Work out what a node affords in a run; None where it states no budget.
+
+        Parameters
+        ----------
+        node : NodeConfig
+        unit : str
+            The run's `budget.unit`.
+        costs : Callable[[str], LayerCosts]
+            What the layers cost on this node, by unit.
+        free, head : Callable[[], float]
+            Bytes that are free, and bytes that a step of training the head alone takes.
+
+        Raises
+        ------
+        ConfigError
+            If a number has no unit where the run does not count in layers, or if the memory that is
+            free does not hold a step of training the head.
+        """
+        if node.budget is None:
+            return None
+        of: BudgetUnit = node.budget_unit or "layers"
+        if node.budget == "auto":
+            available, needed = AUTO_SHARE * free(), head()
+            if available < needed:
+                raise ConfigError(
+                    f"budget = 'auto': half of the free memory is {available / 1e6:.1f} MB, and "
+                    f"training the head alone takes {needed / 1e6:.1f} MB; free some, lower "
+                    "train.batch-size, or state a number"
+                )
+            limit, of = available - needed, "memory"
+        else:
+            limit = float(node.budget)
+            if node.budget_unit is None and unit != "layers":
+                raise ConfigError(
+                    f"this node's budget = {limit:g} has no unit, and the run counts in {unit}; "
+                    f"state budget-unit={unit} (or the unit that is meant) in --node-config"
+                )
+        wanted = costs(unit)
+        if of != unit:
+            limit = translate(limit, costs(of), wanted)
+            limit = float(np.floor(limit)) if unit == "layers" else limit
+        return cls(limit, unit, wanted)
+
+    def check(self, mask: Sequence[bool]) -> None:
+        """Refuse a mask above the budget.
+
+        Raises
+        ------
+        MaskRefused
+            Saying what the mask costs and what the node affords.
+        """
+        cost = self.costs.of(mask)
+        if cost > self.budget * (1 + TOLERANCE):
+            raise MaskRefused(
+                f"the server asks for {sum(map(bool, mask))} layers that cost {cost:g} {self.unit}; "
+                f"this node's own budget is {self.budget:g}, and nobody else can raise it"
+            )
+
+    def remember(self, state: RecordDict) -> None:
+        """Keep it for this node's later messages, which another process may serve."""
+        state[f"allowance.{self.unit}"] = MetricRecord(
+            {
+                "budget": self.budget,
+                "costs": self.costs.own.tolist(),
+                "depth-costs": self.costs.depth.tolist(),
+            }
+        )
+
+    @classmethod
+    def recall(cls, state: RecordDict, unit: BudgetUnit) -> Allowance | None:
+        """Return what an earlier message of the run left; None where the node was restarted."""
+        record = state.metric_records.get(f"allowance.{unit}")
+        if record is None:
+            return None
+        costs = LayerCosts(np.array(record["costs"]), np.array(record["depth-costs"]))
+        return cls(cast(float, record["budget"]), unit, costs)
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that this process could still take on a device.
+
+    On a GPU what the driver has free and torch's allocator holds unused; elsewhere what the kernel says
+    is available, or what the container still allows, whichever is less.
+
+    Raises
+    ------
+    ConfigError
+        If the system does not say.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    try:
+        fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        available = float(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        raise ConfigError(
+            "budget = 'auto' cannot be measured: this system does not say how much memory is free; "
+            "state a number, with budget-unit=memory for bytes"
+        ) from None
+    return min(available, _left_in_container())
+
+
+def _left_in_container() -> float:
+    """Return the bytes that control groups still allow, page cache that can go aside."""
+    for limit, usage, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most = (CGROUP / limit).read_text().strip()
+            taken = float((CGROUP / usage).read_text())
+            counters = (CGROUP / limit).with_name("memory.stat").read_text().split()
+        except OSError:
+            continue
+        if most == "max":
+            break
+        reclaimable = float(dict(zip(counters[::2], counters[1::2], strict=True))[cache])
+        return max(0.0, float(most) - taken + reclaimable)
+    return np.inf
+
+
+def paced(batches: Iterable[Batch], most: float, device: torch.device) -> Iterator[Batch]:
+    """Hand batches on, and stop once the work on one takes longer than `most` seconds.
+
+    The first of several is not timed: it warms the device up and counts FLOPs.
+
+    Raises
+    ------
+    StepTooSlow
+        Saying which step it was and how long it took.
+    """
+    step, seconds = 0, 0.0
+    for batch in batches:
+        if step > 1:
+            _refuse_slow(step, seconds, most)
+        began = time.monotonic()
+        yield batch
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        step, seconds = step + 1, time.monotonic() - began
+    _refuse_slow(step, seconds, most)
+
+
+def _refuse_slow(step: int, seconds: float, most: float) -> None:
+    if seconds > most:
+        raise StepTooSlow(
+            f"training step {step} took {seconds:.3g} s, this node's max-step-seconds is {most:g}; "
+            "lower its budget or train.batch-size"
+        )

@@ -1,0 +1,154 @@
+"""What a node says of itself: the settings of `flower-supernode --node-config`, checked.
+
+They belong to whoever runs the node, and the server cannot change them. In simulation Flower fills in
+the partition and its number; the rest have defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from layerfed.config.run import (
+    BudgetUnit,
+    ConfigError,
+    DeviceName,
+    RunConfig,
+    explain,
+)
+from layerfed.config.section import Section
+
+__all__ = ["NodeConfig"]
+
+
+class NodeConfig(Section):
+    """The settings of one node.
+
+    Attributes
+    ----------
+    partition_id : int
+        Which part of the data the node holds.
+    num_partitions : int, optional
+        Into how many parts the data is cut.
+    data : str, optional
+        Where the run's data lie on this node, in place of `task.data`; the node takes its partition of
+        them.
+    own_data : str, optional
+        Where the node's own examples lie, in place of the run's data: it trains on all of them, and
+        nothing is cut. `partition_id` is then no more than the node's name in the run.
+    budget : float or "auto", optional
+        The most the node trains in a round, in `budget_unit`; the server can ask for less, never for
+        more. "auto" measures how much memory is free.
+    budget_unit : str, optional
+        Unit of `budget`, one of those of the run's `budget.unit`; layers where it is left out, and
+        then only in a run that counts in layers. A unit other than the run's is translated by what
+        the node measures.
+    device : str, optional
+        In place of the run's `run.device`.
+    threads : int, optional
+        In place of the run's `run.threads`.
+    max_step_seconds : float, optional
+        The node stops training in a round, with an error, once a step takes longer.
+    privacy_clip, privacy_noise : float
+        What the node's owner demands whatever the run says: updates of at most this L2 norm, C, with
+        N(0, (z·C)²) on each coordinate. Of the run's and these the stricter hold, each by itself.
+    privacy_statistics_clip, privacy_statistics_noise : float
+        The same for each statistic of a probe.
+    store : str
+        Folder where the node keeps layers between messages, or `memory` (this process, as long as it
+        lasts); empty takes the run's `exchange.store`.
+    store_size : float
+        Its limit in GB; 0 takes the run's `exchange.store-size`.
+    """
+
+    partition_id: Annotated[int, Field(ge=0)]
+    num_partitions: Annotated[int, Field(ge=1)] | None = None
+    data: Annotated[str, Field(min_length=1)] | None = None
+    own_data: Annotated[str, Field(min_length=1)] | None = None
+    budget: float | Literal["auto"] | None = None
+    budget_unit: BudgetUnit | None = None
+    device: DeviceName | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
+    max_step_seconds: Annotated[float, Field(gt=0)] | None = None
+    privacy_clip: Annotated[float, Field(ge=0)] = 0.0
+    privacy_noise: Annotated[float, Field(ge=0)] = 0.0
+    privacy_statistics_clip: Annotated[float, Field(ge=0)] = 0.0
+    privacy_statistics_noise: Annotated[float, Field(ge=0)] = 0.0
+    store: str = ""
+    store_size: Annotated[float, Field(ge=0)] = 0.0
+
+    @field_validator("budget", mode="plain")
+    @classmethod
+    def _a_number_or_auto(cls, value: Any) -> Any:
+        # Pydantic's own words for a union name each of its members, which tells nobody what to do.
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value != "auto" and not (number and 0 <= value < math.inf):
+            raise ConfigError(
+                f"budget = {value!r} is not allowed: it should be 0 or more, or 'auto'"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _unit_of_a_number(self) -> NodeConfig:
+        if self.budget_unit is not None and not isinstance(self.budget, int | float):
+            raise ConfigError(
+                f"budget-unit = '{self.budget_unit}' goes with a number as budget; "
+                f"budget = {self.budget!r} has none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bounded_noise(self) -> NodeConfig:
+        # The owner's guarantee must not rest on the run's bound, which the server chooses.
+        if self.privacy_noise > 0 and self.privacy_clip == 0:
+            raise ConfigError(
+                f"privacy-noise = {self.privacy_noise:g} is a multiple of privacy-clip, which is not "
+                "set; give the node a bound of its own"
+            )
+        if (self.privacy_statistics_clip > 0) != (self.privacy_statistics_noise > 0):
+            raise ConfigError(
+                f"privacy-statistics-clip = {self.privacy_statistics_clip:g} with "
+                f"privacy-statistics-noise = {self.privacy_statistics_noise:g} protects nothing; set "
+                "both above 0, or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_place_of_data(self) -> NodeConfig:
+        if self.data is not None and self.own_data is not None:
+            raise ConfigError(
+                f"data = '{self.data}' and own-data = '{self.own_data}': give data where the node takes "
+                "its partition of the run's data, own-data where it trains on all that is there"
+            )
+        return self
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> NodeConfig:
+        """Check a node's settings.
+
+        Raises
+        ------
+        ConfigError
+            Naming the setting, its value, and what is allowed.
+        """
+        if "partition-id" not in settings:
+            raise ConfigError(
+                "this node has no partition; start it with --node-config "
+                '"partition-id=0 num-partitions=1"'
+            )
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            known = ", ".join(name.replace("_", "-") for name in cls.model_fields)
+            raise ConfigError(f"node-config: {explain(error, known)}") from None
+
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        """Return the run's configuration with what this node decides for itself in its place."""
+        own = {"device": self.device, "threads": self.threads}
+        section = config.run.model_copy(update={k: v for k, v in own.items() if v is not None})
+        data = self.own_data or self.data
+        task = config.task if data is None else config.task.model_copy(update={"data": data})
+        return config.model_copy(update={"run": section, "task": task})

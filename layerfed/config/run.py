@@ -1,0 +1,389 @@
+"""One typed, validated description of a run.
+
+The same dotted keys everywhere: `[federation] clients-per-round = 5` in a file under `conf/`,
+`federation.clients-per-round=5` on `layerfed`'s command line and in `flwr run --run-config`. Everything
+that can be checked without building the model is checked here; what needs the model (a budget above
+the number of layers, say) is checked by the ServerApp, still before any client works.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from layerfed.config.privacy import PrivacyConfig, check_private
+from layerfed.config.secagg import SecAggConfig, refuse_with_secagg
+from layerfed.config.section import ConfigError, Section
+
+__all__ = [
+    "BudgetUnit",
+    "ConfigError",
+    "DeviceName",
+    "Flat",
+    "RunConfig",
+    "Scalar",
+    "explain",
+    "flatten",
+    "load_config",
+    "parse_override",
+]
+
+Scalar = str | int | float | bool
+Flat = dict[str, Scalar]
+
+StrategyName = Literal[
+    "ilp", "full", "top", "bottom", "both", "random", "cyclic", "snr", "rgn", "fedtlu"
+]
+BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+TASK_NAMES = ("digits", "cifar10", "domainnet", "xglue_nc", "qa", "custom")
+# Libraries that models come from, with a slash before the model's name there.
+MODEL_FAMILIES = ("layerfed", "open_clip", "timm", "transformers")
+Positive = Annotated[int, Field(ge=1)]
+
+
+class TaskConfig(Section):
+    """Data: what is learnt and how it is spread over the clients."""
+
+    name: str = "digits"
+    data: str = ""
+    partition: Literal["dirichlet", "by-column", "iid"] = "dirichlet"
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    input_columns: str = ""
+    label_column: str = ""
+    group_column: str = ""
+    classes: str = ""
+    groups: str = ""
+    train_split: str = ""
+    test_split: str = ""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    image_size: Annotated[int, Field(ge=0)] = 0
+    max_tokens: Annotated[int, Field(ge=8)] = 128
+    local_test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in TASK_NAMES and not re.fullmatch(r"[\w.]+:\w+", name):
+            raise ConfigError(
+                f"task.name = '{name}' is not allowed: it should be one of {', '.join(TASK_NAMES)}, or "
+                "a task of your own as module:Class"
+            )
+        return name
+
+
+class ModelConfig(Section):
+    """The model that is fine-tuned and how it falls into layers."""
+
+    name: str = "layerfed/vit"
+    weights: Annotated[str, Field(min_length=1)] = "embedded"
+    tokenizer: str = ""
+    blocks: str = ""
+    head: str = ""
+
+    @property
+    def family(self) -> str:
+        """The library a model comes from: what stands before the first slash of its name."""
+        return self.name.partition("/")[0]
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model in its library."""
+        return self.name.partition("/")[2]
+
+    @model_validator(mode="after")
+    def _loadable(self) -> Self:
+        if self.family not in MODEL_FAMILIES or not self.architecture:
+            raise ConfigError(
+                f"model.name = '{self.name}' is not allowed: it should be layerfed/vit, open_clip/NAME, "
+                "timm/NAME or transformers/HUB-ID-OR-FOLDER, as in open_clip/ViT-B-32"
+            )
+        if self.family == "layerfed":
+            if self.architecture != "vit" or self.weights not in ("embedded", "random"):
+                raise ConfigError(
+                    f"model.name = '{self.name}' with model.weights = '{self.weights}' does not exist: "
+                    "layerfed/vit comes with weights embedded (the shipped ones) or random; for weights "
+                    "of your own name their family too, as in model.name=timm/vit_small_patch16_224"
+                )
+        elif self.weights == "embedded":
+            raise ConfigError(
+                f"model.weights = 'embedded' goes with model.name = 'layerfed/vit' only; for "
+                f"'{self.name}' give a hub id, a folder, "
+                + ("a tag of open_clip" if self.family == "open_clip" else "'pretrained'")
+                + " or 'random'"
+            )
+        if self.tokenizer and self.family != "transformers":
+            raise ConfigError(
+                f"model.tokenizer = '{self.tokenizer}' has no use for model.name = '{self.name}'; leave "
+                "it empty, or name a transformers model"
+            )
+        return self
+
+
+class FederationConfig(Section):
+    """The population of clients and what a round asks of it."""
+
+    clients: Positive = 10
+    clients_per_round: Positive = 10
+    rounds: Positive = 30
+    min_replies: Annotated[int, Field(ge=0)] = 0
+    over_provision: Annotated[float, Field(ge=0, le=1)] = 0.0
+    timeout: Annotated[float, Field(gt=0)] = 3600.0
+    max_examples: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.clients_per_round > self.clients:
+            raise ConfigError(
+                f"federation.clients-per-round = {self.clients_per_round} is above "
+                f"federation.clients = {self.clients}; lower it or raise the number of clients"
+            )
+        if self.min_replies > self.clients_per_round:
+            raise ConfigError(
+                f"federation.min-replies = {self.min_replies} is above "
+                f"federation.clients-per-round = {self.clients_per_round}; no round could succeed"
+            )
+        return self
+
+    @property
+    def needed_replies(self) -> int:
+        """Usable updates a round needs: `min-replies`, or half of the round's clients."""
+        return self.min_replies or -(-self.clients_per_round // 2)
+
+
+class StrategyConfig(Section):
+    """Who picks the layers, and how."""
+
+    name: StrategyName = "ilp"
+    consistency: float = 0.1
+    consistency_scale: Literal["relative", "raw"] = "relative"
+    probe_batches: Annotated[int, Field(ge=0)] = 1
+    solver: Literal["auto", "lagrangian", "milp"] = "auto"
+    solver_seconds: Annotated[float, Field(gt=0)] = 10.0
+    solver_gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    solver_rounding: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    period: Positive = 1
+    form: Literal["paper", "code"] = "paper"
+    resample_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    side: Literal["server", "client"] = "server"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    norm: Literal["l1", "l2"] = "l2"
+    theory: bool = False
+
+
+class BudgetConfig(Section):
+    """How much each client can afford to train."""
+
+    kind: Literal["identical", "half-normal", "per-node"] = "identical"
+    unit: BudgetUnit = "layers"
+    layers: Annotated[float, Field(ge=0)] = 1.0
+    min: Annotated[float, Field(ge=0)] = 1.0
+    max: Annotated[float, Field(ge=0)] = 4.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ConfigError(f"budget.min = {self.min:g} is above budget.max = {self.max:g}")
+        return self
+
+
+class TrainConfig(Section):
+    """A client's local work in one round."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Positive = 32
+    local_steps: Annotated[int, Field(ge=0)] = 5
+    local_epochs: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if (self.local_steps > 0) == (self.local_epochs > 0):
+            raise ConfigError(
+                f"train.local-steps = {self.local_steps} and train.local-epochs = "
+                f"{self.local_epochs}: set exactly one of them above 0, the other to 0"
+            )
+        if self.optimizer == "adamw" and self.momentum > 0:
+            raise ConfigError(
+                f"train.momentum = {self.momentum:g} goes with train.optimizer = 'sgd' only; "
+                "adamw has its own"
+            )
+        return self
+
+    def steps(self, examples: int) -> int:
+        """Return τ_i, the optimiser steps of a client with so many examples in one round."""
+        return self.local_steps or self.local_epochs * -(-examples // self.batch_size)
+
+
+class ServerConfig(Section):
+    """How the server turns the updates of a layer into its new version."""
+
+    aggregation: Literal["mean", "median", "trimmed-mean"] = "mean"
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    clip: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class ExchangeConfig(Section):
+    """What travels, and where layers are kept between messages."""
+
+    codec: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    store: str = ""
+    store_size: Annotated[float, Field(gt=0)] = 10.0
+
+
+class RunSection(Section):
+    """Where the run is kept and what it runs on."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = ""
+    dir: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    resume: str = ""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 1
+    checkpoints: Positive = 2
+    evaluate_every: Positive = 1
+    device: DeviceName = "auto"
+    threads: Annotated[int, Field(ge=0)] = 1
+    client_cpus: Annotated[float, Field(gt=0)] = 1.0
+    client_gpus: Annotated[float, Field(ge=0)] = 0.25
+
+
+class RunConfig(Section):
+    """Everything a run depends on.
+
+    Raises
+    ------
+    ConfigError
+        From `from_flat` and `load_config`, in one line, naming the key, its value and what is allowed.
+    """
+
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    federation: FederationConfig = FederationConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    budget: BudgetConfig = BudgetConfig()
+    train: TrainConfig = TrainConfig()
+    server: ServerConfig = ServerConfig()
+    exchange: ExchangeConfig = ExchangeConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    secagg: SecAggConfig = SecAggConfig()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _private(self) -> Self:
+        check_private(self)
+        return self
+
+    @model_validator(mode="after")
+    def _sums_can_be_secure(self) -> Self:
+        if self.secagg.enabled:
+            refuse_with_secagg(self.to_flat())
+        return self
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
+        """Build and check a configuration from dotted keys, as Flower hands them over."""
+        nested: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            section, dot, name = key.partition(".")
+            if not dot or section not in cls.model_fields:
+                raise ConfigError(
+                    f"unknown key '{key}'; keys are section.name with a section of "
+                    f"{', '.join(cls.model_fields)}"
+                )
+            nested.setdefault(section, {})[name] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from None
+
+    def to_flat(self) -> Flat:
+        """Return every key with its value, in the order of the sections."""
+        nested = self.model_dump(by_alias=True)
+        return {f"{s}.{k}": v for s, keys in nested.items() for k, v in keys.items()}
+
+
+def explain(error: ValidationError, known: str = "") -> str:
+    """Turn pydantic's findings into one line a user can act on.
+
+    Parameters
+    ----------
+    error : pydantic.ValidationError
+    known : str
+        The keys there are, for an unknown one; empty takes those of the run configuration's section.
+    """
+    lines = []
+    for finding in error.errors():
+        key = ".".join(str(part) for part in finding["loc"])
+        if finding["type"] == "extra_forbidden":
+            lines.append(
+                f"unknown key '{key}'; known keys: {known or _section_keys(finding['loc'])}"
+            )
+        elif finding["type"] == "value_error":
+            lines.append(str(finding["ctx"]["error"]))
+        else:
+            rule = finding["msg"].removeprefix("Input should be ")
+            lines.append(f"{key} = {finding['input']!r} is not allowed: it should be {rule}")
+    return "; ".join(lines)
+
+
+def _section_keys(location: tuple[int | str, ...]) -> str:
+    section = str(location[0])
+    fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+    return ", ".join(f"{section}.{name.replace('_', '-')}" for name in fields)
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested TOML tables to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value`; the value is read as TOML (`3`, `0.1`, `true`) and else taken as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{text}' is not of the form key=value")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a configuration file (or none: the defaults) and apply `key=value` overrides."""
+    flat: dict[str, Any] = {}
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from None
+        try:
+            table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{file} is not valid {file.suffix.lstrip('.')}: {error}") from None
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file} holds no table of settings, but a {type(table).__name__}")
+        flat = flatten(table)
+    flat.update(parse_override(text) for text in overrides)
+    return RunConfig.from_flat(flat)

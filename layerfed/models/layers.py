@@ -1,0 +1,411 @@
+"""A model as an ordered list of layers: embeddings, blocks 0 … L-1, head.
+
+Masks, budgets, costs, probes, messages, versions and plots are all per layer, so everything in this
+package starts from a `LayerMap`. Embeddings are frozen, blocks are selectable, and the head is trained
+by every client in every round [S, section V].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from layerfed.models.block_finder import (
+    LayerMapError,
+    find_blocks,
+    lies_in,
+    match_blocks,
+    match_head,
+    refuse_lazy,
+    refuse_left_over,
+    refuse_no_head,
+    some,
+)
+
+__all__ = ["Layer", "LayerMap", "LayerMapError", "digest", "fingerprint", "layer_costs"]
+
+EMBEDDINGS, HEAD = "embeddings", "head"
+
+# What stands beside the blocks' container but is registered before the blocks and used after them, as
+# open_clip's `proj`. Everything else before the blocks is an embedding.
+LATE = {"proj", "ln_post", "logit_scale", "logit_bias", "head", "classifier", "lm_head"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer.
+
+    Attributes
+    ----------
+    name : str
+        `embeddings`, `blocks.0` … `blocks.{L-1}`, or `head`, whatever the model calls them.
+    kind : {"embeddings", "block", "head"}
+    parameters : tuple[str, ...]
+        Names as in `model.named_parameters()`; a tied parameter stands under its first name only.
+    buffers : tuple[str, ...]
+        All buffers, persistent or not.
+    tensors : tuple[str, ...]
+        What travels: parameters and persistent buffers, by state-dict name.
+    modules : tuple[str, ...]
+        The outermost modules that lie wholly in this layer.
+    elements : int
+        Number of parameter elements.
+    bytes : int
+        Size of `tensors`.
+    """
+
+    name: str
+    kind: Literal["embeddings", "block", "head"]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    tensors: tuple[str, ...]
+    modules: tuple[str, ...]
+    elements: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """How a model falls into layers.
+
+    Attributes
+    ----------
+    layers : tuple[Layer, ...]
+        Embeddings, the blocks in forward order, head.
+    aliases : Mapping[str, str]
+        Tied names, each with the name its tensor stands under.
+    shapes : Mapping[str, tuple[int, ...]]
+        Of all parameters and buffers.
+    """
+
+    layers: tuple[Layer, ...]
+    aliases: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, *, blocks: str | None = None, head: str | Sequence[str] = ()
+    ) -> LayerMap:
+        """Split a model.
+
+        The blocks are the members of the outermost list of composite modules, or siblings of one class
+        that follow each other (see `block_finder`). Parameters before them are embeddings, parameters
+        after them the head; one that is tied and stands in both is an embedding.
+
+        Parameters
+        ----------
+        model : nn.Module
+        blocks : str, optional
+            Names of the blocks instead, with `*` for one part of a name: `encoder.layer.*`, or several,
+            separated by commas: `layer1.*, layer2.*`. Of a stack of which some blocks are chosen, those
+            before are embeddings; those after must be named in the head.
+        head : str or Sequence[str]
+            Names of more modules or tensors that belong to the head, wherever they stand.
+
+        Raises
+        ------
+        LayerMapError
+            If there are no blocks to be found, several candidates, tensors that cannot be placed, names
+            that do not exist, or modules whose parameters are not initialised yet.
+        """
+        refuse_lazy(model)
+        prefixes = match_head(model, head)
+        names = match_blocks(model, blocks) if blocks else find_blocks(model, prefixes)
+        names = [name for name in names if not lies_in(name, prefixes)]
+        if not names:
+            raise LayerMapError(f"model.head = '{', '.join(prefixes)}' leaves no blocks to select")
+        owner = _Placement(model, names, prefixes)
+        layer_of, aliases = _place(model, owner)
+        refuse_left_over(model, names, prefixes)
+        layers = _layers(model, layer_of, _outermost(model, layer_of, owner), len(names))
+        if not layers[-1].parameters:
+            refuse_no_head(names)
+        shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+        return cls(layers, aliases, shapes)
+
+    @property
+    def embeddings(self) -> Layer:
+        """What is never trained."""
+        return self.layers[0]
+
+    @property
+    def blocks(self) -> tuple[Layer, ...]:
+        """The selectable layers, input first."""
+        return self.layers[1:-1]
+
+    @property
+    def head(self) -> Layer:
+        """What everyone always trains."""
+        return self.layers[-1]
+
+    @property
+    def num_blocks(self) -> int:
+        """L, the number of selectable layers."""
+        return len(self.layers) - 2
+
+    def trained(self, mask: Sequence[bool]) -> list[str]:
+        """Return the names of the layers that a mask of length L has a client train, head included."""
+        chosen = [block.name for block, on in zip(self.blocks, mask, strict=True) if on]
+        return [*chosen, self.head.name]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of all layers, in order."""
+        return tuple(layer.name for layer in self.layers)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, Layer]:
+        return {
+            name: layer for layer in self.layers for name in (*layer.parameters, *layer.buffers)
+        }
+
+    def __getitem__(self, name: str) -> Layer:
+        """Return a layer by name."""
+        return self._by_name[name]
+
+    def layer_of(self, tensor: str) -> Layer:
+        """Return the layer that a parameter or buffer belongs to; tied names are followed."""
+        return self._by_tensor[self.aliases.get(tensor, tensor)]
+
+    def check(self, model: nn.Module) -> None:
+        """Make sure that a model has exactly the tensors of this map, in the same shapes.
+
+        Raises
+        ------
+        LayerMapError
+            Naming the tensors that are missing, too many, or of other shapes.
+        """
+        theirs = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+        if theirs.keys() != self.shapes.keys():
+            lacks = sorted(self.shapes.keys() - theirs.keys())
+            besides = sorted(theirs.keys() - self.shapes.keys())
+            raise LayerMapError(f"the model lacks {some(lacks)} and has {some(besides)} besides")
+        other = [
+            f"{name} {shape} instead of {self.shapes[name]}"
+            for name, shape in theirs.items()
+            if shape != self.shapes[name]
+        ]
+        if other:
+            raise LayerMapError(f"the model has other shapes: {some(other)}")
+
+
+class _Placement:
+    """Says which layer a tensor or module belongs to, by its name and its place in the model."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], head: Sequence[str]) -> None:
+        modules = dict(model.named_modules())
+        block = {id(modules[name]): f"blocks.{index}" for index, name in enumerate(blocks)}
+        # A block that is used more than once is one block under all its names.
+        self.blocks = {
+            name: block[id(module)]
+            for name, module in model.named_modules(remove_duplicate=False)
+            if id(module) in block
+        }
+        self.head = head
+        self._position = {name: index for index, (name, _) in enumerate(_walk(model))}
+        self._first = min(self._position[name] for name in self.blocks)
+        self._last = max(self._position[name] for name in self.blocks)
+        self._inert = {
+            name
+            for name, module in modules.items()
+            if not any(True for _ in module.parameters()) and any(True for _ in module.buffers())
+        }
+
+    def of_tensor(self, name: str) -> str | None:
+        """Return the layer's name, or None for a tensor that stands between the blocks."""
+        if lies_in(name, self.head):
+            return HEAD
+        inside = self.block_of(name)
+        if inside:
+            return inside
+        owner = name.rpartition(".")[0]
+        if owner in self._inert:
+            # Rotary tables and the like: used by all blocks, trained by none.
+            return EMBEDDINGS
+        return self._around(name)
+
+    def block_of(self, name: str) -> str | None:
+        """Return the block that a name lies in."""
+        parts = name.split(".")
+        prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        return next((self.blocks[prefix] for prefix in prefixes if prefix in self.blocks), None)
+
+    def _around(self, name: str) -> str | None:
+        if self._is_late(name):
+            return HEAD
+        position = self._position[name]
+        if position < self._first:
+            return EMBEDDINGS
+        return HEAD if position > self._last else None
+
+    def _is_late(self, name: str) -> bool:
+        parent = ""
+        for part in name.split("."):
+            beside_blocks = all(b.startswith(parent + ".") or not parent for b in self.blocks)
+            if part in LATE and beside_blocks:
+                return True
+            parent = f"{parent}.{part}" if parent else part
+        return False
+
+    def of_module(self, name: str) -> str | None:
+        """Return the layer of a module that has no tensors (dropout, activations)."""
+        return HEAD if lies_in(name, self.head) else self.block_of(name) or self._around(name)
+
+
+def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield every module, parameter and buffer by name, in the order of registration."""
+    for name, tensor in (*model._parameters.items(), *model._buffers.items()):
+        if tensor is not None:
+            yield prefix + name, tensor
+    for name, child in model._modules.items():
+        if child is not None:
+            yield prefix + name, child
+            yield from _walk(child, f"{prefix}{name}.")
+
+
+def _outermost(
+    model: nn.Module, layer_of: Mapping[str, str | None], owner: _Placement
+) -> dict[str, str]:
+    """Return the outermost modules that lie wholly in one layer, each with that layer."""
+    found: dict[str, str] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        inside = {
+            layer_of.get(f"{name}.{t}")
+            for t, _ in (*module.named_parameters(), *module.named_buffers())
+        } - {None}
+        if len(inside) > 1 or any(block.startswith(name + ".") for block in owner.blocks):
+            for child, inner in module.named_children():
+                visit(f"{name}.{child}", inner)
+            return
+        where = inside.pop() if inside else owner.of_module(name)
+        if where is not None:
+            found[name] = where
+
+    for name, module in model.named_children():
+        visit(name, module)
+    return found
+
+
+def _place(model: nn.Module, owner: _Placement) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the layer of every tensor, and the names that tied tensors go by besides their first."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in _tensors(model, tied=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    blocks = set(owner.blocks.values())
+    layer_of: dict[str, str] = {}
+    orphans = []
+    for names in groups.values():
+        places = [owner.of_tensor(name) for name in names]
+        if blocks.intersection(places) and len(set(places)) > 1:
+            other = next(i for i, place in enumerate(places) if place != places[0])
+            raise LayerMapError(
+                f"'{names[other]}' and '{names[0]}' are one tensor in two layers ({places[other]}, "
+                f"{places[0]}); a layer that is used twice cannot be selected by halves: name blocks "
+                "that share nothing (model.blocks)"
+            )
+        # Tied with the head, embeddings stay what they are: frozen.
+        place = EMBEDDINGS if EMBEDDINGS in places else next(filter(None, places), None)
+        if place is None:
+            orphans.append(names[0])
+        else:
+            layer_of[names[0]] = place
+    if orphans:
+        raise LayerMapError(
+            "these tensors stand between the blocks and belong to none: "
+            f"{some(sorted(orphans))}; name the blocks with a pattern that covers them "
+            "(model.blocks), or add them to the head (model.head)"
+        )
+    return layer_of, {name: first for first, *others in groups.values() for name in others}
+
+
+def _layers(
+    model: nn.Module,
+    layer_of: Mapping[str, str],
+    modules: Mapping[str, str],
+    num_blocks: int,
+) -> tuple[Layer, ...]:
+    """Return the layers in order, each with what lies in it."""
+    tensors = _tensors(model)
+    kept = set(model.state_dict(keep_vars=True))
+    parameters = [name for name, _ in model.named_parameters()]
+    buffers = [name for name, _ in model.named_buffers()]
+
+    def layer(name: str, kind: Literal["embeddings", "block", "head"]) -> Layer:
+        mine = tuple(n for n in parameters if layer_of[n] == name)
+        also = tuple(n for n in buffers if layer_of[n] == name)
+        travel = tuple(n for n in (*mine, *also) if n in kept)
+        return Layer(
+            name=name,
+            kind=kind,
+            parameters=mine,
+            buffers=also,
+            tensors=travel,
+            modules=tuple(m for m, where in modules.items() if where == name),
+            elements=sum(tensors[n].numel() for n in mine),
+            bytes=sum(tensors[n].numel() * tensors[n].element_size() for n in travel),
+        )
+
+    middle = (layer(f"blocks.{index}", "block") for index in range(num_blocks))
+    return (layer(EMBEDDINGS, "embeddings"), *middle, layer(HEAD, "head"))
+
+
+def _tensors(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name; tied ones under their first, or under all."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=not tied)),
+        **dict(model.named_buffers(remove_duplicate=not tied)),
+    }
+
+
+def digest(tensors: Mapping[str, np.ndarray | Tensor]) -> str:
+    """Return the content digest of a layer: 32 hex digits over names, dtypes, shapes and bytes.
+
+    The same for a torch tensor and a numpy array of equal content, in any order of the mapping, of
+    memory, or of bytes in a number.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        value = tensors[name]
+        if isinstance(value, Tensor):
+            kind = str(value.dtype).removeprefix("torch.")
+            flat = value.detach().cpu().contiguous().view(-1)
+            # As bytes, since numpy lacks bfloat16 and others.
+            content = flat.view(torch.uint8).numpy()
+        else:
+            native = value.dtype.newbyteorder("=")
+            kind = str(native)
+            content = np.ascontiguousarray(value, dtype=native).reshape(-1).view(np.uint8)
+        state.update(f"{name}:{kind}:{tuple(value.shape)};".encode())
+        state.update(content.data)
+    return state.hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """Return the identity of a pretrained base: a digest of all its layers' digests."""
+    text = "".join(f"{name}:{value};" for name, value in sorted(digests.items()))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray | None:
+    """Return c_l, the cost of training each selectable layer, shape (L,), in the given unit.
+
+    None for units that are measured on each device: FLOPs, seconds and memory.
+    """
+    if unit in ("flops", "seconds", "memory"):
+        return None
+    if unit == "layers":
+        return np.ones(layers.num_blocks)
+    attribute = {"parameters": "elements", "bytes": "bytes"}[unit]
+    return np.array([getattr(block, attribute) for block in layers.blocks], dtype=np.float64)

@@ -1,0 +1,46 @@
+"""The bytes that were carried, by client and direction."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, fields
+
+__all__ = ["Ledger", "Traffic"]
+
+
+@dataclass
+class Traffic:
+    """Bytes of tensors, statistics, keys and shares of one client in one round, without framing.
+
+    Attributes
+    ----------
+    down, up : int
+        What a network would have carried, with each client a device of its own.
+    moved_down, moved_up : int
+        What really went from process to process in messages.
+    full_down, full_up : int
+        What sending the whole model each way would have taken: once a client and round, with no probe.
+    """
+
+    down: int = 0
+    up: int = 0
+    moved_down: int = 0
+    moved_up: int = 0
+    full_down: int = 0
+    full_up: int = 0
+
+
+class Ledger:
+    """The traffic of one round, by client (partition id)."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Traffic] = defaultdict(Traffic)
+
+    def __getitem__(self, client: int) -> Traffic:
+        """Return a client's traffic, to be added to."""
+        return self.rows[client]
+
+    def total(self) -> Traffic:
+        """Return the sums over clients."""
+        names = [field.name for field in fields(Traffic)]
+        return Traffic(*(sum(getattr(row, name) for row in self.rows.values()) for name in names))

@@ -1,0 +1,265 @@
+"""From the updates of a round to one update a layer.
+
+=============== ======================================================== ==========================
+rule            update of layer l, over the k clients that trained it    memory, besides the model
+=============== ======================================================== ==========================
+`mean`          Σ_i w_{i,l} Δ_{i,l}, w_{i,l} = d_i / Σ_j d_j (eqs. 5-7)  one float64 sum
+`median`        each element's median                                    every update of the round
+`trimmed-mean`  each element's mean, without the ⌊β k⌋ smallest and the  every update of the round
+                ⌊β k⌋ largest
+=============== ======================================================== ==========================
+
+The mean is the paper's, and streams: a reply is folded in and can be dropped at once, and the weights
+need not be known before the last reply. The order in which replies arrive moves its sum by 10⁻¹⁶ of its
+size: in the float32 model that is at most the rounding of the last bit, and in nearly every element
+nothing.
+
+The other two are those of Yin et al. (2018). As long as fewer than half of a layer's clients lie (with
+the trimmed mean, at most ⌊β k⌋), each element stays between values that honest clients sent. They take
+no weights, since a weight is a claim: a client that states a large d_i would be a majority by itself.
+What they give does not depend on the order of replies at all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerfed.exchange.clipping import norm_of
+from layerfed.models.layers import LayerMap
+
+__all__ = [
+    "AGGREGATIONS",
+    "WEIGHTED_MEAN",
+    "Aggregation",
+    "Aggregator",
+    "MaskedMean",
+    "Median",
+    "TrimmedMean",
+]
+
+PIECE = 2**15
+# Elements of the table in which the clients' values of a few elements stand side by side.
+TABLE = 2**18
+
+
+class Aggregator(ABC):
+    """Takes a round's updates in and gives one for each layer.
+
+    Parameters
+    ----------
+    layers : LayerMap
+        How the model falls into layers.
+    trim : float (default: 0.1)
+        β, the share of the clients that a trimmed mean leaves out at either end.
+    """
+
+    def __init__(self, layers: LayerMap, trim: float = 0.1) -> None:
+        self._layers = layers
+        self.trim = trim
+        self.weights: dict[str, int] = {}
+        """Σ d_j over the clients that trained each layer, whether the rule weighs by it or not."""
+
+    def add(
+        self, trained: Iterable[str], update: Mapping[str, np.ndarray], examples: int
+    ) -> dict[str, float]:
+        """Take in one client's update; return ‖Δ_{i,l}‖² of each layer, over its parameters.
+
+        Parameters
+        ----------
+        trained : Iterable[str]
+            Names of the layers this client trained, the head included.
+        update : Mapping[str, numpy.ndarray]
+            Δ_i of every tensor of those layers. They may be kept as they are, so they must not change.
+        examples : int
+            d_i, the client's number of training examples.
+        """
+        norms = {}
+        for layer in trained:
+            self.weights[layer] = self.weights.get(layer, 0) + examples
+            norms[layer] = self._take(layer, update, examples)
+        return norms
+
+    @abstractmethod
+    def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
+        """Take in one layer of an update; return its squared norm."""
+
+    def close(self) -> None:  # noqa: B027
+        """Take note that no update follows, before anything is read."""
+
+    @abstractmethod
+    def changes(self, layer: str) -> list[np.ndarray]:
+        """Return a positive multiple of the update of each of a layer's parameters, without a copy."""
+
+    @abstractmethod
+    def norm_sq(self, layer: str) -> float | None:
+        """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters; None where no w_{i,l} exist."""
+
+    @abstractmethod
+    def pop(self, layer: str) -> dict[str, np.ndarray]:
+        """Return a layer's update by tensor, in float64, and forget it."""
+
+
+class MaskedMean(Aggregator):
+    """The weighted mean update of each layer over the clients that trained it."""
+
+    def __init__(self, layers: LayerMap, trim: float = 0.1) -> None:
+        super().__init__(layers, trim)
+        self._sums: dict[str, np.ndarray] = {}
+        self._term = np.empty(PIECE)
+
+    def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
+        parameters, square = set(self._layers[layer].parameters), 0.0
+        for name in self._layers[layer].tensors:
+            if name not in self._sums:
+                self._sums[name] = np.zeros(update[name].shape)
+            total, delta = self._sums[name].reshape(-1), update[name].reshape(-1)
+            norm_sq = self._add(total, delta, examples)
+            square += norm_sq if name in parameters else 0.0
+        return square / examples**2
+
+    def _add(self, total: np.ndarray, delta: np.ndarray, examples: int) -> float:
+        """Add d_i·Δ to a sum, a piece at a time, so that the product never leaves the processor's cache.
+
+        Returns its squared norm.
+        """
+        norm_sq = 0.0
+        for start in range(0, total.size, PIECE):
+            piece = delta[start : start + PIECE]
+            term = self._term[: piece.size]
+            # Exact in float64: 24 bits of mantissa times at most 29 bits of count.
+            np.multiply(piece, examples, out=term, dtype=np.float64)
+            total[start : start + PIECE] += term
+            # Not BLAS: it would wake threads for a piece this small.
+            norm_sq += float(np.einsum("i,i->", term, term))
+        return norm_sq
+
+    def changes(self, layer: str) -> list[np.ndarray]:
+        """Return the mean update of a layer's parameters, *times* `weights[layer]`, without a copy."""
+        return [self._sums[name] for name in self._layers[layer].parameters]
+
+    def norm_sq(self, layer: str) -> float | None:
+        """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters."""
+        square = sum(float(np.vdot(change, change)) for change in self.changes(layer))
+        return square / self.weights[layer] ** 2
+
+    def pop(self, layer: str) -> dict[str, np.ndarray]:
+        """Return a layer's mean update by tensor, Σ_i w_{i,l} Δ_{i,l} in float64, and forget its sum."""
+        means = {}
+        for name in self._layers[layer].tensors:
+            means[name] = self._sums.pop(name)
+            means[name] /= self.weights[layer]
+        return means
+
+
+class TrimmedMean(Aggregator):
+    """Each element's mean over the clients that trained its layer, without either end.
+
+    Of k clients the ⌊β k⌋ smallest and the ⌊β k⌋ largest values are left out, element by element. Where
+    that is nobody (k < 1/β) it is the plain mean: a layer of one client is what that client says.
+
+    Updates are kept as they arrived until the layer is asked for, after the last reply; then the values
+    of a few elements at a time are sorted, so that there is no second copy of them all.
+    """
+
+    def __init__(self, layers: LayerMap, trim: float = 0.1) -> None:
+        super().__init__(layers, trim)
+        self._updates: dict[str, list[np.ndarray]] = {}
+        self._results: dict[str, np.ndarray] = {}
+
+    def cut(self, clients: int) -> int:
+        """Return how many of so many values are left out at either end."""
+        # A product like 0.29 · 100 falls short of the number it means.
+        return min(int(self.trim * clients + 1e-9), (clients - 1) // 2)
+
+    def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
+        for name in self._layers[layer].tensors:
+            self._updates.setdefault(name, []).append(update[name])
+        return norm_of({name: update[name] for name in self._layers[layer].parameters}) ** 2
+
+    def _result(self, name: str) -> np.ndarray:
+        if name not in self._results:
+            updates = self._updates.pop(name)  # freed once their values are combined
+            self._results[name] = self._combined(updates).reshape(updates[0].shape)
+        return self._results[name]
+
+    def _combined(self, updates: list[np.ndarray]) -> np.ndarray:
+        clients = len(updates)
+        low, high = self.cut(clients), clients - self.cut(clients)
+        columns = [update.reshape(-1) for update in updates]
+        result, piece = np.empty(columns[0].size), max(1, TABLE // clients)
+        for start in range(0, result.size, piece):
+            # Clients side by side, so that each sort is of neighbours in memory.
+            table = np.stack([column[start : start + piece] for column in columns], axis=1)
+            table.sort(axis=1)
+            result[start : start + piece] = table[:, low:high].mean(axis=1, dtype=np.float64)
+        return result
+
+    def changes(self, layer: str) -> list[np.ndarray]:
+        """Return the update of each of a layer's parameters, without a copy."""
+        return [self._result(name) for name in self._layers[layer].parameters]
+
+    def norm_sq(self, layer: str) -> None:
+        """Return None: elements of one layer come from different clients."""
+        return
+
+    def pop(self, layer: str) -> dict[str, np.ndarray]:
+        """Return a layer's update by tensor, in float64, and forget it."""
+        for name in self._layers[layer].tensors:
+            self._result(name)
+        return {name: self._results.pop(name) for name in self._layers[layer].tensors}
+
+
+class Median(TrimmedMean):
+    """Each element's median over the clients that trained its layer: a mean trimmed to the middle.
+
+    Of an even number of clients it is the mean of the two middle values. A layer of one or two clients
+    is hence averaged as it is, without weights: there is no majority to ask.
+    """
+
+    def cut(self, clients: int) -> int:
+        """Return how many of so many values are left out at either end: all but one or two."""
+        return (clients - 1) // 2
+
+
+AGGREGATIONS: Mapping[str, type[Aggregator]] = {
+    "mean": MaskedMean,
+    "median": Median,
+    "trimmed-mean": TrimmedMean,
+}
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How far one client's say in a round goes.
+
+    Attributes
+    ----------
+    rule : {"mean", "median", "trimmed-mean"} (default: "mean")
+    trim : float (default: 0.1)
+        β of the trimmed mean, in [0, 0.5).
+    clip : float (default: 0)
+        An update whose norm, over all that was sent, is larger is scaled down to it; 0 is no limit.
+    max_examples : int (default: 0)
+        A client's d_i counts as at most this, wherever clients are weighed; 0 is no limit.
+    """
+
+    rule: str = "mean"
+    trim: float = 0.1
+    clip: float = 0.0
+    max_examples: int = 0
+
+    def begin(self, layers: LayerMap) -> Aggregator:
+        """Return what takes one round's updates in."""
+        return AGGREGATIONS[self.rule](layers, self.trim)
+
+    def counted(self, examples: int) -> int:
+        """Return as how many examples a client's count."""
+        return min(examples, self.max_examples or examples)
+
+
+WEIGHTED_MEAN = Aggregation()
+"""The paper's."""

@@ -1,0 +1,168 @@
+"""What each client can afford: R_i of the constraint Σ_l c_l m_i(l) ≤ R_i."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from layerfed.config import BudgetConfig, ConfigError
+from layerfed.exchange import Description
+from layerfed.models.layers import LayerMap, layer_costs
+from layerfed.seeding import Stream, generator
+
+__all__ = ["Budgets"]
+
+
+class Budgets:
+    """The budget of every client.
+
+    Parameters
+    ----------
+    config : BudgetConfig
+        `identical`: R for all. `half-normal`: R_i = min + |N(0, σ²)| with σ = (max − min)/2, drawn
+        again while above max, whole when the unit is layers [S names the distribution and its bounds;
+        σ is ours]. `per-node`: what the node's own configuration states.
+    costs : numpy.ndarray | None
+        c_l, shape (L,), the same for all; None where each client states what it measured.
+    seed : int
+        The run's seed; a client's budget depends on it and on the client's partition id only.
+    kept : bool (default: True)
+        Whether the run's strategy keeps to budgets. For one that does not, any will do.
+
+    Raises
+    ------
+    ConfigError
+        If a budget exceeds the cost of all layers, is below the cheapest layer, or where whole
+        budgets are drawn between bounds that are not.
+    """
+
+    def __init__(
+        self, config: BudgetConfig, costs: np.ndarray | None, seed: int, *, kept: bool = True
+    ) -> None:
+        self.config = config
+        self.costs = costs
+        self.seed = seed
+        self._kept = kept
+        if kept and config.kind == "half-normal" and config.unit == "layers":
+            for key in ("min", "max"):
+                value = getattr(config, key)
+                if value % 1:
+                    raise ConfigError(
+                        f"budget.{key} = {value:g} is no whole number; half-normal budgets in "
+                        "layers are whole, and so are their bounds"
+                    )
+        if costs is not None and (problem := self._problem(costs, np.zeros_like(costs))):
+            raise ConfigError(problem[1])
+
+    def _problem(self, costs: np.ndarray, depth: np.ndarray) -> tuple[str, str] | None:
+        """Say whether budgets afford everything ("above") or nothing ("below"), and in what words."""
+        if not self._kept:
+            return None
+        config = self.config
+        keys = {"identical": ("layers",), "half-normal": ("min", "max"), "per-node": ()}
+        total, least = costs.sum() + depth[0], (costs + depth).min()
+        for key in keys[config.kind]:
+            value = getattr(config, key)
+            if value > total * (1 + 1e-9):
+                return "above", (
+                    f"budget.{key} = {value:g} is above the whole model: its {len(costs)} selectable "
+                    f"layers cost {total:g} {config.unit}; lower it, or use strategy.name = 'full'"
+                )
+        for key in keys[config.kind][-1:]:
+            value = getattr(config, key)
+            if value < least:
+                return "below", (
+                    f"budget.{key} = {value:g} {config.unit} is below the cheapest layer "
+                    f"({least:g}): no client could train any"
+                )
+        return None
+
+    def costs_of(self, client: Description) -> tuple[np.ndarray, np.ndarray]:
+        """Return c_l and D_l of one client, shape (L,) each; D is zero for units that just add up.
+
+        Raises
+        ------
+        ConfigError
+            If costs are measured on devices and this client states none.
+        """
+        if self.costs is not None:
+            return self.costs, np.zeros_like(self.costs)
+        if client.costs is None or client.depth_costs is None:
+            raise ConfigError(
+                f"budget.unit = '{self.config.unit}' is measured on each device, but the client of "
+                f"partition {client.partition} stated no costs"
+            )
+        return np.array(client.costs), np.array(client.depth_costs)
+
+    def check_stated(self, client: Description) -> None:
+        """Refuse a client that does not state what these budgets need of it.
+
+        Raises
+        ------
+        ConfigError
+            If that is a budget of its own, or measured costs.
+        """
+        self.of(client)
+        self.costs_of(client)
+
+    def check_measured(self, clients: Iterable[Description]) -> None:
+        """Refuse budgets that do not fit what clients measured; nothing to do for other units.
+
+        Raises
+        ------
+        ConfigError
+            If every client could train the whole model, or none could train a single layer.
+        """
+        if self.costs is not None:
+            return
+        problems = [self._problem(*self.costs_of(client)) for client in clients]
+        kinds = {problem and problem[0] for problem in problems}
+        if len(kinds) == 1 and (first := problems[0]) is not None:
+            raise ConfigError(first[1])
+
+    def of(self, client: Description) -> float:
+        """Return R_i of one client: what the run gives it, or what its node affords where that is less.
+
+        Raises
+        ------
+        ConfigError
+            If budgets are per node and the node states none.
+        """
+        own = np.inf if client.budget is None else client.budget
+        if self.config.kind == "identical":
+            return min(self.config.layers, own)
+        if self.config.kind == "half-normal":
+            return min(self._half_normal(client.partition), own)
+        if client.budget is None:
+            raise ConfigError(
+                f"budget.kind = 'per-node', but the node of partition {client.partition} states no "
+                'budget; start it with --node-config "budget=2", or choose another budget.kind'
+            )
+        return client.budget
+
+    def _half_normal(self, partition: int) -> float:
+        low, high = self.config.min, self.config.max
+        rng = generator(self.seed, Stream.BUDGET, partition)
+        while True:
+            value = low + abs(rng.normal(0.0, (high - low) / 2))
+            if self.config.unit == "layers":
+                value = float(np.rint(value))
+            if value <= high:
+                return value
+
+    @classmethod
+    def identical(cls, limit: float, layers: LayerMap) -> Budgets:
+        """Return a budget of so many layers for every client."""
+        return cls(BudgetConfig(layers=limit), layer_costs(layers), seed=0)
+
+    def __str__(self) -> str:
+        """Describe the budgets in a few words."""
+        config = self.config
+        if not self._kept:
+            return "none but what nodes state themselves"
+        if config.kind == "identical":
+            return f"{config.layers:g} {config.unit} each"
+        if config.kind == "half-normal":
+            return f"half-normal on [{config.min:g}, {config.max:g}] {config.unit}"
+        return f"each node's own, in {config.unit}"

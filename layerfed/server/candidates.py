@@ -1,0 +1,145 @@
+"""What a strategy selects from, and what it must not answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from layerfed.exchange import Description
+from layerfed.runs.records import Choice
+from layerfed.selection import SelectionProblem
+from layerfed.server.budgets import Budgets
+
+__all__ = ["Candidates", "check_choice"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a strategy selects from: n sampled clients and L selectable layers.
+
+    Attributes
+    ----------
+    round : int
+        The round t, from 1.
+    clients : Sequence[int]
+        Partition ids, length n.
+    budgets : numpy.ndarray
+        R_i, shape (n,).
+    costs : numpy.ndarray
+        c_{i,l} in the unit of the budgets, shape (n, L); given as (L,), the same for all.
+    depth_costs : numpy.ndarray
+        D_{i,l}, shape (n, L), non-increasing in l: what it costs client i that l is its lowest layer.
+        Zero for units that just add up.
+    statistics : Mapping[str, numpy.ndarray]
+        Each statistic the strategy asked for, shape (n, L).
+    seed : int
+        The run's seed.
+    examples : numpy.ndarray
+        d_i, shape (n,); ones where it is not given.
+    limits : numpy.ndarray
+        What each node itself affords whatever the run gives it, shape (n,); infinite where it states
+        nothing.
+    held : Mapping[int, numpy.ndarray]
+        By row: the masks that a client keeps from the last selection, shape (S, L), one after the other
+        (S = 1 where a client does not change its layers within a round). `select` may look at them; what
+        it answers for those rows is not used.
+    """
+
+    round: int
+    clients: Sequence[int]
+    budgets: np.ndarray
+    costs: np.ndarray
+    statistics: Mapping[str, np.ndarray]
+    seed: int
+    depth_costs: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    examples: np.ndarray = field(default_factory=lambda: np.ones(1))
+    limits: np.ndarray = field(default_factory=lambda: np.full(1, np.inf))
+    held: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Give every client its row of costs, and its number of examples and limit."""
+        shape = (len(self.clients), np.shape(self.costs)[-1])
+        for name in ("costs", "depth_costs"):
+            object.__setattr__(self, name, np.broadcast_to(getattr(self, name), shape))
+        for name in ("examples", "limits"):
+            object.__setattr__(self, name, np.broadcast_to(getattr(self, name), shape[:1]))
+
+    @classmethod
+    def of(
+        cls,
+        server_round: int,
+        described: Sequence[Description],
+        budgets: Budgets,
+        statistics: Mapping[str, np.ndarray],
+        seed: int,
+    ) -> Candidates:
+        """Gather what is known of a round's clients.
+
+        Raises
+        ------
+        ConfigError
+            If a client states no budget or costs where the run needs them.
+        """
+        costs = [budgets.costs_of(client) for client in described]
+        return cls(
+            round=server_round,
+            clients=[client.partition for client in described],
+            budgets=np.array([budgets.of(client) for client in described]),
+            costs=np.stack([own for own, _ in costs]),
+            depth_costs=np.stack([depth for _, depth in costs]),
+            statistics=statistics,
+            seed=seed,
+            examples=np.array([client.examples for client in described]),
+            limits=np.array([np.inf if c.budget is None else c.budget for c in described]),
+        )
+
+    def problem(self, rows: Sequence[int] | np.ndarray) -> SelectionProblem:
+        """Return budgets and costs of some clients, without gains: to see what masks cost them."""
+        return SelectionProblem(
+            np.zeros((len(rows), self.costs.shape[1])),
+            self.costs[rows],
+            self.budgets[rows],
+            0.0,
+            self.depth_costs[rows],
+        )
+
+
+def check_choice(name: str, choice: Choice, candidates: Candidates, *, bounded: bool) -> None:
+    """Refuse what a strategy must not answer, before any client is asked to train it.
+
+    Parameters
+    ----------
+    name : str
+        The strategy's.
+    choice : Choice
+    candidates : Candidates
+        What it chose from.
+    bounded : bool
+        Whether masks must keep to the budgets: each one, of those that a client trains in turn.
+
+    Raises
+    ------
+    ValueError
+        On masks of another shape or type, or above a budget.
+    """
+    shape = candidates.costs.shape
+    masks = choice.masks
+    if masks.shape != shape or masks.dtype != np.bool_:
+        raise ValueError(
+            f"strategy '{name}' gave masks of {masks.dtype}{masks.shape}; booleans of shape {shape} "
+            "are due: a row for each client, a column for each layer"
+        )
+    if not bounded:
+        return
+    schedules = [choice.schedule(row) for row in range(len(masks))]
+    rows = np.repeat(np.arange(len(masks)), [len(schedule) for schedule in schedules])
+    problem, trained = candidates.problem(rows), np.concatenate(schedules)
+    if not problem.feasible(trained):
+        spent = problem.spent(trained)
+        worst = int(np.argmax(spent - problem.budgets))
+        raise ValueError(
+            f"strategy '{name}' spends {spent[worst]:g} of a client's budget of "
+            f"{problem.budgets[worst]:g}"
+        )

@@ -1,0 +1,101 @@
+"""The server's model: the pretrained base plus the layers that have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+
+from layerfed.exchange.arrays import LiveArray, RefusedReply, decode
+from layerfed.exchange.messages import Manifest
+from layerfed.models.layers import LayerMap, digest, fingerprint
+
+__all__ = ["GlobalModel"]
+
+
+class GlobalModel:
+    """The global model as versioned layers.
+
+    Only layers that differ from the base are ever put into a message, and every message shares the one
+    copy that aggregation and evaluation read too.
+
+    Parameters
+    ----------
+    layers : LayerMap
+        How the model falls into layers.
+    arrays : flwr.app.ArrayRecord
+        The base: every tensor of every layer, by state-dict name (others are ignored).
+
+    Raises
+    ------
+    ValueError
+        If `arrays` lacks a tensor of the layer map.
+    """
+
+    def __init__(self, layers: LayerMap, arrays: ArrayRecord) -> None:
+        self.layers = layers
+        needed = [name for layer in layers.layers for name in layer.tensors]
+        if missing := [name for name in needed if name not in arrays]:
+            raise ValueError(f"the initial arrays lack tensors of the model: {', '.join(missing)}")
+        self._arrays: dict[str, LiveArray] = {name: _live(arrays[name]) for name in needed}
+        self._digests = {layer.name: digest(self.layer(layer.name)) for layer in layers.layers}
+        self._base = dict(self._digests)
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Every tensor by name, read-only."""
+        return {name: array.values for name, array in self._arrays.items()}
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the layers that differ from the base."""
+        return tuple(n for n, value in self._digests.items() if value != self._base[n])
+
+    def manifest(self) -> Manifest:
+        """Return the version of every layer, and the identity of the base."""
+        return Manifest(base=fingerprint(self._base), digests=dict(self._digests))
+
+    def layer(self, name: str) -> dict[str, np.ndarray]:
+        """Return read-only views of the tensors of one layer."""
+        return {tensor: self._arrays[tensor].values for tensor in self.layers[name].tensors}
+
+    def replace(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """Put a new version of a layer in place of the present one; the tensors are not copied."""
+        for tensor in self.layers[name].tensors:
+            # Arithmetic on a 0-d tensor (BatchNorm's batch counter) gives a scalar, which is no array.
+            self._arrays[tensor] = LiveArray(np.asarray(tensors[tensor]))
+        self._digests[name] = digest(self.layer(name))
+
+    def payload(self, layers: Iterable[str]) -> ArrayRecord:
+        """Return the arrays of some layers for a message."""
+        return self._record(name for layer in layers for name in self.layers[layer].tensors)
+
+    def record(self) -> ArrayRecord:
+        """Return the whole model, as Flower's strategies hand it around."""
+        record = self._record(self._arrays)
+        # `load_state_dict` wants tied weights under each of their names.
+        for alias, name in self.layers.aliases.items():
+            record[alias] = self._arrays[name]
+        return record
+
+    def _record(self, names: Iterable[str]) -> ArrayRecord:
+        record = ArrayRecord()
+        for name in names:
+            record[name] = self._arrays[name]
+        return record
+
+    def bytes(self, layers: Iterable[str]) -> int:
+        """Return the size in bytes of some layers."""
+        return sum(self.layers[name].bytes for name in layers)
+
+
+def _live(array: Array) -> LiveArray:
+    if isinstance(array, LiveArray):
+        return array
+    try:
+        # A view of the record's own bytes: the base is not copied.
+        return LiveArray(decode(array, tuple(array.shape), np.dtype(array.dtype)))
+    except RefusedReply:
+        # Flower writes a transposed or channels-last tensor column by column.
+        return LiveArray(np.asarray(array.numpy(), order="C"))

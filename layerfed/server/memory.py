@@ -1,0 +1,132 @@
+"""What is kept from one selection to the next: masks, and what clients said of their gradients.
+
+Selecting every k-th round only saves the probes in between [S, "selection period"]. Whoever took part
+in the last selection keeps its masks; a client that is sampled for the first time since is given masks
+then, within its own budget (the released code stops with an error there, and fills budgets beyond the
+brim [C]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from layerfed.runs.records import Choice
+from layerfed.server.candidates import Candidates
+
+__all__ = ["HELD", "Memory"]
+
+HELD = "held"
+"""Stands for the solver where every client keeps its masks."""
+
+
+class Memory:
+    """The last selection's masks by client, and every client's last statistics."""
+
+    def __init__(self) -> None:
+        self._masks: dict[int, np.ndarray] = {}
+        self._profiles: dict[str, dict[int, np.ndarray]] = {}
+        self._mean_profile: dict[str, np.ndarray] = {}
+        self._scale: dict[str, float] = {}
+
+    def learn(self, candidates: Candidates, choice: Choice) -> None:
+        """Take in a selection; its masks replace those of the one before."""
+        self._masks = {}
+        self._add(candidates, choice)
+        for name, table in candidates.statistics.items():
+            totals = table.sum(axis=1)
+            some = totals > 0  # a gradient that is zero everywhere has no profile
+            profiles = table / np.where(some, totals, 1.0)[:, None]
+            known = self._profiles.setdefault(name, {})
+            known.update(zip(candidates.clients, profiles, strict=True))
+            self._mean_profile[name] = profiles.sum(axis=0) / max(int(some.sum()), 1)
+            self._scale[name] = float(np.median(totals[some])) if some.any() else 0.0
+
+    def estimate(self, clients: Sequence[int]) -> dict[str, np.ndarray]:
+        """Say what clients' statistics may be now, without asking them: {statistic: (n, L)}.
+
+        A client's own last profile over the layers, or else the mean profile of the last selection's
+        clients; in both cases at the scale of that selection's median client. Profiles are averaged
+        rather than the statistics themselves, and the median is taken, so that a client of large
+        gradients does not speak for all. The scale is common since gradients shrink as training goes on:
+        a client last asked long ago would otherwise outweigh the others where layers are chosen for all
+        clients at once.
+        """
+        return {
+            name: self._scale[name]
+            * np.stack([known.get(client, self._mean_profile[name]) for client in clients])
+            for name, known in self._profiles.items()
+        }
+
+    def complete(
+        self, candidates: Candidates, select: Callable[[Candidates], Choice], *, bounded: bool
+    ) -> tuple[Candidates, Choice]:
+        """Give a round between two selections its masks.
+
+        Parameters
+        ----------
+        candidates : Candidates
+            The round's clients, without statistics.
+        select : Callable[[Candidates], Choice]
+            The strategy's; asked only if a client has no masks yet, or if its budget no longer affords
+            them (a node may come back with another one).
+        bounded : bool
+            Whether masks must keep to the budgets.
+
+        Returns
+        -------
+        tuple[Candidates, Choice]
+            What the masks were chosen from, and the masks of all clients.
+        """
+        held = {}
+        for row, client in enumerate(candidates.clients):
+            masks = self._masks.get(client)
+            if masks is None:
+                continue
+            if not bounded or candidates.problem([row] * len(masks)).feasible(masks):
+                held[row] = masks
+        candidates = replace(candidates, held=held, statistics=self.estimate(candidates.clients))
+        if len(held) < len(candidates.clients):
+            choice = select(candidates)
+        else:
+            choice = Choice(np.zeros(candidates.costs.shape, dtype=bool), solver=HELD)
+        schedules = [
+            held[row] if row in held else choice.schedule(row)
+            for row in range(len(candidates.clients))
+        ]
+        choice = replace(
+            choice,
+            masks=np.stack([masks.any(axis=0) for masks in schedules]),
+            schedules=schedules if any(len(masks) > 1 for masks in schedules) else None,
+        )
+        self._add(candidates, choice)
+        return candidates, choice
+
+    def _add(self, candidates: Candidates, choice: Choice) -> None:
+        for row, client in enumerate(candidates.clients):
+            self._masks[client] = choice.schedule(row)
+
+    # --------------------------------------------------------------------------- for checkpoints
+    def state(self) -> dict[str, np.ndarray]:
+        """Return all of it as arrays, by name."""
+        found = {f"masks/{client}": masks for client, masks in self._masks.items()}
+        for name, known in self._profiles.items():
+            found |= {f"profile/{name}/{client}": row for client, row in known.items()}
+            found[f"mean/{name}"] = self._mean_profile[name]
+            found[f"scale/{name}"] = np.asarray(self._scale[name])
+        return found
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` returned."""
+        for key, value in state.items():
+            kind, *rest = key.split("/")
+            if kind == "masks":
+                self._masks[int(rest[0])] = value
+            elif kind == "profile":
+                self._profiles.setdefault(rest[0], {})[int(rest[1])] = value
+            elif kind == "mean":
+                self._mean_profile[rest[0]] = value
+            else:
+                self._scale[rest[0]] = float(value)

@@ -1,0 +1,208 @@
+"""Who takes part: the nodes that are connected, and the partition of the data each one holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from logging import INFO, WARNING
+
+import numpy as np
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from layerfed.config import ConfigError
+from layerfed.exchange import (
+    Description,
+    Manifest,
+    RefusedReply,
+    check_reply,
+    instruction,
+    read_description,
+    read_held,
+)
+from layerfed.exchange.arrays import printable
+from layerfed.seeding import Stream, generator
+from layerfed.server.holdings import Holdings
+from layerfed.server.transport import exchange
+
+__all__ = ["Population", "RoundFailed"]
+
+POLL_SECONDS = 1.0
+# What a node gets to say who it is, and how often it is asked: one that is silent must not hold up a
+# federation for the whole timeout of a training round.
+PATIENCE_SECONDS = 120.0
+ATTEMPTS = 3
+
+
+class RoundFailed(RuntimeError):
+    """Too few clients to go on; the message says how many there were and why the others failed."""
+
+
+class Population:
+    """The clients that can be sampled, by partition id.
+
+    Flower's node ids are random in every run, so a run repeats only if sampling, budgets and local
+    randomness go by partition id. Each node is asked once which partition it holds.
+
+    Parameters
+    ----------
+    expected : int | None
+        Size of the population; None takes whoever is connected.
+    at_least : int
+        Clients to wait for before the first round.
+    num_blocks : int | None
+        L, which the costs that clients state must fit.
+    holdings : Holdings, optional
+        Told which layers a node that joins still holds.
+    check : Callable[[Description], None], optional
+        Raises `ConfigError` on a client that the run has no use for.
+    """
+
+    def __init__(
+        self,
+        expected: int | None,
+        at_least: int,
+        num_blocks: int | None = None,
+        holdings: Holdings | None = None,
+        check: Callable[[Description], None] = lambda description: None,
+    ) -> None:
+        self.expected = expected
+        self.at_least = at_least
+        self.num_blocks = num_blocks
+        self.holdings = holdings or Holdings()
+        self.check = check
+        self._described: dict[int, Description] = {}
+        self._refused: dict[int, str] = {}
+        self._errors: dict[int, list[str]] = {}
+        self._misfits: list[str] = []
+        self.nodes: dict[int, int] = {}
+        """Connected clients: node id by partition id."""
+
+    def wait(self, grid: Grid, timeout: float) -> None:
+        """Wait until enough clients are connected.
+
+        Raises
+        ------
+        ConfigError
+            If nodes are connected and none fits the federation that is configured. Beside others that
+            do, one that does not is left out: it may not keep a run from beginning.
+        RoundFailed
+            If they are not connected within `timeout` seconds, or none can describe itself.
+        """
+        deadline, said = time.monotonic() + timeout, -1
+        while len(self.refresh(grid, timeout)) < self.at_least:
+            if self._misfits and not self.nodes:
+                raise ConfigError(self._misfits[0])
+            connected = set(grid.get_node_ids())
+            hopeless = {n for n in connected if n in self._refused or self._gave_up(n)}
+            if connected and hopeless == connected:
+                reasons = [*self._refused.values(), *(e[-1] for e in self._errors.values())]
+                raise RoundFailed(f"no node could describe itself: {'; '.join(reasons[:3])}")
+            if time.monotonic() > deadline:
+                raise RoundFailed(
+                    f"{len(self.nodes)} clients after {timeout:g} s, "
+                    f"federation.clients-per-round = {self.at_least} are needed"
+                    + "".join(f"; left out: {reason}" for reason in self._misfits[:3])
+                )
+            if len(self.nodes) != said:
+                said = len(self.nodes)
+                log(INFO, "waiting for clients: %d of %d", said, self.at_least)
+            time.sleep(POLL_SECONDS)
+
+    def refresh(
+        self, grid: Grid, timeout: float, manifest: Manifest | None = None
+    ) -> Mapping[int, int]:
+        """Ask nodes that are new who they are, and return the connected ones by partition id.
+
+        With a manifest, they also say which of its layers they still hold from an earlier run or life.
+
+        A node that answers with nonsense is left out for good; one that answers with an error, or not
+        in time, is asked again with the next refresh, a few times.
+        """
+        connected = sorted(grid.get_node_ids())
+        unknown = [
+            node
+            for node in connected
+            if node not in self._described and node not in self._refused and not self._gave_up(node)
+        ]
+        patience = min(timeout, PATIENCE_SECONDS)
+        questions = {
+            node: instruction(
+                "query.describe", node, server_round=0, timeout=patience, manifest=manifest
+            )
+            for node in unknown
+        }
+        for node, reply in exchange(grid, questions.values(), patience):
+            if reply is None or reply.has_error():
+                reason = "no reply in time" if reply is None else printable(str(reply.error.reason))
+                self._errors.setdefault(node, []).append(reason)
+                log(WARNING, "node %d did not describe itself: %s", node, reason)
+                continue
+            try:
+                check_reply(reply, questions[node])
+                held, store = read_held(reply)
+                self._described[node] = read_description(reply, self.num_blocks)
+                known = set(manifest.digests.values()) if manifest is not None else set()
+                self.holdings.learn(node, known.intersection(held), store)
+            except RefusedReply as error:
+                self._refused[node] = str(error)
+                log(WARNING, "node %d is left out, its description was refused: %s", node, error)
+        # Whoever held a partition keeps it, whatever the ids of those who come later.
+        holders = set(self.nodes.values())
+        self.nodes = {}
+        for node in sorted(connected, key=lambda n: (n not in holders, n)):
+            if node in self._described and node not in self._refused:
+                self._place(node, self._described[node])
+        return self.nodes
+
+    def _gave_up(self, node: int) -> bool:
+        return len(self._errors.get(node, ())) >= ATTEMPTS
+
+    def _place(self, node: int, description: Description) -> None:
+        if misfit := self._misfit(description):
+            self._misfits.append(misfit)
+            self._refused[node] = misfit
+            log(WARNING, "node %d is left out: %s", node, misfit)
+            return
+        other = self.nodes.setdefault(description.partition, node)
+        if other != node:
+            log(
+                WARNING,
+                "nodes %d and %d both hold partition %d; only the first is asked",
+                other,
+                node,
+                description.partition,
+            )
+
+    def _misfit(self, description: Description) -> str | None:
+        """Say how a node does not fit the federation that is configured, if it does not."""
+        try:
+            self.check(description)
+        except ConfigError as error:
+            return str(error)
+        if self.expected is None:
+            return None
+        if description.partitions not in (None, self.expected):
+            return (
+                f"federation.clients = {self.expected}, but the federation has "
+                f"{description.partitions} SuperNodes; start it with --federation-config "
+                f'"num-supernodes={self.expected}", or set federation.clients='
+                f"{description.partitions}"
+            )
+        if description.partition >= self.expected:
+            return (
+                f"a node holds partition {description.partition}, but federation.clients = "
+                f"{self.expected} allows 0 to {self.expected - 1}"
+            )
+        return None
+
+    def description(self, partition: int) -> Description:
+        """Return what a connected client said of itself."""
+        return self._described[self.nodes[partition]]
+
+    def sample(self, count: int, server_round: int, seed: int) -> list[int]:
+        """Draw up to `count` partition ids without replacement, in ascending order."""
+        present = sorted(self.nodes)
+        rng = generator(seed, Stream.SAMPLING, server_round)
+        chosen = rng.choice(np.array(present), size=min(count, len(present)), replace=False)
+        return sorted(int(p) for p in chosen)

@@ -1,0 +1,72 @@
+"""A strategy's state as a checkpoint, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from layerfed.config import ConfigError
+from layerfed.runs.checkpoint import Checkpoint
+from layerfed.server.global_model import GlobalModel
+from layerfed.server.memory import Memory
+from layerfed.server.optimizers import ServerOptimizer
+
+__all__ = ["check_base", "restore", "take"]
+
+MEMORY, OPTIMIZER = "memory", "optimizer"
+
+
+def take(
+    server_round: int,
+    run_token: str,
+    model: GlobalModel,
+    optimizer: ServerOptimizer,
+    memory: Memory,
+) -> Checkpoint:
+    """Return a run's state after a round. Arrays are shared, not copied."""
+    state = {f"{MEMORY}/{name}": array for name, array in memory.state().items()}
+    for moment, tensors in optimizer.state.items():
+        state |= {f"{OPTIMIZER}/{moment}/{name}": array for name, array in tensors.items()}
+    layers: dict[str, np.ndarray] = {}
+    for layer in model.changed:
+        layers |= model.layer(layer)
+    return Checkpoint(server_round, model.manifest().base, run_token, layers, state)
+
+
+def check_base(checkpoint: Checkpoint, base: str) -> None:
+    """Refuse a checkpoint of another pretrained model than the one of this fingerprint.
+
+    Raises
+    ------
+    ConfigError
+        Naming both.
+    """
+    if checkpoint.base != base:
+        raise ConfigError(
+            f"the checkpoint belongs to another pretrained model ({checkpoint.base}) than this run's "
+            f"({base}); resume with the weights that the run began with"
+        )
+
+
+def restore(
+    checkpoint: Checkpoint, model: GlobalModel, optimizer: ServerOptimizer, memory: Memory
+) -> None:
+    """Move model, optimiser and memory, as they were built, to a checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        If the checkpoint belongs to another pretrained model.
+    """
+    check_base(checkpoint, model.manifest().base)
+    for layer in model.layers.layers:
+        if layer.tensors and all(tensor in checkpoint.layers for tensor in layer.tensors):
+            model.replace(layer.name, {t: checkpoint.layers[t] for t in layer.tensors})
+    remembered = {}
+    for key, array in checkpoint.state.items():
+        part, _, rest = key.partition("/")
+        if part == MEMORY:
+            remembered[rest] = array
+        else:
+            moment, _, tensor = rest.partition("/")
+            optimizer.state[moment][tensor] = array
+    memory.restore(remembered)

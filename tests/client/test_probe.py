@@ -1,0 +1,255 @@
+"""The probe against gradients computed plainly: one batch at a time, whole, in float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layerfed.client.probe import STATISTICS, probe_layers
+from layerfed.client.training import train_layers
+from layerfed.models.layers import LayerMap
+from layerfed.task.base import Batch
+from tests.conftest import BLOCKS, TinyNet, cross_entropy
+
+
+def gradients(model: nn.Module, batch: Batch) -> list[np.ndarray]:
+    """Each block's whole gradient at θ^t, flattened, in float64."""
+    exact = TinyNet().double()
+    exact.load_state_dict(model.state_dict())
+    exact.eval()
+    loss = cross_entropy(exact, {"x": batch["x"].double(), "label": batch["label"]})
+    return [
+        np.concatenate(
+            [
+                g.flatten().numpy()
+                for g in torch.autograd.grad(loss, list(block.parameters()), retain_graph=True)
+            ]
+        )
+        for block in exact.blocks
+    ]
+
+
+def naive(model: nn.Module, batches: list[Batch]) -> dict[str, np.ndarray]:
+    per_batch = [gradients(model, batch) for batch in batches]
+    weights = [
+        torch.cat([p.detach().flatten() for p in block.parameters()]).double().numpy()
+        for block in model.blocks
+    ]
+    return {
+        "grad_norm_sq": np.mean([[g @ g for g in row] for row in per_batch], axis=0),
+        "param_norm_sq": np.array([w @ w for w in weights]),
+        "snr": np.mean([[abs(g.mean()) / g.var() for g in row] for row in per_batch], axis=0),
+        "snr_code": np.mean([released(model, batch) for batch in batches], axis=0),
+    }
+
+
+def released(model: nn.Module, batch: Batch) -> list[float]:
+    """The released code's ratio of each block: mean(g)² / std(g) of each tensor, summed [C]."""
+    exact = TinyNet().double()
+    exact.load_state_dict(model.state_dict())
+    exact.eval()
+    loss = cross_entropy(exact, {"x": batch["x"].double(), "label": batch["label"]})
+    ratios = []
+    for block in exact.blocks:
+        tensors = torch.autograd.grad(loss, list(block.parameters()), retain_graph=True)
+        ratios.append(sum(float(g.mean() ** 2 / g.std()) for g in tensors))
+    return ratios
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_statistics_equal_the_plain_computation(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch], count: int
+) -> None:
+    expected = naive(tiny, batches[:count])
+    found, flops = probe_layers(tiny, layers, batches[:count], cross_entropy)
+    assert tuple(found) == STATISTICS
+    for name in STATISTICS:
+        assert len(found[name]) == BLOCKS
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, err_msg=name)
+    assert flops > 0
+
+
+def test_several_batches_give_the_mean_and_not_the_norm_of_running_sums(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    """Defect 2 of the released code: gradients added up from batch to batch."""
+    found, _ = probe_layers(tiny, layers, batches, cross_entropy)
+    single = [probe_layers(tiny, layers, [batch], cross_entropy)[0] for batch in batches]
+    for name in STATISTICS:
+        np.testing.assert_allclose(found[name], np.mean([s[name] for s in single], axis=0))
+
+    repeated, _ = probe_layers(tiny, layers, [batches[0]] * 4, cross_entropy)
+    assert repeated["grad_norm_sq"] == pytest.approx(single[0]["grad_norm_sq"])
+
+    sums = np.cumsum([gradients(tiny, batch)[0] for batch in batches], axis=0)
+    running = np.mean([g @ g for g in sums])
+    assert found["grad_norm_sq"][0] != pytest.approx(running, rel=0.2)
+
+
+def test_a_batch_that_does_not_reach_a_block_counts_as_a_gradient_of_zero(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    """As with experts that no example was routed to; the last batch's gradient must not stand in."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        if batch is batches[0]:
+            return cross_entropy(model, batch)
+        x = model.embed(batch["x"])
+        for block in model.blocks[1:]:
+            x = block(x)
+        return nn.functional.cross_entropy(model.head(model.norm(x)), batch["label"])
+
+    first, _ = probe_layers(tiny, layers, batches[:1], loss)
+    both, _ = probe_layers(tiny, layers, batches[:2], loss)
+    assert both["grad_norm_sq"][0] == pytest.approx(first["grad_norm_sq"][0] / 2)
+
+
+def test_the_order_of_batches_does_not_matter(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    """Defect 2 of the released code: what came first counted most."""
+    forward, _ = probe_layers(tiny, layers, batches, cross_entropy)
+    backward, _ = probe_layers(tiny, layers, batches[::-1], cross_entropy)
+    for name in STATISTICS:
+        np.testing.assert_allclose(forward[name], backward[name], rtol=1e-12)
+
+
+def test_only_the_statistics_asked_for_are_returned_in_that_order(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    everything, _ = probe_layers(tiny, layers, batches, cross_entropy)
+    some, _ = probe_layers(tiny, layers, batches, cross_entropy, ["snr", "grad_norm_sq"])
+    assert list(some) == ["snr", "grad_norm_sq"]
+    assert some == {name: everything[name] for name in some}
+
+
+def test_the_model_is_as_it_was(tiny: nn.Module, layers: LayerMap, batches: list[Batch]) -> None:
+    """Neither weights nor BatchNorm's statistics move, and no gradient or hook stays behind."""
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    tiny.train()
+    probe_layers(tiny, layers, batches, cross_entropy)
+    for name, tensor in tiny.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(p.grad is None and not p.requires_grad for p in tiny.parameters())
+
+    tiny.requires_grad_(True)
+    cross_entropy(tiny, batches[0]).backward()
+    assert all(p.grad is not None for p in tiny.parameters()), "a hook was left behind"
+
+
+def test_no_hook_or_gradient_stays_behind_when_a_batch_fails(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    with pytest.raises(KeyError):
+        probe_layers(tiny, layers, [batches[0], {"x": batches[1]["x"]}], cross_entropy)
+    assert all(p.grad is None and not p.requires_grad for p in tiny.parameters())
+    tiny.requires_grad_(True)
+    cross_entropy(tiny, batches[0]).backward()
+    assert all(p.grad is not None for p in tiny.parameters()), "a hook was left behind"
+
+
+def test_training_after_a_probe_equals_training_without_one(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    """Defect 3 of the released code: the first client trained on the probe's gradients too."""
+    results = []
+    start = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    for probed in (False, True):
+        tiny.load_state_dict(start)
+        if probed:
+            probe_layers(tiny, layers, batches, cross_entropy)
+        torch.manual_seed(5)  # dropout
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        train_layers(tiny, layers, [True, False, True, False], batches, cross_entropy, sgd)
+        results.append({name: tensor.clone() for name, tensor in tiny.state_dict().items()})
+    without, after = results
+    assert not torch.equal(without["head.weight"], start["head.weight"])
+    for name in start:
+        assert torch.equal(without[name], after[name]), name
+
+
+def test_at_most_one_gradient_is_alive_at_a_time(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    """Seen from hooks that run before the probe's own free each gradient."""
+    alive: list[int] = []
+
+    def count(_: Tensor) -> None:
+        alive.append(sum(p.grad is not None for p in tiny.parameters()))
+
+    tiny.requires_grad_(True)  # as the hooks demand; the probe freezes what it does not measure
+    for parameter in tiny.parameters():
+        parameter.register_post_accumulate_grad_hook(count)
+    probe_layers(tiny, layers, batches, cross_entropy)
+    in_blocks = sum(len(block.parameters) for block in layers.blocks)
+    assert alive == [1] * (in_blocks * len(batches))
+
+
+class Constant(nn.Module):
+    """Blocks whose gradient has no variance: one is zero, one the same everywhere, one varies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, 1)
+        self.blocks = nn.ModuleList(nn.Linear(7, 1, bias=False) for _ in range(3))
+        self.head = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        same = torch.full((1, 7), 0.1)
+        different = torch.arange(1.0, 8.0).unsqueeze(0)
+        total = 0.0 * self.blocks[0](same) + self.blocks[1](same) + self.blocks[2](different)
+        return self.head(self.embed(x) + total)
+
+
+def test_the_ratio_of_a_gradient_without_variance_is_zero() -> None:
+    model = Constant()
+    with torch.no_grad():
+        model.head.weight.fill_(1.0)
+    layers = LayerMap.from_model(model)
+    batch = {"x": torch.ones(1, 1)}
+    names = ["snr", "snr_code"]
+    found, _ = probe_layers(model, layers, [batch], lambda m, b: m(b["x"]).sum(), names)
+    # 1, 2, …, 7: mean 4, variance 28/7, and 28/6 as torch.std divides.
+    assert found["snr"] == [0.0, 0.0, pytest.approx(4 / 4)]
+    assert found["snr_code"] == [0.0, 0.0, pytest.approx(16 / (28 / 6) ** 0.5)]
+
+
+def test_a_tensor_of_one_element_has_no_ratio() -> None:
+    """Where torch.std gives NaN."""
+    model = nn.ModuleDict()
+    model["embed"] = nn.Linear(1, 1)
+    model["blocks"] = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
+    model["head"] = nn.Linear(1, 1)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        x = batch["x"]
+        for layer in (model["embed"], *model["blocks"], model["head"]):  # type: ignore[index]
+            x = layer(x)
+        return x.sum()
+
+    batch = {"x": torch.ones(1, 1)}
+    found, _ = probe_layers(model, LayerMap.from_model(model), [batch], loss, ["snr_code"])
+    assert found["snr_code"] == [0.0] * 3
+
+
+def test_unknown_statistics_and_no_batch_are_errors(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    with pytest.raises(ValueError, match="unknown statistic 'curvature'; known: grad_norm_sq, "):
+        probe_layers(tiny, layers, batches, cross_entropy, ["snr", "curvature"])
+    with pytest.raises(ValueError, match="no batch to probe on"):
+        probe_layers(tiny, layers, [], cross_entropy)
+
+
+def test_bfloat16_probes_close_to_float32(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    exact, _ = probe_layers(tiny, layers, batches, cross_entropy)
+    rough, _ = probe_layers(tiny, layers, batches, cross_entropy, precision="bfloat16")
+    assert rough["grad_norm_sq"] != exact["grad_norm_sq"]
+    np.testing.assert_allclose(rough["grad_norm_sq"], exact["grad_norm_sq"], rtol=0.1)
+    assert rough["param_norm_sq"] == exact["param_norm_sq"]

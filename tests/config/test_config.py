@@ -1,0 +1,154 @@
+"""Every wrong setting is refused in one line that names key, value and what is allowed."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from layerfed.config import ConfigError, RunConfig, flatten, load_config, parse_override
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_defaults_stand_the_same_in_all_three_places() -> None:
+    defaults = RunConfig().to_flat()
+    default_toml = tomllib.loads((ROOT / "conf/default.toml").read_text())
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+    assert flatten(default_toml) == defaults
+    assert flatten(pyproject["tool"]["flwr"]["app"]["config"]) == defaults
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf").glob("*.toml")), ids=lambda f: f.name)
+def test_every_shipped_configuration_is_valid(file: Path) -> None:
+    assert load_config(file).federation.rounds >= 1
+
+
+def test_flat_and_back_is_the_same_configuration() -> None:
+    config = load_config(None, ["strategy.name=top", "train.lr=0.5", "run.seed=7"])
+    assert RunConfig.from_flat(config.to_flat()) == config
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text('[strategy]\nname = "top"\n[train]\nlr = 0.5\n')
+    config = load_config(file, ["train.lr=0.25"])
+    assert (config.strategy.name, config.train.lr) == ("top", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("strategy.name=ilpp", ["strategy.name", "'ilpp'", "'ilp'", "'bottom'"]),
+        ("strategy.nam=ilp", ["strategy.nam", "strategy.name"]),
+        ("stratgy.name=ilp", ["stratgy.name", "strategy"]),
+        ("rounds=3", ["rounds", "federation"]),
+        ("federation.rounds=many", ["federation.rounds", "'many'", "integer"]),
+        ("federation.rounds=0", ["federation.rounds", "0", "greater than or equal to 1"]),
+        ("federation.rounds=2.5", ["federation.rounds", "2.5", "integer"]),
+        ("federation.clients-per-round=11", ["clients-per-round = 11", "clients = 10"]),
+        ("federation.min-replies=11", ["min-replies = 11", "clients-per-round = 10"]),
+        ("strategy.period=0", ["strategy.period", "0", "greater than or equal to 1"]),
+        ("strategy.fraction=0", ["strategy.fraction", "0", "greater than 0"]),
+        ("strategy.fraction=1.5", ["strategy.fraction", "1.5", "less than or equal to 1"]),
+        ("strategy.norm=l3", ["strategy.norm", "'l3'", "'l1'", "'l2'"]),
+        ("strategy.side=both", ["strategy.side", "'both'", "'server'", "'client'"]),
+        ("strategy.resample-steps=-1", ["strategy.resample-steps", "-1"]),
+        ("strategy.theory=1", ["strategy.theory", "1", "boolean"]),
+        ("train.lr=-1", ["train.lr", "-1", "greater than 0"]),
+        ("train.lr=nan", ["train.lr", "finite"]),
+        ("train.local-epochs=1", ["train.local-steps = 5", "train.local-epochs = 1"]),
+        ("task.alpha=0", ["task.alpha", "greater than 0"]),
+        ("budget.min=5", ["budget.min = 5", "budget.max = 4"]),
+        ("budget.kind=half", ["budget.kind", "'half'", "'half-normal'"]),
+        ("privacy.mode=global", ["privacy.mode", "'global'", "'central'", "'local'"]),
+        ("privacy.clip=0", ["privacy.clip", "0", "greater than 0"]),
+        ("privacy.noise=1", ["privacy.noise = 1", "privacy.mode = 'none'", "central or local"]),
+        ("privacy.delta=1", ["privacy.delta", "less than 1"]),
+        ("server.aggregation=mode", ["server.aggregation", "'mode'", "'median'", "'trimmed-mean'"]),
+        ("server.trim=0.5", ["server.trim", "0.5", "less than 0.5"]),
+        ("server.trim=-0.1", ["server.trim", "-0.1", "greater than or equal to 0"]),
+        ("server.clip=-1", ["server.clip", "-1", "greater than or equal to 0"]),
+        ("server.clip=inf", ["server.clip", "finite"]),
+        ("federation.max-examples=-1", ["federation.max-examples", "-1", "greater than or equal"]),
+        ("federation.max-examples=0.5", ["federation.max-examples", "0.5", "integer"]),
+        ("run.name=../x", ["run.name", "'../x'"]),
+        ("run.device=gpu", ["run.device", "'gpu'"]),
+        ("noequals", ["noequals", "key=value"]),
+    ],
+)
+def test_wrong_settings_give_one_clear_line(override: str, says: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [text for text in says if text not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["privacy.statistics-clip=1.0"], ["statistics-noise = 0", "set both"]),
+        (["privacy.statistics-noise=1.0"], ["statistics-clip = 0", "set both"]),
+        (["privacy.delta=0.1"], ["privacy.delta = 0.1", "1 / federation.clients = 0.1"]),
+        (
+            ["strategy.name=fedtlu", "strategy.side=client"],
+            ["strategy.side = 'client'", "side=server"],
+        ),
+        (["task.local-test=0.2"], ["task.local-test = 0.2", "set it to 0"]),
+        (
+            [
+                *("strategy.name=random", "strategy.resample-steps=1"),
+                *("train.local-steps=0", "train.local-epochs=1"),
+            ],
+            ["strategy.resample-steps = 1", "train.local-steps"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("mode", ["central", "local"])
+def test_what_noise_would_not_cover_is_refused(
+    mode: str, settings: list[str], says: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"privacy.mode={mode}", *settings])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [text for text in says if text not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("server.aggregation=median", ["server.aggregation = 'median'", "privacy.mode=local"]),
+        ("server.clip=1.0", ["server.clip = 1", "privacy.clip"]),
+    ],
+)
+def test_central_noise_goes_with_the_mean_only(setting: str, says: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["privacy.mode=central", setting])
+    assert [text for text in says if text not in str(caught.value)] == []
+    load_config(None, ["privacy.mode=local", setting])
+
+
+def test_what_privacy_rules_out_is_allowed_without_it() -> None:
+    load_config(None, ["strategy.name=fedtlu", "strategy.side=client", "task.local-test=0.2"])
+
+
+def test_an_unreadable_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read configuration .*missing\.toml"):
+        load_config(tmp_path / "missing.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[task\n")
+    with pytest.raises(ConfigError, match=r"broken.toml is not valid toml"):
+        load_config(broken)
+
+
+def test_override_values_are_read_as_toml_and_else_as_text() -> None:
+    assert parse_override("a.b=3") == ("a.b", 3)
+    assert parse_override("a.b=0.5") == ("a.b", 0.5)
+    assert parse_override("a.b=true") == ("a.b", True)
+    assert parse_override("a.b=top") == ("a.b", "top")
+    assert parse_override('a.b="3"') == ("a.b", "3")
+    assert parse_override("a.b=") == ("a.b", "")

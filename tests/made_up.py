@@ -1,0 +1,154 @@
+"""A federation whose clients exist only as replies: rounds in milliseconds, any reply forged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from layerfed.exchange import (
+    CODECS,
+    Description,
+    describe_reply,
+    evaluate_reply,
+    probe_reply,
+    read_config,
+    read_manifest,
+    read_mask,
+    record_of,
+    train_reply,
+)
+from layerfed.exchange.messages import state_held
+from layerfed.models.layers import LayerMap
+from layerfed.runs.records import Observer, RoundRecord
+from layerfed.strategies import ILP, SelectiveStrategy
+from tests.conftest import TinyNet
+
+# What is made of an honest reply; it may raise, as Flower does where it cannot build a reply.
+Forge = Callable[[Message], Message]
+
+
+def _base() -> dict[str, np.ndarray]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {name: tensor.numpy() for name, tensor in TinyNet().state_dict().items()}
+
+
+BASE = _base()
+LAYERS = LayerMap.from_model(TinyNet())
+
+
+class Federation(Grid):
+    """Node p + 2 holds partition p; a reply is made when it is pulled.
+
+    Parameters
+    ----------
+    clients : int
+    forged : Mapping[tuple[int, str], Forge]
+        By partition and message type.
+    """
+
+    def __init__(self, clients: int, forged: Mapping[tuple[int, str], Forge] | None = None) -> None:
+        self.clients = clients
+        self.forged = forged or {}
+        self.asked: list[Message] = []
+        self._waiting: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(2, 2 + self.clients)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        identities = []
+        for message in messages:
+            identity = f"m{len(self.asked)}"
+            message.metadata.__dict__["_message_id"] = identity
+            self.asked.append(message)
+            self._waiting[identity] = message
+            identities.append(identity)
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        there = [self._waiting.pop(i) for i in list(message_ids) if i in self._waiting]
+        return [self.answer(message) for message in there]
+
+    def answer(self, message: Message) -> Message:
+        partition, kind = message.metadata.dst_node_id - 2, message.metadata.message_type
+        reply = honest(message, partition, self.clients)
+        forge = self.forged.get((partition, kind))
+        return reply if forge is None else forge(reply)
+
+    def set_run(self, run: Any) -> None: ...
+
+    def run(self) -> Any: ...  # type: ignore[override]
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def send_and_receive(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def honest(message: Message, partition: int, clients: int) -> Message:
+    """The reply of a client whose gradients and updates are drawn at random, the same in every run."""
+    kind, config = message.metadata.message_type, read_config(message)
+    rng = np.random.default_rng([partition, config["round"], len(kind)])
+    count = 10 + partition
+    if kind == "query.describe":
+        return describe_reply(message, Description(partition, count, partitions=clients))
+    if kind == "query.probe":
+        rows = {name: rng.random(LAYERS.num_blocks).tolist() for name in config["statistics"]}
+        reply = probe_reply(message, rows, count, flops=8.0)
+    elif kind == "evaluate":
+        reply = evaluate_reply(message, 3 + partition, loss=rng.random(), accuracy=rng.random())
+    else:
+        names = [
+            name for x in LAYERS.trained(read_mask(message, LAYERS)) for name in LAYERS[x].tensors
+        ]
+        update = {name: drawn(rng, BASE[name]) for name in names}
+        parts = CODECS[config["codec"]].encode(update)
+        reply = train_reply(message, parts, count, loss=rng.random(), steps=2, flops=8.0)
+    state_held(reply, read_manifest(message)[0].digests.values(), f"store of {partition}")
+    return reply
+
+
+def drawn(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
+    """Return a plausible update of a tensor."""
+    if np.issubdtype(like.dtype, np.integer):
+        return np.asarray(rng.integers(1, 9), like.dtype)
+    return np.asarray(0.01 * rng.standard_normal(like.shape), like.dtype)
+
+
+@dataclass
+class Outcome(Observer):
+    """What a run left."""
+
+    model: dict[str, np.ndarray] = field(default_factory=dict)
+    rounds: list[RoundRecord] = field(default_factory=list)
+
+    def on_round(self, record: RoundRecord) -> None:
+        self.rounds.append(record)
+
+
+def strategy_for(clients: int, **options: Any) -> SelectiveStrategy:
+    """A strategy whose masks for one client do not depend on the others."""
+    settings = {"consistency": 0.0, "clients": clients, "client_evaluation": True, **options}
+    return ILP(LAYERS, **settings)
+
+
+def run(grid: Federation, rounds: int = 2, **options: Any) -> Outcome:
+    strategy, outcome = strategy_for(grid.clients, **options), Outcome()
+    strategy.observers = (outcome,)
+    strategy.start(
+        grid,
+        record_of(BASE),
+        rounds,
+        timeout=60,
+        train_config=ConfigRecord({"lr": 0.1}),
+        evaluate_fn=lambda number, arrays: MetricRecord({"accuracy": 0.5, "loss": 1.0}),
+    )
+    assert strategy.model is not None
+    outcome.model = strategy.model.tensors
+    return outcome

@@ -1,0 +1,98 @@
+"""One node's reply, however forged, takes no other with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+from typing import Any
+
+import httpx
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from layerfed.exchange import instruction
+from layerfed.server.transport import exchange
+
+
+class Builds(Grid):
+    """Like Flower's grid over HTTP: what a pull returns is built first, and counts as delivered then."""
+
+    def __init__(self, unbuildable: dict[int, Exception]) -> None:
+        self.unbuildable = unbuildable
+        self.sent: dict[str, Message] = {}
+        self.counter = count()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            identity = f"m{next(self.counter)}"
+            message.metadata.__dict__["_message_id"] = identity
+            self.sent[identity] = message
+            yield identity
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        pulled = [self.sent.pop(i) for i in message_ids if i in self.sent]
+        for message in pulled:
+            if message.metadata.dst_node_id in self.unbuildable:
+                raise self.unbuildable[message.metadata.dst_node_id]
+        return [Message(RecordDict(), reply_to=message) for message in pulled]
+
+    def get_node_ids(self) -> Iterable[int]:
+        return []
+
+    def set_run(self, run: object) -> None: ...
+
+    def run(self) -> Any: ...  # type: ignore[override]
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def send_and_receive(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def questions() -> list[Message]:
+    return [instruction("train", node, server_round=1, timeout=60.0) for node in (5, 6, 7)]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad\nchild"), KeyError("x" * 10_000), RecursionError(), MemoryError()]
+)
+def test_a_reply_that_cannot_be_built_is_an_error_of_its_node_alone(error: Exception) -> None:
+    found = dict(exchange(Builds({6: error}), questions(), 5))
+    assert [node for node, reply in found.items() if reply is not None and reply.has_content()] == [
+        5,
+        7,
+    ]
+    assert found[6] is not None
+    reason = str(found[6].error.reason)
+    assert reason.startswith(f"a reply that cannot be read ({type(error).__name__}: ")
+    assert reason.isprintable()
+    assert len(reason) < 520
+
+
+def test_a_superlink_that_does_not_answer_is_no_fault_of_a_node() -> None:
+    with pytest.raises(httpx.ConnectError):
+        list(exchange(Builds({6: httpx.ConnectError("refused")}), questions(), 5))
+
+
+def test_a_late_reply_that_cannot_be_built_is_forgotten() -> None:
+    grid, late = Builds({6: ValueError("no")}), {}
+    first = exchange(grid, questions()[:2], 5, late=late)
+    assert next(first)[0] == 5
+    first.close()
+    assert len(late) == 1
+    assert [node for node, _ in exchange(grid, questions()[:1], 5, late=late)] == [5]
+    assert late == {}
+
+
+def test_what_a_reply_says_it_answers_is_not_believed() -> None:
+    """The SuperLink knows by itself to which message a reply belongs."""
+
+    class Forging(Builds):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            for reply in replies:
+                reply.metadata.__dict__["_reply_to_message_id"] = "m0"
+            return replies
+
+    found = [node for node, _ in exchange(Forging({}), questions(), 5)]
+    assert found == [5, 6, 7]

@@ -1,0 +1,130 @@
+"""Whole rounds on the tiny model: real strategy, messages and ClientApp, milliseconds a round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor, nn
+
+from layerfed.client_app import client_app, workbench
+from layerfed.config import RunConfig, Scalar, load_config
+from layerfed.engine import InProcessGrid
+from layerfed.exchange import record_of
+from layerfed.runs.records import Observer, RoundRecord
+from layerfed.seeding import Stream, generator
+from layerfed.server_app import build_strategy
+from layerfed.task.base import Batch, Examples, Task
+from tests.conftest import CLASSES, TinyNet
+
+QUICK = [
+    "federation.clients=6",
+    "federation.clients-per-round=4",
+    "train.local-steps=2",
+    "train.batch-size=8",
+    "train.lr=0.1",
+]
+
+
+class TinyTask(Task):
+    """Each client's points lie elsewhere, and no two have as many."""
+
+    def build_model(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return TinyNet()
+
+    def partition(self, partition_id: int) -> Examples:
+        rng = generator(self.config.run.seed, Stream.PARTITION, partition_id)
+        count = (
+            10 + 4 * partition_id
+        )  # no batch of 8 is left with one example, which BatchNorm refuses
+        x = rng.standard_normal((count, 5)) + rng.standard_normal(5)
+        y = rng.integers(CLASSES, size=count)
+        return Examples.of({"x": torch.tensor(x, dtype=torch.float32), "label": torch.tensor(y)})
+
+    def test_examples(self) -> Examples:
+        return self.partition(99)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["x"])  # type: ignore[no-any-return]
+
+
+def configured(*overrides: str) -> RunConfig:
+    return load_config(None, [*QUICK, *overrides])
+
+
+class Messages(InProcessGrid):
+    """Keeps every instruction and every reply."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        app: ClientApp = client_app,
+        nodes: Sequence[Mapping[str, Scalar]] = (),
+    ) -> None:
+        super().__init__(app, config.federation.clients, config.to_flat(), nodes)
+        self.asked: dict[str, Message] = {}
+        self.replies: list[tuple[Message, Message]] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        held = list(messages)
+        identities = list(super().push_messages(held))
+        self.asked.update(zip(identities, held, strict=True))
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        self.replies += [(self.asked[r.metadata.reply_to_message_id], r) for r in replies]
+        return replies
+
+    def kinds(self) -> list[tuple[int, str]]:
+        """Round and type of every instruction but the first questions."""
+        found = {
+            (int(m.content.config_records["config"]["round"]), m.metadata.message_type)
+            for m in self.asked.values()
+        }
+        return sorted(f for f in found if f[1] != "query.describe")
+
+    def trained(self) -> list[tuple[Message, Message]]:
+        return [(m, r) for m, r in self.replies if m.metadata.message_type == "train"]
+
+
+@dataclass
+class Run(Observer):
+    """What a run left: the tensors before and after, and its rounds."""
+
+    before: dict[str, np.ndarray] = field(default_factory=dict)
+    after: dict[str, np.ndarray] = field(default_factory=dict)
+    rounds: list[RoundRecord] = field(default_factory=list)
+
+    def on_round(self, record: RoundRecord) -> None:
+        self.rounds.append(record)
+
+    def masks(self, number: int) -> dict[int, list[int]]:
+        """Selected layers of each client in a round, from 1."""
+        selection = self.rounds[number - 1].selection
+        assert selection is not None
+        rows = zip(selection.clients, selection.choice.masks, strict=True)
+        return {client: np.flatnonzero(mask).tolist() for client, mask in rows}
+
+
+def run(config: RunConfig, rounds: int = 1, grid: InProcessGrid | None = None) -> Run:
+    bench, found = workbench(config.to_flat()), Run()
+    strategy = build_strategy(config, bench.resident.layers)
+    strategy.observers = (found,)
+    found.before = bench.resident.base_state()
+    strategy.start(
+        grid if grid is not None else Messages(config),
+        record_of(found.before),
+        rounds,
+        timeout=60,
+        train_config=ConfigRecord({"lr": config.train.lr}),
+    )
+    assert strategy.model is not None
+    found.after = strategy.model.tensors
+    return found
