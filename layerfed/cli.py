@@ -96,7 +96,7 @@ def run(
 
     clean_up_on_sigterm()
     with _one_line_errors(ConfigError):
-        config = read_settings(settings, resume)
+        config = read_settings(settings, resume).simulated()
         wanted = _engine(engine)
         if directory is not None:
             config = config.model_copy(
@@ -223,7 +223,7 @@ def _plan(
         return load_plan(file, words[1:], seeds=numbers, only=_words(only)), Path("runs/tables")
     if only:
         raise ConfigError(f"--only {only} is for table files, which have several experiments")
-    base = read_settings(settings)
+    base = read_settings(settings).simulated()
     names = _words(strategies) or list(STRATEGIES)
     plan = Plan(
         name="table",

@@ -46,6 +46,8 @@ TASK_NAMES = ("digits", "cifar10", "domainnet", "xglue_nc", "qa", "custom")
 # Libraries that models come from, with a slash before the model's name there.
 MODEL_FAMILIES = ("layerfed", "open_clip", "timm", "transformers")
 Positive = Annotated[int, Field(ge=1)]
+# Clients of a federation that LayerFed makes itself, where the configuration states no number.
+SIMULATED_CLIENTS = 10
 
 
 class TaskConfig(Section):
@@ -129,8 +131,8 @@ class ModelConfig(Section):
 class FederationConfig(Section):
     """The population of clients and what a round asks of it."""
 
-    clients: Positive = 10
-    clients_per_round: Positive = 10
+    clients: Annotated[int, Field(ge=0)] = 0
+    clients_per_round: Annotated[int, Field(ge=0)] = 0
     rounds: Positive = 30
     min_replies: Annotated[int, Field(ge=0)] = 0
     over_provision: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -139,22 +141,34 @@ class FederationConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.clients_per_round > self.clients:
+        if self.clients and self.clients_per_round > self.clients:
             raise ConfigError(
                 f"federation.clients-per-round = {self.clients_per_round} is above "
                 f"federation.clients = {self.clients}; lower it or raise the number of clients"
             )
-        if self.min_replies > self.clients_per_round:
+        asked = self.clients_per_round or self.clients
+        if asked and self.min_replies > asked:
+            key = "clients-per-round" if self.clients_per_round else "clients"
             raise ConfigError(
                 f"federation.min-replies = {self.min_replies} is above "
-                f"federation.clients-per-round = {self.clients_per_round}; no round could succeed"
+                f"federation.{key} = {asked}; no round could succeed"
             )
         return self
 
     @property
+    def population(self) -> int:
+        """Number of clients: `clients`, or ten where it is 0 and LayerFed makes the federation."""
+        return self.clients or SIMULATED_CLIENTS
+
+    @property
+    def cohort(self) -> int:
+        """Clients that take part in a round; `clients-per-round` = 0 means all."""
+        return self.clients_per_round or self.population
+
+    @property
     def needed_replies(self) -> int:
         """Usable updates a round needs: `min-replies`, or half of the round's clients."""
-        return self.min_replies or -(-self.clients_per_round // 2)
+        return self.min_replies or -(-self.cohort // 2)
 
 
 class StrategyConfig(Section):
@@ -311,6 +325,33 @@ class RunConfig(Section):
             return cls.model_validate(nested)
         except ValidationError as error:
             raise ConfigError(explain(error)) from None
+
+    def of_size(self, clients: int) -> RunConfig:
+        """Return this configuration with its two 0s replaced: the population and the cohort.
+
+        Parameters
+        ----------
+        clients : int
+            Size of the federation.
+
+        Raises
+        ------
+        ConfigError
+            If a setting does not fit a federation of this size.
+        """
+        asked = self.federation.clients_per_round
+        if asked > clients:
+            raise ConfigError(
+                f"federation.clients-per-round = {asked} is above the {clients} clients of the "
+                "federation; lower it, set it to 0 (all clients), or raise the number of clients "
+                "(federation.clients; with flwr run, num-supernodes)"
+            )
+        sizes = {"federation.clients": clients, "federation.clients-per-round": asked or clients}
+        return RunConfig.from_flat(self.to_flat() | sizes)
+
+    def simulated(self) -> RunConfig:
+        """Return this configuration for a federation that LayerFed makes itself."""
+        return self.of_size(self.federation.population)
 
     def to_flat(self) -> Flat:
         """Return every key with its value, in the order of the sections."""

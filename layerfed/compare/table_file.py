@@ -152,7 +152,7 @@ def _experiment(
             load_config(file.parent / section.conf).to_flat()
             | settings
             | dict(parse_override(text) for text in overrides)
-        )
+        ).simulated()
     except ConfigError as error:
         raise ConfigError(f"experiment '{name}': {error}") from None
     return Experiment(

@@ -63,7 +63,10 @@ def refuse_with_secagg(flat: Mapping[str, Any]) -> None:
         if key in flat and flat[key] not in values:
             raise _refused(key, flat[key], why, f"set {key}={values[0]}")
     _refuse_masks_that_differ(flat)
-    clients, more = flat["federation.clients-per-round"], flat["federation.over-provision"]
+    clients = flat["federation.clients-per-round"] or flat["federation.clients"]
+    if not clients:
+        return  # the federation states its size; this is checked once it is known
+    more = flat["federation.over-provision"]
     if clients < 3:
         raise _refused(
             "federation.clients-per-round",

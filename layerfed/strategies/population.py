@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from logging import INFO, WARNING
 
@@ -25,7 +26,7 @@ from layerfed.exchange import (
 from layerfed.exchange.arrays import printable
 from layerfed.seeding import Stream, generator
 
-__all__ = ["Population", "RoundFailed"]
+__all__ = ["Population", "RoundFailed", "federation_size"]
 
 POLL_SECONDS = 1.0
 # What a node gets to say who it is, and how often it is asked: one that is silent must not hold up a
@@ -100,8 +101,8 @@ class Population:
                 raise RoundFailed(f"no node could describe itself: {'; '.join(reasons[:3])}")
             if time.monotonic() > deadline:
                 raise RoundFailed(
-                    f"{len(self.nodes)} clients after {timeout:g} s, "
-                    f"federation.clients-per-round = {self.at_least} are needed"
+                    f"{len(self.nodes)} clients after {timeout:g} s, {self.at_least} are needed "
+                    "(federation.clients-per-round)"
                     + "".join(f"; left out: {reason}" for reason in self._misfits[:3])
                 )
             if len(self.nodes) != said:
@@ -186,8 +187,7 @@ class Population:
             return (
                 f"federation.clients = {self.expected}, but the federation has "
                 f"{description.partitions} SuperNodes; start it with --federation-config "
-                f'"num-supernodes={self.expected}", or set federation.clients='
-                f"{description.partitions}"
+                f'"num-supernodes={self.expected}", or set federation.clients=0 to take it as it is'
             )
         if description.partition >= self.expected:
             return (
@@ -206,3 +206,25 @@ class Population:
         rng = generator(seed, Stream.SAMPLING, server_round)
         chosen = rng.choice(np.array(present), size=min(count, len(present)), replace=False)
         return sorted(int(p) for p in chosen)
+
+
+def federation_size(grid: Grid, timeout: float) -> int:
+    """Ask the nodes into how many parts the data is cut, and return what most of them say.
+
+    Raises
+    ------
+    ConfigError
+        If none of them says so.
+    RoundFailed
+        If no node is connected within `timeout` seconds, or none can describe itself.
+    """
+    population = Population(None, at_least=1)
+    population.wait(grid, timeout)
+    stated = [population.description(partition).partitions for partition in population.nodes]
+    sizes = Counter(size for size in stated if size is not None)
+    if not sizes:
+        raise ConfigError(
+            "federation.clients = 0 takes the number of clients from the nodes' num-partitions, and no "
+            "node states it; set federation.clients"
+        )
+    return sizes.most_common(1)[0][0]
