@@ -20,13 +20,13 @@ import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
-from flwr.common.constant import ErrorCode
 
 from layerfed.budgets import layer_costs
 from layerfed.change_score import change_score, highest
 from layerfed.config import BudgetUnit, ConfigError, Flat, RunConfig, Scalar, TrainConfig
 from layerfed.exchange import (
     CODECS,
+    WRONG_SETTINGS,
     Description,
     LayerStore,
     ResidentModel,
@@ -235,8 +235,7 @@ def describe(message: Message, context: Context) -> Message:
         return describe_reply(message, _description(context))
     except ConfigError as error:
         # As a reply, not raised: Flower would log a traceback for each client.
-        reason = f"{type(error).__name__}: {error}"
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        return Message(Error(WRONG_SETTINGS, str(error)), reply_to=message)
 
 
 def _description(context: Context) -> Description:

@@ -17,7 +17,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from layerfed.config_section import ConfigError, Section
+from layerfed.config_section import (
+    ConfigError,
+    DeviceName,
+    RunName,
+    Section,
+    Switch,
+    nearest,
+)
 from layerfed.privacy.settings import PrivacyConfig, check_private
 from layerfed.secure.settings import SecAggConfig, refuse_with_secagg
 
@@ -31,7 +38,9 @@ __all__ = [
     "explain",
     "flatten",
     "load_config",
+    "nearest",
     "parse_override",
+    "run_keys",
 ]
 
 Scalar = str | int | float | bool
@@ -41,7 +50,6 @@ StrategyName = Literal[
     "ilp", "full", "top", "bottom", "both", "random", "cyclic", "snr", "rgn", "fedtlu"
 ]
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
-DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 TASK_NAMES = ("digits", "cifar10", "domainnet", "xglue_nc", "qa", "custom")
 # Libraries that models come from, with a slash before the model's name there.
 MODEL_FAMILIES = ("layerfed", "open_clip", "timm", "transformers")
@@ -75,7 +83,7 @@ class TaskConfig(Section):
         if name not in TASK_NAMES and not re.fullmatch(r"[\w.]+:\w+", name):
             raise ConfigError(
                 f"task.name = '{name}' is not allowed: it should be one of {', '.join(TASK_NAMES)}, or "
-                "a task of your own as module:Class"
+                f"a task of your own as module:Class{nearest(name, TASK_NAMES)}"
             )
         return name
 
@@ -105,6 +113,7 @@ class ModelConfig(Section):
             raise ConfigError(
                 f"model.name = '{self.name}' is not allowed: it should be layerfed/vit, open_clip/NAME, "
                 "timm/NAME or transformers/HUB-ID-OR-FOLDER, as in open_clip/ViT-B-32"
+                f"{nearest(self.family, MODEL_FAMILIES)}"
             )
         if self.family == "layerfed":
             if self.architecture != "vit" or self.weights not in ("embedded", "random"):
@@ -189,7 +198,7 @@ class StrategyConfig(Section):
     side: Literal["server", "client"] = "server"
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     norm: Literal["l1", "l2"] = "l2"
-    theory: bool = False
+    theory: Switch = False
 
 
 class BudgetConfig(Section):
@@ -264,7 +273,7 @@ class ExchangeConfig(Section):
 class RunSection(Section):
     """Where the run is kept and what it runs on."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = ""
+    name: RunName = ""
     dir: str = ""
     seed: Annotated[int, Field(ge=0)] = 0
     resume: str = ""
@@ -318,7 +327,7 @@ class RunConfig(Section):
             if not dot or section not in cls.model_fields:
                 raise ConfigError(
                     f"unknown key '{key}'; keys are section.name with a section of "
-                    f"{', '.join(cls.model_fields)}"
+                    f"{', '.join(cls.model_fields)}{_nearest_key(key)}"
                 )
             nested.setdefault(section, {})[name] = value
         try:
@@ -372,21 +381,28 @@ def explain(error: ValidationError, known: str = "") -> str:
     for finding in error.errors():
         key = ".".join(str(part) for part in finding["loc"])
         if finding["type"] == "extra_forbidden":
-            lines.append(
-                f"unknown key '{key}'; known keys: {known or _section_keys(finding['loc'])}"
+            among = known or ", ".join(
+                k for k in run_keys() if k.split(".")[0] == finding["loc"][0]
             )
+            close = nearest(key, known.split(", ")) if known else _nearest_key(key)
+            lines.append(f"unknown key '{key}'; known keys: {among}{close}")
         elif finding["type"] == "value_error":
             lines.append(str(finding["ctx"]["error"]))
         else:
             rule = finding["msg"].removeprefix("Input should be ")
-            lines.append(f"{key} = {finding['input']!r} is not allowed: it should be {rule}")
+            close = nearest(str(finding["input"]), re.findall(r"'([^']*)'", rule))
+            lines.append(f"{key} = {finding['input']!r} is not allowed: it should be {rule}{close}")
     return "; ".join(lines)
 
 
-def _section_keys(location: tuple[int | str, ...]) -> str:
-    section = str(location[0])
-    fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-    return ", ".join(f"{section}.{name.replace('_', '-')}" for name in fields)
+def run_keys() -> list[str]:
+    """Return every key of a run's configuration."""
+    return list(RunConfig().to_flat())
+
+
+def _nearest_key(key: str) -> str:
+    same = [known for known in run_keys() if known.partition(".")[2] == key]
+    return f"; did you mean {same[0]}?" if same else nearest(key, run_keys())
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

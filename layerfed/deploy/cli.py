@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from layerfed.command_line import read_settings
+from layerfed.command_line import App, complete_setting, read_settings
 from layerfed.config import ConfigError, RunConfig, load_config, parse_override
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app = App(
     help="Run on real machines, with TLS and authentication; docs/deployment.md is the guide.",
     no_args_is_help=True,
 )
@@ -169,7 +169,9 @@ def run(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            help="As in `layerfed run`: a file, then key=value", metavar="[CONF] [KEY=VALUE]…"
+            help="As in `layerfed run`: a file, then key=value",
+            metavar="[CONF] [KEY=VALUE]…",
+            autocompletion=complete_setting,
         ),
     ] = None,
     resume: Annotated[

@@ -6,6 +6,7 @@ from layerfed.exchange.codecs import CODECS, Codec, compress
 from layerfed.exchange.global_model import GlobalModel
 from layerfed.exchange.ledger import Holdings, Ledger, Traffic
 from layerfed.exchange.messages import (
+    WRONG_SETTINGS,
     Description,
     Manifest,
     TrainReply,
@@ -38,6 +39,7 @@ from layerfed.exchange.transport import exchange
 
 __all__ = [
     "CODECS",
+    "WRONG_SETTINGS",
     "Codec",
     "Description",
     "FolderStore",

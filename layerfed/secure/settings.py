@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from layerfed.config_section import ConfigError, Section
+from layerfed.config_section import ConfigError, Section, Switch
 
 __all__ = ["SecAggConfig", "refuse_with_secagg"]
 
@@ -16,7 +16,7 @@ __all__ = ["SecAggConfig", "refuse_with_secagg"]
 class SecAggConfig(Section):
     """Whether the server may see sums of updates only."""
 
-    enabled: bool = False
+    enabled: Switch = False
     # Above one half: see `Participant.share_secrets`.
     threshold: Annotated[float, Field(gt=0.5, le=1)] = 0.66
     range: Annotated[float, Field(gt=0, le=1e6)] = 8.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from logging import INFO, WARNING
+from logging import DEBUG, INFO, WARNING
 
 import numpy as np
 from flwr.common.logger import log
@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from layerfed.config import ConfigError
 from layerfed.exchange import (
+    WRONG_SETTINGS,
     Description,
     Holdings,
     Manifest,
@@ -76,6 +77,7 @@ class Population:
         self._refused: dict[int, str] = {}
         self._errors: dict[int, list[str]] = {}
         self._misfits: list[str] = []
+        self._warned: set[str] = set()
         self.nodes: dict[int, int] = {}
         """Connected clients: node id by partition id."""
 
@@ -98,7 +100,8 @@ class Population:
             hopeless = {n for n in connected if n in self._refused or self._gave_up(n)}
             if connected and hopeless == connected:
                 reasons = [*self._refused.values(), *(e[-1] for e in self._errors.values())]
-                raise RoundFailed(f"no node could describe itself: {'; '.join(reasons[:3])}")
+                distinct = "; ".join(list(dict.fromkeys(reasons))[:3])
+                raise RoundFailed(f"no node could describe itself: {distinct}")
             if time.monotonic() > deadline:
                 raise RoundFailed(
                     f"{len(self.nodes)} clients after {timeout:g} s, {self.at_least} are needed "
@@ -136,6 +139,10 @@ class Population:
         for node, reply in exchange(grid, questions.values(), patience):
             if reply is None or reply.has_error():
                 reason = "no reply in time" if reply is None else printable(str(reply.error.reason))
+                if reply is not None and reply.error.code == WRONG_SETTINGS:
+                    self._refused[node] = reason
+                    self._warn("node %d is left out: %s", node, reason)
+                    continue
                 self._errors.setdefault(node, []).append(reason)
                 log(WARNING, "node %d did not describe itself: %s", node, reason)
                 continue
@@ -156,14 +163,19 @@ class Population:
                 self._place(node, self._described[node])
         return self.nodes
 
+    def _warn(self, text: str, node: int, reason: str) -> None:
+        """Warn of what a node's or the run's settings lead to; of one reason once, not for each node."""
+        log(DEBUG if reason in self._warned else WARNING, text, node, reason)
+        self._warned.add(reason)
+
     def _gave_up(self, node: int) -> bool:
         return len(self._errors.get(node, ())) >= ATTEMPTS
 
     def _place(self, node: int, description: Description) -> None:
         if misfit := self._misfit(description):
+            self._warn("node %d is left out: %s", node, misfit)
             self._misfits.append(misfit)
             self._refused[node] = misfit
-            log(WARNING, "node %d is left out: %s", node, misfit)
             return
         other = self.nodes.setdefault(description.partition, node)
         if other != node:

@@ -24,7 +24,7 @@ QUICK = ["federation.rounds=3", "strategy.probe-batches=1", "federation.clients-
 
 
 def configured(directory: Path, *overrides: str) -> RunConfig:
-    return load_config(None, [*QUICK, f"run.dir={directory}", *overrides])
+    return load_config(None, [*QUICK, f"run.dir={directory}", *overrides]).simulated()
 
 
 class Recorded(InProcessGrid):

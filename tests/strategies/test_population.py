@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from flwr.serverapp import Grid
 from layerfed.budgets import Budgets
 from layerfed.config import BudgetConfig, ConfigError
 from layerfed.exchange import (
+    WRONG_SETTINGS,
     Description,
     Holdings,
     Manifest,
@@ -22,7 +24,7 @@ from layerfed.exchange import (
 )
 from layerfed.exchange.messages import state_held
 from layerfed.strategies import population as module
-from layerfed.strategies.population import Population, RoundFailed
+from layerfed.strategies.population import Population, RoundFailed, federation_size
 
 Answer = Callable[[Message], Message | None]
 
@@ -137,6 +139,25 @@ def test_another_federation_than_configured_is_refused_before_the_run(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Population(3, at_least=1).wait(FakeGrid({5: answer}), 5)
+
+
+def test_the_size_of_a_federation_is_what_most_nodes_say() -> None:
+    grid = FakeGrid({5: says(0, 3), 6: says(1, 3), 7: says(2, 10**6), 8: says(3)})
+    assert federation_size(grid, 5) == 3
+    with pytest.raises(ConfigError, match=r"no node states it; set federation\.clients"):
+        federation_size(FakeGrid({5: says(0)}), 5)
+
+
+def test_wrong_settings_are_said_once_and_asked_for_once(caplog: Any) -> None:
+    def wrong(message: Message) -> Message:
+        return Message(Error(WRONG_SETTINGS, "too many clients"), reply_to=message)
+
+    grid = FakeGrid({5: wrong, 6: wrong, 7: wrong})
+    logging.getLogger("flwr").propagate = True
+    with pytest.raises(RoundFailed, match=r"itself: too many clients$"):
+        Population(None, at_least=1).wait(grid, 5)
+    assert sorted(grid.asked) == [5, 6, 7]
+    assert [r.levelname for r in caplog.records if "too many" in r.message] == ["WARNING"]
 
 
 @pytest.mark.parametrize("misfit", [says(1, 5), says(9)])
