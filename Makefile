@@ -39,6 +39,9 @@ lint: $(VENV)/.installed-dev ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+generate: $(VENV)/.installed ## renew what follows from the typed configuration: pyproject.toml, docs/configuration.md
+	$(BIN)/python -m scripts.generate
+
 table: $(VENV)/.installed ## every strategy on digits, R = 1 and 2, three seeds
 	$(BIN)/layerfed compare conf/default.toml --dir runs/digits-table
 

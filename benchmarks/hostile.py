@@ -30,7 +30,7 @@ from layerfed.client_app import build_client_app
 from layerfed.config import load_config
 from layerfed.engine import HERE, InProcessGrid
 from layerfed.exchange import encode
-from layerfed.server.population import RoundFailed
+from layerfed.runs.records import RoundFailed
 from layerfed.server_app import build_server_app
 
 DEFENCES = {

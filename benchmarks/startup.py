@@ -52,7 +52,7 @@ def first_message(client_app: object, name: str) -> None:
     from flwr.app import ArrayRecord, Context, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
 
-    from layerfed.client_app import workbench
+    from layerfed.client.workbench import workbench
     from layerfed.config import NodeConfig, load_config
     from layerfed.exchange import Manifest, instruction
 

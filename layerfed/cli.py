@@ -125,7 +125,7 @@ def run(
         # Imported late, so that `--help` and a wrong configuration answer at once.
         from layerfed.engine import choose_engine, run_on
         from layerfed.runs import NotWritten, ProgressLine
-        from layerfed.server.population import RoundFailed
+        from layerfed.runs.records import RoundFailed
 
         logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
         chosen, why = choose_engine(config, wanted)
@@ -350,7 +350,7 @@ def layers(settings: Settings = None) -> None:
 
 def _measured(config: RunConfig) -> dict[str, tuple[str, str]]:
     """Measure here what the clients will measure on their devices: c_l, and c_l + D_l."""
-    from layerfed.client_app import workbench
+    from layerfed.client.workbench import workbench
 
     bench = workbench(config.to_flat())
     own, depth = bench.costs(0, config.budget.unit)  # type: ignore[arg-type]

@@ -25,7 +25,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from layerfed.client_app import Workbench, build_client_app, client_app, workbench
+from layerfed.client.workbench import Workbench, workbench
+from layerfed.client_app import build_client_app, client_app
 from layerfed.config import ConfigError, Flat, RunConfig, Scalar
 from layerfed.runs import RunFolder
 from layerfed.runs.records import Observer

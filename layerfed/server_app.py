@@ -13,25 +13,26 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.exit import add_exit_handler
 
 from layerfed.client.flops import forward_flops
+from layerfed.client.statistics import load_statistic
 from layerfed.client.training import evaluate
-from layerfed.client_app import node_store, workbench
+from layerfed.client.workbench import node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.exchange import LayerStore, record_of
 from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
-from layerfed.privacy.private_mean import PrivateAggregation
 from layerfed.privacy.protection import refuse_buffers
 from layerfed.report import draw_run
 from layerfed.runs import Checkpoints, LogLines, NotWritten, RunFolder, latest_checkpoint, lock
-from layerfed.runs.records import Observer
+from layerfed.runs.records import Observer, RoundFailed
 from layerfed.server.aggregation import Aggregation
 from layerfed.server.budgets import Budgets
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
-from layerfed.server.population import RoundFailed, federation_size
+from layerfed.server.population import federation_size
+from layerfed.server.private import Accounting, CentralNoise
 from layerfed.server.resuming import check_base
-from layerfed.server.round import Round
-from layerfed.server.secure_round import secured
-from layerfed.strategies import STRATEGIES, SelectiveStrategy
+from layerfed.server.secure_sums import SecureSums
+from layerfed.server.steps import CappedWeights, Clipping, Decoding, ServerStep
+from layerfed.strategies import RoundSettings, SelectiveStrategy, checked, options_of
 
 __all__ = ["build_account", "build_server_app", "build_strategy", "run", "server_app"]
 
@@ -53,39 +54,47 @@ def build_strategy(
     """
     if config.privacy.mode != "none":
         refuse_buffers(layers)
-    section = config.strategy
-    strategy = STRATEGIES[section.name]
+    section, server = config.strategy, config.server
+    strategy, options = options_of(config)
     costs = layer_costs(layers, config.budget.unit)
     return strategy(
         layers,
         budget=Budgets(config.budget, costs, config.run.seed, kept=strategy.within_budget),
-        clients_per_round=config.federation.cohort,
-        clients=config.federation.population,
-        min_replies=config.federation.needed_replies,
-        lr_decay=config.train.lr_decay,
-        probe_batches=section.probe_batches,
-        period=section.period,
-        theory=section.theory,
-        client_evaluation=config.task.local_test > 0,
-        over_provision=config.federation.over_provision,
-        optimizer=SERVER_OPTIMIZERS[config.server.optimizer](
-            config.server.lr, config.server.momentum, config.server.beta2, config.server.tau
+        settings=RoundSettings(
+            clients_per_round=config.federation.cohort,
+            clients=config.federation.population,
+            min_replies=config.federation.needed_replies,
+            over_provision=config.federation.over_provision,
+            lr_decay=config.train.lr_decay,
+            local_steps=config.train.steps,
+            probe_batches=section.probe_batches,
+            period=section.period,
+            theory=section.theory,
+            client_evaluation=config.task.local_test > 0,
+            codec=config.exchange.codec,
+            steps=_steps(config),
+            aggregation=Aggregation(server.aggregation, server.trim),
+            seed=config.run.seed,
         ),
-        aggregation=_aggregation(config),
-        codec=config.exchange.codec,
+        optimizer=SERVER_OPTIMIZERS[server.optimizer](
+            server.lr, server.momentum, server.beta2, server.tau
+        ),
         store=store,
-        rounds=secured(config.secagg) if config.secagg.enabled else Round,
-        seed=config.run.seed,
-        **strategy.options(config),
+        **options.model_dump(),
     )
 
 
-def _aggregation(config: RunConfig) -> Aggregation:
-    """Return how a round's updates become one."""
-    server, privacy = config.server, config.privacy
+def _steps(config: RunConfig) -> tuple[ServerStep, ...]:
+    """Return what updates go through on the server, in order."""
+    privacy = config.privacy
+    steps: list[ServerStep] = [SecureSums(config.secagg) if config.secagg.enabled else Decoding()]
+    if config.server.clip:
+        steps.append(Clipping(config.server.clip))
+    if config.federation.max_examples:
+        steps.append(CappedWeights(config.federation.max_examples))
     if privacy.mode == "central":
-        return PrivateAggregation(bound=privacy.clip, noise=privacy.noise)
-    return Aggregation(server.aggregation, server.trim, server.clip, config.federation.max_examples)
+        steps.append(CentralNoise(privacy.clip, privacy.noise))
+    return tuple(steps)
 
 
 def build_account(config: RunConfig, strategy: SelectiveStrategy) -> PrivacyAccount | None:
@@ -98,7 +107,12 @@ def build_account(config: RunConfig, strategy: SelectiveStrategy) -> PrivacyAcco
     """
     if config.privacy.mode == "none":
         return None
-    return PrivacyAccount(config.privacy, strategy.probed_in, config.federation.rounds)
+
+    def of_data(server_round: int) -> list[str]:
+        names = strategy.probed_in(server_round)
+        return [name for name in names if not load_statistic(name).public]
+
+    return PrivacyAccount(config.privacy, of_data, config.federation.rounds)
 
 
 def run(
@@ -147,6 +161,7 @@ def _run(
     test = bench.task.test_examples()
     if not config.federation.clients:
         config = config.of_size(federation_size(grid, config.federation.timeout))
+    config = checked(config)
     strategy = build_strategy(config, bench.resident.layers, node_store(context))
     account = build_account(config, strategy)
 
@@ -154,7 +169,6 @@ def _run(
         if server_round % config.run.evaluate_every and server_round != config.federation.rounds:
             return None
         # Read from the strategy's own tensors: only layers that changed are copied to the device.
-        assert strategy.model is not None
         bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
         batches = test.in_order(256, bench.device)
         accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
@@ -186,8 +200,8 @@ def _run(
         strategy.observers = (folder, *observers)
         if account is not None:
             account.recall(folder.asked(), folder.repeated_rounds)
-            # First: what it notes is what the others write and show.
-            strategy.observers = (account, *strategy.observers)
+            account.announce()
+            strategy.add_step(Accounting(account))
         if config.run.checkpoint_every:
             strategy.observers += (
                 Checkpoints(
@@ -205,7 +219,6 @@ def _run(
             train_config=ConfigRecord({"lr": config.train.lr}),
             evaluate_fn=evaluate_globally,
         )
-        assert strategy.model is not None
         folder.finish(strategy.model.tensors)
     try:
         draw_run(folder.path)

@@ -9,7 +9,7 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor, nn
 
-from layerfed import client_app
+from layerfed.client import workbench
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 
@@ -93,7 +93,7 @@ def tiny_task() -> Iterator[None]:
     from tests.tiny_task import TinyTask
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client_app, "load_task", TinyTask)
-        client_app._workbench.cache_clear()
+        patch.setattr(workbench, "load_task", TinyTask)
+        workbench._workbench.cache_clear()
         yield
-    client_app._workbench.cache_clear()
+    workbench._workbench.cache_clear()

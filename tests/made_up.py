@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -14,19 +14,19 @@ from flwr.serverapp import Grid
 from layerfed.exchange import (
     CODECS,
     Description,
+    TrainInstruction,
     describe_reply,
     evaluate_reply,
     probe_reply,
     read_config,
     read_manifest,
-    read_mask,
     record_of,
     train_reply,
 )
 from layerfed.exchange.messages import state_held
 from layerfed.models.layers import LayerMap
 from layerfed.runs.records import Observer, RoundRecord
-from layerfed.strategies import ILP, SelectiveStrategy
+from layerfed.strategies import ILP, RoundSettings, SelectiveStrategy
 from tests.conftest import TinyNet
 
 # What is made of an honest reply; it may raise, as Flower does where it cannot build a reply.
@@ -100,16 +100,17 @@ def honest(message: Message, partition: int, clients: int) -> Message:
         return describe_reply(message, Description(partition, count, partitions=clients))
     if kind == "query.probe":
         rows = {name: rng.random(LAYERS.num_blocks).tolist() for name in config["statistics"]}
-        reply = probe_reply(message, rows, count, flops=8.0)
+        reply = probe_reply(message, rows, count, flops_probe=8.0)
     elif kind == "evaluate":
-        reply = evaluate_reply(message, 3 + partition, loss=rng.random(), accuracy=rng.random())
+        reply = evaluate_reply(
+            message, 3 + partition, client_loss=rng.random(), client_accuracy=rng.random()
+        )
     else:
-        names = [
-            name for x in LAYERS.trained(read_mask(message, LAYERS)) for name in LAYERS[x].tensors
-        ]
+        mask = TrainInstruction.read(message, LAYERS.num_blocks).mask
+        names = [name for layer in LAYERS.trained(mask) for name in LAYERS[layer].tensors]
         update = {name: drawn(rng, BASE[name]) for name in names}
         parts = CODECS[config["codec"]].encode(update)
-        reply = train_reply(message, parts, count, loss=rng.random(), steps=2, flops=8.0)
+        reply = train_reply(message, parts, count, train_loss=rng.random(), steps=2, flops=8.0)
     state_held(reply, read_manifest(message)[0].digests.values(), f"store of {partition}")
     return reply
 
@@ -134,8 +135,9 @@ class Outcome(Observer):
 
 def strategy_for(clients: int, **options: Any) -> SelectiveStrategy:
     """A strategy whose masks for one client do not depend on the others."""
-    settings = {"consistency": 0.0, "clients": clients, "client_evaluation": True, **options}
-    return ILP(LAYERS, **settings)
+    options = {"consistency": 0.0, "clients": clients, "client_evaluation": True, **options}
+    rounds = {f.name: options.pop(f.name) for f in fields(RoundSettings) if f.name in options}
+    return ILP(LAYERS, settings=RoundSettings(**rounds), **options)
 
 
 def run(grid: Federation, rounds: int = 2, **options: Any) -> Outcome:
@@ -149,6 +151,5 @@ def run(grid: Federation, rounds: int = 2, **options: Any) -> Outcome:
         train_config=ConfigRecord({"lr": 0.1}),
         evaluate_fn=lambda number, arrays: MetricRecord({"accuracy": 0.5, "loss": 1.0}),
     )
-    assert strategy.model is not None
     outcome.model = strategy.model.tensors
     return outcome

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import layerfed
 from layerfed.cli import app
-from layerfed.config import complete_setting
+from layerfed.config.command_line import complete_setting
 from layerfed.runs import ProgressLine
 
 cli = CliRunner()
@@ -62,6 +62,7 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
         ".lock",
         "accuracy.png",
         "checkpoint",
+        "clients.jsonl",
         "config.json",
         "layers.json",
         "layers.png",

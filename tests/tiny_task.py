@@ -11,7 +11,8 @@ from flwr.app import ConfigRecord, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from layerfed.client_app import client_app, workbench
+from layerfed.client.workbench import workbench
+from layerfed.client_app import client_app
 from layerfed.config import RunConfig, Scalar, load_config
 from layerfed.engine import InProcessGrid
 from layerfed.exchange import record_of
@@ -125,6 +126,5 @@ def run(config: RunConfig, rounds: int = 1, grid: InProcessGrid | None = None) -
         timeout=60,
         train_config=ConfigRecord({"lr": config.train.lr}),
     )
-    assert strategy.model is not None
     found.after = strategy.model.tensors
     return found

@@ -107,8 +107,7 @@ def load_plan(
     try:
         table = _Table.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:
-        known = f"{', '.join(_Table.model_fields)}; of an experiment: "
-        known += ", ".join(_Experiment.model_fields)
+        known = [*_Table.model_fields, *(f"experiments.*.{k}" for k in _Experiment.model_fields)]
         raise ConfigError(f"{file}: {explain(error, known)}") from None
     if unknown := [name for name in only if name not in table.experiments]:
         raise ConfigError(

@@ -14,17 +14,18 @@ from layerfed.config.run import (
     Scalar,
     ServerConfig,
     StrategyConfig,
-    StrategyName,
     TaskConfig,
     TrainConfig,
     explain,
     flatten,
     load_config,
     nearest,
+    nearest_key,
     parse_override,
     run_keys,
+    section_keys,
 )
-from layerfed.config.secagg import SecAggConfig, refuse_with_secagg
+from layerfed.config.secagg import SecAggConfig, refuse_different_masks, refuse_with_secagg
 from layerfed.config.section import ConfigError, Section
 
 __all__ = [
@@ -44,14 +45,16 @@ __all__ = [
     "Section",
     "ServerConfig",
     "StrategyConfig",
-    "StrategyName",
     "TaskConfig",
     "TrainConfig",
     "explain",
     "flatten",
     "load_config",
     "nearest",
+    "nearest_key",
     "parse_override",
+    "refuse_different_masks",
     "refuse_with_secagg",
     "run_keys",
+    "section_keys",
 ]

@@ -18,6 +18,7 @@ from layerfed.config.run import (
     DeviceName,
     RunConfig,
     explain,
+    section_keys,
 )
 from layerfed.config.section import Section
 
@@ -142,8 +143,7 @@ class NodeConfig(Section):
         try:
             return cls.model_validate(dict(settings))
         except ValidationError as error:
-            known = ", ".join(name.replace("_", "-") for name in cls.model_fields)
-            raise ConfigError(f"node-config: {explain(error, known)}") from None
+            raise ConfigError(f"node-config: {explain(error, section_keys(cls))}") from None
 
     def applied_to(self, config: RunConfig) -> RunConfig:
         """Return the run's configuration with what this node decides for itself in its place.

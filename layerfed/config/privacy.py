@@ -77,11 +77,6 @@ def check_private(config: RunConfig) -> None:
             f"privacy.delta = {section.delta:g} is not below 1 / federation.clients = {1 / clients:g}: "
             "so large a δ allows giving one client's data away in full; lower it"
         )
-    if config.strategy.name == "fedtlu" and config.strategy.side == "client":
-        raise ConfigError(
-            f"strategy.side = 'client' does not go with {mode}: which layers a client sends "
-            "would follow from its own update, and no noise covers that; use strategy.side=server"
-        )
     server = config.server
     if section.mode == "central" and server.aggregation != "mean":
         raise ConfigError(
@@ -93,13 +88,6 @@ def check_private(config: RunConfig) -> None:
         raise ConfigError(
             f"server.clip = {server.clip:g} does not go with {mode}: privacy.clip bounds updates "
             "already, and how many were scaled down would be recorded without noise; set it to 0"
-        )
-    resampled = config.strategy.name == "random" and config.strategy.resample_steps > 0
-    if resampled and config.train.local_epochs > 0:
-        raise ConfigError(
-            f"strategy.resample-steps = {config.strategy.resample_steps} with train.local-epochs does "
-            f"not go with {mode}: how often to draw would follow from a client's number of examples, "
-            "which it does not say then; use train.local-steps"
         )
     if config.task.local_test > 0:
         raise ConfigError(

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from layerfed.config.privacy import PrivacyConfig, check_private
 from layerfed.config.secagg import SecAggConfig, refuse_with_secagg
@@ -46,9 +46,6 @@ __all__ = [
 Scalar = str | int | float | bool
 Flat = dict[str, Scalar]
 
-StrategyName = Literal[
-    "ilp", "full", "top", "bottom", "both", "random", "cyclic", "snr", "rgn", "fedtlu"
-]
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
 TASK_NAMES = ("digits", "cifar10", "domainnet", "xglue_nc", "qa", "custom")
 # Libraries that models come from, with a slash before the model's name there.
@@ -181,24 +178,34 @@ class FederationConfig(Section):
 
 
 class StrategyConfig(Section):
-    """Who picks the layers, and how."""
+    """Who picks the layers, and how.
 
-    name: StrategyName = "ilp"
-    consistency: float = 0.1
-    consistency_scale: Literal["relative", "raw"] = "relative"
-    probe_batches: Annotated[int, Field(ge=0)] = 1
-    solver: Literal["auto", "lagrangian", "milp"] = "auto"
-    solver_seconds: Annotated[float, Field(gt=0)] = 10.0
-    solver_gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
-    solver_rounding: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    What is more than this are options of single strategies, which each strategy declares and checks
+    itself (`strategies.checked`), so that one file may hold the options of several.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Scalar]
+
+    name: str = "ilp"
     period: Positive = 1
-    form: Literal["paper", "code"] = "paper"
-    resample_steps: Annotated[int, Field(ge=0)] = 0
-    warmup_rounds: Annotated[int, Field(ge=0)] = 0
-    side: Literal["server", "client"] = "server"
-    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    norm: Literal["l1", "l2"] = "l2"
     theory: Switch = False
+    probe_batches: Annotated[int, Field(ge=0)] = 1
+
+    @property
+    def options(self) -> dict[str, Scalar]:
+        """The options of single strategies, by key."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @field_validator("name")
+    @classmethod
+    def _a_name(cls, name: str) -> str:
+        if not re.fullmatch(r"\w+|[\w.]+:\w+", name):
+            raise ConfigError(
+                f"strategy.name = '{name}' is not allowed: it should be the name of a strategy, or one "
+                "of your own as module:Class"
+            )
+        return name
 
 
 class BudgetConfig(Section):
@@ -298,7 +305,7 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     federation: FederationConfig = FederationConfig()
-    strategy: StrategyConfig = StrategyConfig()
+    strategy: StrategyConfig = StrategyConfig()  # type: ignore[call-arg]
     budget: BudgetConfig = BudgetConfig()
     train: TrainConfig = TrainConfig()
     server: ServerConfig = ServerConfig()
@@ -327,7 +334,7 @@ class RunConfig(Section):
             if not dot or section not in cls.model_fields:
                 raise ConfigError(
                     f"unknown key '{key}'; keys are section.name with a section of "
-                    f"{', '.join(cls.model_fields)}{_nearest_key(key)}"
+                    f"{', '.join(cls.model_fields)}{nearest_key(key, run_keys())}"
                 )
             nested.setdefault(section, {})[name] = value
         try:
@@ -368,24 +375,24 @@ class RunConfig(Section):
         return {f"{s}.{k}": v for s, keys in nested.items() for k, v in keys.items()}
 
 
-def explain(error: ValidationError, known: str = "") -> str:
+def explain(error: ValidationError, keys: Sequence[str] = (), prefix: str = "") -> str:
     """Turn pydantic's findings into one line a user can act on.
 
     Parameters
     ----------
     error : pydantic.ValidationError
-    known : str
-        The keys there are, for an unknown one; empty takes those of the run configuration's section.
+    keys : Sequence[str]
+        The keys there are; by default those of a run's configuration.
+    prefix : str
+        Stands before the keys that were checked, as in `strategy.`.
     """
     lines = []
     for finding in error.errors():
-        key = ".".join(str(part) for part in finding["loc"])
+        key = prefix + ".".join(str(part) for part in finding["loc"])
         if finding["type"] == "extra_forbidden":
-            among = known or ", ".join(
-                k for k in run_keys() if k.split(".")[0] == finding["loc"][0]
-            )
-            close = nearest(key, known.split(", ")) if known else _nearest_key(key)
-            lines.append(f"unknown key '{key}'; known keys: {among}{close}")
+            known = keys or [k for k in run_keys() if k.split(".")[0] == key.split(".")[0]]
+            close = nearest_key(key, keys or run_keys())
+            lines.append(f"unknown key '{key}'; known keys: {', '.join(known)}{close}")
         elif finding["type"] == "value_error":
             lines.append(str(finding["ctx"]["error"]))
         else:
@@ -395,14 +402,21 @@ def explain(error: ValidationError, known: str = "") -> str:
     return "; ".join(lines)
 
 
+def section_keys(section: type[Section], prefix: str = "") -> list[str]:
+    """Return the keys of a section, as users write them."""
+    return [f"{prefix}{name.replace('_', '-')}" for name in section.model_fields]
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """Return "; did you mean …?" with the known key nearest to one that is unknown, or nothing."""
+    keys = list(known)
+    same = [k for k in keys if k.partition(".")[2] == key]
+    return f"; did you mean {same[0]}?" if same else nearest(key, keys)
+
+
 def run_keys() -> list[str]:
     """Return every key of a run's configuration."""
     return list(RunConfig().to_flat())
-
-
-def _nearest_key(key: str) -> str:
-    same = [known for known in run_keys() if known.partition(".")[2] == key]
-    return f"; did you mean {same[0]}?" if same else nearest(key, run_keys())
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from layerfed.config.section import ConfigError, Section, Switch
 
-__all__ = ["SecAggConfig", "refuse_with_secagg"]
+__all__ = ["SecAggConfig", "refuse_different_masks", "refuse_with_secagg"]
 
 
 class SecAggConfig(Section):
@@ -37,17 +37,13 @@ ALLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "federation.max-examples": ((0,), SINGLE_UPDATES),
     "privacy.mode": (("none", "local"), SINGLE_UPDATES),
 }
-# Strategies whose clients have equal masks only by chance.
-NEVER_SHARED = ("random", "snr", "rgn")
-# Strategies that follow the budgets: with equal ones all clients get the same layers.
-FOLLOW_BUDGETS = ("top", "bottom", "both", "cyclic")
 
 
 def refuse_with_secagg(flat: Mapping[str, Any]) -> None:
     """Refuse settings of a run with secure aggregation that no round could work with.
 
     What depends on the clients (their own budgets, what an integer program selects) is seen in the
-    round, see `strategies/secure_round.py`.
+    round, see `server/secure_sums.py`.
 
     Parameters
     ----------
@@ -62,7 +58,6 @@ def refuse_with_secagg(flat: Mapping[str, Any]) -> None:
     for key, (values, why) in ALLOWED.items():
         if key in flat and flat[key] not in values:
             raise _refused(key, flat[key], why, f"set {key}={values[0]}")
-    _refuse_masks_that_differ(flat)
     clients = flat["federation.clients-per-round"] or flat["federation.clients"]
     if not clients:
         return  # the federation states its size; this is checked once it is known
@@ -86,22 +81,33 @@ def refuse_with_secagg(flat: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_masks_that_differ(flat: Mapping[str, Any]) -> None:
+def refuse_different_masks(flat: Mapping[str, Any], masks: str) -> None:
+    """Refuse a strategy whose clients train different layers.
+
+    Parameters
+    ----------
+    flat : Mapping[str, Any]
+        All settings of a run, by dotted key.
+    masks : {"shared", "within-budget", "own"}
+        What the strategy's masks are like.
+
+    Raises
+    ------
+    ConfigError
+        Naming the setting and what to do.
+    """
+    if not flat["secagg.enabled"] or masks == "shared":
+        return
     strategy = flat["strategy.name"]
-    if strategy in NEVER_SHARED:
+    if masks == "own":
         raise _refused(
-            "strategy.name", strategy, OWN_LAYERS, "use ilp, top, bottom, cyclic or full"
-        )
-    if strategy == "fedtlu" and flat["strategy.side"] == "client":
-        raise _refused("strategy.side", "client", OWN_LAYERS, "set strategy.side=server")
-    if strategy == "ilp" and flat["strategy.consistency"] <= 0:
-        raise _refused(
-            "strategy.consistency", flat["strategy.consistency"], OWN_LAYERS, "make it large"
+            "strategy.name",
+            strategy,
+            OWN_LAYERS,
+            "use top, bottom, cyclic, full, fedtlu with side=server, or ilp with a large consistency",
         )
     kind, low, high = flat["budget.kind"], flat["budget.min"], flat["budget.max"]
-    if strategy in FOLLOW_BUDGETS and (
-        kind == "per-node" or (kind == "half-normal" and low != high)
-    ):
+    if kind == "per-node" or (kind == "half-normal" and low != high):
         raise _refused(
             "budget.kind",
             kind,

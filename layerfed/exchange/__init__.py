@@ -3,6 +3,7 @@
 from layerfed.exchange.arrays import RefusedReply, encode, record_of
 from layerfed.exchange.bounds import check_reply
 from layerfed.exchange.codecs import CODECS, Codec, compress
+from layerfed.exchange.instruction import TrainInstruction, Upload
 from layerfed.exchange.messages import (
     WRONG_SETTINGS,
     Description,
@@ -17,24 +18,17 @@ from layerfed.exchange.messages import (
     read_evaluation,
     read_held,
     read_manifest,
-    read_mask,
     read_missing,
     read_statistics,
     read_train_reply,
     train_reply,
 )
-from layerfed.exchange.partial import (
-    layer_steps,
-    read_schedule,
-    read_upload,
-    read_uploaded,
-    scheduled,
-    upload_of,
-)
+from layerfed.exchange.metrics import METRICS, Metric, Numbers, Work
 from layerfed.exchange.store import FolderStore, LayerStore, MemoryStore, open_store
 
 __all__ = [
     "CODECS",
+    "METRICS",
     "WRONG_SETTINGS",
     "Codec",
     "Description",
@@ -42,15 +36,19 @@ __all__ = [
     "LayerStore",
     "Manifest",
     "MemoryStore",
+    "Metric",
+    "Numbers",
     "RefusedReply",
+    "TrainInstruction",
     "TrainReply",
+    "Upload",
+    "Work",
     "check_reply",
     "compress",
     "describe_reply",
     "encode",
     "evaluate_reply",
     "instruction",
-    "layer_steps",
     "open_store",
     "probe_reply",
     "read_config",
@@ -58,15 +56,9 @@ __all__ = [
     "read_evaluation",
     "read_held",
     "read_manifest",
-    "read_mask",
     "read_missing",
-    "read_schedule",
     "read_statistics",
     "read_train_reply",
-    "read_upload",
-    "read_uploaded",
     "record_of",
-    "scheduled",
     "train_reply",
-    "upload_of",
 ]

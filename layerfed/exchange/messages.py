@@ -7,15 +7,14 @@ Every instruction carries a `config` record; one that concerns the model also ca
 message type    config                                        reply
 =============== ============================================= =====================================
 query.describe                                                partition, partitions, examples, budget
-query.probe     round, statistics, batches                    examples, one list of L a statistic
-train           round, mask (L zeros and ones), learning      arrays: Δ of the trained layers,
-                rate, codec, run; schedule, upload            encoded; examples, costs; loss, steps
-evaluate        round                                         examples, loss, accuracy
+query.probe     round, statistics, batches                    examples; one list of L a statistic
+train           that of a `TrainInstruction`                  arrays: Δ of the trained layers,
+                                                              encoded; examples
+evaluate        round                                         examples
 =============== ============================================= =====================================
 
-`schedule` and `upload` come with strategies whose clients change layers within a round, or send fewer
-than they trained: see `exchange/partial.py`. Secure sums add queries of their own, see
-`secure/messages.py`.
+A reply also states the metrics of its phase (`exchange/metrics.py`). Secure sums add queries of their
+own (`secure/messages.py`).
 
 Each reply says besides, in `layers`, which of the manifest's versions the node keeps and in which store,
 or, instead of an answer, which it is *missing*: those are sent again.
@@ -38,6 +37,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from layerfed.exchange.arrays import RefusedReply, decode, record_of
 from layerfed.exchange.bounds import MAX_STATISTIC, check_values, number, row_of
 from layerfed.exchange.codecs import CODECS, Codec
+from layerfed.exchange.metrics import METRICS, metrics_of
 from layerfed.models.layers import LayerMap
 
 __all__ = [
@@ -56,7 +56,6 @@ __all__ = [
     "read_evaluation",
     "read_held",
     "read_manifest",
-    "read_mask",
     "read_metrics",
     "read_missing",
     "read_statistics",
@@ -73,8 +72,6 @@ MAX_PARTITION = 2**31
 MAX_HELD = 100_000
 # Error code, of ours: a node whose settings cannot be run says so, and is not asked again.
 WRONG_SETTINGS = 1000
-# What a client says its work took.
-COSTS = ("steps", "flops", "seconds", "peak-memory")
 
 
 @dataclass(frozen=True)
@@ -149,22 +146,6 @@ def read_config(message: Message) -> Mapping[str, Any]:
     return message.content.config_records["config"]
 
 
-def read_mask(message: Message, layers: LayerMap) -> tuple[bool, ...]:
-    """Return the L booleans of a train instruction.
-
-    Raises
-    ------
-    ValueError
-        If the mask's length is not the model's number of blocks.
-    """
-    mask = read_config(message)["mask"]
-    if len(mask) != layers.num_blocks:
-        raise ValueError(
-            f"the server sent a mask over {len(mask)} layers, this model has {layers.num_blocks}"
-        )
-    return tuple(bool(m) for m in mask)
-
-
 # ------------------------------------------------------------------------------------ replies
 def describe_reply(message: Message, description: Description) -> Message:
     """Answer `query.describe`."""
@@ -196,13 +177,17 @@ def probe_reply(
 
 
 def train_reply(
-    message: Message, update: Mapping[str, np.ndarray], examples: int, **metrics: float
+    message: Message, update: Mapping[str, np.ndarray], examples: int | None, **metrics: float
 ) -> Message:
-    """Answer `train`: Δ_i of the trained layers, as its codec wrote it, and what it took."""
+    """Answer `train`: Δ_i of the trained layers, as its codec wrote it, and the metrics of the work.
+
+    `examples` is None where the number is hidden in the arrays.
+    """
+    stated = {} if examples is None else {"examples": examples}
     content = RecordDict(
         {
             "arrays": record_of(update),
-            "metrics": MetricRecord(cast(Any, {"examples": examples, **metrics})),
+            "metrics": MetricRecord(cast(Any, {**stated, **metrics})),
         }
     )
     return Message(content, reply_to=message)
@@ -240,8 +225,11 @@ def read_metrics(message: Message, *, required: Iterable[str]) -> dict[str, floa
         raise RefusedReply(f"its metrics are not finite: {', '.join(bad)}")
     if bad := [name for name, value in numbers.items() if abs(value) > MAX_STATISTIC]:
         raise RefusedReply(f"its metrics hold what none can be: {', '.join(bad)}")
-    if bad := [name for name in COSTS if numbers.get(name, 0.0) < 0]:
-        raise RefusedReply(f"its metrics are negative: {', '.join(bad)}")
+    for name, value in numbers.items():
+        if name in METRICS and value < METRICS[name].least:
+            raise RefusedReply(
+                f"it states {name} = {value:g}; {METRICS[name].least:g} or more is allowed"
+            )
     return numbers
 
 
@@ -349,7 +337,8 @@ def read_train_reply(
 
 def read_evaluation(message: Message) -> tuple[int, dict[str, float]]:
     """Read the answer to `evaluate`: the number of examples and the metrics over them."""
-    metrics = read_metrics(message, required=("examples", "loss", "accuracy"))
+    names = [metric.name for metric in metrics_of("evaluate")]
+    metrics = read_metrics(message, required=("examples", *names))
     return _examples(metrics), metrics
 
 

@@ -24,8 +24,6 @@ from typing import Literal
 from flwr.common.logger import log
 
 from layerfed.config import ConfigError, PrivacyConfig
-from layerfed.privacy.protection import PUBLIC_STATISTICS
-from layerfed.runs.records import Observer, RoundRecord
 
 __all__ = ["Covers", "PrivacyAccount", "epsilon_of"]
 
@@ -63,8 +61,8 @@ def _precision(noise: float) -> float:
     return 4.0 / noise**2 if noise > 0 else math.inf
 
 
-class PrivacyAccount(Observer):
-    """Adds up what each client has revealed, and writes ε into the record of each round.
+class PrivacyAccount:
+    """Adds up what each client has revealed.
 
     It depends on the settings and on who was asked in which round, and on nothing else: a resumed run
     gets it back from its ledger. Whoever was asked counts, whether or not a usable answer came.
@@ -73,7 +71,7 @@ class PrivacyAccount(Observer):
     ----------
     section : PrivacyConfig
     probed : Callable[[int], Iterable[str]]
-        The statistics that clients are asked for in a round.
+        The statistics of its data that a client is asked for in a round.
     rounds : int
         Of the whole run.
 
@@ -88,6 +86,7 @@ class PrivacyAccount(Observer):
     ) -> None:
         self._section = section
         self._probed = probed
+        self._rounds = rounds
         self._spent: dict[int, float] = defaultdict(float)
         self._again = 0.0
         asks = any(self._private_in(number) for number in range(1, rounds + 1))
@@ -98,7 +97,7 @@ class PrivacyAccount(Observer):
 
     def _private_in(self, server_round: int) -> int:
         """Return how many statistics of its data a client is asked for in a round."""
-        return len(set(self._probed(server_round)) - PUBLIC_STATISTICS)
+        return len(set(self._probed(server_round)))
 
     def _cost(self, server_round: int) -> float:
         """Return what a client reveals in a round, Σ s⁻² of its update and its statistics."""
@@ -135,9 +134,9 @@ class PrivacyAccount(Observer):
             self.count(server_round, clients)
         self._again += sum(self._cost(server_round) for server_round in repeated)
 
-    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Say what is and is not protected."""
-        section = self._section
+    def announce(self) -> None:
+        """Log what is protected, and what is not."""
+        section, rounds = self._section, self._rounds
         most = sum(self._cost(number) for number in range(1, rounds + 1))
         log(
             INFO,
@@ -156,8 +155,3 @@ class PrivacyAccount(Observer):
                 "that are sent without noise; set privacy.statistics-clip and "
                 "privacy.statistics-noise, or choose a strategy without a probe",
             )
-
-    def on_round(self, record: RoundRecord) -> None:
-        """Count the round, and note ε after it."""
-        self.count(record.round, record.ledger.rows)
-        record.epsilon, record.epsilon_covers = self.epsilon, self.covers

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +19,9 @@ from layerfed.config import ConfigError, NodeConfig, PrivacyConfig
 from layerfed.exchange.clipping import clipped
 from layerfed.models.layers import LayerMap
 
-__all__ = ["PUBLIC_STATISTICS", "Entropy", "Protection", "add_noise", "gaussian", "refuse_buffers"]
+__all__ = ["Entropy", "Protection", "add_noise", "gaussian", "refuse_buffers"]
 
 Entropy = Callable[[int], bytes]
-
-PUBLIC_STATISTICS = frozenset({"param_norm_sq"})
-"""Statistics of the global model alone, which say nothing of a client's data."""
 
 PIECE = 2**16
 
@@ -133,15 +130,18 @@ class Protection:
         return sent
 
     def statistics(
-        self, statistics: Mapping[str, Sequence[float]], entropy: Entropy = os.urandom
+        self,
+        statistics: Mapping[str, Sequence[float]],
+        public: Collection[str] = (),
+        entropy: Entropy = os.urandom,
     ) -> dict[str, list[float]]:
-        """Clip each statistic that depends on data, add the noise, and cut off what is below 0."""
+        """Clip each statistic that is not public, add the noise, and cut off what is below 0."""
         if self.statistics_clip == 0:
             return {name: list(row) for name, row in statistics.items()}
         sent = {}
         for name, row in statistics.items():
             values = np.array(row, dtype=np.float64)
-            if name not in PUBLIC_STATISTICS:
+            if name not in public:
                 values = np.array(clipped({name: values}, self.statistics_clip)[0][name])
                 add_noise(values, self.statistics_noise * self.statistics_clip, entropy)
             sent[name] = np.maximum(values, 0.0).tolist()

@@ -79,15 +79,15 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def append_line(file: Path, row: Mapping[str, Any]) -> None:
-    """Append a line to a `.jsonl` file, all of it or nothing.
+def append_line(file: Path, *rows: Mapping[str, Any]) -> None:
+    """Append lines to a `.jsonl` file, all of them or nothing.
 
     Raises
     ------
     NotWritten
         If it cannot be written.
     """
-    rest = memoryview((json.dumps(row) + "\n").encode())
+    rest = memoryview("".join(json.dumps(row) + "\n" for row in rows).encode())
     try:
         # Without a buffer, which would be tried again when the file is closed.
         with file.open("ab", buffering=0) as stream:

@@ -24,6 +24,7 @@ from filelock import FileLock
 from flwr.common.logger import log
 
 from layerfed.config import ConfigError, RunConfig
+from layerfed.exchange.metrics import METRICS
 from layerfed.models.layers import LayerMap
 from layerfed.runs.files import (
     NotWritten,
@@ -40,8 +41,8 @@ from layerfed.runs.records import Observer, RoundRecord, SelectionRecord
 __all__ = ["RunFolder"]
 
 PACKAGES = ("layerfed", "flwr", "torch", "timm", "numpy", "pulp")
-# Files with a line a round.
-LINES = ("metrics.jsonl", "ledger.jsonl", "selection.jsonl")
+# Files with lines of each round.
+LINES = ("metrics.jsonl", "ledger.jsonl", "clients.jsonl", "selection.jsonl")
 # Names in the folder's files of what the ledger counts.
 TRAFFIC = {
     "bytes_up": "up",
@@ -76,7 +77,9 @@ class RunFolder(Observer):
         self._began = time.monotonic()
         self._before = 0.0
         self._initial: float | None = None
-        self._totals: dict[str, float] = dict.fromkeys((*TRAFFIC, "flops", "flops_probe"), 0)
+        self._totals: dict[str, float] = dict.fromkeys(
+            (*TRAFFIC, *(m.name for m in METRICS.values() if m.total)), 0
+        )
         self._failures = 0
         self._epsilon: dict[str, Any] = {"epsilon": None, "epsilon_covers": None}
         self.repeated_rounds: list[int] = []
@@ -246,20 +249,18 @@ class RunFolder(Observer):
             self._initial = accuracy
 
     def on_round(self, record: RoundRecord) -> None:
-        """Append a line each to `metrics.jsonl`, `ledger.jsonl` and `selection.jsonl`."""
+        """Append what the round left to the files that hold lines of each round."""
         total = record.ledger.total()
         line: dict[str, Any] = {
             "round": record.round,
             "accuracy": record.accuracy,
             "loss": record.loss,
-            "train_loss": record.train_loss,
             "e1": record.e1,
             "e2": record.e2,
             "e2_masks": record.e2_masks,
             "update_norm": record.update_norm,
             "epsilon": _finite(record.epsilon),
             "epsilon_covers": record.epsilon_covers,
-            "client_accuracy": record.client_accuracy,
             "lr": record.lr,
             "clients": record.replies,
             "late": record.late,
@@ -272,16 +273,12 @@ class RunFolder(Observer):
             "seconds": record.seconds,
             "seconds_by_phase": record.seconds_by_phase,
             **{key: getattr(total, field) for key, field in TRAFFIC.items()},
-            "flops": record.flops,
-            "flops_probe": record.flops_probe,
-            "steps": record.steps,
-            "train_seconds": record.train_seconds,
-            "peak_memory": record.peak_memory,
-            "peak_memory_probe": record.peak_memory_probe,
+            **record.metrics,
         }
         self._count(line)
         append_line(self.path / "metrics.jsonl", line)
         append_line(self.path / "ledger.jsonl", _ledger_line(record.round, record.ledger))
+        append_line(self.path / "clients.jsonl", *_client_lines(record))
         if record.selection is not None:
             append_line(self.path / "selection.jsonl", _selection_line(record, record.selection))
         self._summarise("running")
@@ -343,6 +340,24 @@ def _ledger_line(server_round: int, ledger: Ledger) -> dict[str, Any]:
         for key, field in TRAFFIC.items()
     }
     return {"round": server_round, "clients": clients, **columns}
+
+
+def _client_lines(record: RoundRecord) -> list[dict[str, Any]]:
+    """Return a line for each client of a round: its bytes, what it stated, and why it failed."""
+    failures = {f.partition: f for f in record.failures}
+    return [
+        {
+            "round": record.round,
+            "client": client,
+            **{key: getattr(traffic, field) for key, field in TRAFFIC.items()},
+            "updated": list(record.updated.get(client, ())),
+            **dict.fromkeys(METRICS, None),
+            **record.numbers.rows.get(client, {}),
+            "failed": failures[client].phase if client in failures else None,
+            "reason": failures[client].reason if client in failures else None,
+        }
+        for client, traffic in sorted(record.ledger.rows.items())
+    ]
 
 
 def _selection_line(round_record: RoundRecord, record: SelectionRecord) -> dict[str, Any]:

@@ -29,6 +29,16 @@ class Traffic:
     full_down: int = 0
     full_up: int = 0
 
+    def went_down(self, size: int, *, moved: int | None = None) -> None:
+        """Add bytes from the server to the client; `moved` of them left the process, by default all."""
+        self.down += size
+        self.moved_down += size if moved is None else moved
+
+    def went_up(self, size: int, *, moved: int | None = None) -> None:
+        """Add bytes from the client to the server; `moved` of them left the process, by default all."""
+        self.up += size
+        self.moved_up += size if moved is None else moved
+
 
 class Ledger:
     """The traffic of one round, by client (partition id)."""

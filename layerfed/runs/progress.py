@@ -29,7 +29,8 @@ def _privacy(record: RoundRecord) -> str:
 
 
 def _loss(record: RoundRecord) -> str:
-    return "–" if record.train_loss is None else f"{record.train_loss:.3f}"
+    loss = record.metrics["train_loss"]
+    return "–" if loss is None else f"{loss:.3f}"
 
 
 def _percent(share: float | None) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from layerfed.exchange.metrics import Numbers
 from layerfed.runs.ledger import Ledger
 
-__all__ = ["Choice", "Failure", "Observer", "RoundRecord", "SelectionRecord"]
+__all__ = ["Choice", "Failure", "Observer", "RoundFailed", "RoundRecord", "SelectionRecord"]
 
 
 @dataclass(frozen=True)
@@ -72,29 +73,45 @@ class SelectionRecord:
     assumed: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
+class RoundFailed(RuntimeError):
+    """Too few clients to go on; the message says how many there were and why the others failed."""
+
+
 @dataclass
 class RoundRecord:
     """One round, filled in as it goes.
 
-    `moved` names the layers of the global model that changed, and `updated` says for each client (by
-    partition id) to which of them it contributed. `e1` and `e2` are the two terms of the error floor,
-    see `server/theory.py`; `e2_masks` is the part of `e2` that the masks are to blame for; None where
-    there is nothing to estimate them from. `steps` and `train_seconds` are sums over clients of what
-    they stated: local steps, and the time that these took by their own clocks. `peak_memory` and
-    `peak_memory_probe` are the most any client stated, in training and in the probe: of the phase on
-    CUDA, of its process since it started elsewhere. `late` counts
-    the clients whose training nobody waited for, since enough others had answered, and `clipped` the
-    updates that were scaled down to `server.clip`. `update_norm` is the median of the norms of clients'
-    updates, as they were read. `epsilon` is what the run has spent of privacy so far, on what
-    `epsilon_covers` names; see `layerfed.privacy.account`.
+    Attributes
+    ----------
+    accuracy, loss : float | None
+        On the server's test set.
+    lr : float | None
+        η of the round.
+    replies : int
+        Usable updates.
+    clipped : int
+        Updates that were scaled down to `server.clip`.
+    late : int
+        Clients whose training nobody waited for, since enough others had answered.
+    numbers : Numbers
+        What clients stated of their work, by client; `metrics` has them combined.
+    moved : tuple[str, ...]
+        Layers of the global model that changed.
+    updated : dict[int, tuple[str, ...]]
+        For each client (partition id), the layers among them to which it contributed.
+    e1, e2, e2_masks : float | None
+        The terms of the error floor (`server/theory.py`); `e2_masks` is the part of `e2` that the masks
+        cause. None where there is nothing to estimate them from.
+    update_norm : float | None
+        The median of the norms of clients' updates, as they were read.
+    epsilon : float | None
+        What the run has spent of privacy so far, on what `epsilon_covers` names.
     """
 
     round: int
     selection: SelectionRecord | None = None
     accuracy: float | None = None
     loss: float | None = None
-    train_loss: float | None = None
-    client_accuracy: float | None = None
     lr: float | None = None
     replies: int = 0
     clipped: int = 0
@@ -103,12 +120,7 @@ class RoundRecord:
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
     late: int = 0
     ledger: Ledger = field(default_factory=Ledger)
-    flops: float = 0.0
-    flops_probe: float = 0.0
-    steps: float = 0.0
-    train_seconds: float = 0.0
-    peak_memory: float = 0.0
-    peak_memory_probe: float = 0.0
+    numbers: Numbers = field(default_factory=Numbers)
     moved: tuple[str, ...] = ()
     updated: dict[int, tuple[str, ...]] = field(default_factory=dict)
     e1: float | None = None
@@ -117,6 +129,11 @@ class RoundRecord:
     update_norm: float | None = None
     epsilon: float | None = None
     epsilon_covers: str | None = None
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """What clients stated, combined over them: {metric: value}."""
+        return self.numbers.combined()
 
 
 class Observer:

@@ -1,4 +1,4 @@
-"""A client's part in secure sums, as Flower handlers and a mod."""
+"""A client's part in secure sums: Flower handlers, and the step that hides an update."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import asdict
 from logging import WARNING
 from typing import Any, cast
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 
 from layerfed.config import NodeConfig
 from layerfed.secure.fixed_point import FixedPoint
-from layerfed.secure.messages import answer, masked_reply, read_secure, tensors_of
+from layerfed.secure.messages import MASKED, answer, read_secure
 from layerfed.secure.participant import Participant
 
-__all__ = ["add_secure_sums", "masking"]
+__all__ = ["add_secure_sums", "mask_update"]
 
 # In Flower's context, since each message may find another process.
 STATE = "secure-sum"
 
 
 def add_secure_sums(app: ClientApp) -> None:
-    """Let a ClientApp answer the questions of a secure sum; `masking` must be the first of its mods."""
+    """Let a ClientApp answer the questions of a secure sum."""
     app.query("keys")(_keys)
     app.query("shares")(_shares)
     app.query("unmask")(_unmask)
@@ -57,21 +57,25 @@ def _unmask(message: Message, context: Context) -> Message:
     return answer(message, shares=shares)
 
 
-def masking(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Mask the update of a training reply, where its instruction is part of a secure sum (a mod).
+def mask_update(
+    message: Message, context: Context, update: Mapping[str, np.ndarray], examples: int
+) -> dict[str, np.ndarray]:
+    """Hide an update, and the number of examples, in one vector of integers.
 
-    It comes first of all mods, so that what others do to an update is done before it is hidden.
+    Parameters
+    ----------
+    message : flwr.app.Message
+        The train instruction, which is part of a secure sum.
+    context : flwr.app.Context
+    update : Mapping[str, numpy.ndarray]
+        Δ_i by tensor.
+    examples : int
+        d_i.
     """
-    reply = call_next(message, context)
-    asked = read_secure(message)
-    # A reply without an update says which layers are missing; the instruction comes again.
-    if message.metadata.message_type != "train" or asked is None or _without_update(reply):
-        return reply
+    asked = _asked(message)
     mine = _kept(context, asked)
-    arrays = reply.content.array_records["arrays"]
-    examples = int(cast(float, reply.content.metric_records["metrics"]["examples"]))
     point = FixedPoint(asked["limit"], asked["scale"])
-    vector, cut = point.encode(tensors_of(arrays), examples)
+    vector, cut = point.encode([update[name] for name in sorted(update)], examples)
     if cut:
         log(
             WARNING,
@@ -83,12 +87,7 @@ def masking(message: Message, context: Context, call_next: ClientAppCallable) ->
         )
     mine.mask(vector, asked["peers"], asked["sealed"])
     _keep(context, mine)
-    masked_reply(reply, vector)
-    return reply
-
-
-def _without_update(reply: Message) -> bool:
-    return reply.has_error() or "arrays" not in reply.content.array_records
+    return {MASKED: vector}
 
 
 def _asked(message: Message) -> Mapping[str, Any]:

@@ -20,17 +20,17 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from layerfed.exchange.arrays import LiveArray, RefusedReply, decode, record_of
+from layerfed.exchange.arrays import RefusedReply, decode
 from layerfed.exchange.messages import instruction, read_metrics
 from layerfed.secure.crypto import KEY_BYTES, SEALED_BYTES, SECRET_BYTES, UNIT
 from layerfed.secure.participant import PublicKeys
 
 __all__ = [
+    "MASKED",
     "answer",
     "attach",
-    "masked_reply",
     "question",
     "read_keys",
     "read_masked",
@@ -38,7 +38,6 @@ __all__ = [
     "read_secure",
     "read_shares",
     "secret_bytes",
-    "tensors_of",
 ]
 
 SECURE, MASKED = "secure", "masked"
@@ -78,21 +77,6 @@ def _size(value: Any) -> int:
 def answer(message: Message, **content: Any) -> Message:
     """Answer a message of the protocol."""
     return Message(RecordDict({SECURE: ConfigRecord(content)}), reply_to=message)
-
-
-def tensors_of(arrays: ArrayRecord) -> list[np.ndarray]:
-    """Return the tensors of an update in the order in which they are masked: by name."""
-    return [_values(arrays[name]) for name in sorted(arrays)]
-
-
-def _values(array: Array) -> np.ndarray:
-    return array.values if isinstance(array, LiveArray) else array.numpy()
-
-
-def masked_reply(reply: Message, vector: np.ndarray) -> None:
-    """Put a masked vector in the place of a training reply's update and number of examples."""
-    reply.content["arrays"] = record_of({MASKED: vector})
-    reply.content.metric_records["metrics"].pop("examples")
 
 
 # ---------------------------------------------------------------------------- reading replies

@@ -87,8 +87,10 @@ class Aggregator(ABC):
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
         """Take in one layer of an update; return its squared norm."""
 
-    def close(self) -> None:  # noqa: B027
-        """Take note that no update follows, before anything is read."""
+    @property
+    def sums(self) -> Mapping[str, np.ndarray]:
+        """The sums so far by tensor, float64, to be changed in place; none where nothing is summed."""
+        return {}
 
     @abstractmethod
     def changes(self, layer: str) -> list[np.ndarray]:
@@ -110,6 +112,11 @@ class MaskedMean(Aggregator):
         super().__init__(layers, trim)
         self._sums: dict[str, np.ndarray] = {}
         self._term = np.empty(PIECE)
+
+    @property
+    def sums(self) -> Mapping[str, np.ndarray]:
+        """Σ_i d_i Δ_i so far, by tensor."""
+        return self._sums
 
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
         parameters, square = set(self._layers[layer].parameters), 0.0
@@ -234,31 +241,21 @@ AGGREGATIONS: Mapping[str, type[Aggregator]] = {
 
 @dataclass(frozen=True)
 class Aggregation:
-    """How far one client's say in a round goes.
+    """How the updates of a round become one.
 
     Attributes
     ----------
     rule : {"mean", "median", "trimmed-mean"} (default: "mean")
     trim : float (default: 0.1)
         β of the trimmed mean, in [0, 0.5).
-    clip : float (default: 0)
-        An update whose norm, over all that was sent, is larger is scaled down to it; 0 is no limit.
-    max_examples : int (default: 0)
-        A client's d_i counts as at most this, wherever clients are weighed; 0 is no limit.
     """
 
     rule: str = "mean"
     trim: float = 0.1
-    clip: float = 0.0
-    max_examples: int = 0
 
     def begin(self, layers: LayerMap) -> Aggregator:
         """Return what takes one round's updates in."""
         return AGGREGATIONS[self.rule](layers, self.trim)
-
-    def counted(self, examples: int) -> int:
-        """Return as how many examples a client's count."""
-        return min(examples, self.max_examples or examples)
 
 
 WEIGHTED_MEAN = Aggregation()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from layerfed.config import ConfigError
 from layerfed.exchange import Description
 from layerfed.runs.records import Choice
 from layerfed.selection import SelectionProblem
@@ -121,13 +122,19 @@ def check_choice(name: str, choice: Choice, candidates: Candidates, *, bounded: 
 
     Raises
     ------
-    ValueError
+    ConfigError
         On masks of another shape or type, or above a budget.
     """
     shape = candidates.costs.shape
+    if not isinstance(choice, Choice) or not isinstance(choice.masks, np.ndarray):
+        what = choice.masks if isinstance(choice, Choice) else choice
+        raise ConfigError(
+            f"strategy '{name}' answered {type(what).__name__}; a Choice with a numpy array of masks is "
+            "due"
+        )
     masks = choice.masks
     if masks.shape != shape or masks.dtype != np.bool_:
-        raise ValueError(
+        raise ConfigError(
             f"strategy '{name}' gave masks of {masks.dtype}{masks.shape}; booleans of shape {shape} "
             "are due: a row for each client, a column for each layer"
         )
@@ -139,7 +146,7 @@ def check_choice(name: str, choice: Choice, candidates: Candidates, *, bounded: 
     if not problem.feasible(trained):
         spent = problem.spent(trained)
         worst = int(np.argmax(spent - problem.budgets))
-        raise ValueError(
+        raise ConfigError(
             f"strategy '{name}' spends {spent[worst]:g} of a client's budget of "
             f"{problem.budgets[worst]:g}"
         )

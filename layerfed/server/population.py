@@ -23,21 +23,18 @@ from layerfed.exchange import (
     read_held,
 )
 from layerfed.exchange.arrays import printable
+from layerfed.runs.records import RoundFailed
 from layerfed.seeding import Stream, generator
 from layerfed.server.holdings import Holdings
 from layerfed.server.transport import exchange
 
-__all__ = ["Population", "RoundFailed", "federation_size"]
+__all__ = ["Population", "federation_size"]
 
 POLL_SECONDS = 1.0
 # What a node gets to say who it is, and how often it is asked: one that is silent must not hold up a
 # federation for the whole timeout of a training round.
 PATIENCE_SECONDS = 120.0
 ATTEMPTS = 3
-
-
-class RoundFailed(RuntimeError):
-    """Too few clients to go on; the message says how many there were and why the others failed."""
 
 
 class Population:
@@ -136,10 +133,11 @@ class Population:
             )
             for node in unknown
         }
-        for node, reply in exchange(grid, questions.values(), patience):
-            if reply is None or reply.has_error():
-                reason = "no reply in time" if reply is None else printable(str(reply.error.reason))
-                if reply is not None and reply.error.code == WRONG_SETTINGS:
+        for reply in exchange(grid, questions.values(), patience):
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                reason = printable(str(reply.error.reason))
+                if reply.error.code == WRONG_SETTINGS:
                     self._refused[node] = reason
                     self._warn("node %d is left out: %s", node, reason)
                     continue

@@ -17,7 +17,7 @@ __all__ = ["exchange"]
 # A fast round is not made to wait for a poll; a slow one does not poll often.
 FIRST_WAIT, LONGEST_WAIT = 0.002, 0.1
 
-Again = Callable[[int, Message], Message | None]
+Again = Callable[[Message], Message | None]
 
 
 def exchange(
@@ -27,7 +27,7 @@ def exchange(
     *,
     again: Again | None = None,
     late: dict[str, Message] | None = None,
-) -> Iterator[tuple[int, Message | None]]:
+) -> Iterator[Message]:
     """Send messages and yield each node's reply as soon as it is there.
 
     Flower's own `send_and_receive` returns only when all replies are in, so it holds as many models as
@@ -40,17 +40,17 @@ def exchange(
         At most one a node.
     timeout : float
         Seconds to wait, from the first message on.
-    again : Callable[[int, Message], Message | None], optional
-        Given a node and its reply; what it returns is sent to that node and awaited instead.
+    again : Callable[[Message], Message | None], optional
+        Given a reply; what it returns is sent to that node and awaited instead.
     late : dict[str, flwr.app.Message], optional
         Messages of earlier exchanges that nobody waits for any more, by id: replies to them are fetched
         and dropped. Those that this exchange stops waiting for are added.
 
     Yields
     ------
-    tuple[int, Message | None]
-        The node that was asked and its reply. None for a node that gave none in time. An error made by
-        Flower on a node's behalf carries another sender, hence the node that was *asked*.
+    flwr.app.Message
+        One reply for each message, whose source is the node that was *asked*: an error stands for a
+        node that gave none in time, and for a reply that another node signed.
     """
     late = {} if late is None else late
     waiting, unsent = _send(grid, list(messages))
@@ -64,10 +64,11 @@ def exchange(
                 reply = _pull(grid, identity, asked)
                 if reply is None:
                     continue
-                found, node = True, waiting.pop(identity).metadata.dst_node_id
-                once_more = again(node, reply) if again is not None else None
+                found = True
+                del waiting[identity]
+                once_more = again(reply) if again is not None else None
                 if once_more is None:
-                    yield node, reply
+                    yield reply
                 else:
                     sent, failed = _send(grid, [once_more])
                     waiting.update(sent)
@@ -82,7 +83,7 @@ def exchange(
                 # Asking takes its time too, where the SuperLink is another process.
                 time.sleep(max(wait, time.monotonic() - began))
         for asked in [*waiting.values(), *unsent]:
-            yield asked.metadata.dst_node_id, None
+            yield _error("no reply in time", asked)
     finally:
         # Also where the caller has enough and asks for no more.
         withdraw = getattr(grid, "withdraw", None)
@@ -100,13 +101,21 @@ def _pull(grid: Grid, identity: str, asked: Message) -> Message | None:
     that says to which message a reply belongs, not the reply.
     """
     try:
-        return next(iter(grid.pull_messages([identity])), None)
+        reply = next(iter(grid.pull_messages([identity])), None)
     except httpx.HTTPError:  # not the reply, but the way to the SuperLink
         raise
     except Exception as error:
         # Building a forged reply raises nearly anything.
-        reason = printable(f"a reply that cannot be read ({type(error).__name__}: {error})")
-        return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, reason), reply_to=asked)
+        return _error(f"a reply that cannot be read ({type(error).__name__}: {error})", asked)
+    if reply is None or reply.metadata.src_node_id == asked.metadata.dst_node_id:
+        return reply
+    if reply.has_error():  # by Flower, on the node's behalf
+        return _error(str(reply.error.reason), asked, reply.error.code)
+    return _error(f"it was sent by node {reply.metadata.src_node_id}, which was not asked", asked)
+
+
+def _error(reason: str, asked: Message, code: int = ErrorCode.MESSAGE_UNAVAILABLE) -> Message:
+    return Message(Error(code, printable(reason)), reply_to=asked)
 
 
 def _send(grid: Grid, outbox: list[Message]) -> tuple[dict[str, Message], list[Message]]:

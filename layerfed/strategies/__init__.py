@@ -1,10 +1,24 @@
-"""Who trains which layers. A strategy is one file here, one line in `STRATEGIES`, and a test."""
+"""Who trains which layers. A strategy is one file here, one line in `STRATEGIES`, and a test.
+
+A strategy of your own need not be here: `strategy.name = "my_package.my_module:MyStrategy"` names it
+wherever a name does.
+"""
 
 from __future__ import annotations
 
-from layerfed.server.candidates import Candidates
-from layerfed.server.population import RoundFailed
-from layerfed.strategies.base import SelectiveStrategy
+from importlib import import_module
+from typing import Any
+
+from layerfed.config import (
+    ConfigError,
+    RunConfig,
+    StrategyConfig,
+    nearest,
+    nearest_key,
+    refuse_different_masks,
+    section_keys,
+)
+from layerfed.strategies.base import Masks, RoundSettings, SelectiveStrategy
 from layerfed.strategies.both import Both
 from layerfed.strategies.bottom import Bottom
 from layerfed.strategies.cyclic import Cyclic
@@ -23,17 +37,107 @@ __all__ = [
     "STRATEGIES",
     "Both",
     "Bottom",
-    "Candidates",
     "Cyclic",
     "FedTLU",
     "Full",
+    "Masks",
     "Random",
-    "RoundFailed",
+    "RoundSettings",
     "SelectiveStrategy",
     "Top",
+    "checked",
+    "load_strategy",
+    "option_keys",
+    "options_of",
 ]
 
 STRATEGIES: dict[str, type[SelectiveStrategy]] = {
     strategy.name: strategy
     for strategy in (ILP, Full, Top, Bottom, Both, Random, Cyclic, SNR, RGN, FedTLU)
 }
+
+
+def load_strategy(name: str) -> type[SelectiveStrategy]:
+    """Return the strategy of a name, in `STRATEGIES` or as `module:Class`.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such strategy, module or class, or it is no strategy.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"strategy.name = '{name}' is not allowed: it should be one of {', '.join(STRATEGIES)}, or "
+            f"a strategy of your own as module:Class{nearest(name, STRATEGIES)}"
+        )
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"strategy.name = '{name}' cannot be imported: {error}; its module must be installed where "
+            "the server runs, or lie in the current folder"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, SelectiveStrategy)):
+        raise ConfigError(f"strategy.name = '{name}' is no layerfed.strategies.SelectiveStrategy")
+    if getattr(found, "__abstractmethods__", None):
+        raise ConfigError(
+            f"strategy.name = '{name}' does not say how it selects: override `select`"
+        )
+    if not hasattr(found, "name"):
+        found.name = attribute
+    return found
+
+
+def option_keys() -> dict[str, str]:
+    """Return the options of all strategies here: {key: the strategy's name}."""
+    return {
+        key: name
+        for name, strategy in STRATEGIES.items()
+        for key in section_keys(strategy.Options, "strategy.")
+    }
+
+
+def options_of(config: RunConfig) -> tuple[type[SelectiveStrategy], Any]:
+    """Return the strategy that a configuration names, and its options, checked.
+
+    Options of the other strategies here are checked and left alone, so that one file serves them all.
+
+    Raises
+    ------
+    ConfigError
+        If the strategy or a key is unknown, or a value is not allowed.
+    """
+    strategy = load_strategy(config.strategy.name)
+    own = section_keys(strategy.Options)
+    given = config.strategy.options
+    known = [*section_keys(StrategyConfig, "strategy."), *option_keys()]
+    known += [f"strategy.{key}" for key in own]
+    if unknown := [key for key in given if f"strategy.{key}" not in known]:
+        key = f"strategy.{unknown[0]}"
+        raise ConfigError(
+            f"unknown key '{key}'; strategy.name = '{config.strategy.name}' reads "
+            f"{', '.join(own) or 'no options'}{nearest_key(key, known)}"
+        )
+    for other in STRATEGIES.values():
+        names = set(section_keys(other.Options)) - set(own)
+        other.read_options({k: v for k, v in given.items() if k in names})
+    return strategy, strategy.read_options({k: v for k, v in given.items() if k in own})
+
+
+def checked(config: RunConfig) -> RunConfig:
+    """Check what a configuration's strategy needs, and return it with the strategy's options filled in.
+
+    Raises
+    ------
+    ConfigError
+        If the strategy, its options, or the settings it is to run with are not allowed.
+    """
+    strategy, options = options_of(config)
+    strategy.refuse(options, config)
+    filled = {f"strategy.{k}": v for k, v in options.model_dump(by_alias=True).items()}
+    flat = config.to_flat() | filled
+    refuse_different_masks(flat, strategy.masks_with(options))
+    return RunConfig.from_flat(flat)

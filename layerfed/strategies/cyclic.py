@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from layerfed.config import RunConfig
+from layerfed.config import Section
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
@@ -22,42 +23,33 @@ class Cyclic(SelectiveStrategy):
     so that clients of different budgets share what they can. The order goes round: the input follows
     the output. A client that cannot afford the layer whose turn it is takes the next ones that it can.
 
-    Parameters
-    ----------
-    layers : LayerMap
-    warmup_rounds : int (default: 0)
-        Rounds at the beginning in which every client trains all layers, whatever the run's budget; only
-        what a node itself states is kept to.
-    **kwargs
-        Those of `SelectiveStrategy`.
     """
 
+    class Options(Section):
+        """How it begins."""
+
+        warmup_rounds: Annotated[int, Field(ge=0)] = 0
+        """Rounds at the beginning in which every client trains all layers, whatever the run's budget;
+        only what a node itself states is kept to."""
+
     name = "cyclic"
-
-    def __init__(self, layers: Any, *, warmup_rounds: int = 0, **kwargs: Any) -> None:
-        self.warmup_rounds = warmup_rounds
-        super().__init__(layers, **kwargs)
-
-    @classmethod
-    def options(cls, config: RunConfig) -> dict[str, Any]:
-        """Take `strategy.warmup-rounds`."""
-        return {"warmup_rounds": config.strategy.warmup_rounds}
+    options: Options
 
     def bounded(self, server_round: int) -> bool:
         """Say that budgets hold from the first turn on."""
-        return server_round > self.warmup_rounds
+        return server_round > self.options.warmup_rounds
 
     def selects_in(self, server_round: int) -> bool:
         """Say that each warm-up round selects, and then the first round of each turn."""
-        since = server_round - self.warmup_rounds - 1
-        return since < 0 or since % self.period == 0
+        since = server_round - self.options.warmup_rounds - 1
+        return since < 0 or since % self.settings.period == 0
 
     def select(self, candidates: Candidates) -> Choice:
         """Fill each budget from the layer whose turn it is upwards."""
         if not self.bounded(candidates.round):
             return affordable(candidates)
         num_blocks = candidates.costs.shape[1]
-        turn = (candidates.round - self.warmup_rounds - 1) // self.period
+        turn = (candidates.round - self.options.warmup_rounds - 1) // self.settings.period
         order = np.roll(np.arange(num_blocks), -turn)
         rows = zip(candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
         return Choice(np.stack([skip_fill(order, c, r, d) for c, r, d in rows]))

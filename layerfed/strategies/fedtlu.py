@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Literal
 
-from layerfed.config import RunConfig
-from layerfed.exchange import upload_of
+from pydantic import Field
+
+from layerfed.config import ConfigError, RunConfig, Section
+from layerfed.exchange import TrainInstruction, Upload
 from layerfed.exchange.change_score import (
-    Norm,
     change_score,
     count_of,
     highest,
@@ -16,7 +18,7 @@ from layerfed.exchange.change_score import (
 from layerfed.runs.records import Choice
 from layerfed.server.aggregation import Aggregator
 from layerfed.server.candidates import Candidates
-from layerfed.strategies.base import SelectiveStrategy
+from layerfed.strategies.base import Masks, SelectiveStrategy
 from layerfed.strategies.ranking import affordable
 
 
@@ -36,57 +38,58 @@ class FedTLU(SelectiveStrategy):
     budget says nothing. A node that itself states what it affords trains as many layers as fit, drawn
     anew each round.
 
-    Parameters
-    ----------
-    layers : LayerMap
-    side : {"server", "client"} (default: "server")
-        Who scores.
-    fraction : float (default: 0.5)
-        Share of the layers, in (0, 1], to the nearest whole number and at least one: of those that
-        anybody trained (server), or of those that the client trained.
-    norm : {"l1", "l2"} (default: "l2")
-    **kwargs
-        Those of `SelectiveStrategy`.
     """
+
+    class Options(Section):
+        """Who scores, and how."""
+
+        side: Literal["server", "client"] = "server"
+        """The server scores mean updates, or each client its own."""
+        fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+        """Share of the layers, to the nearest whole number and at least one: of those that were trained
+        by some client (server), or by this client (client)."""
+        norm: Literal["l1", "l2"] = "l2"
+        """Norm of the change in the score."""
 
     name = "fedtlu"
     within_budget = False
-
-    def __init__(
-        self,
-        layers: Any,
-        *,
-        side: Literal["server", "client"] = "server",
-        fraction: float = 0.5,
-        norm: Norm = "l2",
-        **kwargs: Any,
-    ) -> None:
-        self.side = side
-        self.fraction = fraction
-        self.norm = norm
-        super().__init__(layers, **kwargs)
+    masks = "shared"
+    options: Options
 
     @classmethod
-    def options(cls, config: RunConfig) -> dict[str, Any]:
-        """Take `strategy.side`, `strategy.fraction` and `strategy.norm`."""
-        section = config.strategy
-        return {"side": section.side, "fraction": section.fraction, "norm": section.norm}
+    def masks_with(cls, options: Options) -> Masks:
+        """Say that clients who choose what they send differ in it."""
+        return "own" if options.side == "client" else "shared"
+
+    @classmethod
+    def refuse(cls, options: Options, config: RunConfig) -> None:
+        """Refuse to have private clients choose what they send."""
+        if options.side == "client" and config.privacy.mode != "none":
+            raise ConfigError(
+                f"strategy.side = 'client' does not go with privacy.mode = '{config.privacy.mode}': "
+                "which layers a client sends would follow from its own update, and no noise covers "
+                "that; use strategy.side=server"
+            )
 
     def select(self, candidates: Candidates) -> Choice:
         """Select all layers."""
         return affordable(candidates)
 
-    def instructions(self, choice: Choice, row: int) -> dict[str, Any]:
+    def instruct(self, instruction: TrainInstruction) -> TrainInstruction:
         """Ask a client to send the layers that changed most, where clients score."""
-        trained = int(choice.masks[row].sum())
-        if self.side == "server" or not trained:
-            return {}
-        return upload_of(count_of(self.fraction, trained), self.norm)
+        trained = sum(instruction.mask)
+        if self.options.side == "server" or not trained:
+            return instruction
+        count = count_of(self.options.fraction, trained)
+        return replace(instruction, upload=Upload(count, self.options.norm))
 
     def applied(self, mean: Aggregator) -> Collection[str]:
         """Score the mean updates, where the server does."""
-        if self.side == "client":
+        if self.options.side == "client":
             return super().applied(mean)
         names = [block.name for block in self.layers.blocks if block.name in mean.weights]
-        scores = {name: change_score(mean.changes(name), self.norm) for name in names}
-        return [*highest(scores, count_of(self.fraction, len(names))), self.layers.head.name]
+        scores = {name: change_score(mean.changes(name), self.options.norm) for name in names}
+        return [
+            *highest(scores, count_of(self.options.fraction, len(names))),
+            self.layers.head.name,
+        ]

@@ -14,6 +14,7 @@ class Full(SelectiveStrategy):
 
     name = "full"
     within_budget = False
+    masks = "shared"
 
     def select(self, candidates: Candidates) -> Choice:
         """Select all layers."""

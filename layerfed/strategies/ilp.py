@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
-from layerfed.config import RunConfig
+from layerfed.config import Section
 from layerfed.runs.records import Choice
 from layerfed.selection import (
     SelectionProblem,
@@ -18,11 +19,9 @@ from layerfed.selection import (
     solve,
 )
 from layerfed.server.candidates import Candidates
-from layerfed.strategies.base import SelectiveStrategy
+from layerfed.strategies.base import Masks, SelectiveStrategy
 
 logger = logging.getLogger(__name__)
-
-Solver = Literal["auto", "lagrangian", "milp"]
 
 
 class ILP(SelectiveStrategy):
@@ -36,64 +35,37 @@ class ILP(SelectiveStrategy):
     Norms are what clients claim. One whose gains are a thousand times the median client's is scaled
     down to that, and a warning says so: next to it, theirs would be rounding errors (`limit_weights`).
 
-    Parameters
-    ----------
-    layers : LayerMap
-    consistency : float (default: 0.1)
-        λ. 0 leaves each client its own best layers, larger values pull choices together, negative ones
-        push them apart.
-    consistency_scale : {"relative", "raw"} (default: "relative")
-        Whether λ is in units of the mean selected gain per client (so that one value suits models and
-        tasks of any gradient scale, and no client's claims decide it: `scale_consistency`) or of the
-        squared norms themselves, as in the paper.
-    solver : {"auto", "lagrangian", "milp"} (default: "auto")
-    solver_seconds : float (default: 10.0)
-        Time limit a round. A gap left at the limit is logged and recorded, never hidden.
-    solver_gap : float (default: 1e-6)
-        Relative gap at which a solution counts as optimal.
-    solver_rounding : float (default: 0.02)
-        Largest share of a budget that rounding may take where costs are measured on devices and
-        stand on no grid (`round_costs`); 0 keeps them exact, which is slow from 13 layers on.
-        Objective, bound and gap are those of the rounded costs, which never spend more.
-    **kwargs
-        Those of `SelectiveStrategy`.
     """
+
+    class Options(Section):
+        """Settings of the integer program."""
+
+        consistency: float = 0.1
+        """λ: 0 leaves each client its own best layers, larger values pull choices together, negative
+        ones push them apart."""
+        consistency_scale: Literal["relative", "raw"] = "relative"
+        """Whether λ is in units of the mean selected gain per client (one value then suits models and
+        tasks of any gradient scale, and no client's claims decide it), or of the squared norms
+        themselves, as in the paper."""
+        solver: Literal["auto", "lagrangian", "milp"] = "auto"
+        """auto is fast, certified, and exact where needed."""
+        solver_seconds: Annotated[float, Field(gt=0)] = 10.0
+        """Time limit a round. A gap left at the limit is logged and recorded, never hidden."""
+        solver_gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+        """Relative gap at which a solution counts as optimal."""
+        solver_rounding: Annotated[float, Field(ge=0, lt=1)] = 0.02
+        """Largest share of a budget that rounding may take where costs are measured on devices; 0 keeps
+        them exact, which is slow from 13 layers on."""
 
     name = "ilp"
     statistics = ("grad_norm_sq",)
-
-    def __init__(
-        self,
-        layers: Any,
-        *,
-        consistency: float = 0.1,
-        consistency_scale: Literal["relative", "raw"] = "relative",
-        solver: Solver = "auto",
-        solver_seconds: float = 10.0,
-        solver_gap: float = 1e-6,
-        solver_rounding: float = 0.02,
-        **kwargs: Any,
-    ) -> None:
-        self.consistency = consistency
-        self.consistency_scale = consistency_scale
-        self.solver: Solver = solver
-        self.solver_seconds = solver_seconds
-        self.solver_gap = solver_gap
-        self.solver_rounding = solver_rounding
-        super().__init__(layers, **kwargs)
+    masks = "shared"
+    options: Options
 
     @classmethod
-    def options(cls, config: RunConfig) -> dict[str, Any]:
-        """Take λ and the solver's settings."""
-        section = config.strategy
-        return {
-            "consistency": section.consistency,
-            "consistency_scale": section.consistency_scale,
-            "solver": section.solver,
-            "solver_seconds": section.solver_seconds,
-            "solver_gap": section.solver_gap,
-            "solver_rounding": section.solver_rounding,
-        }
+    def masks_with(cls, options: Options) -> Masks:
+        """Say that masks are shared under a λ above 0: a large one makes them equal."""
+        return "shared" if options.consistency > 0 else "own"
 
     def select(self, candidates: Candidates) -> Choice:
         """Solve (P1) on the squared gradient norms."""
@@ -101,7 +73,7 @@ class ILP(SelectiveStrategy):
         problem = SelectionProblem(
             values, candidates.costs, candidates.budgets, 0.0, candidates.depth_costs
         )
-        problem, rounding = round_costs(problem, self.solver_rounding)
+        problem, rounding = round_costs(problem, self.options.solver_rounding)
         problem, weights = limit_weights(problem)
         for client in np.flatnonzero(weights < 1.0):
             logger.warning(
@@ -113,7 +85,10 @@ class ILP(SelectiveStrategy):
         problem = replace(problem, consistency=self._raw_consistency(problem))
         solved = _holding(problem, candidates) if candidates.held else problem
         found = solve(
-            solved, solver=self.solver, time_limit=self.solver_seconds, gap=self.solver_gap
+            solved,
+            solver=self.options.solver,
+            time_limit=self.options.solver_seconds,
+            gap=self.options.solver_gap,
         )
         # What held clients were promised for their masks, beyond what these are worth.
         promised = float((solved.values - problem.values)[found.masks].sum())
@@ -128,10 +103,11 @@ class ILP(SelectiveStrategy):
         )
 
     def _raw_consistency(self, problem: SelectionProblem) -> float:
-        if self.consistency_scale == "raw":
-            return self.consistency
+        options = self.options
+        if options.consistency_scale == "raw":
+            return options.consistency
         return scale_consistency(
-            problem.values, problem.costs, problem.budgets, self.consistency, problem.depth_costs
+            problem.values, problem.costs, problem.budgets, options.consistency, problem.depth_costs
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from layerfed.config import ConfigError, RunConfig
-from layerfed.exchange import scheduled
+from layerfed.config import ConfigError, RunConfig, Section
+from layerfed.exchange import TrainInstruction
 from layerfed.runs.records import Choice
 from layerfed.seeding import Stream, generator
 from layerfed.server.candidates import Candidates
@@ -26,48 +27,35 @@ class Random(SelectiveStrategy):
     draws, so that it knows which layers a reply must hold, and each draw begins with a new local
     optimiser.
 
-    Parameters
-    ----------
-    layers : LayerMap
-    resample_steps : int (default: 0)
-        Local steps between two draws; 0 keeps one draw for the whole round.
-    local_steps : Callable[[int], int], optional
-        τ_i, the local steps of a client with so many examples; needed for `resample_steps`.
-    **kwargs
-        Those of `SelectiveStrategy`.
-
-    Raises
-    ------
-    ConfigError
-        If `resample_steps` is given without `local_steps`.
     """
 
-    name = "random"
+    class Options(Section):
+        """How often it draws."""
 
-    def __init__(
-        self,
-        layers: Any,
-        *,
-        resample_steps: int = 0,
-        local_steps: Callable[[int], int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if resample_steps and local_steps is None:
-            raise ConfigError(
-                f"strategy.resample-steps = {resample_steps} needs to know how many steps clients "
-                "make: give Random(local_steps=...) too"
-            )
-        self.resample_steps = resample_steps
-        self.local_steps = local_steps
-        super().__init__(layers, **kwargs)
+        resample_steps: Annotated[int, Field(ge=0)] = 0
+        """Local steps between two draws (LISA); 0 keeps one draw for the whole round."""
+
+    name = "random"
+    masks = "own"
+    options: Options
 
     @classmethod
-    def options(cls, config: RunConfig) -> dict[str, Any]:
-        """Take `strategy.resample-steps`, and the number of steps from the train section."""
-        return {
-            "resample_steps": config.strategy.resample_steps,
-            "local_steps": config.train.steps,
-        }
+    def refuse(cls, options: Options, config: RunConfig) -> None:
+        """Refuse a number of draws that would say how many examples a private client has."""
+        if options.resample_steps and config.train.local_epochs and config.privacy.mode != "none":
+            raise ConfigError(
+                f"strategy.resample-steps = {options.resample_steps} with train.local-epochs does not "
+                f"go with privacy.mode = '{config.privacy.mode}': how often to draw would follow from a "
+                "client's number of examples, which it does not say then; use train.local-steps"
+            )
+
+    def check(self) -> None:
+        """Refuse to draw several times where the number of local steps is unknown."""
+        if self.options.resample_steps and self.settings.local_steps is None:
+            raise ConfigError(
+                f"strategy.resample-steps = {self.options.resample_steps} needs to know how many steps "
+                "clients make: give RoundSettings(local_steps=...) too"
+            )
 
     def select(self, candidates: Candidates) -> Choice:
         """Fill each budget in random orders that depend on seed, round and client only."""
@@ -91,15 +79,14 @@ class Random(SelectiveStrategy):
                 )
             )
         masks = np.stack([draws.any(axis=0) for draws in schedules])
-        return Choice(masks, schedules=schedules if self.resample_steps else None)
+        return Choice(masks, schedules=schedules if self.options.resample_steps else None)
 
-    def instructions(self, choice: Choice, row: int) -> dict[str, Any]:
-        """Send a client the masks it trains one after the other, where there are several."""
-        schedule = choice.schedule(row)
-        return scheduled(schedule, self.resample_steps) if len(schedule) > 1 else {}
+    def instruct(self, instruction: TrainInstruction) -> TrainInstruction:
+        """Say how many steps a client trains each of several masks."""
+        several = len(instruction.masks) > 1
+        return replace(instruction, steps_each=self.options.resample_steps if several else 0)
 
     def _draws(self, examples: int) -> int:
         """Return how many masks a client trains in one round."""
-        if not self.resample_steps or self.local_steps is None:
-            return 1
-        return -(-self.local_steps(examples) // self.resample_steps)
+        steps, each = self.settings.local_steps, self.options.resample_steps
+        return 1 if not each or steps is None else -(-steps(examples) // each)

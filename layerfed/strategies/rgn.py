@@ -18,6 +18,7 @@ class RGN(SelectiveStrategy):
 
     name = "rgn"
     statistics = ("grad_norm_sq", "param_norm_sq")
+    masks = "own"
 
     def select(self, candidates: Candidates) -> Choice:
         """Rank by the ratio of norms; a layer of zero parameters ranks first."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from layerfed.config import RunConfig
+from layerfed.config import Section
+from layerfed.models.layers import LayerMap
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
@@ -12,32 +13,26 @@ from layerfed.strategies.ranking import by_score
 
 
 class SNR(SelectiveStrategy):
-    """Each client trains the R_i layers with the largest signal-to-noise ratio of the gradient.
+    """Each client trains the R_i layers with the largest signal-to-noise ratio of the gradient."""
 
-    Parameters
-    ----------
-    layers : LayerMap
-    form : {"paper", "code"} (default: "paper")
-        |mean(g_l)| / var(g_l) over all elements of the layer's gradient [S]; or mean(g)² / std(g) of
+    class Options(Section):
+        """How the ratio is taken."""
+
+        form: Literal["paper", "code"] = "paper"
+        """|mean(g_l)| / var(g_l) over all elements of the layer's gradient [S]; or mean(g)² / std(g) of
         each tensor, summed over the layer [C]. They order layers differently. The released code takes
-        the gradient summed over its probe batches, here each batch's ratio is taken and averaged: on
-        one batch the two are the same.
-    **kwargs
-        Those of `SelectiveStrategy`.
-    """
+        the gradient summed over its probe batches; here each batch's ratio is taken and averaged: on
+        one batch the two are the same."""
 
     name = "snr"
     statistics = ("snr",)
+    masks = "own"
+    options: Options
 
-    def __init__(self, layers: Any, *, form: Literal["paper", "code"] = "paper", **kwargs: Any):
-        if form == "code":
-            self.statistics = ("snr_code",)
+    def __init__(self, layers: LayerMap, **kwargs: Any) -> None:
         super().__init__(layers, **kwargs)
-
-    @classmethod
-    def options(cls, config: RunConfig) -> dict[str, Any]:
-        """Take `strategy.form`."""
-        return {"form": config.strategy.form}
+        if self.options.form == "code":
+            self.statistics = ("snr_code",)
 
     def select(self, candidates: Candidates) -> Choice:
         """Rank by the probed ratio."""

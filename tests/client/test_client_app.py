@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from layerfed.client.local_sgd import LocalSGD
-from layerfed.client_app import workbench
+from layerfed.client.workbench import workbench
 from layerfed.config import RunConfig, load_config
 from layerfed.engine import run_on
 from layerfed.runs import read_lines

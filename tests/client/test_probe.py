@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layerfed.client.probe import STATISTICS, probe_layers
+from layerfed.client.probe import probe_layers
+from layerfed.client.statistics import STATISTICS, load_statistic, statistic
 from layerfed.client.training import train_layers
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
@@ -66,7 +68,7 @@ def test_statistics_equal_the_plain_computation(
 ) -> None:
     expected = naive(tiny, batches[:count])
     found, flops = probe_layers(tiny, layers, batches[:count], cross_entropy)
-    assert tuple(found) == STATISTICS
+    assert list(found) == list(STATISTICS)
     for name in STATISTICS:
         assert len(found[name]) == BLOCKS
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, err_msg=name)
@@ -172,7 +174,7 @@ def test_training_after_a_probe_equals_training_without_one(
         assert torch.equal(without[name], after[name]), name
 
 
-def test_at_most_one_gradient_is_alive_at_a_time(
+def test_at_most_one_blocks_gradients_are_alive_at_a_time(
     tiny: nn.Module, layers: LayerMap, batches: list[Batch]
 ) -> None:
     """Seen from hooks that run before the probe's own free each gradient."""
@@ -186,7 +188,8 @@ def test_at_most_one_gradient_is_alive_at_a_time(
         parameter.register_post_accumulate_grad_hook(count)
     probe_layers(tiny, layers, batches, cross_entropy)
     in_blocks = sum(len(block.parameters) for block in layers.blocks)
-    assert alive == [1] * (in_blocks * len(batches))
+    assert len(alive) == in_blocks * len(batches)
+    assert max(alive) <= max(len(block.parameters) for block in layers.blocks)
 
 
 class Constant(nn.Module):
@@ -253,3 +256,28 @@ def test_bfloat16_probes_close_to_float32(
     assert rough["grad_norm_sq"] != exact["grad_norm_sq"]
     np.testing.assert_allclose(rough["grad_norm_sq"], exact["grad_norm_sq"], rtol=0.1)
     assert rough["param_norm_sq"] == exact["param_norm_sq"]
+
+
+@statistic()
+def largest(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Return max|g|, a statistic of a strategy's own."""
+    return torch.stack([gradient.abs().max() for gradient in gradients]).max()
+
+
+def not_one(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return gradients[0].sum()
+
+
+def test_a_statistic_of_ones_own_is_named_by_module_and_function(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    name = f"{__name__}:largest"
+    found, _ = probe_layers(tiny, layers, batches[:1], cross_entropy, [name])
+    expected = [np.abs(row).max() for row in gradients(tiny, batches[0])]
+    np.testing.assert_allclose(found[name], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nothing", f"{__name__}:not_one", f"{__name__}:absent"])
+def test_what_is_no_statistic_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="unknown statistic"):
+        load_statistic(name)

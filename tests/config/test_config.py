@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from layerfed.config import ConfigError, RunConfig, flatten, load_config, parse_override
+from layerfed.config import ConfigError, RunConfig, load_config, parse_override
+from layerfed.strategies import STRATEGIES, checked
+from scripts.generate import defaults, generated, shipped, words
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_defaults_stand_the_same_in_all_three_places() -> None:
-    defaults = RunConfig().to_flat()
-    default_toml = tomllib.loads((ROOT / "conf/default.toml").read_text())
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+def test_defaults_stand_the_same_everywhere() -> None:
+    """In the types, in conf/default.toml, and in what `make generate` writes."""
+    assert shipped() == defaults()
+    assert words().keys() == defaults().keys()
+    for file, text in generated().items():
+        assert file.read_text(encoding="utf-8") == text, f"{file.name} is stale: make generate"
 
-    assert flatten(default_toml) == defaults
-    assert flatten(pyproject["tool"]["flwr"]["app"]["config"]) == defaults
+
+def test_no_two_strategies_share_an_option() -> None:
+    """A key has one default, whoever reads it."""
+    fields = [f for strategy in STRATEGIES.values() for f in strategy.Options.model_fields]
+    assert len(fields) == len(set(fields))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "conf").glob("*.toml")), ids=lambda f: f.name)
 def test_every_shipped_configuration_is_valid(file: Path) -> None:
-    assert load_config(file).federation.rounds >= 1
+    assert checked(load_config(file)).federation.rounds >= 1
 
 
 def test_flat_and_back_is_the_same_configuration() -> None:
@@ -41,7 +47,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("strategy.name=ilpp", ["strategy.name", "'ilpp'", "'bottom'", "did you mean ilp?"]),
+        ("strategy.name=ilpp", ["strategy.name", "'ilpp'", "bottom", "did you mean ilp?"]),
         ("strategy.nam=ilp", ["strategy.nam", "strategy.name"]),
         ("stratgy.name=ilp", ["stratgy.name", "did you mean strategy.name?"]),
         ("trian.lr=1", ["trian.lr", "did you mean train.lr?"]),
@@ -84,7 +90,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
 )
 def test_wrong_settings_give_one_clear_line(override: str, says: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(None, [override])
+        checked(load_config(None, [override]))
     message = str(caught.value)
     assert "\n" not in message
     assert [text for text in says if text not in message] == []
@@ -160,7 +166,7 @@ def test_what_noise_would_not_cover_is_refused(
     mode: str, settings: list[str], says: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(None, [f"privacy.mode={mode}", *settings])
+        checked(load_config(None, [f"privacy.mode={mode}", *settings]))
     message = str(caught.value)
     assert "\n" not in message
     assert [text for text in says if text not in message] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from layerfed.config import ConfigError, SecAggConfig, load_config, refuse_with_secagg
+from layerfed.strategies import checked
 
 TOP = "strategy.name=top"
 
@@ -13,15 +14,18 @@ TOP = "strategy.name=top"
     ("overrides", "says"),
     [
         (["exchange.codec=int8"], ["exchange.codec = 'int8'", "exchange.codec=float32"]),
-        (["strategy.name=random"], ["strategy.name = 'random'", "layers of its own", "use ilp"]),
+        (["strategy.name=random"], ["strategy.name = 'random'", "layers of its own", "use top"]),
         (["strategy.name=snr"], ["strategy.name = 'snr'", "layers of its own"]),
         (["strategy.name=rgn"], ["strategy.name = 'rgn'", "layers of its own"]),
         (
             ["strategy.name=fedtlu", "strategy.side=client"],
-            ["strategy.side = 'client'", "strategy.side=server"],
+            ["strategy.name = 'fedtlu'", "side=server"],
         ),
-        (["strategy.name=ilp", "strategy.consistency=0"], ["consistency = 0", "make it large"]),
-        (["strategy.name=ilp", "strategy.consistency=-1.0"], ["consistency = -1.0"]),
+        (
+            ["strategy.name=ilp", "strategy.consistency=0"],
+            ["strategy.name = 'ilp'", "ilp with a large consistency"],
+        ),
+        (["strategy.name=ilp", "strategy.consistency=-1.0"], ["strategy.name = 'ilp'"]),
         ([TOP, "budget.kind=half-normal"], ["budget.kind = 'half-normal'", "'top'", "identical"]),
         (
             ["strategy.name=cyclic", "budget.kind=per-node"],
@@ -40,13 +44,13 @@ def test_settings_that_exclude_each_other_are_refused(
     overrides: list[str], says: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(None, ["secagg.enabled=true", *overrides])
+        checked(load_config(None, ["secagg.enabled=true", *overrides]))
     message = str(caught.value)
     assert "\n" not in message
     assert [text for text in says if text not in message] == []
     if "secagg.threshold" not in says and "secagg.range" not in says:
         assert "secagg.enabled=false" in message
-        load_config(None, overrides)  # without secure aggregation it is fine
+        checked(load_config(None, overrides))  # without secure aggregation it is fine
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,7 @@ def test_settings_that_exclude_each_other_are_refused(
     ],
 )
 def test_settings_that_may_work_are_left_to_the_round(overrides: list[str]) -> None:
-    assert load_config(None, ["secagg.enabled=true", *overrides]).secagg.enabled
+    assert checked(load_config(None, ["secagg.enabled=true", *overrides])).secagg.enabled
 
 
 @pytest.mark.parametrize(

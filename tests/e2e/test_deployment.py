@@ -15,7 +15,7 @@ import httpx
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from layerfed.client_app import workbench
+from layerfed.client.workbench import workbench
 from layerfed.config import RunConfig, Scalar, load_config
 from layerfed.deploy.federation import Federation
 from layerfed.deploy.rehearsal import Comparison, Loopback, on_loopback

@@ -11,7 +11,8 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
 
-from layerfed.client_app import build_client_app, client_app, workbench
+from layerfed.client.workbench import workbench
+from layerfed.client_app import build_client_app, client_app
 from layerfed.config import RunConfig, load_config
 from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import instruction, open_store, record_of
@@ -88,7 +89,6 @@ def start(grid: Grid, config: RunConfig, rounds: int = 3) -> tuple[dict[str, np.
         timeout=60,
         train_config=ConfigRecord({"lr": config.train.lr}),
     )
-    assert strategy.model is not None
     return strategy.model.tensors, ledgers
 
 

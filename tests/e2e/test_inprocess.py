@@ -12,12 +12,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file
 
-from layerfed.client_app import build_client_app, client_app, workbench
+from layerfed.client.workbench import workbench
+from layerfed.client_app import build_client_app, client_app
 from layerfed.config import ConfigError, RunConfig, Scalar, load_config
 from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import encode
 from layerfed.runs import read_lines
-from layerfed.server.population import RoundFailed
+from layerfed.runs.records import RoundFailed
 from layerfed.server_app import build_strategy, run
 
 QUICK = ["federation.rounds=3", "strategy.probe-batches=1", "federation.clients-per-round=6"]
@@ -63,7 +64,6 @@ def start(grid: InProcessGrid, config: RunConfig, rounds: int = 1) -> dict[str, 
     strategy.start(
         grid, base, rounds, timeout=60, train_config=ConfigRecord({"lr": config.train.lr})
     )
-    assert strategy.model is not None
     return strategy.model.tensors
 
 

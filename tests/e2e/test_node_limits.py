@@ -8,7 +8,7 @@ import pytest
 from flwr.app import RecordDict
 
 from layerfed.client.training import train_update
-from layerfed.client_app import workbench
+from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, NodeConfig, Scalar
 from layerfed.engine import run_on
 from layerfed.runs import read_lines

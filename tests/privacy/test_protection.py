@@ -98,7 +98,7 @@ def test_noise_on_an_update_is_that_multiple_of_the_bound() -> None:
 def test_statistics_are_clipped_noised_and_not_negative() -> None:
     row = [3.0, 4.0, *[0.0] * 998]
     sent = Protection(clip=1, statistics_clip=0.5, statistics_noise=2.0).statistics(
-        {"grad_norm_sq": row, "param_norm_sq": row}, repeatable()
+        {"grad_norm_sq": row, "param_norm_sq": row}, ["param_norm_sq"], repeatable()
     )
     assert sent["param_norm_sq"] == row  # of the model alone
     found = np.array(sent["grad_norm_sq"])

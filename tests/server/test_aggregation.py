@@ -17,6 +17,7 @@ from layerfed.server.aggregation import (
     TrimmedMean,
 )
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
+from layerfed.server.steps import CappedWeights, ServerStep
 from tests.conftest import BLOCKS, TinyNet
 
 LAYERS = LayerMap.from_model(TinyNet())
@@ -252,6 +253,6 @@ def test_updates_are_kept_as_they_came_and_freed_layer_by_layer(rule: str) -> No
 
 
 def test_a_forged_count_counts_as_much_as_is_allowed() -> None:
-    assert Aggregation(max_examples=50).counted(2**29) == 50
-    assert Aggregation(max_examples=50).counted(49) == 49
-    assert Aggregation().counted(2**29) == 2**29
+    assert CappedWeights(50).weigh(2**29) == 50
+    assert CappedWeights(50).weigh(49) == 49
+    assert ServerStep().weigh(2**29) == 2**29

@@ -9,8 +9,8 @@ import pytest
 from flwr.app import Message
 from torch import nn
 
-from layerfed import client_app
-from layerfed.client_app import workbench
+from layerfed.client import workbench as benches
+from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, RunConfig, Scalar
 from layerfed.engine import InProcessGrid
 from layerfed.exchange import CODECS, encode, open_store
@@ -26,7 +26,7 @@ from tests.tiny_task import (
     run,
 )
 
-PRIVATE = {"loss", "steps", "seconds", "peak-memory"}
+PRIVATE = {"train_loss", "steps", "train_seconds", "peak_memory"}
 
 
 class PlainTask(TinyTask):
@@ -42,10 +42,10 @@ class PlainTask(TinyTask):
 @pytest.fixture(autouse=True, scope="module")
 def plain_task() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client_app, "load_task", PlainTask)
-        client_app._workbench.cache_clear()
+        patch.setattr(benches, "load_task", PlainTask)
+        benches._workbench.cache_clear()
         yield
-    client_app._workbench.cache_clear()
+    benches._workbench.cache_clear()
 
 
 def sent(grid: Messages) -> list[dict[str, np.ndarray]]:
@@ -74,7 +74,7 @@ def test_a_private_reply_says_nothing_of_the_data_but_its_update(mode: str) -> N
     grid, result = rounds_of(f"privacy.mode={mode}", "privacy.clip=0.01", "budget.layers=2")
     (record,) = result.rounds
     assert (record.replies, record.failures) == (4, [])
-    assert (record.train_loss, record.e2) == (None, None)
+    assert (record.metrics["train_loss"], record.e2) == (None, None)
     for update in sent(grid):
         assert norm_of(update) == pytest.approx(0.01, rel=1e-5)
     for question, reply in grid.replies:
@@ -220,7 +220,7 @@ def test_a_node_protects_itself_whatever_the_run_says() -> None:
     grid, result = rounds_of(*everyone, nodes=[OWN])
     (record,) = result.rounds
     assert (record.replies, record.failures, record.e2) == (6, [], None)
-    assert record.train_loss is not None  # that of the other five
+    assert record.metrics["train_loss"] is not None  # that of the other five
     norms = [norm_of(update) for update in sent(grid)]
     assert norms[0] == pytest.approx(0.01, rel=1e-3)
     assert min(norms[1:]) > 0.02
@@ -247,8 +247,8 @@ def test_a_private_node_neither_scores_its_own_layers_nor_states_its_accuracy() 
 def test_a_model_with_buffers_is_refused_before_anybody_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client_app, "load_task", TinyTask)
-    client_app._workbench.cache_clear()
+    monkeypatch.setattr(benches, "load_task", TinyTask)
+    benches._workbench.cache_clear()
     try:
         config: RunConfig = configured("privacy.mode=central")
         layers = workbench(config.to_flat()).resident.layers
@@ -262,14 +262,16 @@ def test_a_model_with_buffers_is_refused_before_anybody_works(
         assert [f.partition for f in record.failures] == [0]
         assert "no parameter but a buffer" in record.failures[0].reason
     finally:
-        client_app._workbench.cache_clear()
+        benches._workbench.cache_clear()
 
 
 def test_secure_sums_are_of_what_clients_have_protected() -> None:
     private = ["privacy.mode=local", "privacy.clip=0.01", "strategy.name=top"]
     grid, secure = rounds_of(*private, "secagg.enabled=true", rounds=2)
     _, plain = rounds_of(*private, rounds=2)
-    assert [(r.replies, r.failures, r.train_loss) for r in secure.rounds] == [(4, [], None)] * 2
+    assert [(r.replies, r.failures, r.metrics["train_loss"]) for r in secure.rounds] == [
+        (4, [], None)
+    ] * 2
     assert {name for update in sent(grid) for name in update} == {"masked"}
     for name, values in plain.after.items():
         np.testing.assert_allclose(secure.after[name], values, rtol=1e-6, atol=1e-6, err_msg=name)

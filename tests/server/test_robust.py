@@ -17,6 +17,7 @@ from layerfed.exchange import CODECS, encode, record_of
 from layerfed.runs import read_lines
 from layerfed.server.aggregation import AGGREGATIONS, Aggregation
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
+from layerfed.server.steps import CappedWeights, Clipping, ServerStep
 from tests.made_up import (
     BASE,
     LAYERS,
@@ -30,6 +31,15 @@ from tests.tiny_task import Messages, Run, configured
 from tests.tiny_task import run as run_tiny
 
 CLIENTS = 7
+
+
+def limits(
+    rule: str = "mean", trim: float = 0.1, clip: float = 0.0, max_examples: int = 0
+) -> dict[str, Any]:
+    """Settings of a strategy that bound how much one client can change the mean."""
+    steps: list[ServerStep] = [Clipping(clip)] if clip else []
+    steps += [CappedWeights(max_examples)] if max_examples else []
+    return {"aggregation": Aggregation(rule, trim), "steps": tuple(steps)}
 
 
 def rounds_of(grid: Federation) -> list[list[tuple[dict[str, np.ndarray], dict[str, Any]]]]:
@@ -109,7 +119,7 @@ def test_updates_of_large_norm_are_scaled_down_and_counted(
     ]
     bound = float(np.median(norms)) * 1.001
     grid = Federation(CLIENTS)
-    found = run(grid, rounds=1, budget=2, aggregation=Aggregation(rule, 0.3, clip=bound))
+    found = run(grid, rounds=1, budget=2, **limits(rule, 0.3, clip=bound))
     same_model(found, expected(grid, rule, trim=0.3, clip=bound))
     assert found.rounds[0].clipped == 3
     lines = [line for line in caplog.messages if "server.clip" in line]
@@ -121,27 +131,27 @@ def test_updates_of_large_norm_are_scaled_down_and_counted(
 def test_counts_beyond_the_limit_weigh_as_the_limit_everywhere() -> None:
     """Clients have 10 to 16 examples, and 3 to 9 held out; at most 5 count."""
     grid, cap = Federation(CLIENTS), 12
-    found = run(grid, budget=2, aggregation=Aggregation(max_examples=cap))
+    found = run(grid, budget=2, **limits(max_examples=cap))
     same_model(found, expected(grid, "mean", cap=cap))
     weights = np.minimum(np.arange(10, 10 + CLIENTS), cap)
     for record, replies in zip(found.rounds, rounds_of(grid), strict=True):
-        losses = [metrics["loss"] for _, metrics in replies]
-        assert record.train_loss == pytest.approx(np.average(losses, weights=weights))
+        losses = [metrics["train_loss"] for _, metrics in replies]
+        assert record.metrics["train_loss"] == pytest.approx(np.average(losses, weights=weights))
         assert record.selection is not None
         norms = record.selection.statistics["grad_norm_sq"]
         untrained = ~record.selection.choice.masks.any(axis=0)
         shares = weights / weights.sum()
         assert record.e1 == pytest.approx((shares @ norms)[untrained].sum())
 
-    found = run(Federation(CLIENTS), aggregation=Aggregation(max_examples=5))
+    found = run(Federation(CLIENTS), **limits(max_examples=5))
     answers = [
         dict(grid.answer(m).content.metric_records["metrics"])
         for m in grid.asked
         if m.metadata.message_type == "evaluate" and m.metadata.group_id == "1"
     ]
     counted = [min(a["examples"], 5) for a in answers]
-    accuracy = np.average([a["accuracy"] for a in answers], weights=counted)
-    assert found.rounds[0].client_accuracy == pytest.approx(accuracy)
+    accuracy = np.average([a["client_accuracy"] for a in answers], weights=counted)
+    assert found.rounds[0].metrics["client_accuracy"] == pytest.approx(accuracy)
 
 
 def test_a_forged_count_decides_no_longer() -> None:
@@ -157,7 +167,7 @@ def test_a_forged_count_decides_no_longer() -> None:
     for name in LAYERS.head.tensors:
         np.testing.assert_allclose(trusting.model[name], alone.model[name], atol=1e-7)
     grid = Federation(4, forged)
-    capped = run(grid, 1, budget=4, aggregation=Aggregation(max_examples=10))
+    capped = run(grid, 1, budget=4, **limits(max_examples=10))
     same_model(capped, expected(grid, "mean", cap=10))
 
 
@@ -196,8 +206,8 @@ def test_codecs_add_no_more_than_their_error(codec: str, rule: str) -> None:
 def test_a_resumed_run_ends_as_if_it_had_not_stopped(rule: str) -> None:
     def options() -> dict[str, Any]:
         optimizer = SERVER_OPTIMIZERS["momentum"](1.0, 0.5)
-        limits = Aggregation(rule, 0.3, clip=0.05, max_examples=12)
-        return {"optimizer": optimizer, "aggregation": limits, "budget": 2}
+        bounds = limits(rule, 0.3, clip=0.05, max_examples=12)
+        return {"optimizer": optimizer, **bounds, "budget": 2}
 
     whole = run(Federation(CLIENTS), 4, **options())
     first = strategy_for(CLIENTS, **options())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from layerfed.client_app import workbench
+from layerfed.client.workbench import workbench
 from layerfed.strategies import STRATEGIES
 from tests.tiny_task import Messages, configured, run
 
@@ -78,7 +78,9 @@ def test_without_a_probe_of_norms_the_first_term_is_unknown(name: str) -> None:
     assert all(record.e2 is not None for record in plain.rounds)
 
     shown = run(configured(*few, f"strategy.name={name}", "strategy.theory=true"), 2)
-    assert all(record.e1 is not None and record.flops_probe > 0 for record in shown.rounds)
+    assert all(
+        record.e1 is not None and record.metrics["flops_probe"] > 0 for record in shown.rounds
+    )
     # Looking changes nothing: the same masks, and the same model to the bit.
     for number in (1, 2):
         assert shown.masks(number) == plain.masks(number)
@@ -130,4 +132,6 @@ def test_steps_that_nobody_makes_are_refused() -> None:
 
     grid._work = lying  # type: ignore[method-assign]
     (record,) = run(config, 1, grid).rounds
-    assert [failure.reason for failure in record.failures] == ["it claims 0 local steps"]
+    assert [failure.reason for failure in record.failures] == [
+        "it states steps = 0; 1 or more is allowed"
+    ]

@@ -57,12 +57,8 @@ def questions() -> list[Message]:
     "error", [ValueError("bad\nchild"), KeyError("x" * 10_000), RecursionError(), MemoryError()]
 )
 def test_a_reply_that_cannot_be_built_is_an_error_of_its_node_alone(error: Exception) -> None:
-    found = dict(exchange(Builds({6: error}), questions(), 5))
-    assert [node for node, reply in found.items() if reply is not None and reply.has_content()] == [
-        5,
-        7,
-    ]
-    assert found[6] is not None
+    found = {r.metadata.src_node_id: r for r in exchange(Builds({6: error}), questions(), 5)}
+    assert [node for node, reply in found.items() if reply.has_content()] == [5, 7]
     reason = str(found[6].error.reason)
     assert reason.startswith(f"a reply that cannot be read ({type(error).__name__}: ")
     assert reason.isprintable()
@@ -77,10 +73,11 @@ def test_a_superlink_that_does_not_answer_is_no_fault_of_a_node() -> None:
 def test_a_late_reply_that_cannot_be_built_is_forgotten() -> None:
     grid, late = Builds({6: ValueError("no")}), {}
     first = exchange(grid, questions()[:2], 5, late=late)
-    assert next(first)[0] == 5
+    assert next(first).metadata.src_node_id == 5
     first.close()
     assert len(late) == 1
-    assert [node for node, _ in exchange(grid, questions()[:1], 5, late=late)] == [5]
+    again = exchange(grid, questions()[:1], 5, late=late)
+    assert [reply.metadata.src_node_id for reply in again] == [5]
     assert late == {}
 
 
@@ -94,5 +91,5 @@ def test_what_a_reply_says_it_answers_is_not_believed() -> None:
                 reply.metadata.__dict__["_reply_to_message_id"] = "m0"
             return replies
 
-    found = [node for node, _ in exchange(Forging({}), questions(), 5)]
+    found = [r.metadata.src_node_id for r in exchange(Forging({}), questions(), 5)]
     assert found == [5, 6, 7]

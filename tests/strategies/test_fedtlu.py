@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message
 
-from layerfed.client_app import build_client_app, workbench
+from layerfed.client.workbench import workbench
+from layerfed.client_app import build_client_app
 from layerfed.config import RunConfig
 from layerfed.exchange import CODECS, encode
 from layerfed.exchange.change_score import change_score

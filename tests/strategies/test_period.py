@@ -65,7 +65,7 @@ def test_masks_are_kept_between_selections_and_newcomers_get_theirs(name: str) -
     assert result.masks(4) != result.masks(1)
     probed = [number for number, kind in grid.kinds() if kind == "query.probe"]
     assert probed == ([] if name == "random" else [1, 4])
-    flops = [record.flops_probe > 0 for record in result.rounds]
+    flops = [record.metrics["flops_probe"] > 0 for record in result.rounds]
     assert flops == [number in probed for number in range(1, 7)]
 
 

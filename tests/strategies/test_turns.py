@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from layerfed.client.training import train_layers, train_update
-from layerfed.client_app import workbench
+from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError
 from layerfed.models.layers import LayerMap
-from layerfed.strategies import Cyclic, Random
+from layerfed.strategies import Cyclic, Random, RoundSettings
 from tests.candidates import candidates
 from tests.conftest import TinyNet
 from tests.tiny_task import Messages, configured, run
@@ -21,7 +21,8 @@ LAYERS = LayerMap.from_model(TinyNet())
 
 def turns(budgets: list[float], rounds: int, **options: Any) -> list[list[list[int]]]:
     """Selected layers by round and client."""
-    rule = Cyclic(LAYERS, **options)
+    settings = RoundSettings(period=options.pop("period", 1))
+    rule = Cyclic(LAYERS, settings=settings, **options)
     found = []
     for number in range(1, rounds + 1):
         masks = rule.select(candidates(budgets, [1.0] * 4, server_round=number)).masks
@@ -79,7 +80,8 @@ def test_the_warm_up_never_asks_a_node_for_more_than_it_states() -> None:
 
 # ----------------------------------------------------------------------------- random, resampled
 def test_each_draw_keeps_to_the_budget_and_the_mask_is_their_union() -> None:
-    rule = Random(LAYERS, resample_steps=2, local_steps=lambda examples: examples)
+    settings = RoundSettings(local_steps=lambda examples: examples)
+    rule = Random(LAYERS, resample_steps=2, settings=settings)
     case = candidates([1, 2], [1.0] * 12)
     case = type(case)(**{**vars(case), "examples": np.array([5, 12])})
     choice = rule.select(case)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import ClassLabel
 
-from layerfed.client_app import workbench
+from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, NodeConfig
 from layerfed.engine import run_on
 from layerfed.runs import read_lines

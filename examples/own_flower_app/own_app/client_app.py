@@ -15,13 +15,13 @@ from layerfed.client.training import evaluate, train_update
 from layerfed.exchange import (
     Description,
     LayerStore,
+    TrainInstruction,
     describe_reply,
     evaluate_reply,
     open_store,
     probe_reply,
     read_config,
     read_manifest,
-    read_mask,
     train_reply,
 )
 from layerfed.models.layers import LayerMap
@@ -76,29 +76,30 @@ def probe(message: Message, context: Context) -> Message:
     statistics, flops = probe_layers(
         resident.model, resident.layers, batches, loss, config["statistics"]
     )
-    return probe_reply(message, statistics, len(items), flops=flops)
+    return probe_reply(message, statistics, len(items), flops_probe=flops)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the selected layers and the head; reply with their updates only."""
-    resident, config, run = resident_model(), read_config(message), context.run_config
+    resident, run = resident_model(), context.run_config
+    asked = TrainInstruction.read(message, resident.layers.num_blocks)
     resident.move_to(*read_manifest(message), layer_store(context))
     items, _ = examples(context)
     partition, _ = place(context)
     # A seed of this round and client, so that a run repeats on any engine.
-    seed = torch_seed(int(run["seed"]), Stream.TRAIN, config["round"], partition)
+    seed = torch_seed(int(run["seed"]), Stream.TRAIN, asked.round, partition)
     torch.manual_seed(seed)
     batches = loader(items, int(run["batch-size"]), seed)
     update, result = train_update(
         resident,
-        read_mask(message, resident.layers),
+        asked.mask,
         chain.from_iterable(batches for _ in range(int(run["local-epochs"]))),
         loss,
-        partial(torch.optim.SGD, lr=config["lr"]),
+        partial(torch.optim.SGD, lr=asked.lr),
     )
     costs = {"steps": result.steps, "flops": result.flops}
-    return train_reply(message, update, len(items), loss=result.loss, **costs)
+    return train_reply(message, update, len(items), train_loss=result.loss, **costs)
 
 
 @app.evaluate()
@@ -108,4 +109,4 @@ def evaluate_locally(message: Message, context: Context) -> Message:
     resident.move_to(*read_manifest(message), layer_store(context))
     _, items = examples(context)
     accuracy, mean_loss = evaluate(resident.model, loader(items, 256), logits)
-    return evaluate_reply(message, len(items), accuracy=accuracy, loss=mean_loss)
+    return evaluate_reply(message, len(items), client_accuracy=accuracy, client_loss=mean_loss)

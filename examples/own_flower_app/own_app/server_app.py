@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from layerfed.client.training import evaluate
 from layerfed.exchange import open_store
 from layerfed.models.layers import LayerMap
-from layerfed.strategies import ILP
+from layerfed.strategies import ILP, RoundSettings
 from own_app.task import build_model, loader, logits, server_items
 
 app = ServerApp()
@@ -33,10 +33,9 @@ def main(grid: Grid, context: Context) -> None:
     strategy = ILP(
         LayerMap.from_model(model),
         budget=float(run["budget"]),
-        client_evaluation=True,
         # In simulation the clients see it too, and no layer needs to be sent.
         store=open_store(),
-        seed=int(run["seed"]),
+        settings=RoundSettings(client_evaluation=True, seed=int(run["seed"])),
     )
     result = strategy.start(
         grid=grid,

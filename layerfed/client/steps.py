@@ -1,0 +1,163 @@
+"""What an update goes through on the client, one step after the other, before it is sent.
+
+The server's steps (`server/steps.py`) undo or continue these: what is encoded here is decoded there,
+what is masked here is summed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from flwr.app import Message
+
+from layerfed.client.workbench import Node
+from layerfed.exchange import TrainInstruction, compress
+from layerfed.models.layers import LayerMap
+from layerfed.privacy.protection import refuse_buffers
+from layerfed.secure.client import mask_update
+from layerfed.secure.messages import read_secure
+
+__all__ = ["ClientStep", "Departure", "steps_of"]
+
+
+@dataclass(frozen=True)
+class Departure:
+    """An update on its way to the server.
+
+    Attributes
+    ----------
+    tensors : Mapping[str, numpy.ndarray]
+        Δ_i by tensor; after encoding, the arrays to be sent, by name.
+    layers : tuple[str, ...]
+        The layers it holds, the head last.
+    examples : int | None
+        d_i as stated; None where it is part of the masked vector.
+    numbers : Mapping[str, float]
+        The metrics that go with it.
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    layers: tuple[str, ...]
+    examples: int | None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+class ClientStep(Protocol):
+    """One step: takes a departure and returns it changed."""
+
+    def check(self, layers: LayerMap) -> None:
+        """Refuse what this step cannot work with, before anything is trained."""
+
+    def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
+        """Change the update."""
+
+
+@dataclass(frozen=True)
+class Protect:
+    """Clips the update and adds noise to it, as the run and the node's owner ask."""
+
+    node: Node
+    instruction: TrainInstruction
+
+    def check(self, layers: LayerMap) -> None:
+        """Refuse instructions that would have the client say more than the noise covers."""
+        refuse_buffers(layers)
+        if self.instruction.upload is not None:
+            raise ValueError(
+                "the server asks for the layers that changed most; which they are would follow from "
+                "this client's data, and its updates are private"
+            )
+
+    def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
+        """Clip over all that the update holds, and add the noise."""
+        assert self.node.protection is not None
+        return replace(departure, tensors=self.node.protection.update(departure.tensors))
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Keeps the layers that the instruction wants sent: all, or those that changed most."""
+
+    instruction: TrainInstruction
+
+    def check(self, layers: LayerMap) -> None:
+        """Nothing to refuse."""
+
+    def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
+        """Leave the other layers out."""
+        return replace(departure, layers=tuple(self.instruction.sent(layers, departure.tensors)))
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Writes the update in the codec that the server asked for."""
+
+    node: Node
+    instruction: TrainInstruction
+
+    def check(self, layers: LayerMap) -> None:
+        """Nothing to refuse."""
+
+    def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
+        """Encode layer by layer, with error feedback where the codec has it."""
+        by_layer = {
+            name: {t: departure.tensors[t] for t in layers[name].tensors}
+            for name in departure.layers
+        }
+        # Without error feedback where updates are private: an error that is remembered would carry
+        # parts of an update into a round that is not counted for them.
+        store = None if self.node.protection is not None else self.node.store
+        key = f"{self.instruction.run}/{self.node.partition}"
+        return replace(
+            departure, tensors=compress(self.instruction.codec_used, by_layer, store, key)
+        )
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Hides the update in a secure sum."""
+
+    node: Node
+    message: Message
+
+    def check(self, layers: LayerMap) -> None:
+        """Refuse to send in the clear what the run promises to hide."""
+        if self.node.run.secagg.enabled and read_secure(self.message) is None:
+            raise ValueError(
+                "secagg.enabled = true, but the server asks for an update in the clear"
+            )
+
+    def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
+        """Put one masked vector in the place of the update and its number of examples."""
+        if read_secure(self.message) is None or departure.examples is None:
+            return departure
+        vector = mask_update(self.message, self.node.context, departure.tensors, departure.examples)
+        return replace(departure, tensors=vector, examples=None)
+
+
+def steps_of(
+    node: Node, instruction: TrainInstruction, message: Message, own: tuple[ClientStep, ...] = ()
+) -> list[ClientStep]:
+    """Return what one client's update goes through, in order.
+
+    Parameters
+    ----------
+    node : Node
+    instruction : TrainInstruction
+    message : flwr.app.Message
+    own : tuple[ClientStep, ...]
+        Steps of an app of yours; they see the update before it is encoded and masked.
+    """
+    steps: list[ClientStep] = []
+    if node.protection is not None:
+        steps.append(Protect(node, instruction))
+    return [
+        *steps,
+        Choose(instruction),
+        *own,
+        Encode(node, instruction),
+        Mask(node, message),
+    ]

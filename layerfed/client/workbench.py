@@ -1,0 +1,211 @@
+"""What a process keeps between messages, and what a node makes of a message.
+
+A `Workbench` holds the task's data and one resident model. It is built once a process and configuration,
+since building and loading a foundation model costs far more than a round of work on a few of its layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+
+import numpy as np
+import torch
+from flwr.app import Context
+
+from layerfed.client.costs import MeasuredUnit, measure_costs, step_cost
+from layerfed.client.limits import Allowance, LayerCosts, free_memory
+from layerfed.client.resident import ResidentModel
+from layerfed.config import BudgetUnit, ConfigError, Flat, NodeConfig, RunConfig, Scalar
+from layerfed.exchange import LayerStore, open_store
+from layerfed.models.layers import layer_costs
+from layerfed.privacy.protection import Protection
+from layerfed.task import Batch, Examples, Task, load_task
+
+__all__ = ["Node", "Workbench", "node_store", "run_config_of", "workbench"]
+
+
+class Workbench:
+    """What a process keeps between messages: the task's data and one resident model."""
+
+    def __init__(self, config: RunConfig, *, own_data: bool = False) -> None:
+        self.config = config
+        self.task: Task = load_task(config)
+        self.task.own_data = own_data
+        self.device = _device(config.run.device)
+        self.resident = ResidentModel(self.task.build_model, self.task.layers, self.device)
+        self._examples: dict[int, tuple[Examples, Examples]] = {}
+        self._costs: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def examples(self, partition: int) -> tuple[Examples, Examples]:
+        """Return a client's training and held-out examples."""
+        if partition not in self._examples:
+            self._examples[partition] = self.task.client_examples(partition)
+        return self._examples[partition]
+
+    def costs(self, partition: int, unit: MeasuredUnit) -> tuple[np.ndarray, np.ndarray]:
+        """Return c_l and D_l as measured on this device, shape (L,) each; once a batch size."""
+        batch = self._batch(partition)
+        key = unit, len(next(iter(batch.values())))
+        if key not in self._costs:
+            self._costs[key] = measure_costs(
+                self.resident.model,
+                self.resident.layers,
+                batch,
+                self.task.loss,
+                unit,
+                precision=self.config.train.precision,
+            )
+        return self._costs[key]
+
+    def head_memory(self, partition: int) -> float:
+        """Return the bytes that a step of training the head alone takes on this device."""
+        return step_cost(
+            self.resident.model,
+            self.resident.layers,
+            [],
+            self._batch(partition),
+            self.task.loss,
+            "memory",
+            precision=self.config.train.precision,
+        )
+
+    def _batch(self, partition: int) -> Batch:
+        size = self.config.train.batch_size
+        return next(self.examples(partition)[0].in_order(size, self.device))
+
+
+@lru_cache(maxsize=64)
+def _parsed(items: tuple[tuple[str, type, Scalar], ...]) -> RunConfig:
+    return RunConfig.from_flat({key: value for key, _, value in items})
+
+
+def run_config_of(flat: Flat) -> RunConfig:
+    """Return a run configuration, checked once a process: every message brings the same."""
+    # With types, or True would be found where 1 was checked.
+    return _parsed(tuple([(key, type(value), value) for key, value in flat.items()]))
+
+
+@lru_cache(maxsize=2)
+def _workbench(config: RunConfig, own_data: bool) -> Workbench:
+    return Workbench(config, own_data=own_data)
+
+
+def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
+    """Return the process's workbench for a run configuration, and a node's own settings.
+
+    Runs that differ only in strategy, budget or the run's name share one, so a sweep in one process
+    loads data and model once.
+    """
+    config = run_config_of(flat)
+    if node is not None:
+        config = node.applied_to(config)
+    defaults = RunConfig()
+    shared = config.model_copy(
+        update={
+            "strategy": defaults.strategy,
+            "budget": defaults.budget,
+            "server": defaults.server,
+            "exchange": defaults.exchange,
+            "privacy": defaults.privacy,
+            "secagg": defaults.secagg,
+            "run": defaults.run.model_copy(
+                update={"seed": config.run.seed, "device": config.run.device}
+            ),
+        }
+    )
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    return _workbench(shared, node is not None and node.own_data is not None)
+
+
+def _device(name: str) -> torch.device:
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"run.device = '{name}', but there is no CUDA device; use auto or cpu")
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def node_store(context: Context) -> LayerStore:
+    """Return the layer store of a node, or of the server: its own setting, or else the run's."""
+    section = run_config_of(context.run_config).exchange
+    store = context.node_config.get("store") or section.store
+    size = context.node_config.get("store-size") or section.store_size
+    return open_store(str(store), float(cast(float, size)))
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node in one run: its own settings, the run's, and what it works with.
+
+    Attributes
+    ----------
+    settings : NodeConfig
+    run : RunConfig
+        As the server sent it; `bench.config` has this node's own choices in it.
+    bench : Workbench
+    protection : Protection | None
+        What the node does to all that it sends; None where nothing is private.
+    context : flwr.app.Context
+    """
+
+    settings: NodeConfig
+    run: RunConfig
+    bench: Workbench
+    protection: Protection | None
+    context: Context
+
+    @classmethod
+    def of(cls, context: Context) -> Node:
+        """Read the node's settings and the run's, and find or build the workbench.
+
+        Raises
+        ------
+        ConfigError
+            If a setting is not allowed.
+        """
+        settings = NodeConfig.read(context.node_config)
+        run = run_config_of(context.run_config)
+        bench = workbench(context.run_config, settings)
+        return cls(settings, run, bench, Protection.of(run.privacy, settings), context)
+
+    @property
+    def partition(self) -> int:
+        """The client's id."""
+        return self.settings.partition_id
+
+    @property
+    def store(self) -> LayerStore:
+        """Where the node keeps layers between messages."""
+        return node_store(self.context)
+
+    def stated(self, examples: int) -> int:
+        """Return the number of examples that the client states: the same for all where it is private."""
+        hidden = self.protection is not None and self.protection.hides_examples
+        return 1 if hidden else examples
+
+    def allowance(self, *, again: bool = False) -> Allowance | None:
+        """Return what this node affords in the run; it is worked out once, or `again`."""
+        # The workbench does not know the budget's unit: runs that differ in it share one.
+        unit, bench = self.run.budget.unit, self.bench
+        if not again and (known := Allowance.recall(self.context.state, unit)) is not None:
+            return known
+
+        def costs(unit: BudgetUnit) -> LayerCosts:
+            same = layer_costs(bench.resident.layers, unit)
+            if same is not None:
+                return LayerCosts(same, np.zeros_like(same))
+            return LayerCosts(*bench.costs(self.partition, cast(MeasuredUnit, unit)))
+
+        found = Allowance.of(
+            self.settings,
+            unit,
+            costs,
+            free=lambda: free_memory(bench.device),
+            head=lambda: bench.head_memory(self.partition),
+        )
+        if found is not None:
+            found.remember(self.context.state)
+        return found

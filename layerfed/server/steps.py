@@ -1,0 +1,179 @@
+"""What updates go through on the server, one step after the other.
+
+A round holds a list of steps. Each `Arrival` goes through all of them: the first one reads the reply,
+the others change the update or its weight. Steps may also exchange messages before and after training,
+and change the sums before they become the new layers. Differential privacy (`private.py`) and secure
+sums (`secure_sums.py`) are steps like reading and clipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from logging import INFO
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+from flwr.common.logger import log
+
+from layerfed.exchange import RefusedReply, TrainInstruction, read_train_reply
+from layerfed.exchange.clipping import clipped
+from layerfed.runs.records import RoundRecord
+
+if TYPE_CHECKING:
+    from layerfed.server.round import Round
+
+__all__ = ["Arrival", "CappedWeights", "Clipping", "Decoding", "ServerStep"]
+
+Layers = Mapping[str, Mapping[str, np.ndarray]]
+
+
+@dataclass
+class Arrival:
+    """One client's training reply on its way into the mean.
+
+    Attributes
+    ----------
+    client : int
+        Partition id.
+    message : flwr.app.Message
+    instruction : TrainInstruction
+        What the client was asked.
+    asked : Mapping[str, Mapping[str, numpy.ndarray]]
+        θ^t of the layers that it was asked to train, by layer and tensor; the head comes last.
+    stated : int
+        d_i as the client stated it when it joined.
+    due : Mapping[str, Mapping[str, numpy.ndarray]]
+        Those of them whose updates the reply holds.
+    update : Mapping[str, numpy.ndarray]
+        Δ_i by tensor; empty where only a sum will be known.
+    examples : int
+        The client's weight.
+    metrics : Mapping[str, float]
+    measured : bool
+        Whether the norm of this update may be looked at, for E2.
+    """
+
+    client: int
+    message: Message
+    instruction: TrainInstruction
+    asked: Layers
+    stated: int
+    due: Layers = field(default_factory=dict)
+    update: Mapping[str, np.ndarray] = field(default_factory=dict)
+    examples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    measured: bool = True
+
+
+class ServerStep:
+    """One step. A subclass overrides what it needs; by default nothing happens."""
+
+    reads: ClassVar[bool] = False
+    """Whether `receive` reads the reply; exactly one step of a list does."""
+
+    def before_training(self, round: Round, messages: list[Message]) -> list[Message]:
+        """Exchange what must be known before anyone trains; return the instructions to be sent."""
+        return messages
+
+    def receive(self, arrival: Arrival, record: RoundRecord) -> None:
+        """Read, check or change one client's update.
+
+        Raises
+        ------
+        RefusedReply
+            If it must not be used.
+        """
+
+    def weigh(self, examples: int) -> int:
+        """Return the number of examples that a client with `examples` counts as."""
+        return examples
+
+    def after_training(self, round: Round) -> None:
+        """Exchange what the sum needs once all updates are in."""
+
+    def close(self, sums: Mapping[str, np.ndarray], record: RoundRecord) -> None:
+        """Change the sums of updates, in place, by tensor."""
+
+    def record(self, record: RoundRecord) -> None:
+        """Add to the record of a finished round, before observers see it."""
+
+
+class Decoding(ServerStep):
+    """Reads an update in the clear: checks it in full and decodes it."""
+
+    reads = True
+
+    def receive(self, arrival: Arrival, record: RoundRecord) -> None:
+        """Fill in what the reply holds."""
+        arrival.due = _sent(arrival)
+        expected = {t: v for tensors in arrival.due.values() for t, v in tensors.items()}
+        reply = read_train_reply(arrival.message, expected, arrival.instruction.codec_used)
+        if reply.examples > arrival.stated:
+            raise RefusedReply(
+                f"it claims {reply.examples} examples, and had {arrival.stated} on joining"
+            )
+        arrival.update, arrival.metrics = reply.update, reply.metrics
+        arrival.examples = reply.examples
+
+
+def _sent(arrival: Arrival) -> Layers:
+    """Return the layers whose updates are due: all that were asked, or those that the client chose.
+
+    Only names are looked at; reading the reply then checks that those layers are whole.
+    """
+    asked, upload = arrival.asked, arrival.instruction.upload
+    if upload is None:
+        return asked
+    record = arrival.message.content.array_records.get("arrays", ArrayRecord())
+    codec = arrival.instruction.codec_used
+    found = {
+        layer: tensors
+        for layer, tensors in asked.items()
+        if any(
+            part in record for name, like in tensors.items() for part in codec.parts_of(name, like)
+        )
+    }
+    *_, head = asked
+    if head not in found or len(found) != upload.count + 1:
+        raise RefusedReply(
+            f"it holds {', '.join(found) or 'no layer'}; {upload.count} of the blocks it trained and "
+            "the head are due"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Clipping(ServerStep):
+    """Scales an update down where its norm, over all that was sent, exceeds a bound (`server.clip`)."""
+
+    bound: float
+
+    def receive(self, arrival: Arrival, record: RoundRecord) -> None:
+        """Clip, and count what was clipped."""
+        arrival.update, norm = clipped(arrival.update, self.bound)
+        record.clipped += norm > self.bound
+
+    def close(self, sums: Mapping[str, np.ndarray], record: RoundRecord) -> None:
+        """Say how many updates were clipped."""
+        if record.clipped:
+            log(
+                INFO,
+                "round %d: %d of %d updates were scaled down to a norm of %g (server.clip)",
+                record.round,
+                record.clipped,
+                record.replies,
+                self.bound,
+            )
+
+
+@dataclass(frozen=True)
+class CappedWeights(ServerStep):
+    """Lets a client count as at most so many examples (`federation.max-examples`)."""
+
+    most: int
+
+    def weigh(self, examples: int) -> int:
+        """Return the smaller of the two."""
+        return min(examples, self.most)

@@ -1,0 +1,111 @@
+"""Write what follows from the typed configuration.
+
+    python -m scripts.generate      # or: make generate
+
+Flower wants every key with its default in pyproject.toml, and readers want a table of all keys in
+docs/configuration.md. Keys and defaults come from the sections of `layerfed.config` and from the
+strategies' options, the words from the comments of conf/default.toml. A test fails where a file is
+stale.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from layerfed.config import RunConfig, Section, flatten
+from layerfed.strategies import STRATEGIES
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "# Made by `make generate`.\n", "# End of what is made.\n"
+
+
+def sections() -> Iterator[tuple[str, str, type[Section]]]:
+    """Yield every section: its name in keys, the strategy that reads it, and its class."""
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        yield name, "", section
+        if name == "strategy":
+            for strategy in STRATEGIES.values():
+                yield name, strategy.name, strategy.Options
+
+
+def defaults() -> dict[str, Any]:
+    """Return every key with its default."""
+    return {
+        f"{name}.{field.replace('_', '-')}": info.default
+        for name, _, section in sections()
+        for field, info in section.model_fields.items()
+    }
+
+
+def words() -> dict[str, str]:
+    """Return what the comments of conf/default.toml say of each key."""
+    said: dict[str, list[str]] = {}
+    section = key = ""
+    for line in (ROOT / "conf/default.toml").read_text(encoding="utf-8").splitlines():
+        if header := re.match(r"\[(\w+)\]", line):
+            section, key = header[1], ""
+        elif setting := re.match(r"([\w-]+) = .*?(?:\s+# (.*))?$", line):
+            key = f"{section}.{setting[1]}"
+            said[key] = [setting[2] or ""]
+        elif key and (more := re.match(r"\s+# (.*)", line)):
+            said[key].append(more[1])
+    return {key: " ".join(parts) for key, parts in said.items()}
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
+
+
+def _pyproject(text: str) -> str:
+    lines: list[str] = []
+    for key, value in defaults().items():
+        section, _, name = key.partition(".")
+        if (header := f"[tool.flwr.app.config.{section}]") not in lines:
+            lines += ["", header] if lines else [header]
+        lines.append(f"{name} = {_toml(value)}")
+    made = f"{BEGIN}{chr(10).join(lines)}\n{END}"
+    return re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: made, text, flags=re.DOTALL)
+
+
+def _table() -> str:
+    said = words()
+    lines = [
+        "# Configuration",
+        "",
+        "Every key, its default and what it does. Made by `make generate`.",
+    ]
+    for name, reader, section in sections():
+        title = f"`strategy.name = {reader}`" if reader else f"`{name}`"
+        rows = []
+        for field, info in section.model_fields.items():
+            key = f"{name}.{field.replace('_', '-')}"
+            text = said.get(key, "").replace("|", r"\|")
+            rows.append(f"| `{key}` | `{_toml(info.default)}` | {text} |")
+        if rows:
+            lines += ["", f"## {title}", "", "| key | default | |", "|---|---|---|", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def generated() -> dict[Path, str]:
+    """Return the files that are made, with what they should hold."""
+    pyproject = ROOT / "pyproject.toml"
+    return {
+        pyproject: _pyproject(pyproject.read_text(encoding="utf-8")),
+        ROOT / "docs/configuration.md": _table(),
+    }
+
+
+def shipped() -> dict[str, Any]:
+    """Return every key of conf/default.toml with its value."""
+    return flatten(tomllib.loads((ROOT / "conf/default.toml").read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    for file, text in generated().items():
+        file.write_text(text, encoding="utf-8")

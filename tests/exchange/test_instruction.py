@@ -1,0 +1,105 @@
+"""A train instruction: what is written is read, and what cannot be meant is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerfed.exchange import TrainInstruction, Upload
+from layerfed.exchange.instruction import as_masks
+from layerfed.models.layers import LayerMap
+from tests.exchange.replies import ask, over_the_wire
+
+MASKS = as_masks(np.array([[1, 0, 0, 0], [0, 0, 1, 0], [1, 1, 0, 0]], dtype=bool))
+UNION = [1, 1, 1, 0]
+SCHEDULED = TrainInstruction(round=3, masks=MASKS, steps_each=2)
+
+
+def sent(instruction: TrainInstruction) -> TrainInstruction:
+    return TrainInstruction.read(over_the_wire(ask(**instruction.to_config())), 4)
+
+
+@given(
+    masks=st.lists(st.tuples(*[st.booleans()] * 4), min_size=1, max_size=5),
+    each=st.integers(1, 9),
+    lr=st.none() | st.floats(1e-6, 10),
+    codec=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
+    upload=st.none() | st.builds(Upload, st.integers(1, 4), st.sampled_from(["l1", "l2"])),
+)
+def test_what_is_written_is_read(
+    masks: list[tuple[bool, ...]],
+    each: int,
+    lr: float | None,
+    codec: str,
+    upload: Upload | None,
+) -> None:
+    steps = each if len(masks) > 1 else 0
+    own = {"weight-decay": 0.1, "name": "mine"}
+    instruction = TrainInstruction(3, tuple(masks), steps, "run", lr, codec, upload, own)
+    assert sent(instruction) == instruction
+
+
+def test_a_schedule_is_masks_and_the_steps_on_each() -> None:
+    found = sent(SCHEDULED).schedule(5)
+    assert [steps for _, steps in found] == [2, 2, 1], "the last has what is left"
+    assert tuple(mask for mask, _ in found) == MASKS
+
+
+def test_without_a_schedule_the_mask_is_trained_to_the_end() -> None:
+    found = TrainInstruction.read(ask(mask=UNION), 4).schedule(7)
+    assert found == [((True, True, True, False), 7)]
+
+
+@pytest.mark.parametrize(("steps", "says"), [(4, "one every 2 steps; 4 steps"), (7, "7 steps")])
+def test_a_schedule_for_other_steps_is_refused(steps: int, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        SCHEDULED.schedule(steps)
+
+
+@pytest.mark.parametrize("each", [0, -2])
+def test_a_schedule_without_steps_is_refused(each: int) -> None:
+    with pytest.raises(ValueError, match=f"a schedule of 12 entries, one mask every {each} steps"):
+        sent(replace(SCHEDULED, steps_each=each))
+
+
+def test_a_schedule_over_another_number_of_layers_is_refused() -> None:
+    config = SCHEDULED.to_config()
+    config["schedule"] = config["schedule"][:-1]
+    with pytest.raises(ValueError, match="a schedule of 11 entries"):
+        TrainInstruction.read(ask(**config), 4)
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1, 1], [1, 1, 0, 0]])
+def test_a_schedule_must_be_its_mask_taken_apart(mask: list[int]) -> None:
+    with pytest.raises(ValueError, match="together are not its mask"):
+        TrainInstruction.read(ask(**{**SCHEDULED.to_config(), "mask": mask}), 4)
+
+
+@pytest.mark.parametrize("length", [0, 3, 5])
+def test_a_mask_over_another_number_of_layers_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match=f"over {length} layers, this model has 4"):
+        TrainInstruction.read(ask(mask=[1] * length), 4)
+
+
+def test_an_unknown_codec_is_refused() -> None:
+    with pytest.raises(ValueError, match="codec 'zip'; known are float32"):
+        TrainInstruction.read(ask(mask=UNION, codec="zip"), 4)
+
+
+def test_all_that_was_trained_is_sent_or_what_changed_most(layers: LayerMap) -> None:
+    plain = TrainInstruction.read(ask(mask=UNION), 4)
+    update = {t: np.zeros(layers.shapes[t], np.float32) for x in layers.layers for t in x.tensors}
+    for name in layers["blocks.1"].parameters:
+        update[name] = np.ones(layers.shapes[name], np.float32)
+    assert plain.sent(layers, update) == ["blocks.0", "blocks.1", "blocks.2", "head"]
+    chosen = replace(plain, upload=Upload(1, "l2"))
+    assert chosen.sent(layers, update) == ["blocks.1", "head"]
+
+
+def test_a_block_moves_in_the_steps_of_its_masks_and_in_one_at_least(layers: LayerMap) -> None:
+    found = SCHEDULED.layer_steps(layers, 5)
+    assert found == {"blocks.0": 3.0, "blocks.1": 1.0, "blocks.2": 2.0, "blocks.3": 1.0}
