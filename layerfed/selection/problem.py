@@ -25,8 +25,19 @@ BUDGET_TOLERANCE = 1e-9
 #: two float64 sums of the same terms in different orders.
 ROUNDING = 1e-13
 
+#: Selections this much worse than the best, relative to the magnitude, count as tied with it.
+TIE = 1e-11
+
 #: A relative gap up to this proves optimality; integer programs work to tolerances of this order.
 PROVEN = 1e-8
+
+#: Asking for a gap up to this asks for a proof, with which the masks do not depend on the solver.
+PROOF_ASKED = 1e-6
+
+
+def proof_gap(gap: float) -> float:
+    """Relative gap at which a solver asked for `gap` may stop."""
+    return gap if gap > PROOF_ASKED else PROVEN
 
 
 class SelectionError(RuntimeError):
@@ -80,8 +91,8 @@ class SelectionProblem:
     - Negative values are legal and mean a loss: such a layer is picked only when the
       consistency term pays for it.
     - Ties go to the selection with the fewest picks, so a layer of zero gain is left alone: it
-      costs compute and cannot move the model. What is left of a budget stays unspent. The full
-      order is in :mod:`layerfed.selection.canonical`.
+      costs compute and cannot move the model. What is left of a budget stays unspent. The rest is
+      in :mod:`layerfed.selection.ties`.
     - No client at all (``n = 0``) is legal: the masks are empty, objective and bound are 0.
     - A client that cannot afford its cheapest layer selects nothing, and still counts as a
       dissenter in the penalty, as in [S].

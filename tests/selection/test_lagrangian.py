@@ -7,10 +7,9 @@ import pytest
 from selection_cases import random_problem
 
 from layerfed.selection import SelectionProblem, lagrangian, scale_consistency, solve_lagrangian
-from layerfed.selection.branching import Part, branch
-from layerfed.selection.descent import descend
-from layerfed.selection.oracle import ClientOracle
-from layerfed.selection.relaxation import CountRange, relax
+from layerfed.selection.bound import CountRange, descend, relax
+from layerfed.selection.knapsack import ClientOracle
+from layerfed.selection.lagrangian import Part, branch
 from layerfed.selection.search import PrimalSearch
 
 

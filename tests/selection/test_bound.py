@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from selection_cases import brute_force, problems
 
 from layerfed.selection import SelectionProblem
-from layerfed.selection.oracle import ClientOracle
-from layerfed.selection.relaxation import CountRange, Relaxation, relax
+from layerfed.selection.bound import CountRange, Relaxation, relax
+from layerfed.selection.knapsack import ClientOracle
 
 
 def relaxation_of(problem: SelectionProblem) -> Relaxation:
