@@ -46,6 +46,9 @@ OBJECTIVE_SCALE = 100.0
 #: Below 1e-7 HiGHS 1.15's presolve has declared wrong solutions optimal.
 FEASIBILITY = 1e-7
 
+#: What HiGHS calls a solution that keeps to all rows (`SolutionStatus::kSolutionStatusFeasible`).
+FEASIBLE = 2
+
 
 def solve_milp(
     problem: SelectionProblem,
@@ -111,18 +114,14 @@ def _run(model: _Model, time_limit: float, gap: float) -> tuple[bool, float]:
         raise SelectionError("HiGHS is not installed: `pip install highspy`")
     with _nothing_on_stdout():
         model.program.solve(solver)
-    if model.program.status in (
-        pulp.constants.LpStatusInfeasible,
-        pulp.constants.LpStatusUnbounded,
-    ):
-        raise SelectionError(
-            f"HiGHS calls the selection {pulp.LpStatus[model.program.status]}, which it cannot be: "
-            "selecting nothing is always possible; check the magnitudes of values and costs"
-        )
     highs = model.program.solverModel
-    return bool(highs.getInfo().primal_solution_status == 2), model.unscaled(
-        float(highs.getInfo().mip_dual_bound)
-    )
+    status, info = highs.getModelStatus().name, highs.getInfo()
+    if "Infeasible" in status or "Unbounded" in status or "Error" in status:
+        raise SelectionError(
+            f"HiGHS ends with {status}, which cannot be: selecting nothing is always possible; "
+            "check the magnitudes of values and costs"
+        )
+    return info.primal_solution_status == FEASIBLE, model.unscaled(float(info.mip_dual_bound))
 
 
 @contextmanager
@@ -234,7 +233,8 @@ class _Model:
         # layers that cost nothing.
         unit = limit if limit > 0 else 1.0
         costs = problem.cost_matrix[client] / unit
-        picks = {at: self.picks[client, at] for at in np.flatnonzero(problem.affordable[client])}
+        able = np.flatnonzero(problem.affordable[client]).tolist()
+        picks = {at: self.picks[client, at] for at in able}
         terms = [(pick, costs[at]) for at, pick in picks.items()]
         if problem.depth_costs is not None:
             names = [f"y_{client}_{layer}" for layer in range(problem.layers)]

@@ -13,8 +13,8 @@ import numpy as np
 from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
 
-#: Rounds of joint best responses from one start; they settle after two or three.
-SETTLING_ROUNDS = 12
+#: Joint best responses from one start. More settle further, at the price of steps of the bound.
+SETTLING_ROUNDS = 2
 
 
 class PrimalSearch:

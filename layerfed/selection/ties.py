@@ -16,7 +16,6 @@ at once would resolve stay as they were found. The same instance gives the same 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
@@ -80,14 +79,13 @@ def _move_layers(problem: SelectionProblem, masks: BoolArray) -> BoolArray:
     if problem.consistency == 0.0:
         return masks  # every change is a single client's, and each has a scale of its own
     slack = EQUAL * problem.magnitude
+    free = _worth(problem, masks).diagonal() + problem.penalties[masks.sum(axis=0)] <= slack
+    masks = masks & ~free
     for _ in range(problem.layers):
-        counts: NDArray[np.intp] = masks.sum(axis=0)
-        # What the picks of layer a are worth on layer b, shape (L, L).
-        worth = masks.T.astype(np.float64) @ problem.values
-        own = np.diag(worth)
-        masks = masks & (own + problem.penalties[counts] > slack)
+        worth = _worth(problem, masks)
+        own = worth.diagonal()
         same = worth + worth.T >= own[:, None] + own - slack
-        pairs = np.argwhere(np.triu(same & (counts > 0)[:, None], 1))
+        pairs = np.argwhere(np.triu(same & masks.any(axis=0, keepdims=True).T, 1))
         for a, b in sorted(pairs.tolist(), key=lambda pair: -pair[1]):
             swapped = masks.copy()
             swapped[:, [a, b]] = masks[:, [b, a]]
@@ -97,6 +95,11 @@ def _move_layers(problem: SelectionProblem, masks: BoolArray) -> BoolArray:
         else:
             break
     return masks
+
+
+def _worth(problem: SelectionProblem, masks: BoolArray) -> FloatArray:
+    """What the clients that pick layer a would gain on layer b, shape (L, L)."""
+    return np.asarray(masks.T.astype(np.float64) @ problem.values)
 
 
 def _key(masks: BoolArray) -> tuple[int, bytes]:

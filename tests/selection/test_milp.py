@@ -118,7 +118,7 @@ def test_an_impossible_status_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(milp._Model, "_add_budget", impossible)
 
-    with pytest.raises(SelectionError, match="calls the selection Infeasible"):
+    with pytest.raises(SelectionError, match="ends with kInfeasible, which cannot be"):
         solve_milp(random_problem(0, 4, 4))
 
 
