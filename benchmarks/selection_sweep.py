@@ -25,11 +25,11 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -37,19 +37,14 @@ import typer
 import layerfed.selection as package
 from layerfed.selection import (
     SelectionProblem,
-    branching,
-    descent,
+    bound,
     knapsack,
     lagrangian,
-    oracle,
-    relaxation,
+    preparing,
     round_costs,
-    rounding,
     scale_consistency,
-    search,
     solve,
 )
-from layerfed.selection.reduction import Reduction
 
 KINDS = ["iid", "layer", "client", "groups", "uniform", "heavy", "ties"]
 BUDGETS = ["1", "2", "4", "8", "half-normal", "wide"]
@@ -167,85 +162,34 @@ def instances(
 
 
 # ------------------------------------------------------------------------- mechanisms, switched off
-def _without_ties() -> None:
-    package.canonicalise = lambda problem, masks, *_: masks  # type: ignore[attr-defined]
+class Mechanism(StrEnum):
+    """What --without switches off."""
+
+    NOTHING = "nothing"
+    BRANCHING = "branching"
+    MULTIPLIERS = "multipliers"
+    DEFLECTION = "deflection"
+    ENUMERATION = "enumeration"
+    MILP = "milp"
+    TIES = "ties"
 
 
-def _without_reduction() -> None:
-    _without_ties()  # which would take every pick for undecided
-    lagrangian._reduce = lambda problem, oracle, search, part: replace(
-        Reduction.none(problem), bound=part.bound
-    )
-
-
-def _without_average() -> None:
-    """Split the layer whose possible counts are furthest apart, in the middle."""
-
-    def split(problem: Any, oracle: Any, search: Any, part: Any) -> list[Any]:
-        point = part.descent.points[-1]
-        counts = branching.possible_counts(problem, search.objective, point, part.counts)
-        width = counts.high - counts.low
-        layer = int(width.argmax())
-        if not width[layer]:
-            return []
-        most = int((counts.low[layer] + counts.high[layer]) // 2)
-        below, above = counts.high.copy(), counts.low.copy()
-        below[layer], above[layer] = most, most + 1
-        children = []
-        for within in (
-            relaxation.CountRange(counts.low, below),
-            relaxation.CountRange(above, counts.high),
-        ):
-            relaxed = relaxation.relax(
-                problem, oracle, search.slopes(search.masks.sum(axis=0)), within
-            )
-            relaxed = replace(relaxed, start=part.descent.variables)
-            margin = 2.0 * branching.TIE * problem.magnitude
-            found = descent.descend(problem, search, relaxed, branching.PART_STEPS, margin)
-            children.append(branching.Part(within, found))
-        return children
-
-    branching._split = split
-
-
-def _without_pareto() -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("costs on no grid")
-
-    knapsack.Knapsacks._pareto = refuse  # type: ignore[assignment,method-assign]
-
-
-def _without_dominance() -> None:
-    def useful(self: Any, scores: np.ndarray, clients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        order = np.broadcast_to(np.arange(scores.shape[1])[::-1], scores.shape)
-        return order, np.take_along_axis(scores, order, axis=1) > 0
-
-    knapsack.Knapsacks._useful = useful  # type: ignore[method-assign]
-
-
-def _without_enumeration() -> None:
-    oracle.ENUMERATION_LAYERS = rounding.ENUMERATION_LAYERS = 0
-
-
-SWITCHES: dict[str, Callable[[], None]] = {
-    "nothing": lambda: None,
-    "branching": lambda: setattr(lagrangian, "branch", lambda *arguments: arguments[-1]),
-    "reduction": _without_reduction,
-    "canonical-ties": _without_ties,
-    "pareto-knapsack": _without_pareto,
-    "ergodic-average": _without_average,
-    "handicap": lambda: setattr(
-        lagrangian, "_interior_point", lambda problem, oracle, search, part: part.descent.points[-1]
-    ),
-    "cbc": lambda: setattr(package.backends, "_run_cbc", None),
-    "milp": lambda: setattr(package, "MOST_PICKS", -1),
-    "dominance": _without_dominance,
-    "enumeration": _without_enumeration,
-    "budget-dual": lambda: setattr(relaxation, "_budget_dual", relaxation._split_dual),
-    "local-search": lambda: setattr(search.PrimalSearch, "intensify", lambda *_: None),
-    "kicks": lambda: setattr(search.PrimalSearch, "_kick", lambda *_: None),
-    "deflection": lambda: setattr(relaxation, "DEFLECTION", 0.0),
-}
+def switch_off(mechanism: Mechanism) -> None:
+    """Replace one mechanism of the solver, for the rest of this process, by what does without it."""
+    if mechanism == Mechanism.BRANCHING:
+        lagrangian.branch = lambda problem, oracle, search, parts: parts
+    elif mechanism == Mechanism.MULTIPLIERS:
+        bound._relax_budgets = lambda problem, room, slopes, penalties: bound._relax_copies(
+            problem, knapsack.ClientOracle(problem), slopes, penalties
+        )
+    elif mechanism == Mechanism.DEFLECTION:
+        bound.DEFLECTION = 0.0
+    elif mechanism == Mechanism.ENUMERATION:
+        knapsack.ENUMERATION_LAYERS = preparing.ENUMERATION_LAYERS = 0
+    elif mechanism == Mechanism.MILP:
+        package.MOST_PICKS = -1
+    elif mechanism == Mechanism.TIES:
+        package.break_ties = lambda problem, masks, oracle: masks
 
 
 def solved(
@@ -295,15 +239,13 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of all instances.")] = 0,
     time_limit: Annotated[float, typer.Option(help="Seconds an instance.")] = 10.0,
     table: Annotated[bool, typer.Option(help="All sizes and costs of the table.")] = False,
-    without: Annotated[str, typer.Option(help=f"Switch off: {', '.join(SWITCHES)}.")] = "nothing",
+    without: Annotated[Mechanism, typer.Option(help="Switch this off.")] = Mechanism.NOTHING,
     cpu_clock: Annotated[bool, typer.Option(help="Count CPU seconds.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
 ) -> None:
     """Solve the instances one by one and say how that went."""
     logging.getLogger("layerfed").setLevel(logging.ERROR)
-    if without not in SWITCHES:
-        raise typer.BadParameter(f"--without {without}: expected one of {', '.join(SWITCHES)}")
-    SWITCHES[without]()
+    switch_off(without)
     if cpu_clock:
         time.perf_counter = time.process_time
     n, layers = (int(number) for number in size.split("x"))
@@ -311,7 +253,7 @@ def main(
     for row in TABLE if table else [(n, layers, costs, count)]:
         found = list(solved(row[2], seed, row[0], row[1], row[3], time_limit))
         if table:
-            print(f"{without:16} {row[0]} x {row[1]} {row[2]:9} {cell(found)}", flush=True)
+            print(f"{row[0]} x {row[1]} {row[2]:8} {cell(found)}", flush=True)
         else:
             summary(found)
         results += found
