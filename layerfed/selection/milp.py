@@ -173,7 +173,7 @@ def _within_budgets(problem: SelectionProblem, masks: BoolArray) -> BoolArray:
     return masks
 
 
-def _sum(terms: Iterable[tuple[Any, float]]) -> Any:
+def weighted_sum(terms: Iterable[tuple[Any, float]]) -> Any:
     """Weighted sum of variables: the constructors of PuLP 3 and 4 have nothing in common."""
     total = pulp.lpSum([])
     for variable, factor in terms:
@@ -205,7 +205,9 @@ class _Model:
             for layer in np.flatnonzero(problem.affordable.any(axis=0)).tolist():
                 self._check_time()
                 self._add_penalty(layer)
-        self.program.setObjective(_sum((term, self._scale * cost) for term, cost in self._cost))
+        self.program.setObjective(
+            weighted_sum((term, self._scale * cost) for term, cost in self._cost)
+        )
 
     def masks(self) -> BoolArray:
         """Masks of the solver's current solution, shape (n, L)."""
@@ -245,7 +247,7 @@ class _Model:
             # Twice the budget forbids a layer as well as any larger number, and scales better.
             prices = np.minimum(problem.depth_matrix[client] / unit, 2.0)
             terms += zip(low, prices, strict=True)
-        self.program += _sum(terms) <= limit / unit
+        self.program += weighted_sum(terms) <= limit / unit
 
     def _add_penalty(self, layer: int) -> None:
         problem = self._problem
@@ -264,4 +266,4 @@ class _Model:
         if problem.consistency > 0:
             largest = np.abs(increments).max()
             cut = [*reward, *zip(picks, -increments, strict=True)]
-            self.program += _sum((term, factor / largest) for term, factor in cut) <= 0
+            self.program += weighted_sum((term, factor / largest) for term, factor in cut) <= 0

@@ -14,7 +14,7 @@ from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
 
 #: Joint best responses from one start. More settle further, at the price of steps of the bound.
-SETTLING_ROUNDS = 2
+SETTLING_ROUNDS = 3
 
 
 class PrimalSearch:

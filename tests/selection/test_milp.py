@@ -114,7 +114,7 @@ def test_an_impossible_status_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
     def impossible(model: milp._Model, client: int) -> None:
         add_budget(model, client)
-        model.program += milp._sum((pick, 1.0) for pick in model.picks.values()) <= -1.0
+        model.program += milp.weighted_sum((pick, 1.0) for pick in model.picks.values()) <= -1.0
 
     monkeypatch.setattr(milp._Model, "_add_budget", impossible)
 
