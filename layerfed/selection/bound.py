@@ -36,7 +36,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from layerfed.selection.knapsack import ClientOracle, largest
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
@@ -60,46 +59,21 @@ STALL_SHARE = 0.3
 NEWEST = 0.1
 
 
-@dataclass(frozen=True, eq=False)
-class CountRange:
-    """How many clients may pick each layer: from `low` to `high`, shape (L,) each."""
-
-    low: NDArray[np.intp]
-    high: NDArray[np.intp]
-
-    @classmethod
-    def whole(cls, problem: SelectionProblem) -> CountRange:
-        """Every count that the budgets leave."""
-        able = problem.affordable.sum(axis=0)
-        return cls(np.zeros_like(able), able)
-
-    def penalties(self, problem: SelectionProblem) -> FloatArray:
-        """Value f of each layer's counts 0..n, shape (L, n + 1), ``-inf`` outside the range."""
-        counts = np.arange(problem.clients + 1)
-        inside = (counts >= self.low[:, None]) & (counts <= self.high[:, None])
-        return np.where(inside, problem.penalties, -np.inf)
+def penalties_of(problem: SelectionProblem) -> FloatArray:
+    """Value f of each layer's counts 0..n, shape (L, n + 1), ``-inf`` where budgets rule one out."""
+    able = problem.affordable.sum(axis=0)
+    counts = np.arange(problem.clients + 1)
+    return np.where(counts <= able[:, None], problem.penalties, -np.inf)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of the bound.
+    """One evaluation of the bound: B, the masks of both parts (n, L), and B's subgradient.
 
-    Attributes
-    ----------
-    bound : float
-        B, an upper bound on (P1).
-    prices : array of shape (n, L)
-        The prices ``u`` the layers saw.
-    layer_masks : array of bool, shape (n, L)
-        Maximisers of the layer part.
-    client_masks : array of bool, shape (n, L), or None
-        Maximisers of the client part, where it has any.
-    gradient : array
-        Subgradient of B in the variables stepped in.
+    `client_masks` is None where the client part has no masks, with multipliers.
     """
 
     bound: float
-    prices: FloatArray
     layer_masks: BoolArray
     client_masks: BoolArray | None
     gradient: FloatArray
@@ -109,16 +83,8 @@ class Point:
 class Relaxation:
     """A bound as a function of some variables, and how to step in them.
 
-    Attributes
-    ----------
-    evaluate : callable
-        Maps variables to a :class:`Point`.
-    start : array
-        Variables to start from.
-    floor : float
-        Smallest legal value of a variable.
-    deflection : float
-        Share of the previous direction to keep in a step.
+    `start` is where to begin, `floor` the smallest legal value of a variable, `deflection` the share
+    of the previous direction that a step keeps.
     """
 
     evaluate: Callable[[FloatArray], Point]
@@ -128,7 +94,7 @@ class Relaxation:
 
 
 def relax(
-    problem: SelectionProblem, oracle: ClientOracle, slopes: FloatArray, counts: CountRange
+    problem: SelectionProblem, oracle: ClientOracle, slopes: FloatArray, penalties: FloatArray
 ) -> Relaxation:
     """Pick the relaxation with the fewest variables that loses nothing.
 
@@ -140,10 +106,9 @@ def relax(
         Of the same instance.
     slopes : array of shape (L,)
         Slope of the penalty at good counts; the start is derived from it.
-    counts : CountRange
-        The bound holds for selections in this range, whatever others are worth.
+    penalties : array of shape (L, n + 1)
+        As `penalties_of`; ``-inf`` takes selections with that count out of what is bounded.
     """
-    penalties = counts.penalties(problem)
     if oracle.room is None:
         return _relax_copies(problem, oracle, slopes, penalties)
     return _relax_budgets(problem, oracle.room, slopes, penalties)
@@ -161,7 +126,7 @@ def _relax_budgets(
         gradient = room - masks.sum(axis=1)
         # At its floor a multiplier cannot fall further, so that direction is no descent.
         gradient = np.where((multipliers <= 0) & (gradient > 0), 0.0, gradient)
-        return Point(total + float(multipliers @ taken), prices, masks, None, gradient)
+        return Point(total + float(multipliers @ taken), masks, None, gradient)
 
     # The last score a client can afford and the first it cannot enclose its multiplier.
     scores = -np.sort(-(problem.values + slopes), axis=1)
@@ -184,7 +149,7 @@ def _relax_copies(
         rest = problem.values - prices
         picks = oracle.best(rest)
         gradient = masks.astype(np.float64) - picks
-        return Point(total + float(rest[picks].sum()), prices, masks, picks, gradient)
+        return Point(total + float(rest[picks].sum()), masks, picks, gradient)
 
     # Clients then see the scores they settled on, and layers the other side of that slope.
     start = np.broadcast_to(-slopes, problem.values.shape).copy()
@@ -195,36 +160,15 @@ def _layer_part(
     problem: SelectionProblem, prices: FloatArray, penalties: FloatArray
 ) -> tuple[float, BoolArray]:
     """Value and masks (n, L) of the layers' best sets of clients at `prices` (n, L)."""
-    by_layer, ranked, totals = _totals(problem, prices, penalties)
-    counts = totals.argmax(axis=1)
-    value = float(np.take_along_axis(totals, counts[:, None], axis=1).sum())
-    return value, largest(by_layer, ranked, counts).T
-
-
-def _totals(
-    problem: SelectionProblem, prices: FloatArray, penalties: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Prices by layer (L, n), the same sorted to fall, and the best total of each count (L, n + 1)."""
     # A finite stand-in for -inf keeps sums of several layers that cannot be afforded comparable.
     excluded = -1e6 * (problem.magnitude + 1.0)
     by_layer = np.ascontiguousarray(np.where(problem.affordable, prices, excluded).T)
     ranked = -np.sort(-by_layer, axis=1)
     totals = penalties.copy()
     totals[:, 1:] += np.cumsum(ranked, axis=1)
-    return by_layer, ranked, totals
-
-
-def possible_counts(
-    problem: SelectionProblem, point: Point, counts: CountRange, least: float
-) -> CountRange:
-    """Narrow `counts` to those of selections worth at least `least`.
-
-    Holding one layer's count lowers the bound at `point` by what the layer part loses by it.
-    """
-    totals = _totals(problem, point.prices, counts.penalties(problem))[2]
-    possible = totals >= totals.max(axis=1, keepdims=True) - (point.bound - least)
-    last = problem.clients - possible[:, ::-1].argmax(axis=1)
-    return CountRange(possible.argmax(axis=1), last)
+    counts = totals.argmax(axis=1)
+    value = float(np.take_along_axis(totals, counts[:, None], axis=1).sum())
+    return value, largest(by_layer, ranked, counts).T
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,7 @@ over fewer counts.
 The layer to branch on is where mixing gains the bound most, by Jensen's difference
 ``mean f(k_l) - f(mean k_l)`` over the steps of the descent, at the mean count. Parts are taken up
 by falling bound; those that fall below the incumbent are done. A handful of layers near the
-transition is all there is to branch on: others keep their side by a single bound
-(:func:`~layerfed.selection.bound.possible_counts`).
+transition is all there is to branch on.
 """
 
 from __future__ import annotations
@@ -23,10 +22,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from layerfed.selection.bound import CLOSED, CountRange, Descent, descend, possible_counts, relax
+from layerfed.selection.bound import CLOSED, Descent, descend, penalties_of, relax
 from layerfed.selection.knapsack import ClientOracle
-from layerfed.selection.problem import TIE, Selection, SelectionProblem, proof_gap
+from layerfed.selection.problem import FloatArray, Selection, SelectionProblem, proof_gap
 from layerfed.selection.search import PrimalSearch
+
+#: Selections this much worse than the best, relative to the magnitude, count as tied with it.
+TIE = 1e-11
 
 #: Steps of the first descent; instances that it closes are closed within a few dozen.
 MAX_STEPS = 600
@@ -37,9 +39,9 @@ PART_STEPS = 200
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The selections with counts in a range, and the descent that bounds them."""
+    """The selections whose counts `penalties` (L, n + 1) allow, and the descent that bounds them."""
 
-    counts: CountRange
+    penalties: FloatArray
     descent: Descent
 
     @property
@@ -76,9 +78,9 @@ def solve_lagrangian(
     if working.clients:
         search.settle(np.zeros(working.layers))
         search.settle(oracle.best(working.values).sum(axis=0))
-        counts, slopes = CountRange.whole(working), search.slopes(search.masks.sum(axis=0))
-        relaxation = relax(working, oracle, slopes, counts)
-        parts = [Part(counts, descend(working, search, relaxation, MAX_STEPS))]
+        penalties, slopes = penalties_of(working), search.slopes(search.masks.sum(axis=0))
+        relaxation = relax(working, oracle, slopes, penalties)
+        parts = [Part(penalties, descend(working, search, relaxation, MAX_STEPS))]
         if working.relative_gap(search.objective, parts[0].bound) > proof_gap(gap):
             parts = branch(working, oracle, search, parts)
         bound = parts[0].bound
@@ -126,21 +128,22 @@ def _split(
 ) -> list[Part]:
     """Two parts that cover `part`, or none where its bound mixes no counts."""
     descent, slack = part.descent, TIE * problem.magnitude
-    counts = possible_counts(problem, descent.point, part.counts, search.objective - slack)
+    allowed = np.isfinite(part.penalties)
     mean = descent.counts
     at_mean = -problem.consistency * mean * (problem.clients - mean)
-    gain = np.where(counts.low < counts.high, descent.penalties - at_mean, 0.0)
+    gain = np.where(allowed.sum(axis=1) > 1, descent.penalties - at_mean, 0.0)
     layer = int(gain.argmax())
     if gain[layer] <= slack:
         return []
-    most = int(np.clip(np.floor(mean[layer]), counts.low[layer], counts.high[layer] - 1))
-    below, above = counts.high.copy(), counts.low.copy()
-    below[layer], above[layer] = most, most + 1
+    low, high = np.flatnonzero(allowed[layer])[[0, -1]]
+    most = int(np.clip(np.floor(mean[layer]), low, high - 1))
+    below, above = part.penalties.copy(), part.penalties.copy()
+    below[layer, most + 1 :], above[layer, : most + 1] = -np.inf, -np.inf
     slopes = search.slopes(search.masks.sum(axis=0))
     children = []
-    for within in (CountRange(counts.low, below), CountRange(above, counts.high)):
-        relaxation = relax(problem, oracle, slopes, within)
+    for penalties in (below, above):
+        relaxation = relax(problem, oracle, slopes, penalties)
         relaxation = replace(relaxation, start=descent.variables)
         found = descend(problem, search, relaxation, PART_STEPS, 2.0 * slack)
-        children.append(Part(within, found))
+        children.append(Part(penalties, found))
     return children

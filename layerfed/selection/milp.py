@@ -8,10 +8,6 @@ is a function f of the count ``k_l`` (see :class:`SelectionProblem`), written in
 - λ < 0 makes f concave: its increments fall, so the steps fill in order by themselves and stay
   continuous. λ > 0 makes f convex: a solver would take the late, large increments first, so
   the steps are binary and the order is enforced. The form is exact for both signs.
-- With λ > 0 the linear relaxation of the unary steps forgets the penalty. f of a set's size is
-  then supermodular, so every order π of the clients gives the valid inequality
-  ``f(k_l) <= f(0) + sum_i (f(π(i)) - f(π(i) - 1)) m_il`` (Edmonds' greedy theorem on the Lovász
-  extension). One such cut a layer is added, for the clients by falling gain.
 
 The lowest selected layer is coded by ``y_is`` ("client i may go down to layer s"), at most one
 per client: ``m_il <= sum_{s<=l} y_is``, priced ``D_is``.
@@ -251,9 +247,8 @@ class _Model:
 
     def _add_penalty(self, layer: int) -> None:
         problem = self._problem
-        order = np.argsort(-problem.values[:, layer], kind="stable").tolist()
-        picks = [self.picks[client, layer] for client in order if (client, layer) in self.picks]
-        increments = np.diff(problem.penalties)[: len(picks)]
+        able = np.flatnonzero(problem.affordable[:, layer]).tolist()
+        picks = [self.picks[client, layer] for client in able]
         kind = "Binary" if problem.consistency > 0 else "Continuous"
         steps = [
             self.program.add_variable(f"u_{layer}_{j}", 0, 1, cat=kind) for j in range(len(picks))
@@ -261,9 +256,4 @@ class _Model:
         for earlier, later in pairwise(steps):
             self.program += later <= earlier
         self.program += pulp.lpSum(steps) == pulp.lpSum(picks)
-        reward = list(zip(steps, increments, strict=True))
-        self._cost += [(step, -increment) for step, increment in reward]
-        if problem.consistency > 0:
-            largest = np.abs(increments).max()
-            cut = [*reward, *zip(picks, -increments, strict=True)]
-            self.program += weighted_sum((term, factor / largest) for term, factor in cut) <= 0
+        self._cost += zip(steps, -np.diff(problem.penalties), strict=False)

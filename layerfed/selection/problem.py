@@ -25,9 +25,6 @@ BUDGET_TOLERANCE = 1e-9
 #: two float64 sums of the same terms in different orders.
 ROUNDING = 1e-13
 
-#: Selections this much worse than the best, relative to the magnitude, count as tied with it.
-TIE = 1e-11
-
 #: A relative gap up to this proves optimality; integer programs work to tolerances of this order.
 PROVEN = 1e-8
 
@@ -149,17 +146,9 @@ class SelectionProblem:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SelectionProblem:
-        """Build a problem from the parsed JSON of an instance file.
+        """Build a problem from the parsed JSON of an instance file: a mapping with these fields.
 
-        Parameters
-        ----------
-        data : mapping
-            ``{"values", "costs", "budgets", "consistency"}`` and optionally ``"depth_costs"``.
-
-        Raises
-        ------
-        ValueError
-            If a key is missing or unknown, or an entry is not numeric or not legal.
+        Raises ValueError if a key is missing or unknown, or an entry is not numeric or not legal.
         """
         required = {"values", "costs", "budgets", "consistency"}
         if not isinstance(data, Mapping):
