@@ -114,12 +114,13 @@ def _solve_by_bound(
         return found
     left = max(started + time_limit - time.perf_counter(), 0.01)
     try:
-        closed = solve_milp(problem, time_limit=left, gap=gap, incumbent=found.masks)
+        closed = solve_milp(problem, time_limit=left, gap=gap)
     except SelectionError as error:
         logger.warning("the integer program could not close the gap: %s", error)
         return found
+    best = max(found, closed, key=lambda selection: selection.objective)
     bound, name = min(closed.bound, found.bound), f"{found.solver}+{closed.solver}"
-    return Selection.certified(problem, closed.masks, bound, name, 0.0)
+    return Selection.certified(problem, best.masks, bound, name, 0.0)
 
 
 def _check_arguments(solver: str, time_limit: float, gap: float) -> None:

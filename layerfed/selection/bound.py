@@ -98,16 +98,9 @@ def relax(
 ) -> Relaxation:
     """Pick the relaxation with the fewest variables that loses nothing.
 
-    Parameters
-    ----------
-    problem : SelectionProblem
-        The instance.
-    oracle : ClientOracle
-        Of the same instance.
-    slopes : array of shape (L,)
-        Slope of the penalty at good counts; the start is derived from it.
-    penalties : array of shape (L, n + 1)
-        As `penalties_of`; ``-inf`` takes selections with that count out of what is bounded.
+    The start is derived from `slopes` (L,), the slope of the penalty at good counts. `penalties`
+    (L, n + 1) are as in `penalties_of`; ``-inf`` takes selections with that count out of what is
+    bounded.
     """
     if oracle.room is None:
         return _relax_copies(problem, oracle, slopes, penalties)
@@ -173,20 +166,13 @@ def _layer_part(
 
 @dataclass(frozen=True, eq=False)
 class Descent:
-    """Where a descent ended.
+    """Where a descent ended: the best variables, and the bound there.
 
-    Attributes
-    ----------
-    variables : array
-        The best variables.
-    point : Point
-        The bound there.
-    counts, penalties : array of shape (L,)
-        Running averages, over the steps, of how many clients the layer part gives each layer and
-        of what the penalty f is there. The averages of subgradient steps approach a solution of
-        the linear program that the bound is the dual of (Larsson, Patriksson & Strömberg,
-        *Ergodic, primal convergence in dual subgradient schemes*, 1999), so a difference between
-        `penalties` and f at `counts` tells where that program mixes selections.
+    `counts` and `penalties` (L,) are running averages, over the steps, of how many clients the layer
+    part gives each layer and of what the penalty f is there. The averages of subgradient steps
+    approach a solution of the linear program that the bound is the dual of (Larsson, Patriksson &
+    Strömberg, *Ergodic, primal convergence in dual subgradient schemes*, 1999), so a difference
+    between `penalties` and f at `counts` tells where that program mixes selections.
     """
 
     variables: FloatArray
@@ -202,21 +188,11 @@ def descend(
     steps: int,
     margin: float = 0.0,
 ) -> Descent:
-    """Minimise the bound until it meets the incumbent, stalls, or time or steps run out.
+    """Minimise the bound until it meets the incumbent, stalls, or time or `steps` run out.
 
-    Parameters
-    ----------
-    problem : SelectionProblem
-        The instance.
-    search : PrimalSearch
-        Takes in the masks met on the way; supplies the incumbent and the deadline.
-    relaxation : Relaxation
-        The bound, and where to start.
-    steps : int
-        Largest number of evaluations.
-    margin : float
-        Try to get this far below the incumbent: then nothing the bound covers is as good. Where
-        that cannot be, a descent ends once the gap is closed and stays so.
+    `search` takes in the masks met on the way, and supplies the incumbent and the deadline. With a
+    `margin` the bound is to get that far below the incumbent: then nothing it covers is as good.
+    Where that cannot be, a descent ends once the gap is closed and stays so.
     """
     variables = best_variables = relaxation.start
     direction = np.zeros_like(variables)

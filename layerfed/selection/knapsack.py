@@ -68,13 +68,7 @@ class Grid:
 
 
 class ClientOracle:
-    """Best responses of all clients of one problem, for scores that change between calls.
-
-    Parameters
-    ----------
-    problem : SelectionProblem
-        Supplies costs, depth costs and budgets; its values and λ are not used.
-    """
+    """Best responses of all clients under one problem's costs and budgets; its values play no part."""
 
     def __init__(self, problem: SelectionProblem) -> None:
         self._problem = problem
@@ -102,18 +96,10 @@ class ClientOracle:
         return None if self._room is None or self._starts > 1 else self._room[:, 0]
 
     def best(self, scores: FloatArray, clients: slice = slice(None)) -> BoolArray:
-        """Pick for each client the feasible set with the largest total score.
+        """Pick for each client the feasible set with the largest total score; masks like `scores`.
 
-        Parameters
-        ----------
-        scores : array of shape (n, L)
-            Layers with a score of 0 or less are never picked.
-        clients : slice, optional
-            Restrict to these clients; `scores` then has one row for each of them.
-
-        Returns
-        -------
-        array of bool, shape of `scores`
+        `scores` (n, L) has a row for each of `clients`. Layers with a score of 0 or less are never
+        picked.
         """
         scores = np.where(self._problem.affordable[clients], scores, 0.0)
         if self._room is not None:

@@ -93,22 +93,8 @@ def branch(
 ) -> list[Part]:
     """Split `parts` until their bounds meet the incumbent, or time runs out.
 
-    Parameters
-    ----------
-    problem : SelectionProblem
-        The instance.
-    oracle : ClientOracle
-        Of the same instance.
-    search : PrimalSearch
-        Keeps the incumbent and the deadline.
-    parts : list of Part
-        What to split; best bound first.
-
-    Returns
-    -------
-    list of Part
-        They cover every selection of `parts` as good as the incumbent; best bound first, never
-        empty.
+    Returns parts that cover every selection of `parts` as good as the incumbent of `search`; best
+    bound first, never empty.
     """
     while not search.late:
         part = parts[0]

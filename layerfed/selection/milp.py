@@ -15,7 +15,6 @@ per client: ``m_il <= sum_{s<=l} y_is``, priced ``D_is``.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -27,8 +26,6 @@ import numpy as np
 import pulp
 
 from layerfed.selection.problem import BoolArray, Selection, SelectionError, SelectionProblem
-
-logger = logging.getLogger(__name__)
 
 #: Share of the time limit that writing the model down may take. Handing it over and reading the
 #: answer take as long again, and a model this large has no chance in what is left.
@@ -47,11 +44,7 @@ FEASIBLE = 2
 
 
 def solve_milp(
-    problem: SelectionProblem,
-    *,
-    time_limit: float = 10.0,
-    gap: float = 1e-6,
-    incumbent: BoolArray | None = None,
+    problem: SelectionProblem, *, time_limit: float = 10.0, gap: float = 1e-6
 ) -> Selection:
     """Solve (P1) exactly with PuLP and HiGHS.
 
@@ -63,8 +56,6 @@ def solve_milp(
         Seconds, of which writing the model down may take `BUILD_SHARE`.
     gap : float
         Relative gap at which the solver may stop.
-    incumbent : array of bool, shape (n, L), optional
-        Feasible masks. The result is never worse.
 
     Returns
     -------
@@ -73,24 +64,23 @@ def solve_milp(
 
     Raises
     ------
-    ValueError
-        If `incumbent` is not feasible.
     SelectionError
         If HiGHS is missing or failed, the program is too large to be written down in time, or no
-        masks were found and there is no incumbent.
+        masks were found.
     """
     started = time.perf_counter()
-    if incumbent is not None and not problem.feasible(incumbent):
-        raise ValueError("the incumbent exceeds a budget; expected masks within all budgets")
     model = _Model(problem.saturated(), started + BUILD_SHARE * time_limit)
-    found: BoolArray | None = np.zeros(problem.values.shape, dtype=bool)
     bound = 0.0
     if model.picks:
         # Handing the model over takes about as long as writing it down.
-        left = started + time_limit - 2 * time.perf_counter() + started
-        solved, bound = _run(model, max(left, 0.01), gap)
-        found = _within_budgets(problem, model.masks()) if solved else None
-    masks = _better(problem, found, incumbent, f"HiGHS in {time_limit} s")
+        built = time.perf_counter() - started
+        found, bound = _run(model, max(time_limit - 2 * built, 0.01), gap)
+        if not found:
+            raise SelectionError(
+                f"no masks for {problem.clients} clients x {problem.layers} layers from HiGHS in "
+                f"{time_limit} s: raise the time limit or use the solver 'auto'"
+            )
+    masks = _within_budgets(problem, model.masks())
     seconds = time.perf_counter() - started
     return Selection.certified(problem, masks, bound, "milp-highs", seconds)
 
@@ -138,24 +128,6 @@ def _nothing_on_stdout() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _better(
-    problem: SelectionProblem, masks: BoolArray | None, incumbent: BoolArray | None, run: str
-) -> BoolArray:
-    """Return the better of two masks, of which at least one must be there."""
-    if masks is not None and (
-        incumbent is None or problem.objective(masks) > problem.objective(incumbent)
-    ):
-        return masks
-    if incumbent is None:
-        raise SelectionError(
-            f"no masks for {problem.clients} clients x {problem.layers} layers from {run}: raise "
-            "the time limit or use the solver 'auto'"
-        )
-    if masks is None:
-        logger.warning("no masks from %s; keeping the incumbent", run)
-    return incumbent.copy()
 
 
 def _within_budgets(problem: SelectionProblem, masks: BoolArray) -> BoolArray:

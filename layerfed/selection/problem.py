@@ -299,14 +299,7 @@ class Selection:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON-ready data, masks as rows of 0 and 1."""
-        return {
-            "masks": self.masks.astype(int).tolist(),
-            "objective": self.objective,
-            "bound": self.bound,
-            "gap": self.gap,
-            "solver": self.solver,
-            "seconds": self.seconds,
-        }
+        return {**vars(self), "masks": self.masks.astype(int).tolist()}
 
 
 def _finite(name: str, data: ArrayLike) -> FloatArray:

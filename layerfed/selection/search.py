@@ -18,23 +18,9 @@ SETTLING_ROUNDS = 3
 
 
 class PrimalSearch:
-    """Keeps the best feasible masks seen for one problem.
+    """Keeps the best feasible masks (n, L) seen for one problem; selecting nothing to begin with.
 
-    Parameters
-    ----------
-    problem : SelectionProblem
-        The instance.
-    oracle : ClientOracle
-        Best responses under the instance's budgets.
-    deadline : float
-        ``time.perf_counter()`` value after which no new move is begun.
-
-    Attributes
-    ----------
-    masks : array of bool, shape (n, L)
-        The incumbent; selecting nothing to begin with.
-    objective : float
-        Its objective.
+    No new move is begun after `deadline`, a value of ``time.perf_counter()``.
     """
 
     def __init__(

@@ -31,17 +31,7 @@ PASSES = 20
 
 
 def break_ties(problem: SelectionProblem, masks: BoolArray, oracle: ClientOracle) -> BoolArray:
-    """Return a selection as good as `masks` that no single change makes a preferred one.
-
-    Parameters
-    ----------
-    problem : SelectionProblem
-        The instance.
-    masks : array of bool, shape (n, L)
-        An optimal selection.
-    oracle : ClientOracle
-        Best responses under the instance's budgets.
-    """
+    """Return a selection as good as the optimal `masks` (n, L), moved as far as single changes go."""
     problem = problem.saturated()
     for _ in range(PASSES):
         moved = _move_layers(problem, _move_clients(problem, masks, oracle))
