@@ -160,20 +160,10 @@ def round_costs(problem: SelectionProblem, share: float) -> tuple[SelectionProbl
     cells = np.minimum(np.ceil((most + 1) / share), MOST_CELLS)
     unit = np.where(budgets > 0, budgets, 1.0) / cells
     taken = float(((most + 1) / cells).max())
-    return (
-        SelectionProblem(
-            problem.values,
-            _in_units(costs, unit, cells),
-            np.where(budgets > 0, cells, 0.0),
-            problem.consistency,
-            _in_units(depth, unit, cells),
-        ),
-        taken,
+    # A multiple of the unit may come out a rounding error above it; what is too dear stays so.
+    costs, depth = (
+        np.minimum(np.ceil(each / unit[:, None] - 1e-9), cells[:, None] + 1)
+        for each in (costs, depth)
     )
-
-
-def _in_units(costs: np.ndarray, unit: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Costs (n, L) in units (n,), rounded up; what exceeds the budget exceeds it by one unit."""
-    # A multiple of the unit may come out a rounding error above it.
-    units = np.ceil(costs / unit[:, None] - 1e-9)
-    return np.asarray(np.minimum(units, cells[:, None] + 1))
+    budgets = np.where(budgets > 0, cells, 0.0)
+    return replace(problem, costs=costs, budgets=budgets, depth_costs=depth), taken

@@ -54,11 +54,13 @@ def _move_clients(problem: SelectionProblem, masks: BoolArray, oracle: ClientOra
         scores = problem.values[clients] + marginal
         return scores, oracle.best(scores + size[clients, None] * favour, clients)
 
-    differing = (answer(slice(None))[1] != masks).any(axis=1)
-    for client in np.flatnonzero(differing):
-        scores, rows = answer(slice(client, client + 1))
-        new, old = rows[0], masks[client]
-        loss = scores[0, old].sum() - scores[0, new].sum()
+    scores, rows = answer(slice(None))
+    for client in np.flatnonzero((rows != masks).any(axis=1)):
+        if problem.consistency:  # others may have moved
+            alone = slice(client, client + 1)
+            scores[alone], rows[alone] = answer(alone)
+        new, old = rows[client], masks[client]
+        loss = scores[client, old].sum() - scores[client, new].sum()
         if loss <= EQUAL * size[client] * layers and _key(new) < _key(old):
             masks[client] = new
     return masks
