@@ -348,7 +348,10 @@ def main(
         rows += parameter_costs(np.random.default_rng(seed + 1), 10 if quick else 60, limit)
     peers = present_peers()
     if len(peers) < len(PEERS) and {Part.COMPARE, Part.SCALING} & set(parts):
-        console.print("cvxpy with ECOS is missing: skipped; `pip install cvxpy ecos`")
+        missing = ", ".join(name for name in PEERS if name not in peers)
+        console.print(
+            f"not installed, skipped: {missing}; `pip install cvxpy ecos`, with PuLP 4 `pulp[cbc]`"
+        )
     if quick:
         peers = [peer for peer in peers if not peer.startswith("cvxpy")]  # they take minutes
     if Part.COMPARE in parts:

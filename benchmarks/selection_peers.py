@@ -2,11 +2,14 @@
 
 Peers run in a child process each, bounded by wall clock and memory: CBC looks at its time limit every
 few minutes, ECOS_BB has none, and models of pairs outgrow any memory. What a bound ended is said so.
-The child is this file: `python selection_peers.py PEER LIMIT`, instance on stdin, answer on stdout.
+The child is this file, with the instance on stdin and the answer on stdout:
+
+    python benchmarks/selection_peers.py "pulp count highs" 20 < instance.json
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -27,6 +30,7 @@ import numpy as np
 import pulp
 
 from layerfed.selection import SelectionError, SelectionProblem, solve, solve_milp
+from layerfed.selection.milp import weighted_sum
 
 #: Bytes of address space of a peer, its own child processes included.
 MEMORY = 6 * 2**30
@@ -51,6 +55,12 @@ class Answer:
 
 Peer = Callable[[SelectionProblem, float], Answer]
 
+#: PuLP's names of the solvers; PuLP 4 has CBC only with `pip install pulp[cbc]`, under another name.
+SOLVERS = {
+    "cbc": "PULP_CBC_CMD" if hasattr(pulp, "PULP_CBC_CMD") else "COIN_CMD",
+    "highs": "HiGHS",
+}
+
 
 def ours(problem: SelectionProblem, limit: float) -> Answer:
     selection = solve(problem, time_limit=limit)
@@ -60,7 +70,7 @@ def ours(problem: SelectionProblem, limit: float) -> Answer:
 def count_form(problem: SelectionProblem, limit: float) -> Answer:
     started = time.perf_counter()
     try:
-        selection = solve_milp(problem, time_limit=limit, backend="highs")
+        selection = solve_milp(problem, time_limit=limit)
     except SelectionError as error:
         elapsed = time.perf_counter() - started
         # Giving up early, on a model too large, is no time that a solver took.
@@ -87,14 +97,15 @@ def pairwise(backend: str) -> Peer:
                 terms.append((dissent, -problem.consistency))
         for i in clients:
             spent = [(m[i][j], float(problem.cost_matrix[i, j])) for j in layers]
-            program += pulp.LpAffineExpression(spent) <= float(problem.limits[i])
-        program.setObjective(pulp.LpAffineExpression(terms))
-        maker = pulp.PULP_CBC_CMD if backend == "cbc" else pulp.HiGHS
+            program += weighted_sum(spent) <= float(problem.limits[i])
+        program.setObjective(weighted_sum(terms))
         left = max(limit - (time.perf_counter() - started), 0.1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program.solve(maker(msg=False, timeLimit=left, gapRel=1e-6, threads=1))
-        proven = program.sol_status == pulp.constants.LpSolutionOptimal
+            maker = pulp.getSolver(SOLVERS[backend], msg=False, timeLimit=left, gapRel=1e-6)
+            outcome = program.solve(maker)
+        # PuLP 4 returns how it went, PuLP 3 notes it on the program.
+        proven = getattr(program, "sol_status", getattr(outcome, "status", None)) == 1
         masks = np.array([[(x.varValue or 0.0) > 0.5 for x in row] for row in m])
         objective = problem.objective(masks) if problem.feasible(masks) else None
         return Answer(objective, time.perf_counter() - started, limited=not proven)
@@ -146,7 +157,11 @@ PEERS: dict[str, Peer] = {
 def present_peers() -> list[str]:
     """Return the names of the peers that can run here."""
     with_cvxpy = find_spec("cvxpy") is not None and find_spec("ecos") is not None
-    return [name for name in PEERS if with_cvxpy or not name.startswith("cvxpy")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PuLP 3 announces that it will move CBC to an extra
+        with_cbc = SOLVERS["cbc"] in pulp.listSolvers(onlyAvailable=True)
+    here = {"cvxpy": with_cvxpy, "cbc": with_cbc}
+    return [name for name in PEERS if all(here[part] for part in name.split() if part in here)]
 
 
 def bounded(name: str, problem: SelectionProblem, limit: float) -> Answer:
@@ -184,18 +199,30 @@ def bounded(name: str, problem: SelectionProblem, limit: float) -> Answer:
     return Answer(**json.loads(output.splitlines()[-1]))
 
 
-def _run_as_child(name: str, limit: float) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Solve the instance on standard input.")
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("limit", type=float, help="seconds")
+    parser.add_argument("--json", type=Path, help="write the answer there, not to standard output")
+    arguments = parser.parse_args()
+    answer = json.dumps(asdict(_within_memory(arguments.peer, arguments.limit)))
+    if arguments.json:
+        arguments.json.write_text(answer + "\n", encoding="utf-8")
+    else:
+        print(answer)
+
+
+def _within_memory(name: str, limit: float) -> Answer:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     problem = SelectionProblem.from_json(json.load(sys.stdin))
     started = time.perf_counter()
     try:
-        answer = PEERS[name](problem, limit)
+        return PEERS[name](problem, limit)
     except MemoryError:
         seconds = time.perf_counter() - started
         note = f"more than {MEMORY / 2**30:g} GiB of memory"
-        answer = Answer(None, seconds, limited=True, note=note)
-    print(json.dumps(asdict(answer)))
+        return Answer(None, seconds, limited=True, note=note)
 
 
 if __name__ == "__main__":
-    _run_as_child(sys.argv[1], float(sys.argv[2]))
+    main()

@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,13 @@ from layerfed.strategies import Random
 
 WIDTH, DEPTH = 256, 12
 console = Console()
+
+
+class Who(StrEnum):
+    """Whose round it is."""
+
+    LAYERFED = "layerfed"
+    FEDAVG = "fedavg"
 
 
 class Net(nn.Module):
@@ -103,7 +111,7 @@ class Replies(Grid):
     def create_message(self, *args: Any, **kwargs: Any) -> Message: ...
 
 
-def work(who: str, clients: int) -> float:
+def work(who: Who, clients: int) -> float:
     """Run one round; return the rise of this process's peak memory in MB."""
     torch.manual_seed(0)
     model = Net()
@@ -112,7 +120,7 @@ def work(who: str, clients: int) -> float:
     grid = Replies(clients, arrays, layers)
     initial = ArrayRecord(model.state_dict())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if who == "layerfed":
+    if who == Who.LAYERFED:
         Random(layers, budget=1).start(grid, initial, 1, train_config=ConfigRecord({"lr": 0.1}))
     else:
         FedAvg(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients).start(
@@ -124,7 +132,7 @@ def work(who: str, clients: int) -> float:
 def main(
     clients: Annotated[list[int] | None, typer.Option(help="clients in the round")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the table here")] = None,
-    who: Annotated[str, typer.Option(hidden=True)] = "",
+    who: Annotated[Who | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure, print a table, and write it as JSON."""
     counts = clients or [10, 50, 100, 200]
@@ -134,7 +142,7 @@ def main(
     rows = []
     for count in counts:
         row: dict[str, float] = {"clients": count}
-        for name in ("layerfed", "fedavg"):
+        for name in Who:
             done = subprocess.run(
                 [sys.executable, __file__, "--who", name, "--clients", str(count)],
                 env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0"},

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,8 @@ NAMES = {
         *("stock-flower-cached", "stock-flower", "pfl"),
     ],
 }
+WorkloadName = StrEnum("WorkloadName", {name: name for name in NAMES})
+ContenderName = StrEnum("ContenderName", {name: name for names in NAMES.values() for name in names})
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -101,13 +104,13 @@ def work(contender: str, workload: str, rounds: int) -> None:
 
 
 def main(
-    workload: Annotated[list[str] | None, typer.Option(help="cnn, digits, vit-b32")] = None,
-    contender: Annotated[list[str] | None, typer.Option(help="only these")] = None,
+    workload: Annotated[list[WorkloadName] | None, typer.Option(help="only these")] = None,
+    contender: Annotated[list[ContenderName] | None, typer.Option(help="only these")] = None,
     rounds: Annotated[int, typer.Option(help="rounds measured in each process")] = 4,
     warm_up: Annotated[int, typer.Option(help="rounds before them, left out")] = 2,
     repeats: Annotated[int, typer.Option(help="processes of each contender")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the table here")] = None,
-    work_on: Annotated[str, typer.Option("--work", hidden=True)] = "",
+    work_on: Annotated[ContenderName | None, typer.Option("--work", hidden=True)] = None,
 ) -> None:
     """Measure, print a table, and write it as JSON."""
     if work_on:
@@ -115,11 +118,18 @@ def main(
         work(work_on, workload[0], rounds)
         return
     rows: list[Row] = []
-    for name in workload or NAMES:
+    names = list(workload or WorkloadName)
+    for each in contender or []:
+        if not any(each in NAMES[name] for name in names):
+            raise typer.BadParameter(f"--contender {each} does not run on {', '.join(names)}")
+    for name in names:
         asked = [c for c in NAMES[name] if not contender or c in contender]
         if "pfl" in asked and find_spec("pfl") is None:
             console.print("pfl-research is not installed and is left out (pip install pfl)")
             asked.remove("pfl")
+        if not asked:
+            console.print(f"nothing to measure on {name}")
+            continue
         seconds: dict[str, list[float]] = {c: [] for c in asked}
         peaks: dict[str, float] = dict.fromkeys(asked, 0.0)
         for repeat in range(repeats):

@@ -7,16 +7,18 @@ import time
 from dataclasses import replace
 from typing import Literal, get_args
 
-import numpy as np
-
-from layerfed.selection.canonical import canonicalise
-from layerfed.selection.lagrangian import certify, solve_lagrangian
+from layerfed.selection.knapsack import ClientOracle
+from layerfed.selection.lagrangian import solve_lagrangian
 from layerfed.selection.milp import solve_milp
-from layerfed.selection.oracle import ClientOracle
-from layerfed.selection.problem import PROVEN, Selection, SelectionError, SelectionProblem
-from layerfed.selection.reduction import Reduction
-from layerfed.selection.rounding import round_costs
-from layerfed.selection.scale import limit_weights, scale_consistency
+from layerfed.selection.preparing import limit_weights, round_costs, scale_consistency
+from layerfed.selection.problem import (
+    PROVEN,
+    Selection,
+    SelectionError,
+    SelectionProblem,
+    proof_gap,
+)
+from layerfed.selection.ties import break_ties
 
 __all__ = [
     "Selection",
@@ -40,9 +42,6 @@ Solver = Literal["auto", "lagrangian", "milp"]
 LAGRANGIAN_SHARE = 0.7
 MOST_PICKS = 10_000
 
-#: Share of the time limit that breaking ties may take.
-TIE_SHARE = 0.1
-
 
 def solve(
     problem: SelectionProblem,
@@ -59,85 +58,69 @@ def solve(
         One round's instance of (P1).
     solver : {"auto", "lagrangian", "milp"}
         ``"auto"`` runs the Lagrangian and, only where that leaves a gap on up to `MOST_PICKS`
-        picks, the integer program on what is still undecided, started from the best masks.
-        ``"lagrangian"`` never calls the integer program to close a gap, ``"milp"`` always solves
-        with it.
+        picks, the integer program. ``"lagrangian"`` never calls the integer program, ``"milp"``
+        always solves with it. At λ = 0 clients have nothing to do with each other, and their
+        knapsacks are solved exactly, whichever solver is named.
     time_limit : float
         Seconds. Checked between single evaluations of a bound, of which one at least is made: some
         milliseconds, but seconds where hundreds of clients have costs on no grid: `round_costs`.
     gap : float
-        Relative gap that is good enough.
+        Relative gap that is good enough. Up to 1e-6 a proof is tried for.
 
     Returns
     -------
     Selection
-        Within all budgets, with its bound. Ties are broken as
-        :mod:`layerfed.selection.canonical` says, so solvers that prove optimality agree on the
-        masks.
+        Within all budgets, with its bound. Of equally good masks, those that
+        :mod:`layerfed.selection.ties` prefers.
 
     Raises
     ------
     ValueError
         If an argument is out of range.
     SelectionError
-        If ``"milp"`` was asked for and no backend is installed or none found masks in time.
+        If ``"milp"`` was asked for and HiGHS is not installed or found no masks in time.
     """
     _check_arguments(solver, time_limit, gap)
-    if problem.consistency == 0.0 and problem.clients > 1:
-        return _solve_apart(problem, solver, time_limit, gap)
-    return _solve_together(problem, solver, time_limit, gap)
-
-
-def _solve_together(
-    problem: SelectionProblem, solver: Solver, time_limit: float, gap: float
-) -> Selection:
     started = time.perf_counter()
-    deadline = started + time_limit
-    if solver == "milp" and problem.clients:
-        selection, reduction = _solve_with_milp(problem, time_limit, gap)
+    oracle = ClientOracle(problem)
+    if problem.consistency == 0.0 or problem.clients <= 1:
+        masks = oracle.best(problem.values)
+        found = Selection.certified(problem, masks, problem.objective(masks), "knapsack", 0.0)
+    elif solver == "milp":
+        found = solve_milp(problem, time_limit=time_limit, gap=proof_gap(gap))
     else:
-        both = solver == "auto" and problem.values.size <= MOST_PICKS
-        share = LAGRANGIAN_SHARE if both else 1.0
-        selection, reduction = certify(problem, time_limit=share * time_limit, gap=gap)
-        if both and selection.gap > gap:
-            selection = _close_gap(problem, selection, reduction, deadline, gap)
-    if selection.gap <= PROVEN:
-        limit = min(deadline, time.perf_counter() + TIE_SHARE * time_limit)
-        masks = canonicalise(problem, selection.masks, reduction, limit)
-        selection = Selection.certified(problem, masks, selection.bound, selection.solver, 0.0)
-    if selection.gap > max(gap, PROVEN):
-        _warn(selection, gap, time.perf_counter() - started, time_limit)
-    return replace(selection, seconds=time.perf_counter() - started)
-
-
-def _warn(selection: Selection, gap: float, seconds: float, time_limit: float) -> None:
-    logger.warning(
-        "selection stopped with a relative gap of %.2e (asked: %.2e) after %.2f s (limit: %.2f s) "
-        "by %s",
-        selection.gap,
-        gap,
-        seconds,
-        time_limit,
-        selection.solver,
-    )
-
-
-def _solve_apart(
-    problem: SelectionProblem, solver: Solver, time_limit: float, gap: float
-) -> Selection:
-    """Solve λ = 0, where clients have nothing to do with each other.
-
-    Each client's gains are brought to one scale first: tolerances are relative to the whole instance,
-    and a client of small gradients would else be taken for one without any.
-    """
-    started = time.perf_counter()
-    scale = np.abs(problem.values).max(axis=1, keepdims=True)
-    scaled = replace(problem, values=problem.values / np.where(scale > 0, scale, 1.0))
-    found = _solve_together(scaled, solver, time_limit, gap)
-    best = ClientOracle(problem).best(problem.values)
-    bound = float(problem.values[best].sum())
+        found = _solve_by_bound(problem, solver, time_limit, gap, started)
+    if found.gap <= PROVEN:
+        masks = break_ties(problem, found.masks, oracle)
+        found = Selection.certified(problem, masks, found.bound, found.solver, 0.0)
     seconds = time.perf_counter() - started
-    return Selection.certified(problem, found.masks, bound, found.solver, seconds)
+    if found.gap > max(gap, PROVEN):
+        logger.warning(
+            "selection stopped with a relative gap of %.2e (asked: %.2e) after %.2f s "
+            "(limit: %.2f s) by %s",
+            *(found.gap, gap, seconds, time_limit, found.solver),
+        )
+    return replace(found, seconds=seconds)
+
+
+def _solve_by_bound(
+    problem: SelectionProblem, solver: Solver, time_limit: float, gap: float, started: float
+) -> Selection:
+    """Solve with the Lagrangian, and leave a gap to the integer program where that may close it."""
+    both = solver == "auto" and problem.values.size <= MOST_PICKS
+    share = LAGRANGIAN_SHARE if both else 1.0
+    found = solve_lagrangian(problem, time_limit=share * time_limit, gap=gap)
+    if not both or found.gap <= gap:
+        return found
+    left = max(started + time_limit - time.perf_counter(), 0.01)
+    try:
+        closed = solve_milp(problem, time_limit=left, gap=gap)
+    except SelectionError as error:
+        logger.warning("the integer program could not close the gap: %s", error)
+        return found
+    best = max(found, closed, key=lambda selection: selection.objective)
+    bound, name = min(closed.bound, found.bound), f"{found.solver}+{closed.solver}"
+    return Selection.certified(problem, best.masks, bound, name, 0.0)
 
 
 def _check_arguments(solver: str, time_limit: float, gap: float) -> None:
@@ -147,43 +130,3 @@ def _check_arguments(solver: str, time_limit: float, gap: float) -> None:
         raise ValueError(f"time_limit is {time_limit}; expected seconds above 0")
     if not 0 <= gap < 1:
         raise ValueError(f"gap is {gap}; expected a relative gap in [0, 1)")
-
-
-def _solve_with_milp(
-    problem: SelectionProblem, time_limit: float, gap: float
-) -> tuple[Selection, Reduction]:
-    """Integer program first; the Lagrangian then supplies what the tie-break needs.
-
-    The program may stop at any masks within `gap`. What the Lagrangian can add to that, a better
-    bound or better masks, is taken, or the masks would depend on the solver.
-    """
-    solved = solve_milp(problem, time_limit=time_limit, gap=gap)
-    if solved.gap > gap:
-        return solved, Reduction.none(problem)
-    proved, reduction = certify(problem, time_limit=time_limit, gap=gap, incumbent=solved.masks)
-    if proved.gap > solved.gap:
-        return solved, reduction
-    name = solved.solver if solved.gap <= PROVEN else f"{solved.solver}+lagrangian"
-    return replace(proved, solver=name), reduction
-
-
-def _close_gap(
-    problem: SelectionProblem,
-    selection: Selection,
-    reduction: Reduction,
-    deadline: float,
-    gap: float,
-) -> Selection:
-    """Integer program on the undecided picks, started from `selection` and bounded by it."""
-    try:
-        closed = solve_milp(
-            problem,
-            time_limit=max(deadline - time.perf_counter(), 0.01),
-            gap=gap,
-            incumbent=selection.masks,
-            reduction=reduction,
-        )
-    except SelectionError as error:
-        logger.warning("the integer program could not close the gap: %s", error)
-        return selection
-    return replace(closed, solver=f"{selection.solver}+{closed.solver}")

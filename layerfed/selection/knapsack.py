@@ -1,12 +1,19 @@
-"""Exact knapsacks of many clients at once: the affordable layers with the largest total score.
+"""A client's exact best response: the affordable set of layers with the largest total score.
 
-Two methods, by what the costs allow. Both see only the layers that can matter: a client that has
-room for at most K layers never needs one that K others beat in score and cost (and in depth).
+This is a knapsack per client, for scores that change between calls while costs stay. The method
+follows from the costs:
 
-- Costs on a grid, that is, whole multiples of one unit: dynamic programming over the budget
-  (Bellman, *Dynamic Programming*, 1957), for all clients in one pass over the layers.
-- Any costs: per client, the Pareto-optimal (cost, score) pairs while adding one layer at a time
-  (Nemhauser & Ullmann, *Discrete dynamic programming and capital allocation*, 1969).
+- equal costs: the best layers that fit, a sort;
+- few layers: all sets of layers are scored at once, a matrix product;
+- costs on a grid, whole multiples of one unit: dynamic programming over the budget, for all
+  clients in one pass over the layers (Bellman, *Dynamic Programming*, 1957);
+- any other costs: per client, the Pareto-optimal (cost, score) pairs while layers are added one by
+  one (Nemhauser & Ullmann, *Discrete dynamic programming and capital allocation*, 1969).
+
+With depth costs, layers are added from the output down. The best set found up to a layer, within
+the budget left by that layer's depth cost, is charged for that layer as its lowest. A set whose
+lowest layer lies above is charged too much by that, never too little, because ``D`` does not
+increase with the layer index; at its own lowest layer it was charged exactly.
 """
 
 from __future__ import annotations
@@ -17,6 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
+
+#: Up to this many layers all 2^L sets are scored at once; 4,096 sets cost less than one sort.
+ENUMERATION_LAYERS = 12
 
 #: Largest budget, in units of the grid, that the dynamic program is used for.
 MOST_CELLS = 4096
@@ -36,6 +46,8 @@ class Grid:
     @classmethod
     def of(cls, problem: SelectionProblem) -> Grid | None:
         """Put the problem on the coarsest grid that loses nothing; None where that is too fine."""
+        if problem.clients == 0:
+            return None
         able = problem.affordable
         costs = np.where(able, problem.cost_matrix, 0.0)
         depth = np.where(able, problem.depth_matrix, 0.0)
@@ -55,178 +67,176 @@ class Grid:
         )
 
 
-class Knapsacks:
-    """Best responses of all clients of one problem, for scores that change between calls.
-
-    Parameters
-    ----------
-    problem : SelectionProblem
-        Supplies costs, depth costs and budgets; its values and λ are not used.
-    """
+class ClientOracle:
+    """Best responses of all clients under one problem's costs and budgets; its values play no part."""
 
     def __init__(self, problem: SelectionProblem) -> None:
-        self._costs = problem.cost_matrix
-        self._depth = problem.depth_matrix
-        self._limits = problem.limits
-        self._has_depth = bool(np.any(self._depth > 0))
-        self._grid = Grid.of(problem) if problem.clients else None
-        cheapest = np.cumsum(np.sort(self._costs, axis=1), axis=1)
-        self._most = (cheapest <= self._limits[:, None]).sum(axis=1)
+        self._problem = problem
+        costs, layers = problem.cost_matrix, problem.layers
+        has_depth = bool(np.any(problem.depth_matrix > 0))
+        self._starts = layers if has_depth else 1
+        self._room = _room(problem) if np.all(costs == costs[:, :1]) else None
+        self._sets: BoolArray | None = None
+        self._grid: Grid | None = None
+        if self._room is not None:
+            return
+        if layers <= ENUMERATION_LAYERS:
+            self._enumerate()
+            return
+        self._grid = Grid.of(problem)
+        cheapest = np.cumsum(np.sort(costs, axis=1), axis=1)
+        self._most = (cheapest <= problem.limits[:, None]).sum(axis=1).astype(np.float64)
 
-    def best(self, scores: FloatArray, rows: slice) -> BoolArray:
-        """Pick for each client in `rows` its best affordable set; `scores` has a row for each.
+    @property
+    def room(self) -> FloatArray | None:
+        """How many layers each client can take, shape (n,), where that is all a budget says.
 
-        Scores of 0 or less are never picked; those of layers that cannot be afforded must be 0.
+        That is, with equal costs and no depth costs: pricing such budgets leaves no knapsack gap.
         """
-        clients = np.arange(len(self._limits))[rows]
-        chosen = self._highest(scores, self._most[clients])
+        return None if self._room is None or self._starts > 1 else self._room[:, 0]
+
+    def best(self, scores: FloatArray, clients: slice = slice(None)) -> BoolArray:
+        """Pick for each client the feasible set with the largest total score; masks like `scores`.
+
+        `scores` (n, L) has a row for each of `clients`. Layers with a score of 0 or less are never
+        picked.
+        """
+        scores = np.where(self._problem.affordable[clients], scores, 0.0)
+        if self._room is not None:
+            return self._best_of_equal(scores, self._room[clients])
+        if self._sets is not None:
+            winner = (scores @ self._weights + self._excluded[clients]).argmax(axis=1)
+            return np.asarray(self._sets[winner] & (scores > 0))
+        chosen = _top(scores, self._most[clients])
+        rows = np.arange(self._problem.clients)[clients]
         # The K highest scores are best where they fit, and mostly they do.
-        hard = np.flatnonzero(self._spent(chosen, clients) > self._limits[clients])
-        if not len(hard):
-            return chosen
-        order, useful = self._useful(scores[hard], clients[hard])
+        limits = self._problem.limits[rows]
+        hard = np.flatnonzero(_spent(self._problem, chosen, rows) > limits)
         if self._grid is None:
-            for row, layers, use in zip(hard, order, useful, strict=True):
-                chosen[row] = self._pareto(scores[row], layers[use], clients[row])
+            for row in hard:
+                chosen[row] = _pareto(self._problem, scores[row], rows[row])
             return chosen
-        widest = int(useful.sum(axis=1).max())
-        cells = int(self._grid.budgets[clients[hard]].max()) + 1
-        step = max(1, TABLE_ENTRIES // (widest * cells))
-        for first in range(0, len(hard), step):
-            part = slice(first, first + step)
-            rows_now = hard[part]
-            chosen[rows_now] = self._dynamic(
-                self._grid, scores[rows_now], clients[rows_now], order[part], useful[part]
-            )
+        if len(hard):
+            cells = int(self._grid.budgets[rows[hard]].max()) + 1
+            step = max(1, TABLE_ENTRIES // (scores.shape[1] * cells))
+            for first in range(0, len(hard), step):
+                part = hard[first : first + step]
+                chosen[part] = _dynamic(self._grid, scores[part], rows[part])
         return chosen
 
-    @staticmethod
-    def _highest(scores: FloatArray, most: NDArray[np.intp]) -> BoolArray:
-        order = np.argsort(-scores, axis=1, kind="stable")
-        chosen = np.zeros(scores.shape, dtype=bool)
-        np.put_along_axis(chosen, order, np.arange(scores.shape[1]) < most[:, None], axis=1)
-        return chosen & (scores > 0)
-
-    def _spent(self, chosen: BoolArray, clients: NDArray[np.intp]) -> FloatArray:
-        spent = np.where(chosen, self._costs[clients], 0.0).sum(axis=1)
-        depth = self._depth[clients, chosen.argmax(axis=1)]
-        return np.asarray(spent + np.where(chosen.any(axis=1), depth, 0.0))
-
-    def _useful(
-        self, scores: FloatArray, clients: NDArray[np.intp]
-    ) -> tuple[NDArray[np.intp], BoolArray]:
-        """Layers in the order to add them, and which of these can matter; shape (rows, L) each.
-
-        A layer is beaten by an earlier one with no smaller score and no larger cost. With depth
-        costs the order is from the output down, so the earlier one is also no deeper.
-        """
-        if self._has_depth:
-            order = np.broadcast_to(np.arange(scores.shape[1])[::-1], scores.shape)
-        else:
-            order = np.argsort(-scores, axis=1, kind="stable")
-        ranked = np.take_along_axis(scores, order, axis=1)
-        costs = np.take_along_axis(self._costs[clients], order, axis=1)
-        beaten = np.zeros(scores.shape, dtype=np.intp)
-        for rank in range(1, int(np.flatnonzero(np.any(ranked > 0, axis=0)).max()) + 1):
-            better = costs[:, :rank] <= costs[:, rank : rank + 1]
-            if self._has_depth:
-                better &= ranked[:, :rank] >= ranked[:, rank : rank + 1]
-            beaten[:, rank] = better.sum(axis=1)
-        return order, (ranked > 0) & (beaten < self._most[clients][:, None])
-
-    def _dynamic(
-        self,
-        grid: Grid,
-        scores: FloatArray,
-        clients: NDArray[np.intp],
-        order: NDArray[np.intp],
-        useful: BoolArray,
-    ) -> BoolArray:
-        """Fill best totals by budget, layer by layer, then walk back; see the module docstring.
-
-        With depth costs, layers come from the output down: what is best up to a layer, in the
-        budget left by that layer's depth cost, is the best whose lowest layer is no deeper.
-        """
-        n, width = len(clients), int(useful.sum(axis=1).max())
-        each = np.arange(n)
-        # Useful layers to the front; what fills up the rows is too dear to be taken.
-        front = np.argsort(~useful, axis=1, kind="stable")[:, :width]
-        layers = np.take_along_axis(order, front, axis=1)
-        used = np.take_along_axis(useful, front, axis=1)
-        budgets = grid.budgets[clients]
-        size = int(budgets.max()) + 1
-        gains = np.take_along_axis(scores, layers, axis=1)
-        costs = np.where(used, grid.costs[clients[:, None], layers], size)
-        depth = np.where(used, grid.depth[clients[:, None], layers], size)
-        # Budgets below 0, which nothing fits in, stand to the left.
-        table = np.full((n, 2 * size), -np.inf)
-        table[:, size:] = 0.0
-        totals = table[:, size:]
-        places = (each * 2 * size)[:, None] + np.arange(size, 2 * size)
-        taken = np.empty((width, n, size), dtype=bool)
-        best, last, room = np.zeros(n), np.full(n, width - 1), budgets.copy()
-        if self._has_depth:
-            last[:] = -1
-        for rank in range(width):
-            cost = np.minimum(costs[:, rank : rank + 1], size)
-            with_layer = table.ravel().take(places - cost)
-            with_layer += gains[:, rank : rank + 1]
-            np.greater(with_layer, totals, out=taken[rank])
-            np.maximum(with_layer, totals, out=totals)
-            if self._has_depth:
-                left = budgets - depth[:, rank]
-                total = np.where(left >= 0, totals[each, np.maximum(left, 0)], 0.0)
-                better = total > best
-                best[better], last[better], room[better] = total[better], rank, left[better]
-        chosen = np.zeros(scores.shape, dtype=bool)
-        for rank in range(width - 1, -1, -1):
-            take = taken[rank, each, room] & (rank <= last)
-            chosen[each[take], layers[take, rank]] = True
-            room = room - np.where(take, costs[:, rank], 0)
-        return chosen
-
-    def _pareto(self, scores: FloatArray, layers: NDArray[np.intp], client: int) -> BoolArray:
-        best = np.zeros(len(scores), dtype=bool)
-        best_total = 0.0
-        for start in layers if self._has_depth else layers[-1:]:
-            room = self._limits[client] - (self._depth[client, start] if self._has_depth else 0.0)
-            useful = layers[layers >= start] if self._has_depth else layers
-            if room < 0 or scores[useful].sum() <= best_total:
-                continue
-            picks = _pareto_set(scores[useful], self._costs[client, useful], room)
-            total = scores[useful[picks]].sum()
-            if total > best_total:
-                best[:] = False
-                best[useful[picks]] = True
-                best_total = total
+    def _best_of_equal(self, scores: FloatArray, room: FloatArray) -> BoolArray:
+        best = _top(scores, room[:, 0])
+        best_total = np.where(best, scores, 0.0).sum(axis=1)
+        for start in range(1, self._starts):
+            chosen = _top(scores[:, start:], room[:, start])
+            total = np.where(chosen, scores[:, start:], 0.0).sum(axis=1)
+            better = total > best_total
+            best[better] = False
+            best[better, start:] = chosen[better]
+            best_total[better] = total[better]
         return best
 
+    def _enumerate(self) -> None:
+        problem, layers = self._problem, self._problem.layers
+        self._sets = (np.arange(2**layers)[:, None] >> np.arange(layers) & 1).astype(bool)
+        self._weights = self._sets.astype(np.float64).T
+        depth = problem.depth_matrix[:, self._sets.argmax(axis=1)] * self._sets.any(axis=1)
+        costs = problem.cost_matrix @ self._weights + depth
+        self._excluded = np.where(costs <= problem.limits[:, None], 0.0, -np.inf)
 
-def _pareto_set(scores: FloatArray, costs: FloatArray, room: float) -> list[int]:
-    """Indices of the best set within `room`; both arrays of shape (items,)."""
-    # Good value for money first: the early frontier then already dominates most later pairs.
-    order = np.argsort(-scores / np.maximum(costs, 1e-300), kind="stable")
-    frontier_cost, frontier_score = np.zeros(1), np.zeros(1)
-    history: list[tuple[FloatArray, FloatArray]] = []
-    for item in order:
-        with_cost = frontier_cost + costs[item]
-        fits = with_cost <= room
-        cost = np.concatenate([frontier_cost, with_cost[fits]])
-        score = np.concatenate([frontier_score, frontier_score[fits] + scores[item]])
-        by_cost = np.lexsort((-score, cost))
-        cost, score = cost[by_cost], score[by_cost]
-        best_before = np.maximum.accumulate(np.concatenate([[-np.inf], score[:-1]]))
-        keep = score > best_before
-        history.append((frontier_cost, frontier_score))
-        frontier_cost, frontier_score = cost[keep], score[keep]
-    chosen = []
-    cost_at, score_at = frontier_cost[-1], frontier_score[-1]
-    for item, (costs_before, scores_before) in zip(order[::-1], history[::-1], strict=True):
-        # The pair was there before this item, bit for bit, or this item made it.
-        if np.any((costs_before == cost_at) & (scores_before == score_at)):
+
+def _room(problem: SelectionProblem) -> FloatArray:
+    """With equal costs: how many layers fit if none is below ``s``, shape (n, L)."""
+    left, cost = problem.limits[:, None] - problem.depth_matrix, problem.cost_matrix
+    with np.errstate(divide="ignore", invalid="ignore"):
+        room = np.where(cost > 0, np.floor(left / cost), np.inf)
+    return np.clip(np.where(left >= 0, room, 0), 0, problem.layers)
+
+
+def _spent(problem: SelectionProblem, chosen: BoolArray, rows: NDArray[np.intp]) -> FloatArray:
+    spent = np.where(chosen, problem.cost_matrix[rows], 0.0).sum(axis=1)
+    depth = problem.depth_matrix[rows, chosen.argmax(axis=1)]
+    return np.asarray(spent + np.where(chosen.any(axis=1), depth, 0.0))
+
+
+def _dynamic(grid: Grid, scores: FloatArray, rows: NDArray[np.intp]) -> BoolArray:
+    """Fill best totals by budget, layer by layer from the output down, then walk back.
+
+    `scores` has a row for each of the clients `rows`; scores of 0 or less are never picked.
+    """
+    n, layers = scores.shape
+    each = np.arange(n)
+    budgets = grid.budgets[rows]
+    size = int(budgets.max()) + 1
+    costs = np.minimum(grid.costs[rows], size)
+    left = budgets[:, None] - grid.depth[rows]
+    # Budgets below 0, which nothing fits in, stand to the left.
+    table = np.full((n, 2 * size), -np.inf)
+    table[:, size:] = 0.0
+    totals = table[:, size:]
+    places = (each * 2 * size)[:, None] + np.arange(size, 2 * size)
+    taken = np.zeros((layers, n, size), dtype=bool)
+    best, lowest, room = np.zeros(n), np.full(n, layers), budgets.copy()
+    for layer in range(layers - 1, -1, -1):
+        if not np.any(scores[:, layer] > 0):
             continue
-        chosen.append(int(item))
-        made = (costs_before + costs[item] == cost_at) & (scores_before + scores[item] == score_at)
-        source = int(np.flatnonzero(made)[0])
-        cost_at, score_at = costs_before[source], scores_before[source]
+        with_layer = table.ravel().take(places - costs[:, layer : layer + 1])
+        with_layer += np.where(scores[:, layer] > 0, scores[:, layer], -np.inf)[:, None]
+        np.greater(with_layer, totals, out=taken[layer])
+        np.maximum(with_layer, totals, out=totals)
+        total = np.where(left[:, layer] >= 0, totals[each, np.maximum(left[:, layer], 0)], 0.0)
+        better = total > best
+        best[better], lowest[better], room[better] = total[better], layer, left[better, layer]
+    chosen = np.zeros(scores.shape, dtype=bool)
+    for layer in range(layers):
+        take = taken[layer, each, room] & (layer >= lowest)
+        chosen[take, layer] = True
+        room = room - np.where(take, costs[:, layer], 0)
     return chosen
+
+
+def _pareto(problem: SelectionProblem, scores: FloatArray, client: int) -> BoolArray:
+    """Best set of one client, `scores` of shape (L,), keeping the pairs that no other dominates."""
+    costs, left = problem.cost_matrix[client], problem.limits[client] - problem.depth_matrix[client]
+    cost, score = np.zeros(1), np.zeros(1)
+    sets = np.zeros((1, len(scores)), dtype=bool)
+    best, best_score = sets[0], 0.0
+    for layer in np.flatnonzero(scores > 0)[::-1]:
+        added = sets.copy()
+        added[:, layer] = True
+        cost = np.concatenate([cost, cost + costs[layer]])
+        score = np.concatenate([score, score + scores[layer]])
+        fits = np.flatnonzero(cost <= left[layer])
+        order = fits[np.lexsort((-score[fits], cost[fits]))]
+        before = np.maximum.accumulate(np.concatenate([[-np.inf], score[order]]))[:-1]
+        kept = order[score[order] > before]
+        cost, score, sets = cost[kept], score[kept], np.concatenate([sets, added])[kept]
+        if len(score) and score[-1] > best_score:
+            best, best_score = sets[-1], score[-1]
+    return np.asarray(best)
+
+
+def _top(scores: FloatArray, room: FloatArray) -> BoolArray:
+    """Per row, the `room` largest positive scores."""
+    counts = np.minimum(room, scores.shape[1]).astype(np.intp)
+    return largest(scores, -np.sort(-scores, axis=1), counts) & (scores > 0)
+
+
+def largest(entries: FloatArray, ranked: FloatArray, counts: NDArray[np.intp]) -> BoolArray:
+    """Mark in each row of `entries` its `counts` largest; equal ones count from the left.
+
+    `ranked` holds the rows sorted to fall. Comparing with the last value taken spares the
+    positions, which cost several times as much to sort as the values; only rows in which that
+    value is tied need them.
+    """
+    taken = counts[:, None]
+    last = np.take_along_axis(ranked, np.maximum(taken - 1, 0), axis=1)
+    chosen = (entries >= last) & (taken > 0)
+    tied = np.flatnonzero(chosen.sum(axis=1) > counts)
+    if len(tied):
+        order = np.argsort(-entries[tied], axis=1, kind="stable")
+        first = np.arange(entries.shape[1])[None, :] < taken[tied]
+        rows = np.zeros(order.shape, dtype=bool)
+        np.put_along_axis(rows, order, first, axis=1)
+        chosen[tied] = rows
+    return np.asarray(chosen)

@@ -28,6 +28,14 @@ ROUNDING = 1e-13
 #: A relative gap up to this proves optimality; integer programs work to tolerances of this order.
 PROVEN = 1e-8
 
+#: Asking for a gap up to this asks for a proof, with which the masks do not depend on the solver.
+PROOF_ASKED = 1e-6
+
+
+def proof_gap(gap: float) -> float:
+    """Relative gap at which a solver asked for `gap` may stop."""
+    return gap if gap > PROOF_ASKED else PROVEN
+
 
 class SelectionError(RuntimeError):
     """No solver could give a usable answer; the message says which one and why."""
@@ -80,8 +88,8 @@ class SelectionProblem:
     - Negative values are legal and mean a loss: such a layer is picked only when the
       consistency term pays for it.
     - Ties go to the selection with the fewest picks, so a layer of zero gain is left alone: it
-      costs compute and cannot move the model. What is left of a budget stays unspent. The full
-      order is in :mod:`layerfed.selection.canonical`.
+      costs compute and cannot move the model. What is left of a budget stays unspent. The rest is
+      in :mod:`layerfed.selection.ties`.
     - No client at all (``n = 0``) is legal: the masks are empty, objective and bound are 0.
     - A client that cannot afford its cheapest layer selects nothing, and still counts as a
       dissenter in the penalty, as in [S].
@@ -138,17 +146,9 @@ class SelectionProblem:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SelectionProblem:
-        """Build a problem from the parsed JSON of an instance file.
+        """Build a problem from the parsed JSON of an instance file: a mapping with these fields.
 
-        Parameters
-        ----------
-        data : mapping
-            ``{"values", "costs", "budgets", "consistency"}`` and optionally ``"depth_costs"``.
-
-        Raises
-        ------
-        ValueError
-            If a key is missing or unknown, or an entry is not numeric or not legal.
+        Raises ValueError if a key is missing or unknown, or an entry is not numeric or not legal.
         """
         required = {"values", "costs", "budgets", "consistency"}
         if not isinstance(data, Mapping):
@@ -299,14 +299,7 @@ class Selection:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON-ready data, masks as rows of 0 and 1."""
-        return {
-            "masks": self.masks.astype(int).tolist(),
-            "objective": self.objective,
-            "bound": self.bound,
-            "gap": self.gap,
-            "solver": self.solver,
-            "seconds": self.seconds,
-        }
+        return {**vars(self), "masks": self.masks.astype(int).tolist()}
 
 
 def _finite(name: str, data: ArrayLike) -> FloatArray:

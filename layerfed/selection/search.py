@@ -1,4 +1,4 @@
-"""Feasible masks for (P1): repair of what the relaxation proposes, and local search.
+"""Feasible masks for (P1): repair of what the relaxation proposes.
 
 Every move asks the client oracle for an exact best response, so dropping a layer, adding one
 and swapping any number of them within a client are all one move.
@@ -10,31 +10,17 @@ import time
 
 import numpy as np
 
-from layerfed.selection.oracle import ClientOracle
+from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
 
-#: Rounds of joint best responses from one start; they settle after two or three.
-SETTLING_ROUNDS = 12
+#: Joint best responses from one start. More settle further, at the price of steps of the bound.
+SETTLING_ROUNDS = 3
 
 
 class PrimalSearch:
-    """Keeps the best feasible masks seen for one problem.
+    """Keeps the best feasible masks (n, L) seen for one problem; selecting nothing to begin with.
 
-    Parameters
-    ----------
-    problem : SelectionProblem
-        The instance.
-    oracle : ClientOracle
-        Best responses under the instance's budgets.
-    deadline : float
-        ``time.perf_counter()`` value after which no new move is begun.
-
-    Attributes
-    ----------
-    masks : array of bool, shape (n, L)
-        The incumbent; selecting nothing to begin with.
-    objective : float
-        Its objective.
+    No new move is begun after `deadline`, a value of ``time.perf_counter()``.
     """
 
     def __init__(
@@ -71,7 +57,7 @@ class PrimalSearch:
         masks = self._oracle.best(problem.values + self.slopes(counts))
         reached = self.offer(masks)
         if problem.consistency < 0:
-            return self._respond_in_turn(masks, self.deadline)
+            return self._respond_in_turn(masks)
         for _ in range(SETTLING_ROUNDS):
             if self.late:
                 break
@@ -87,28 +73,13 @@ class PrimalSearch:
         slopes = self._problem.consistency * (2.0 * counts - self._problem.clients)
         return np.asarray(slopes)
 
-    def intensify(self, deadline: float, target: float) -> None:
-        """Local search from the incumbent until `deadline` or an objective of `target`.
-
-        Clients respond in turn. With λ > 0 the good masks are also far apart: a layer pays only
-        once most clients take it. So layers are pushed to all or to no client, alone and in
-        pairs, and the clients settle from there.
-        """
-        before = -np.inf
-        deadline = min(deadline, self.deadline)
-        while self.objective > before and self.objective < target:
-            before = self.objective
-            self._respond_in_turn(self.masks, deadline)
-            if self._problem.consistency > 0:
-                self._kick(deadline, target)
-
-    def _respond_in_turn(self, masks: BoolArray, deadline: float) -> BoolArray:
+    def _respond_in_turn(self, masks: BoolArray) -> BoolArray:
         """Exact best response of one client after the other, given all others' masks."""
         problem, lam = self._problem, self._problem.consistency
         masks = masks.copy()
         counts = masks.sum(axis=0).astype(np.float64)
         for client in range(problem.clients):
-            if time.perf_counter() > deadline:
+            if self.late:
                 break
             others = counts - masks[client]
             # f(k+1) - f(k) with the other clients' count k.
@@ -120,20 +91,3 @@ class PrimalSearch:
                 counts = others + row
         self.offer(masks)
         return masks
-
-    def _kick(self, deadline: float, target: float) -> None:
-        problem = self._problem
-        start = self.masks.sum(axis=0).astype(np.float64)
-        used = np.flatnonzero(start > 0)
-        everyone, nobody = float(problem.clients), 0.0
-        kicks: list[list[tuple[int, float]]] = [[(int(a), nobody)] for a in used]
-        rest = np.argsort(-problem.values.sum(axis=0), kind="stable")
-        kicks += [[(int(b), everyone)] for b in rest]
-        kicks += [[(int(a), nobody), (int(b), everyone)] for b in rest for a in used if a != b]
-        for kick in kicks:
-            if time.perf_counter() > deadline or self.objective >= target:
-                return
-            counts = start.copy()
-            for layer, count in kick:
-                counts[layer] = count
-            self.settle(counts)

@@ -70,7 +70,7 @@ def by_order(candidates: Candidates, order: Sequence[int]) -> Choice:
 def by_score(candidates: Candidates, scores: np.ndarray) -> Choice:
     """Give each client its highest-scored layers that fit; ties go to the layer nearer the output.
 
-    That is the solvers' rule as well (:mod:`layerfed.selection.canonical`): of equal layers the one
+    That is the solvers' rule as well (:mod:`layerfed.selection.ties`): of equal layers the one
     nearer the output needs the shorter backward pass.
 
     Parameters

@@ -47,11 +47,6 @@ class Truth:
     objective: float
     optima: list[np.ndarray]
 
-    @property
-    def canonical(self) -> np.ndarray:
-        """The optimum that the documented tie-break prefers."""
-        return min(self.optima, key=lambda m: (m.sum(), tuple(~m[:, ::-1].ravel())))
-
 
 def brute_force(problem: SelectionProblem) -> Truth:
     scored = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from selection_cases import random_problem
 
-from layerfed.selection import SelectionError, SelectionProblem, Solver, backends, solve, solve_milp
+from layerfed.selection import SelectionError, SelectionProblem, Solver, milp, solve, solve_milp
 
 SOLVERS: list[Solver] = ["auto", "lagrangian", "milp"]
 
@@ -40,10 +40,10 @@ def test_paper_size_is_proved_optimal_before_the_time_limit(relative: float) -> 
 
 
 def test_a_failing_solver_is_not_replaced_by_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> float:
-        raise SelectionError("the backend crashed")
+    def fail(*_: object) -> tuple[bool, float]:
+        raise SelectionError("the solver crashed")
 
-    monkeypatch.setattr(backends, "_run_highs", fail)
+    monkeypatch.setattr(milp, "_run", fail)
 
-    with pytest.raises(SelectionError, match="the backend crashed"):
-        solve_milp(random_problem(0), backend="highs")
+    with pytest.raises(SelectionError, match="the solver crashed"):
+        solve_milp(random_problem(0))

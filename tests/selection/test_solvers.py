@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from selection_cases import brute_force, problems, random_problem
 
 from layerfed.selection import SelectionProblem, Solver, solve, solve_lagrangian, solve_milp
-from layerfed.selection.lagrangian import certify
 
 SOLVERS: list[Solver] = ["auto", "lagrangian", "milp"]
 
@@ -28,13 +27,12 @@ def test_auto_equals_brute_force(problem: SelectionProblem) -> None:
     assert selection.gap <= 1e-7
 
 
-@pytest.mark.parametrize("backend", ["highs", "cbc"])
-@given(problem=problems())
+@given(problems())
 @settings(max_examples=40, deadline=None)
-def test_milp_equals_brute_force(backend: str, problem: SelectionProblem) -> None:
+def test_milp_equals_brute_force(problem: SelectionProblem) -> None:
     truth = brute_force(problem)
 
-    selection = solve_milp(problem, gap=0.0, backend=backend)  # type: ignore[arg-type]
+    selection = solve_milp(problem, gap=0.0)
 
     assert problem.feasible(selection.masks)
     assert selection.objective == pytest.approx(truth.objective, rel=1e-7, abs=1e-7)
@@ -52,18 +50,6 @@ def test_lagrangian_is_feasible_and_bounds_the_optimum(problem: SelectionProblem
     assert problem.feasible(selection.masks)
     assert selection.objective <= truth.objective + tolerance
     assert selection.bound >= truth.objective - tolerance
-
-
-@given(problems())
-@settings(max_examples=60, deadline=None)
-def test_reduction_keeps_every_optimum(problem: SelectionProblem) -> None:
-    truth = brute_force(problem)
-
-    _, reduction = certify(problem, time_limit=10.0, gap=0.0)
-
-    for masks in truth.optima:
-        assert not np.any(masks & ~reduction.allow)
-        assert not np.any(reduction.force & ~masks)
 
 
 @pytest.mark.parametrize("relative", [0.01, 0.1, 0.5, 1.0, 3.0, 10.0, -0.3])

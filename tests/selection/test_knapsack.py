@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from selection_cases import brute_force, problems, random_problem
 
-from layerfed.selection import SelectionProblem, knapsack, oracle
-from layerfed.selection.knapsack import Grid
-from layerfed.selection.oracle import ClientOracle
+from layerfed.selection import SelectionProblem, knapsack
+from layerfed.selection.knapsack import ClientOracle, Grid
 
 
 def alone(problem: SelectionProblem) -> SelectionProblem:
@@ -36,7 +35,7 @@ METHODS = ["grid", "pareto"]
 
 def force(method: str, patch: pytest.MonkeyPatch) -> None:
     """Make the oracle use one method, whatever the costs would allow."""
-    patch.setattr(oracle, "ENUMERATION_LAYERS", 0)
+    patch.setattr(knapsack, "ENUMERATION_LAYERS", 0)
     if method == "pareto":
         patch.setattr(knapsack, "MOST_CELLS", -1)
 

@@ -7,10 +7,9 @@ import pytest
 from selection_cases import random_problem
 
 from layerfed.selection import SelectionProblem, lagrangian, scale_consistency, solve_lagrangian
-from layerfed.selection.branching import Part, branch
-from layerfed.selection.descent import descend
-from layerfed.selection.oracle import ClientOracle
-from layerfed.selection.relaxation import CountRange, relax
+from layerfed.selection.bound import descend, penalties_of, relax
+from layerfed.selection.knapsack import ClientOracle
+from layerfed.selection.lagrangian import Part, branch
 from layerfed.selection.search import PrimalSearch
 
 
@@ -26,9 +25,9 @@ def root(problem: SelectionProblem) -> tuple[ClientOracle, PrimalSearch, Part]:
     oracle = ClientOracle(problem)
     search = PrimalSearch(problem, oracle)
     search.settle(np.zeros(problem.layers))
-    counts = CountRange.whole(problem)
-    relaxation = relax(problem, oracle, np.zeros(problem.layers), counts)
-    return oracle, search, Part(counts, descend(problem, search, relaxation, 600))
+    penalties = penalties_of(problem)
+    relaxation = relax(problem, oracle, np.zeros(problem.layers), penalties)
+    return oracle, search, Part(penalties, descend(problem, search, relaxation, 600))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -52,8 +51,8 @@ def test_parts_cover_the_optimum_and_bound_it() -> None:
     parts = branch(problem, oracle, search, [whole])
 
     optimum = search.masks.sum(axis=0)
-    inside = [np.all((p.counts.low <= optimum) & (optimum <= p.counts.high)) for p in parts]
-    assert any(inside)
+    layers = np.arange(problem.layers)
+    assert any(np.isfinite(part.penalties[layers, optimum]).all() for part in parts)
     assert parts[0].bound == max(part.bound for part in parts)
     assert search.objective <= parts[0].bound + 1e-9 < whole.bound
 
@@ -73,11 +72,9 @@ def test_no_split_begins_after_the_deadline() -> None:
     assert branch(problem, oracle, search, [whole]) == [whole]
 
 
-def test_a_range_forbids_the_counts_outside() -> None:
-    problem = random_problem(0, 5, 3)
-    low, high = np.array([0, 1, 2]), np.array([5, 1, 4])
+def test_counts_that_budgets_rule_out_are_forbidden() -> None:
+    problem = SelectionProblem(np.ones((3, 2)), [1.0, 9.0], [1.0, 1.0, 9.0], 0.5)
 
-    allowed = np.isfinite(CountRange(low, high).penalties(problem))
+    allowed = np.isfinite(penalties_of(problem))
 
-    expected = [range(6), [1], [2, 3, 4]]
-    assert [np.flatnonzero(row).tolist() for row in allowed] == [list(e) for e in expected]
+    assert allowed.tolist() == [[True] * 4, [True, True, False, False]]

@@ -8,15 +8,13 @@ from hypothesis import strategies as st
 from selection_cases import brute_force, problems
 
 from layerfed.selection import SelectionProblem
-from layerfed.selection.oracle import ClientOracle
-from layerfed.selection.relaxation import CountRange, Relaxation, relax
+from layerfed.selection.bound import Relaxation, penalties_of, relax
+from layerfed.selection.knapsack import ClientOracle
 
 
 def relaxation_of(problem: SelectionProblem) -> Relaxation:
     problem = problem.saturated()
-    return relax(
-        problem, ClientOracle(problem), np.zeros(problem.layers), CountRange.whole(problem)
-    )
+    return relax(problem, ClientOracle(problem), np.zeros(problem.layers), penalties_of(problem))
 
 
 def anywhere(relaxation: Relaxation, seed: int) -> np.ndarray:
