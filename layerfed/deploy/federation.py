@@ -21,6 +21,7 @@ from typing import Any
 
 from layerfed.config import ConfigError, Flat, NodeConfig, RunConfig, Scalar
 from layerfed.deploy.credentials import create_authority, create_server_certificate
+from layerfed.files import whole
 
 __all__ = [
     "DeploymentFailed",
@@ -187,11 +188,12 @@ class Federation:
         """Return the command that starts the SuperLink on loopback, and note its port for `flwr`."""
         self.require_certificates()
         self.flower_home.mkdir(parents=True, exist_ok=True)
-        (self.flower_home / "config.toml").write_text(
+        text = (
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-            f'address = "127.0.0.1:{port}"\nroot-certificates = {json.dumps(str(self.ca))}\n',
-            encoding="utf-8",
+            f'address = "127.0.0.1:{port}"\nroot-certificates = {json.dumps(str(self.ca))}\n'
         )
+        with whole(self.flower_home / "config.toml") as beside:
+            beside.write_text(text, encoding="utf-8")
         return [
             program("flower-superlink"),
             *("--ssl-ca-certfile", str(self.ca)),

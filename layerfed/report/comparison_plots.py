@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from layerfed.report.figures import Section
+from layerfed.report.plots import save_picture
 
 __all__ = ["draw_accuracy", "draw_terms", "draw_uplink", "look", "mean_curve", "pareto_front"]
 
@@ -53,8 +54,7 @@ def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
-    figure.savefig(file, dpi=150)
-    return file
+    return save_picture(figure, file)
 
 
 def draw_terms(sections: Sequence[Section], file: Path) -> Path:
@@ -87,8 +87,7 @@ def draw_terms(sections: Sequence[Section], file: Path) -> Path:
     rows = [row for row in sections[0].rows if row in drawn]
     # Beside the panels: lines that end in zero lie where a legend would.
     figure.legend([drawn[row] for row in rows], rows, loc="outside right upper", fontsize=9)
-    figure.savefig(file, dpi=120)
-    return file
+    return save_picture(figure, file, dpi=120)
 
 
 def look(number: int) -> tuple[tuple[float, ...], str, str]:
@@ -167,8 +166,7 @@ def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
         axes.set(xlabel="uplink of the run, MB", ylabel="final test accuracy", title=section.title)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
-    return file
+    return save_picture(figure, file)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

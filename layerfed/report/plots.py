@@ -15,9 +15,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from layerfed.files import whole
 from layerfed.runs.files import read_lines
 
-__all__ = ["draw_run", "selection_shares"]
+__all__ = ["draw_run", "save_picture", "selection_shares"]
 
 # The terms of `layerfed.server.theory` in metrics.jsonl: what each is called, and its colour.
 TERMS = {
@@ -25,6 +26,13 @@ TERMS = {
     "e2": (r"$\hat E_2$: clients that differ", "#1f5fa8"),
     "e2_masks": (r"of it by the masks", "#7fb0dd"),
 }
+
+
+def save_picture(figure: Figure, file: Path, dpi: int = 150) -> Path:
+    """Write a PNG in place of what is there; return its path."""
+    with whole(file) as beside:
+        figure.savefig(beside, dpi=dpi, format="png")
+    return file
 
 
 def selection_shares(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -89,8 +97,7 @@ def _accuracy(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
-    return file
+    return save_picture(figure, file)
 
 
 def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
@@ -117,8 +124,7 @@ def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
-    return file
+    return save_picture(figure, file)
 
 
 def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
@@ -154,5 +160,4 @@ def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(xlabel="round")
-    figure.savefig(file, dpi=150)
-    return file
+    return save_picture(figure, file)

@@ -7,18 +7,17 @@ often a few kilobytes that are always the same: these are kept, and the library 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from logging import DEBUG
 from pathlib import Path
-from uuid import uuid4
 from zipfile import BadZipFile
 
 import numpy as np
 from flwr.common.logger import log
 
 from layerfed.exchange.store import user_cache
+from layerfed.files import whole
 
 __all__ = ["prepared"]
 
@@ -70,14 +69,9 @@ def _digest(key: Mapping[str, object]) -> str:
 
 
 def _write(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    beside = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with beside.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole(file, shared=True) as beside, beside.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
     with suppress(OSError):  # another process cleans up too
         files = sorted(file.parent.iterdir(), key=lambda f: f.stat().st_mtime)
         for old in files[:-MOST_FILES]:
