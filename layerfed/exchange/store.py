@@ -6,7 +6,6 @@ and clients of one machine find the same store, and nothing needs to travel betw
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -24,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from layerfed.config import ConfigError
+from layerfed.digests import content_digest, digest
 from layerfed.files import save_tensors, whole
-from layerfed.models.layers import digest
 
 __all__ = ["FolderStore", "LayerStore", "MemoryStore", "open_store", "user_cache"]
 
@@ -231,8 +230,7 @@ class FolderStore(LayerStore):
 
     def _own_file(self, key: str) -> Path:
         # Hashed, since parts of the key come from messages.
-        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        return self.folder / f"own-{name}.safetensors"
+        return self.folder / f"own-{content_digest(key)}.safetensors"
 
     def recall(self, key: str) -> dict[str, np.ndarray] | None:
         """Return what was remembered under a key, or None where it was evicted."""

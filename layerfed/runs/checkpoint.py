@@ -12,7 +12,6 @@ Random draws need no state: each has a seed of its own, from purpose, round and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ import numpy as np
 from flwr.common.logger import log
 from safetensors.numpy import load, save
 
+from layerfed.digests import content_digest
 from layerfed.files import whole
 from layerfed.runs.records import Observer, RoundRecord
 
@@ -116,7 +116,7 @@ def _fill(folder: Path, checkpoint: Checkpoint) -> None:
     digests = {}
     for name, tensors in ((LAYERS, checkpoint.layers), (STATE, checkpoint.state)):
         content = save({n: np.asarray(t, order="C") for n, t in tensors.items()})
-        digests[name] = _digest(content)
+        digests[name] = content_digest(content)
         (folder / name).write_bytes(content)
     index = {
         "round": checkpoint.round,
@@ -147,7 +147,7 @@ def _read(folder: Path) -> Checkpoint:
     tensors = {}
     for name in (LAYERS, STATE):
         content = (folder / name).read_bytes()
-        if _digest(content) != index["digests"][name]:
+        if content_digest(content) != index["digests"][name]:
             raise ValueError(f"{name} is damaged")
         tensors[name] = load(content)
     return Checkpoint(
@@ -157,7 +157,3 @@ def _read(folder: Path) -> Checkpoint:
         layers=tensors[LAYERS],
         state=tensors[STATE],
     )
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

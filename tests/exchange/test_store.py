@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from layerfed.config import ConfigError
+from layerfed.digests import digest
 from layerfed.exchange import FolderStore, LayerStore, MemoryStore, open_store
-from layerfed.models.layers import digest
 
 KB = 1000
 

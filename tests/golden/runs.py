@@ -26,6 +26,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from layerfed.config import load_config
+from layerfed.digests import content_digest
 from layerfed.engine import run_on
 from layerfed.privacy import protection
 from layerfed.runs import read_lines
@@ -109,7 +110,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         "e1": [row["e1"] for row in metrics],
         "e2": [row["e2"] for row in metrics],
         "sketch": sketch(tensors),
-        "digest": hashlib.blake2b(b"".join(base.values()), digest_size=16).hexdigest(),
+        "digest": content_digest(*base.values()),
     }
 
 
