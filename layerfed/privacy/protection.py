@@ -17,6 +17,7 @@ import numpy as np
 
 from layerfed.config import ConfigError, NodeConfig, PrivacyConfig
 from layerfed.exchange.clipping import clipped
+from layerfed.exchange.pieces import pieces
 from layerfed.models.layers import LayerMap
 
 __all__ = ["PUBLIC_STATISTICS", "Entropy", "Protection", "add_noise", "gaussian", "refuse_buffers"]
@@ -25,8 +26,6 @@ Entropy = Callable[[int], bytes]
 
 PUBLIC_STATISTICS = frozenset({"param_norm_sq"})
 """Statistics of the global model alone, which say nothing of a client's data."""
-
-PIECE = 2**16
 
 
 def gaussian(count: int, entropy: Entropy = os.urandom) -> np.ndarray:
@@ -49,9 +48,7 @@ def gaussian(count: int, entropy: Entropy = os.urandom) -> np.ndarray:
 
 def add_noise(total: np.ndarray, std: float, entropy: Entropy = os.urandom) -> None:
     """Add N(0, std²) to each element of a contiguous float64 array, in place."""
-    flat = total.reshape(-1)
-    for start in range(0, flat.size if std > 0 else 0, PIECE):
-        piece = flat[start : start + PIECE]
+    for piece in pieces(total) if std > 0 else ():
         piece += std * gaussian(piece.size, entropy)
 
 
