@@ -7,8 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
@@ -31,6 +30,7 @@ import layerfed
 from layerfed.config import ConfigError, RunConfig, nearest, parse_override
 from layerfed.config.command_line import App, complete_setting, read_settings
 from layerfed.deploy.cli import app as deploy
+from layerfed.errors import one_line_errors
 
 EngineName = Literal["auto", "inprocess", "ray"]
 ENGINES = get_args(EngineName)
@@ -87,16 +87,6 @@ def _engine(name: str) -> EngineName:
     return cast(EngineName, name)
 
 
-@contextmanager
-def _one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn what a user can mend into one line and exit status 2."""
-    try:
-        yield
-    except kinds as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
 @app.command()
 def run(
     settings: Settings = None,
@@ -115,7 +105,7 @@ def run(
     from layerfed.deploy.processes import clean_up_on_sigterm
 
     clean_up_on_sigterm()
-    with _one_line_errors(ConfigError):
+    with one_line_errors():
         config = read_settings(settings, resume).simulated()
         wanted = _engine(engine)
         if directory is not None:
@@ -124,8 +114,7 @@ def run(
             )
         # Imported late, so that `--help` and a wrong configuration answer at once.
         from layerfed.engine import choose_engine, run_on
-        from layerfed.runs import NotWritten, ProgressLine
-        from layerfed.server.population import RoundFailed
+        from layerfed.runs import ProgressLine
 
         logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
         chosen, why = choose_engine(config, wanted)
@@ -142,9 +131,6 @@ def run(
         except KeyboardInterrupt:
             _say_how_to_resume([folder.path for folder in folders])
             raise typer.Exit(130) from None
-        except (NotWritten, RoundFailed) as error:
-            console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(1) from None
     _print_summary(folders[0].path)
 
 
@@ -215,7 +201,7 @@ def compare(
     from layerfed.deploy.processes import clean_up_on_sigterm
 
     clean_up_on_sigterm()
-    with _one_line_errors(ConfigError):
+    with one_line_errors():
         plan, place = _plan(settings, strategies, budgets, seeds, only)
         try:
             files, failed = carry_out(
@@ -301,7 +287,7 @@ def report(
             for picture in sorted(folder.glob(f"{table.stem}-*.png")):
                 typer.echo(f"picture     {picture.resolve()}")
         return
-    with _one_line_errors(OSError, ValueError):
+    with one_line_errors(OSError, ValueError):
         if not (folder / "summary.json").exists():
             raise ConfigError(
                 f"{folder} is no run folder and no folder of a comparison: it has neither "
@@ -314,7 +300,7 @@ def report(
 @app.command()
 def layers(settings: Settings = None) -> None:
     """Print how a configuration's model falls into layers."""
-    with _one_line_errors(ConfigError):
+    with one_line_errors():
         config = read_settings(settings)
         from layerfed.task import load_task
 
@@ -388,7 +374,7 @@ def solve(
     from layerfed.selection import SelectionError, SelectionProblem, round_costs
     from layerfed.selection import solve as solve_problem
 
-    with _one_line_errors(ValueError, SelectionError):
+    with one_line_errors(ValueError, SelectionError):
         try:
             data: Any = json.loads(instance.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:

@@ -16,18 +16,19 @@ from layerfed.client.flops import forward_flops
 from layerfed.client.training import evaluate
 from layerfed.client_app import node_store, workbench
 from layerfed.config import ConfigError, RunConfig
+from layerfed.errors import EXPECTED
 from layerfed.exchange import LayerStore, record_of
 from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
 from layerfed.privacy.private_mean import PrivateAggregation
 from layerfed.privacy.protection import refuse_buffers
 from layerfed.report import draw_run
-from layerfed.runs import Checkpoints, LogLines, NotWritten, RunFolder, latest_checkpoint, lock
+from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
 from layerfed.runs.records import Observer
 from layerfed.server.aggregation import Aggregation
 from layerfed.server.budgets import Budgets
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
-from layerfed.server.population import RoundFailed, federation_size
+from layerfed.server.population import federation_size
 from layerfed.server.resuming import check_base
 from layerfed.server.round import Round
 from layerfed.server.secure_round import secured
@@ -235,7 +236,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run in a process of Flower's, as `flwr run` and a SuperLink start it."""
     try:
         folder = run(grid, context, [LogLines()], _opened)
-    except (ConfigError, NotWritten, RoundFailed) as error:
+    except EXPECTED as error:
         # Flower logs a traceback of all that is raised; what a user can mend is said in one line. It is
         # raised all the same: only then does Flower's list of runs say that this one failed.
         logging.getLogger("flwr").addFilter(_InOneLine(error))

@@ -6,8 +6,6 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +16,7 @@ from rich.markup import escape
 
 from layerfed.config import ConfigError, RunConfig, load_config, parse_override
 from layerfed.config.command_line import App, complete_setting, read_settings
+from layerfed.errors import one_line_errors
 
 if TYPE_CHECKING:
     from layerfed.deploy.federation import Federation
@@ -34,21 +33,6 @@ Folder = Annotated[
     Path, typer.Option("--dir", help="The federation's folder on the server", file_okay=False)
 ]
 FOLDER = Path("federation")
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Status 2 for what a user can mend, 1 for what failed; each said in a few words."""
-    from layerfed.deploy.federation import DeploymentFailed
-
-    try:
-        yield
-    except ConfigError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
-    except DeploymentFailed as error:
-        console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 def _federation(folder: Path) -> Federation:
@@ -68,7 +52,7 @@ def certificates(
     ] = 365,
 ) -> None:
     """On the server: make the authority, once, and the server's certificate, anew each time."""
-    with _one_line_errors():
+    with one_line_errors():
         federation = _federation(folder)
         federation.create_certificates(hosts, days)
     typer.echo(f"{federation.ca}: copy it to every node")
@@ -84,7 +68,7 @@ def key(
     """On a node: make its key pair."""
     from layerfed.deploy.credentials import create_node_key
 
-    with _one_line_errors():
+    with one_line_errors():
         private, public = create_node_key(name, folder)
     typer.echo(f"{private}: stays on this node")
     typer.echo(f"{public}: send it to the server, for `layerfed deploy register`")
@@ -98,7 +82,7 @@ def superlink(
     """On the server: run the SuperLink, on loopback, with a database that outlives it."""
     from layerfed.deploy.federation import environment
 
-    with _one_line_errors():
+    with one_line_errors():
         federation = _federation(folder)
         command = federation.superlink_command(port)
     # The same process from here on: signals reach it, and whoever started this sees its exit status.
@@ -115,7 +99,7 @@ def gateway(
     """On the server: open to the network what SuperNodes need of the SuperLink, and nothing else."""
     from layerfed.deploy.gateway import serve_gateway
 
-    with _one_line_errors():
+    with one_line_errors():
         federation = _federation(folder)
         federation.require_certificates()
     serve_gateway(superlink, federation.ca, federation.certificate, federation.key, host, port)
@@ -129,7 +113,7 @@ def register(
     folder: Folder = FOLDER,
 ) -> None:
     """On the server: let nodes join by their public keys."""
-    with _one_line_errors():
+    with one_line_errors():
         federation = _federation(folder)
         for public_key in public_keys:
             typer.echo(f"{public_key}: node {federation.register(public_key)}")
@@ -157,7 +141,7 @@ def supernode(
     """On a node: run its SuperNode."""
     from layerfed.deploy.federation import environment, supernode_command
 
-    with _one_line_errors():
+    with one_line_errors():
         node_config = dict(parse_override(setting) for setting in settings)
         command = supernode_command(superlink, ca, key, node_config, port)
         variables = environment(home.resolve())
@@ -184,7 +168,7 @@ def run(
     ] = Path(),
 ) -> None:
     """On the server: run on the connected nodes, show the log, and exit 0 only if the run completed."""
-    with _one_line_errors():
+    with one_line_errors():
         federation, config = _federation(folder), read_settings(settings, resume)
         identity = federation.start_run(app_folder, config)
         console.print(f"run {identity}; Ctrl-C leaves it running", highlight=False)
@@ -239,7 +223,7 @@ def demo(
             ],
         )
 
-    with _one_line_errors():
+    with one_line_errors():
         source = Path(layerfed.__file__).resolve().parents[1]
         if not (source / "pyproject.toml").exists():
             raise ConfigError(

@@ -21,6 +21,7 @@ from typing import Any
 
 from layerfed.config import ConfigError, Flat, NodeConfig, RunConfig, Scalar
 from layerfed.deploy.credentials import create_authority, create_server_certificate
+from layerfed.errors import Failed
 from layerfed.files import whole
 
 __all__ = [
@@ -38,7 +39,7 @@ COMMAND_SECONDS = 120.0
 POLL_SECONDS, STATUS_SECONDS = 1.0, 15.0
 
 
-class DeploymentFailed(RuntimeError):
+class DeploymentFailed(Failed):
     """A process or a command of the deployment failed; the message says which, and what it said."""
 
 

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from layerfed.config import ConfigError
+from layerfed.errors import Failed
 from layerfed.files import save_tensors, whole
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-class NotWritten(RuntimeError):
+class NotWritten(Failed):
     """A file could not be written, as when the disk is full; what was in its place is untouched."""
 
     def __init__(self, file: Path, error: Exception) -> None:

@@ -12,6 +12,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from layerfed.config import ConfigError
+from layerfed.errors import Failed
 from layerfed.exchange import (
     WRONG_SETTINGS,
     Description,
@@ -36,7 +37,7 @@ PATIENCE_SECONDS = 120.0
 ATTEMPTS = 3
 
 
-class RoundFailed(RuntimeError):
+class RoundFailed(Failed):
     """Too few clients to go on; the message says how many there were and why the others failed."""
 
 
