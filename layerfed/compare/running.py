@@ -17,12 +17,11 @@ from layerfed.compare.children import Ended, Job, alone_in, run_jobs
 from layerfed.compare.output import Output
 from layerfed.compare.plan import Cell, Plan
 from layerfed.config import ConfigError
+from layerfed.config.same import differing
 from layerfed.runs import latest_checkpoint
 
 __all__ = ["Standing", "compare", "standing"]
 
-# Settings that a run's result does not depend on, beside all of `run` but the seed.
-FREE = {"federation.timeout"}
 LOGS = "logs"
 
 
@@ -46,15 +45,7 @@ def standing(cell: Cell) -> Standing:
     theirs = _read(cell.folder / "config.json")
     if theirs is None:
         return Standing.BROKEN if cell.folder.exists() else Standing.ABSENT
-    mine = cell.config.to_flat()
-    changed = [
-        key
-        for key, value in mine.items()
-        if theirs.get(key) != value
-        and key not in FREE
-        and (not key.startswith("run.") or key == "run.seed")
-    ]
-    if changed:
+    if changed := differing(cell.config, theirs):
         raise ConfigError(
             f"{cell.folder} holds a run of another configuration ({', '.join(changed)} differ); compare "
             "into another --dir, or remove that folder"
