@@ -8,7 +8,7 @@ from layerfed.config.run import RunConfig
 
 __all__ = ["differing"]
 
-# A result does not depend on where and how fast it is computed, or on how long stragglers are waited for.
+# A result does not depend on where and how fast it is computed, or on how long stragglers get.
 FREE_SECTION, BUT = "run.", "run.seed"
 FREE = "federation.timeout"
 ROUNDS = "federation.rounds"
