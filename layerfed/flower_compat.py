@@ -97,7 +97,10 @@ def without_deprecation() -> Iterator[None]:
     `run_simulation` is one, in favour of `flwr run`: that starts a SuperLink which outlives the run, and
     here nothing may be left behind.
     """
-    quiet = _WithoutDeprecation()
+
+    def quiet(record: logging.LogRecord) -> bool:
+        return "DEPRECATED" not in record.getMessage()
+
     logging.getLogger("flwr").addFilter(quiet)
     try:
         yield
@@ -110,20 +113,10 @@ def in_one_line(error: Exception) -> None:
 
     It has to be raised all the same: only then does Flower's list of runs say that this one failed.
     """
-    logging.getLogger("flwr").addFilter(_InOneLine(error))
 
-
-class _WithoutDeprecation(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "DEPRECATED" not in record.getMessage()
-
-
-class _InOneLine(logging.Filter):
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self._error = error
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.exc_info, tuple) and record.exc_info[1] is self._error:
-            record.msg, record.args, record.exc_info = f"error: {self._error}", (), None
+    def shortened(record: logging.LogRecord) -> bool:
+        if isinstance(record.exc_info, tuple) and record.exc_info[1] is error:
+            record.msg, record.args, record.exc_info = f"error: {error}", (), None
         return not record.getMessage().startswith("Exit Code:")
+
+    logging.getLogger("flwr").addFilter(shortened)

@@ -21,9 +21,11 @@ from flwr.simulation import run_simulation
 from flwr.supercore import exit as flower_exit
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
+from flwr.superlink.routers.fleet.router import router
 
 import layerfed
 from layerfed import flower_compat
+from layerfed.deploy.gateway import FLEET, REPEATABLE
 from layerfed.engine import InProcessGrid
 from layerfed.exchange import encode
 from layerfed.flower_compat import (
@@ -145,6 +147,12 @@ def test_an_error_that_flower_logs_is_one_line(
 
 def ignored(*_: object, **__: object) -> None:
     """Do nothing."""
+
+
+def test_the_gateway_lets_through_what_a_supernode_calls() -> None:
+    served = {route.path.rpartition("/")[2] for route in router.routes}  # type: ignore[attr-defined]
+    assert served - {"register-node", "unregister-node"} == set(FLEET)
+    assert set(REPEATABLE) <= set(FLEET)
 
 
 def test_exit_handlers_take_no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from layerfed.compare.plan import Cell, Plan
 from layerfed.config import ConfigError
 from layerfed.config.same import differing
 from layerfed.runs import latest_checkpoint
+from layerfed.runs.files import read_json
 
 __all__ = ["Standing", "compare", "standing"]
 
@@ -42,7 +43,7 @@ def standing(cell: Cell) -> Standing:
     ConfigError
         If it holds a run of another configuration.
     """
-    theirs = _read(cell.folder / "config.json")
+    theirs = _known(cell.folder / "config.json")
     if theirs is None:
         return Standing.BROKEN if cell.folder.exists() else Standing.ABSENT
     if changed := differing(cell.config, theirs):
@@ -50,7 +51,7 @@ def standing(cell: Cell) -> Standing:
             f"{cell.folder} holds a run of another configuration ({', '.join(changed)} differ); compare "
             "into another --dir, or remove that folder"
         )
-    summary = _read(cell.folder / "summary.json")
+    summary = _known(cell.folder / "summary.json")
     if summary is not None and summary.get("status") == "completed":
         return Standing.DONE
     if summary is not None and latest_checkpoint(cell.folder) is not None:
@@ -58,12 +59,11 @@ def standing(cell: Cell) -> Standing:
     return Standing.BROKEN
 
 
-def _read(file: Path) -> Mapping[str, object] | None:
+def _known(file: Path) -> Mapping[str, object] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def compare(

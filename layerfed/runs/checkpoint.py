@@ -25,6 +25,7 @@ from safetensors.numpy import load, save
 
 from layerfed.digests import content_digest
 from layerfed.files import whole
+from layerfed.runs.files import read_json
 from layerfed.runs.records import Observer, RoundRecord
 
 __all__ = ["Checkpoint", "Checkpoints", "latest_checkpoint", "save_checkpoint"]
@@ -143,7 +144,7 @@ def _found(run_folder: Path) -> list[Path]:
 
 
 def _read(folder: Path) -> Checkpoint:
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = read_json(folder / INDEX)
     tensors = {}
     for name in (LAYERS, STATE):
         content = (folder / name).read_bytes()

@@ -20,6 +20,7 @@ __all__ = [
     "NotWritten",
     "append_line",
     "lock",
+    "read_json",
     "read_lines",
     "write_json",
     "write_lines",
@@ -58,6 +59,23 @@ def lock(folder: Path) -> FileLock:
             f"run.resume = '{folder}' is being written by a run that goes on; wait for its end"
         ) from None
     return taken
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the content of a `.json` file.
+
+    Raises
+    ------
+    OSError, ValueError
+        If the file is missing or damaged; a `ValueError` names it.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it holds no object")
+    return found
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
