@@ -105,32 +105,31 @@ def run(
     from layerfed.deploy.processes import clean_up_on_sigterm
 
     clean_up_on_sigterm()
-    with one_line_errors():
-        config = read_settings(settings, resume).simulated()
-        wanted = _engine(engine)
-        if directory is not None:
-            config = config.model_copy(
-                update={"run": config.run.model_copy(update={"dir": str(directory)})}
-            )
-        # Imported late, so that `--help` and a wrong configuration answer at once.
-        from layerfed.engine import choose_engine, run_on
-        from layerfed.runs import ProgressLine
-
-        logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
-        chosen, why = choose_engine(config, wanted)
-        console.print(
-            f"[bold]{escape(config.task.name)}[/] · {config.strategy.name} · "
-            f"{config.federation.clients} clients, {config.federation.clients_per_round} a round, "
-            f"{config.federation.rounds} rounds · engine {chosen} ({why})",
-            highlight=False,
+    config = read_settings(settings, resume).simulated()
+    wanted = _engine(engine)
+    if directory is not None:
+        config = config.model_copy(
+            update={"run": config.run.model_copy(update={"dir": str(directory)})}
         )
-        folders: list[RunFolder] = []
-        try:
-            with ProgressLine(console) as progress:
-                run_on(chosen, config, [progress], verbose=verbose, opened=folders.append)
-        except KeyboardInterrupt:
-            _say_how_to_resume([folder.path for folder in folders])
-            raise typer.Exit(130) from None
+    # Imported late, so that `--help` and a wrong configuration answer at once.
+    from layerfed.engine import choose_engine, run_on
+    from layerfed.runs import ProgressLine
+
+    logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    chosen, why = choose_engine(config, wanted)
+    console.print(
+        f"[bold]{escape(config.task.name)}[/] · {config.strategy.name} · "
+        f"{config.federation.clients} clients, {config.federation.clients_per_round} a round, "
+        f"{config.federation.rounds} rounds · engine {chosen} ({why})",
+        highlight=False,
+    )
+    folders: list[RunFolder] = []
+    try:
+        with ProgressLine(console) as progress:
+            run_on(chosen, config, [progress], verbose=verbose, opened=folders.append)
+    except KeyboardInterrupt:
+        _say_how_to_resume([folder.path for folder in folders])
+        raise typer.Exit(130) from None
     _print_summary(folders[0].path)
 
 
@@ -201,19 +200,18 @@ def compare(
     from layerfed.deploy.processes import clean_up_on_sigterm
 
     clean_up_on_sigterm()
-    with one_line_errors():
-        plan, place = _plan(settings, strategies, budgets, seeds, only)
-        try:
-            files, failed = carry_out(
-                plan,
-                (directory or place).expanduser().resolve(),
-                jobs=jobs,
-                engine=_engine(engine),
-                say=lambda line: console.print(escape(line), highlight=False, soft_wrap=True),
-            )
-        except KeyboardInterrupt:
-            console.print("interrupted; the same command goes on from here")
-            raise typer.Exit(130) from None
+    plan, place = _plan(settings, strategies, budgets, seeds, only)
+    try:
+        files, failed = carry_out(
+            plan,
+            (directory or place).expanduser().resolve(),
+            jobs=jobs,
+            engine=_engine(engine),
+            say=lambda line: console.print(escape(line), highlight=False, soft_wrap=True),
+        )
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here")
+        raise typer.Exit(130) from None
     typer.echo(files[0].read_text(encoding="utf-8"))
     typer.echo("\n".join(f"written: {file}" for file in files))
     if failed:
@@ -300,12 +298,11 @@ def report(
 @app.command()
 def layers(settings: Settings = None) -> None:
     """Print how a configuration's model falls into layers."""
-    with one_line_errors():
-        config = read_settings(settings)
-        from layerfed.task import load_task
+    config = read_settings(settings)
+    from layerfed.task import load_task
 
-        task = load_task(config)
-        found = task.layers(task.skeleton())
+    task = load_task(config)
+    found = task.layers(task.skeleton())
     table = Table(title=f"{escape(config.task.name)}: {found.num_blocks} selectable layers")
     table.add_column("layer", no_wrap=True)
     table.add_column("role", no_wrap=True)
