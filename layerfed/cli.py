@@ -141,6 +141,9 @@ def run(
                 run_on(chosen, config, [progress], verbose=verbose, opened=folders.append)
         except KeyboardInterrupt:
             _say_how_to_resume([folder.path for folder in folders])
+            if chosen == "ray":
+                # Threads that wait for clients which are gone would keep the process for ever.
+                os._exit(130)
             raise typer.Exit(130) from None
         except (NotWritten, RoundFailed) as error:
             console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
