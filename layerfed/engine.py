@@ -312,7 +312,7 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbo
         ray.init(
             include_dashboard=False,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-            logging_level="info" if verbose else "error",
+            logging_level=logging.INFO if verbose else logging.ERROR,
             log_to_driver=verbose,
         )
         if threading.current_thread() is threading.main_thread():
