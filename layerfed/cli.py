@@ -129,6 +129,9 @@ def run(
             run_on(chosen, config, [progress], verbose=verbose, opened=folders.append)
     except KeyboardInterrupt:
         _say_how_to_resume([folder.path for folder in folders])
+        if chosen == "ray":
+            # Threads that wait for clients which are gone would keep the process for ever.
+            os._exit(130)
         raise typer.Exit(130) from None
     _print_summary(folders[0].path)
 

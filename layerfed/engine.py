@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import threading
 from collections import deque
@@ -306,7 +308,17 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbo
         context.run_config, context.node_config = dict(flat), dict(node)
         server(grid, context)
 
+    handler = signal.getsignal(signal.SIGTERM)
     try:
+        # Started here rather than by Flower, since Ray takes SIGTERM for itself, and ends the process.
+        ray.init(
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            log_to_driver=verbose,
+        )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
         run_simulation(
             server_app=wrapped,
             client_app=build_client_app([configured]),
@@ -315,11 +327,7 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbo
                 "client_resources": {
                     "num_cpus": config.run.client_cpus,
                     "num_gpus": _gpu_share(config),
-                },
-                "init_args": {
-                    "logging_level": "info" if verbose else "error",
-                    "log_to_driver": verbose,
-                },
+                }
             },
         )
     finally:
