@@ -26,12 +26,12 @@ import typer
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from layerfed.exchange import Description, describe_reply
+from layerfed.flower_compat import enter_run, stamp
 from layerfed.models.layers import LayerMap
 from layerfed.strategies import Random
 
@@ -62,7 +62,7 @@ class Replies(Grid):
     """Clients that exist only as replies, made when they are pulled."""
 
     def __init__(self, clients: int, arrays: dict[str, np.ndarray], layers: LayerMap) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        enter_run()
         self.clients, self.arrays, self.layers = clients, arrays, layers
         self.waiting: dict[str, Message] = {}
 
@@ -73,7 +73,7 @@ class Replies(Grid):
         identities = []
         for message in messages:
             identity = f"m{message.metadata.dst_node_id}-{message.metadata.message_type}"
-            message.metadata.__dict__["_message_id"] = identity
+            stamp(message, message_id=identity)
             self.waiting[identity] = message
             identities.append(identity)
         return identities

@@ -50,13 +50,13 @@ def stage(name: str) -> None:
 def first_message(client_app: object, name: str) -> None:
     """Answer one message as a node does that holds nothing but the pretrained base."""
     from flwr.app import ArrayRecord, Context, RecordDict
-    from flwr.supercore.task_identity import TaskIdentity
 
     from layerfed.client.workbench import workbench
     from layerfed.config import NodeConfig, load_config
     from layerfed.exchange import Manifest, instruction
+    from layerfed.flower_compat import enter_run
 
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    enter_run()
     flat = load_config(None, SETTINGS).to_flat()
     node = {"partition-id": 0, "num-partitions": 4, "store": "memory"}
     kind, config = "query.describe", {}

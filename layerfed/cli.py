@@ -7,8 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
@@ -31,6 +30,7 @@ import layerfed
 from layerfed.config import ConfigError, RunConfig, nearest, parse_override
 from layerfed.config.command_line import App, complete_setting, read_settings
 from layerfed.deploy.cli import app as deploy
+from layerfed.errors import one_line_errors
 
 EngineName = Literal["auto", "inprocess", "ray"]
 ENGINES = get_args(EngineName)
@@ -87,16 +87,6 @@ def _engine(name: str) -> EngineName:
     return cast(EngineName, name)
 
 
-@contextmanager
-def _one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn what a user can mend into one line and exit status 2."""
-    try:
-        yield
-    except kinds as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
 @app.command()
 def run(
     settings: Settings = None,
@@ -115,36 +105,34 @@ def run(
     from layerfed.deploy.processes import clean_up_on_sigterm
 
     clean_up_on_sigterm()
-    with _one_line_errors(ConfigError):
-        config = read_settings(settings, resume).simulated()
-        wanted = _engine(engine)
-        if directory is not None:
-            config = config.model_copy(
-                update={"run": config.run.model_copy(update={"dir": str(directory)})}
-            )
-        # Imported late, so that `--help` and a wrong configuration answer at once.
-        from layerfed.engine import choose_engine, run_on
-        from layerfed.runs import NotWritten, ProgressLine
-        from layerfed.runs.records import RoundFailed
-
-        logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
-        chosen, why = choose_engine(config, wanted)
-        console.print(
-            f"[bold]{escape(config.task.name)}[/] · {config.strategy.name} · "
-            f"{config.federation.clients} clients, {config.federation.clients_per_round} a round, "
-            f"{config.federation.rounds} rounds · engine {chosen} ({why})",
-            highlight=False,
+    config = read_settings(settings, resume).simulated()
+    wanted = _engine(engine)
+    if directory is not None:
+        config = config.model_copy(
+            update={"run": config.run.model_copy(update={"dir": str(directory)})}
         )
-        folders: list[RunFolder] = []
-        try:
-            with ProgressLine(console) as progress:
-                run_on(chosen, config, [progress], verbose=verbose, opened=folders.append)
-        except KeyboardInterrupt:
-            _say_how_to_resume([folder.path for folder in folders])
-            raise typer.Exit(130) from None
-        except (NotWritten, RoundFailed) as error:
-            console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(1) from None
+    # Imported late, so that `--help` and a wrong configuration answer at once.
+    from layerfed.engine import choose_engine, run_on
+    from layerfed.runs import ProgressLine
+
+    logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    chosen, why = choose_engine(config, wanted)
+    console.print(
+        f"[bold]{escape(config.task.name)}[/] · {config.strategy.name} · "
+        f"{config.federation.clients} clients, {config.federation.clients_per_round} a round, "
+        f"{config.federation.rounds} rounds · engine {chosen} ({why})",
+        highlight=False,
+    )
+    folders: list[RunFolder] = []
+    try:
+        with ProgressLine(console) as progress:
+            run_on(chosen, config, [progress], verbose=verbose, opened=folders.append)
+    except KeyboardInterrupt:
+        _say_how_to_resume([folder.path for folder in folders])
+        if chosen == "ray":
+            # Threads that wait for clients which are gone would keep the process for ever.
+            os._exit(130)
+        raise typer.Exit(130) from None
     _print_summary(folders[0].path)
 
 
@@ -215,19 +203,18 @@ def compare(
     from layerfed.deploy.processes import clean_up_on_sigterm
 
     clean_up_on_sigterm()
-    with _one_line_errors(ConfigError):
-        plan, place = _plan(settings, strategies, budgets, seeds, only)
-        try:
-            files, failed = carry_out(
-                plan,
-                (directory or place).expanduser().resolve(),
-                jobs=jobs,
-                engine=_engine(engine),
-                say=lambda line: console.print(escape(line), highlight=False, soft_wrap=True),
-            )
-        except KeyboardInterrupt:
-            console.print("interrupted; the same command goes on from here")
-            raise typer.Exit(130) from None
+    plan, place = _plan(settings, strategies, budgets, seeds, only)
+    try:
+        files, failed = carry_out(
+            plan,
+            (directory or place).expanduser().resolve(),
+            jobs=jobs,
+            engine=_engine(engine),
+            say=lambda line: console.print(escape(line), highlight=False, soft_wrap=True),
+        )
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here")
+        raise typer.Exit(130) from None
     typer.echo(files[0].read_text(encoding="utf-8"))
     typer.echo("\n".join(f"written: {file}" for file in files))
     if failed:
@@ -301,7 +288,7 @@ def report(
             for picture in sorted(folder.glob(f"{table.stem}-*.png")):
                 typer.echo(f"picture     {picture.resolve()}")
         return
-    with _one_line_errors(OSError, ValueError):
+    with one_line_errors(OSError, ValueError):
         if not (folder / "summary.json").exists():
             raise ConfigError(
                 f"{folder} is no run folder and no folder of a comparison: it has neither "
@@ -314,12 +301,11 @@ def report(
 @app.command()
 def layers(settings: Settings = None) -> None:
     """Print how a configuration's model falls into layers."""
-    with _one_line_errors(ConfigError):
-        config = read_settings(settings)
-        from layerfed.task import load_task
+    config = read_settings(settings)
+    from layerfed.task import load_task
 
-        task = load_task(config)
-        found = task.layers(task.skeleton())
+    task = load_task(config)
+    found = task.layers(task.skeleton())
     table = Table(title=f"{escape(config.task.name)}: {found.num_blocks} selectable layers")
     table.add_column("layer", no_wrap=True)
     table.add_column("role", no_wrap=True)
@@ -388,7 +374,7 @@ def solve(
     from layerfed.selection import SelectionError, SelectionProblem, round_costs
     from layerfed.selection import solve as solve_problem
 
-    with _one_line_errors(ValueError, SelectionError):
+    with one_line_errors(ValueError, SelectionError):
         try:
             data: Any = json.loads(instance.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:

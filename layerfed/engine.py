@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 from collections import deque
@@ -19,15 +20,21 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from layerfed.client.workbench import Workbench, workbench
 from layerfed.client_app import build_client_app, client_app
 from layerfed.config import ConfigError, Flat, RunConfig, Scalar
+from layerfed.flower_compat import (
+    SUPERLINK_NODE_ID,
+    ErrorCode,
+    Run,
+    empty_run,
+    enter_run,
+    stamp,
+    without_deprecation,
+)
 from layerfed.runs import RunFolder
 from layerfed.runs.records import Observer
 from layerfed.server_app import build_account, build_server_app, build_strategy
@@ -69,10 +76,9 @@ class InProcessGrid(Grid):
         run_config: Flat,
         nodes: Sequence[Mapping[str, Scalar]] = (),
     ) -> None:
-        # Messages can only be made inside a run; this is one.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+        enter_run()
         self._app = client_app
-        self._run = Run.create_empty(1)
+        self._run = empty_run()
         self._contexts = {
             SUPERLINK_NODE_ID + 1 + i: Context(
                 run_id=1,
@@ -119,7 +125,7 @@ class InProcessGrid(Grid):
         identities = []
         for message in messages:
             identity = str(uuid4())
-            message.metadata.__dict__["_message_id"] = identity  # as Flower's own grids do
+            stamp(message, message_id=identity)
             self._queue.append(message)
             identities.append(identity)
         return identities
@@ -270,6 +276,7 @@ def run_on(
     return folders[0].path
 
 
+@without_deprecation()
 def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbose: bool) -> None:
     # Imported late: Ray takes seconds to import, and the in-process engine does without.
     import ray
@@ -302,11 +309,17 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbo
         context.run_config, context.node_config = dict(flat), dict(node)
         server(grid, context)
 
-    # Flower marks this entry point as deprecated in favour of `flwr run`, which starts a SuperLink that
-    # outlives the run; here nothing may be left behind.
-    quiet = _WithoutDeprecation()
-    logging.getLogger("flwr").addFilter(quiet)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
+        # Started here rather than by Flower, since Ray takes SIGTERM for itself, and ends the process.
+        ray.init(
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            log_to_driver=verbose,
+        )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
         run_simulation(
             server_app=wrapped,
             client_app=build_client_app([configured]),
@@ -315,19 +328,9 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbo
                 "client_resources": {
                     "num_cpus": config.run.client_cpus,
                     "num_gpus": _gpu_share(config),
-                },
-                "init_args": {
-                    "logging_level": "info" if verbose else "error",
-                    "log_to_driver": verbose,
-                },
+                }
             },
         )
     finally:
         stopped.set()
-        logging.getLogger("flwr").removeFilter(quiet)
         ray.shutdown()
-
-
-class _WithoutDeprecation(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "DEPRECATED" not in record.getMessage()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
@@ -10,20 +9,21 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.exit import add_exit_handler
 
 from layerfed.client.flops import forward_flops
 from layerfed.client.statistics import load_statistic
 from layerfed.client.training import evaluate
 from layerfed.client.workbench import node_store, workbench
 from layerfed.config import ConfigError, RunConfig
+from layerfed.errors import EXPECTED
 from layerfed.exchange import LayerStore, record_of
+from layerfed.flower_compat import add_exit_handler, engine_of, in_one_line
 from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
 from layerfed.privacy.protection import refuse_buffers
 from layerfed.report import draw_run
-from layerfed.runs import Checkpoints, LogLines, NotWritten, RunFolder, latest_checkpoint, lock
-from layerfed.runs.records import Observer, RoundFailed
+from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
+from layerfed.runs.records import Observer
 from layerfed.server.aggregation import Aggregation
 from layerfed.server.budgets import Budgets
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
@@ -35,9 +35,6 @@ from layerfed.server.steps import CappedWeights, Clipping, Decoding, ServerStep
 from layerfed.strategies import RoundSettings, SelectiveStrategy, checked, options_of
 
 __all__ = ["build_account", "build_server_app", "build_strategy", "run", "server_app"]
-
-# What a run's clients work on, by the grid Flower hands to the ServerApp.
-ENGINES = {"InProcessGrid": "inprocess", "InMemoryGrid": "ray"}
 
 
 def build_strategy(
@@ -187,7 +184,7 @@ def _run(
         check_base(resumed, bench.resident.base)
         strategy.resume(resumed)
     strategy.connect(grid, config.federation.timeout)
-    engine = ENGINES.get(type(grid).__name__, "superlink")
+    engine = engine_of(grid)
     if resumed is None:
         entered = RunFolder.create(config, engine)
     else:
@@ -248,10 +245,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run in a process of Flower's, as `flwr run` and a SuperLink start it."""
     try:
         folder = run(grid, context, [LogLines()], _opened)
-    except (ConfigError, NotWritten, RoundFailed) as error:
-        # Flower logs a traceback of all that is raised; what a user can mend is said in one line. It is
-        # raised all the same: only then does Flower's list of runs say that this one failed.
-        logging.getLogger("flwr").addFilter(_InOneLine(error))
+    except EXPECTED as error:
+        in_one_line(error)
         raise
     log(INFO, "pictures, tables and model: %s", folder)
 
@@ -261,16 +256,3 @@ def _opened(folder: RunFolder) -> None:
     add_exit_handler(folder.stop)
     # Where that is depends on where the SuperLink was started, unless run.dir is an absolute path.
     log(INFO, "run folder: %s", folder.path)
-
-
-class _InOneLine(logging.Filter):
-    """Shows an error in one line of Flower's log, without the traceback and the exit code."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self._error = error
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.exc_info, tuple) and record.exc_info[1] is self._error:
-            record.msg, record.args, record.exc_info = f"error: {self._error}", (), None
-        return not record.getMessage().startswith("Exit Code:")

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor, nn
 
 from layerfed.client import workbench
+from layerfed.flower_compat import enter_run
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 
@@ -84,7 +84,7 @@ def own_layer_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def inside_a_run() -> None:
     """Flower makes messages only inside a run."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    enter_run()
 
 
 @pytest.fixture(scope="module")

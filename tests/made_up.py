@@ -24,6 +24,7 @@ from layerfed.exchange import (
     train_reply,
 )
 from layerfed.exchange.messages import state_held
+from layerfed.flower_compat import stamp
 from layerfed.models.layers import LayerMap
 from layerfed.runs.records import Observer, RoundRecord
 from layerfed.strategies import ILP, RoundSettings, SelectiveStrategy
@@ -66,7 +67,7 @@ class Federation(Grid):
         identities = []
         for message in messages:
             identity = f"m{len(self.asked)}"
-            message.metadata.__dict__["_message_id"] = identity
+            stamp(message, message_id=identity)
             self.asked.append(message)
             self._waiting[identity] = message
             identities.append(identity)

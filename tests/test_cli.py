@@ -295,3 +295,11 @@ def test_data_that_are_missing_are_named_before_anything_runs(tmp_path: Path) ->
     assert result.exit_code == 2
     assert f"experiment 'cifar10' cannot run: task.data = '{gone}'" in result.stderr
     assert not (tmp_path / "runs/cifar10").exists()
+
+
+def test_costs_that_cannot_be_measured_end_with_one_line(tmp_path: Path) -> None:
+    data = ["task.name=cifar10", f"task.data={tmp_path / 'none'}", "model.name=layerfed/vit"]
+    result = cli.invoke(app, ["layers", *data, "model.weights=embedded", "budget.unit=flops"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: task.data = ")
+    assert result.stderr.count("\n") == 1

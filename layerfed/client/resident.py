@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
 
+from layerfed.digests import digest, fingerprint
 from layerfed.exchange.arrays import decode
 from layerfed.exchange.messages import (
     Manifest,
@@ -21,7 +22,7 @@ from layerfed.exchange.messages import (
     state_held,
 )
 from layerfed.exchange.store import LayerStore
-from layerfed.models.layers import LayerMap, digest, fingerprint
+from layerfed.models.layers import LayerMap
 
 __all__ = ["MissingLayers", "ResidentModel", "keeping_layers"]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from layerfed.compare.plan import Cell, Experiment, Plan
 from layerfed.config import ConfigError
+from layerfed.files import whole
 from layerfed.report import (
     RunFigures,
     Section,
@@ -107,11 +107,16 @@ class Output:
             parts.append(warning)
         if plan.note:
             parts.append(plan.note)
-        table = self._file(".md")
-        _replace(table, "\n\n".join(part.strip() for part in parts) + "\n")
-        rows = runs_csv(zip((e.name for e in plan.experiments), sections, strict=True))
-        _replace(self._file(".csv"), rows)
-        return [table, self._file(".csv")]
+        written = {
+            self._file(".md"): "\n\n".join(part.strip() for part in parts) + "\n",
+            self._file(".csv"): runs_csv(
+                zip((e.name for e in plan.experiments), sections, strict=True)
+            ),
+        }
+        for file, text in written.items():
+            with whole(file) as beside:
+                beside.write_text(text, encoding="utf-8")
+        return list(written)
 
     def draw(self) -> list[Path]:
         """Draw accuracy by round, accuracy against uplink, and the theory's terms where known."""
@@ -160,9 +165,3 @@ def _caption(plan: Plan) -> str:
         )
     source = f" Published figures: {plan.source}." if plan.source else ""
     return f"{text}.{source}"
-
-
-def _replace(file: Path, text: str) -> None:
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)

@@ -17,12 +17,12 @@ from layerfed.compare.children import Ended, Job, alone_in, run_jobs
 from layerfed.compare.output import Output
 from layerfed.compare.plan import Cell, Plan
 from layerfed.config import ConfigError
+from layerfed.config.same import differing
 from layerfed.runs import latest_checkpoint
+from layerfed.runs.files import read_json
 
 __all__ = ["Standing", "compare", "standing"]
 
-# Settings that a run's result does not depend on, beside all of `run` but the seed.
-FREE = {"federation.timeout"}
 LOGS = "logs"
 
 
@@ -43,23 +43,15 @@ def standing(cell: Cell) -> Standing:
     ConfigError
         If it holds a run of another configuration.
     """
-    theirs = _read(cell.folder / "config.json")
+    theirs = _known(cell.folder / "config.json")
     if theirs is None:
         return Standing.BROKEN if cell.folder.exists() else Standing.ABSENT
-    mine = cell.config.to_flat()
-    changed = [
-        key
-        for key, value in mine.items()
-        if theirs.get(key) != value
-        and key not in FREE
-        and (not key.startswith("run.") or key == "run.seed")
-    ]
-    if changed:
+    if changed := differing(cell.config, theirs):
         raise ConfigError(
             f"{cell.folder} holds a run of another configuration ({', '.join(changed)} differ); compare "
             "into another --dir, or remove that folder"
         )
-    summary = _read(cell.folder / "summary.json")
+    summary = _known(cell.folder / "summary.json")
     if summary is not None and summary.get("status") == "completed":
         return Standing.DONE
     if summary is not None and latest_checkpoint(cell.folder) is not None:
@@ -67,12 +59,11 @@ def standing(cell: Cell) -> Standing:
     return Standing.BROKEN
 
 
-def _read(file: Path) -> Mapping[str, object] | None:
+def _known(file: Path) -> Mapping[str, object] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def compare(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from click import Context
 from typer.core import TyperArgument, TyperCommand
 from typer.utils import get_params_from_function
 
@@ -16,12 +17,13 @@ from layerfed.config.run import (
     load_config,
     run_keys,
 )
+from layerfed.errors import one_line_errors
 
 __all__ = ["App", "complete_setting", "read_settings"]
 
 
 class App(typer.Typer):
-    """A Typer whose commands show the help of their arguments."""
+    """A Typer whose commands show the help of their arguments, and end in one line on an error."""
 
     def command(self, *args: Any, **settings: Any) -> Callable[[Any], Any]:
         """Register a command."""
@@ -29,15 +31,19 @@ class App(typer.Typer):
 
 
 class _Command(TyperCommand):
-    """Sets the help of arguments again: what typer sets, newer versions of click overwrite."""
-
     def __init__(self, *args: Any, **settings: Any) -> None:
+        # The help of arguments again: what typer sets, newer versions of click overwrite.
         super().__init__(*args, **settings)
         assert self.callback is not None
         stated = get_params_from_function(self.callback)
         for parameter in self.params:
             if isinstance(parameter, TyperArgument):
                 parameter.help = stated[str(parameter.name)].default.help
+
+    def invoke(self, ctx: Context) -> Any:
+        """Run the command."""
+        with one_line_errors():
+            return super().invoke(ctx)
 
 
 def complete_setting(incomplete: str) -> list[str]:

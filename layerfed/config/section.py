@@ -10,11 +10,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
 
+from layerfed.errors import ConfigError
+
 __all__ = ["ConfigError", "DeviceName", "RunName", "Section", "Switch", "nearest"]
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be run; the message names the key, the value and what is allowed."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -6,8 +6,6 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,21 +34,6 @@ Folder = Annotated[
 FOLDER = Path("federation")
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Status 2 for what a user can mend, 1 for what failed; each said in a few words."""
-    from layerfed.deploy.federation import DeploymentFailed
-
-    try:
-        yield
-    except ConfigError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
-    except DeploymentFailed as error:
-        console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
-
-
 def _federation(folder: Path) -> Federation:
     from layerfed.deploy.federation import Federation
 
@@ -68,9 +51,8 @@ def certificates(
     ] = 365,
 ) -> None:
     """On the server: make the authority, once, and the server's certificate, anew each time."""
-    with _one_line_errors():
-        federation = _federation(folder)
-        federation.create_certificates(hosts, days)
+    federation = _federation(folder)
+    federation.create_certificates(hosts, days)
     typer.echo(f"{federation.ca}: copy it to every node")
     typer.echo(f"{federation.ca_key}: keep it offline; only renewals need it")
     typer.echo(f"{federation.certificate}: valid for {days} days")
@@ -84,8 +66,7 @@ def key(
     """On a node: make its key pair."""
     from layerfed.deploy.credentials import create_node_key
 
-    with _one_line_errors():
-        private, public = create_node_key(name, folder)
+    private, public = create_node_key(name, folder)
     typer.echo(f"{private}: stays on this node")
     typer.echo(f"{public}: send it to the server, for `layerfed deploy register`")
 
@@ -98,9 +79,8 @@ def superlink(
     """On the server: run the SuperLink, on loopback, with a database that outlives it."""
     from layerfed.deploy.federation import environment
 
-    with _one_line_errors():
-        federation = _federation(folder)
-        command = federation.superlink_command(port)
+    federation = _federation(folder)
+    command = federation.superlink_command(port)
     # The same process from here on: signals reach it, and whoever started this sees its exit status.
     os.execve(command[0], command, environment(federation.flower_home))
 
@@ -115,9 +95,8 @@ def gateway(
     """On the server: open to the network what SuperNodes need of the SuperLink, and nothing else."""
     from layerfed.deploy.gateway import serve_gateway
 
-    with _one_line_errors():
-        federation = _federation(folder)
-        federation.require_certificates()
+    federation = _federation(folder)
+    federation.require_certificates()
     serve_gateway(superlink, federation.ca, federation.certificate, federation.key, host, port)
 
 
@@ -129,10 +108,9 @@ def register(
     folder: Folder = FOLDER,
 ) -> None:
     """On the server: let nodes join by their public keys."""
-    with _one_line_errors():
-        federation = _federation(folder)
-        for public_key in public_keys:
-            typer.echo(f"{public_key}: node {federation.register(public_key)}")
+    federation = _federation(folder)
+    for public_key in public_keys:
+        typer.echo(f"{public_key}: node {federation.register(public_key)}")
 
 
 @app.command()
@@ -157,10 +135,9 @@ def supernode(
     """On a node: run its SuperNode."""
     from layerfed.deploy.federation import environment, supernode_command
 
-    with _one_line_errors():
-        node_config = dict(parse_override(setting) for setting in settings)
-        command = supernode_command(superlink, ca, key, node_config, port)
-        variables = environment(home.resolve())
+    node_config = dict(parse_override(setting) for setting in settings)
+    command = supernode_command(superlink, ca, key, node_config, port)
+    variables = environment(home.resolve())
     os.execve(command[0], command, variables)
 
 
@@ -184,11 +161,10 @@ def run(
     ] = Path(),
 ) -> None:
     """On the server: run on the connected nodes, show the log, and exit 0 only if the run completed."""
-    with _one_line_errors():
-        federation, config = _federation(folder), read_settings(settings, resume)
-        identity = federation.start_run(app_folder, config)
-        console.print(f"run {identity}; Ctrl-C leaves it running", highlight=False)
-        status = federation.follow(identity)
+    federation, config = _federation(folder), read_settings(settings, resume)
+    identity = federation.start_run(app_folder, config)
+    console.print(f"run {identity}; Ctrl-C leaves it running", highlight=False)
+    status = federation.follow(identity)
     _print_status(identity, status.status, status.details)
     raise typer.Exit(0 if status.completed else 1)
 
@@ -239,30 +215,27 @@ def demo(
             ],
         )
 
-    with _one_line_errors():
-        source = Path(layerfed.__file__).resolve().parents[1]
-        if not (source / "pyproject.toml").exists():
-            raise ConfigError(
-                "the demo hands Flower the app itself, so it needs a clone, not a wheel"
-            )
-        budgets = [{"budget": 1 + i} for i in range(nodes)]
-        say(f"simulation: {nodes} clients, {rounds} rounds")
-        simulated = run_on("inprocess", configured("simulated"), nodes=budgets)
-        settings = [
-            {"partition-id": i, "num-partitions": nodes, **own} for i, own in enumerate(budgets)
-        ]
-        # Keys and certificates of a rehearsal are nobody's; only the logs stay.
-        with (
-            tempfile.TemporaryDirectory(prefix="layerfed-demo-") as private,
-            on_loopback(Path(private), settings, say, logs=folder / "logs") as loopback,
-        ):
-            identity = loopback.start_run(source, configured("deployed"))
-            say(f"run {identity} on the SuperNodes; logs are in {folder / 'logs'}")
-            status = loopback.federation.follow(identity, timeout)
-            if not status.completed:
-                raise DeploymentFailed(f"run {identity} {status.status}: {status.details}")
-            say("stopping")
-        found = Comparison.of(simulated, folder / "deployed")
+    source = Path(layerfed.__file__).resolve().parents[1]
+    if not (source / "pyproject.toml").exists():
+        raise ConfigError("the demo hands Flower the app itself, so it needs a clone, not a wheel")
+    budgets = [{"budget": 1 + i} for i in range(nodes)]
+    say(f"simulation: {nodes} clients, {rounds} rounds")
+    simulated = run_on("inprocess", configured("simulated"), nodes=budgets)
+    settings = [
+        {"partition-id": i, "num-partitions": nodes, **own} for i, own in enumerate(budgets)
+    ]
+    # Keys and certificates of a rehearsal are nobody's; only the logs stay.
+    with (
+        tempfile.TemporaryDirectory(prefix="layerfed-demo-") as private,
+        on_loopback(Path(private), settings, say, logs=folder / "logs") as loopback,
+    ):
+        identity = loopback.start_run(source, configured("deployed"))
+        say(f"run {identity} on the SuperNodes; logs are in {folder / 'logs'}")
+        status = loopback.federation.follow(identity, timeout)
+        if not status.completed:
+            raise DeploymentFailed(f"run {identity} {status.status}: {status.details}")
+        say("stopping")
+    found = Comparison.of(simulated, folder / "deployed")
     say("stopped")
     typer.echo(f"{'':12}{'accuracy':>10}   run folder")
     for name, accuracy in zip(("simulated", "deployed"), found.accuracies, strict=True):

@@ -7,7 +7,6 @@ replaced.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -26,10 +25,13 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from layerfed.config import ConfigError
+from layerfed.files import create
 
 __all__ = ["create_authority", "create_node_key", "create_server_certificate"]
 
 AUTHORITY_DAYS = 3650
+# The mode of certificates and public keys.
+PUBLIC = 0o644
 # Machines whose clock is a little slow should not refuse a certificate of a minute ago.
 BACKDATED = timedelta(hours=1)
 
@@ -51,8 +53,8 @@ def create_authority(certificate: Path, key: Path) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(private.public_key()), False)
         .sign(private, hashes.SHA384())
     )
-    _write_private(key, _pem(private))
-    _write_public(certificate, signed.public_bytes(Encoding.PEM))
+    _write_new(key, _pem(private))
+    _write_new(certificate, signed.public_bytes(Encoding.PEM), PUBLIC)
 
 
 def create_server_certificate(
@@ -104,8 +106,8 @@ def create_server_certificate(
     # A renewed certificate takes the place of the old one, with a key of its own.
     for old in (certificate, key):
         old.unlink(missing_ok=True)
-    _write_private(key, _pem(private))
-    _write_public(certificate, signed.public_bytes(Encoding.PEM))
+    _write_new(key, _pem(private))
+    _write_new(certificate, signed.public_bytes(Encoding.PEM), PUBLIC)
 
 
 def create_node_key(name: str, folder: Path) -> tuple[Path, Path]:
@@ -125,8 +127,8 @@ def create_node_key(name: str, folder: Path) -> tuple[Path, Path]:
     # Flower reads both in the format of OpenSSH.
     secret = private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     line = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    _write_private(key, secret)
-    _write_public(public, line + f" {name}\n".encode())
+    _write_new(key, secret)
+    _write_new(public, line + f" {name}\n".encode(), PUBLIC)
     return key, public
 
 
@@ -178,21 +180,11 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _write_private(file: Path, content: bytes) -> None:
-    """Write a new file that nobody else could read at any moment."""
-    _create(file, content, 0o600)
-
-
-def _write_public(file: Path, content: bytes) -> None:
-    _create(file, content, 0o644)
-
-
-def _create(file: Path, content: bytes, mode: int) -> None:
+def _write_new(file: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write a new file that nobody else can read at any moment, unless `mode` lets them."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
+        create(file, content, mode)
     except FileExistsError:
         raise ConfigError(
             f"{file} is there already and is not replaced; move it away first if it is lost or leaked"

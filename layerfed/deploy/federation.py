@@ -21,6 +21,8 @@ from typing import Any
 
 from layerfed.config import ConfigError, Flat, NodeConfig, RunConfig, Scalar
 from layerfed.deploy.credentials import create_authority, create_server_certificate
+from layerfed.errors import Failed
+from layerfed.files import whole
 
 __all__ = [
     "DeploymentFailed",
@@ -37,7 +39,7 @@ COMMAND_SECONDS = 120.0
 POLL_SECONDS, STATUS_SECONDS = 1.0, 15.0
 
 
-class DeploymentFailed(RuntimeError):
+class DeploymentFailed(Failed):
     """A process or a command of the deployment failed; the message says which, and what it said."""
 
 
@@ -187,11 +189,12 @@ class Federation:
         """Return the command that starts the SuperLink on loopback, and note its port for `flwr`."""
         self.require_certificates()
         self.flower_home.mkdir(parents=True, exist_ok=True)
-        (self.flower_home / "config.toml").write_text(
+        text = (
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-            f'address = "127.0.0.1:{port}"\nroot-certificates = {json.dumps(str(self.ca))}\n',
-            encoding="utf-8",
+            f'address = "127.0.0.1:{port}"\nroot-certificates = {json.dumps(str(self.ca))}\n'
         )
+        with whole(self.flower_home / "config.toml") as beside:
+            beside.write_text(text, encoding="utf-8")
         return [
             program("flower-superlink"),
             *("--ssl-ca-certfile", str(self.ca)),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from layerfed.deploy.federation import DeploymentFailed
@@ -78,12 +78,7 @@ class Processes:
         self.logs.mkdir(parents=True, exist_ok=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop what still runs, last started first."""
         with undisturbed():
             while self._members:

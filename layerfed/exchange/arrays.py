@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
-from flwr.common.constant import SType
+
+from layerfed.flower_compat import SType, passes_as_array
 
 __all__ = [
     "LiveArray",
@@ -47,6 +48,7 @@ def printable(text: str) -> str:
     return shown if len(text) <= MAX_REASON else f"{shown} …"
 
 
+@passes_as_array
 class LiveArray(Array):
     """Flower's `Array`, serialised only where it leaves the machine.
 
@@ -94,10 +96,6 @@ class LiveArray(Array):
     def __reduce__(self) -> tuple[Any, ...]:
         # With pickle's out-of-band buffers, as Ray uses them, the values are not copied.
         return _arrived, (self.values,)
-
-
-# Flower marks serialised objects with the name of their class, and knows this one as its base.
-LiveArray.__qualname__ = Array.__qualname__
 
 
 def _arrived(values: np.ndarray) -> LiveArray:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-__all__ = ["clipped", "norm_of"]
+from layerfed.exchange.pieces import pieces
 
-PIECE = 2**16
+__all__ = ["clipped", "norm_of"]
 
 
 def norm_of(update: Mapping[str, np.ndarray]) -> float:
@@ -18,11 +18,9 @@ def norm_of(update: Mapping[str, np.ndarray]) -> float:
     for values in update.values():
         if not np.issubdtype(values.dtype, np.floating):
             continue
-        flat = values.reshape(-1)
-        # A piece at a time: the float64 copy never leaves the processor's cache.
-        for start in range(0, flat.size, PIECE):
-            piece = flat[start : start + PIECE].astype(np.float64)
-            square += float(np.einsum("i,i->", piece, piece))  # not BLAS and its threads
+        for piece in pieces(values):
+            wide = piece.astype(np.float64)
+            square += float(np.einsum("i,i->", wide, wide))  # not BLAS and its threads
     return math.sqrt(square)
 
 

@@ -6,7 +6,6 @@ and clients of one machine find the same store, and nothing needs to travel betw
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
@@ -21,10 +20,11 @@ from uuid import uuid4
 import numpy as np
 from flwr.common.logger import log
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from layerfed.config import ConfigError
-from layerfed.models.layers import digest
+from layerfed.digests import content_digest, digest
+from layerfed.files import save_tensors, whole
 
 __all__ = ["FolderStore", "LayerStore", "MemoryStore", "open_store", "user_cache"]
 
@@ -148,22 +148,19 @@ class FolderStore(LayerStore):
     def _identify(self) -> str:
         file = self.folder / IDENTITY
         if not file.exists():
-            beside = self._beside(file)
-            beside.write_text(uuid4().hex, encoding="ascii")
-            # A link fails where another process was first, whose identity then holds for all.
-            with suppress(FileExistsError):
-                os.link(beside, file)
-            beside.unlink()
+            # Only the first store of a folder imports this and waits: its identity holds for all.
+            from filelock import FileLock
+
+            with FileLock(self.folder / ".lock"):
+                if not file.exists():
+                    with whole(file) as beside:
+                        beside.write_text(uuid4().hex, encoding="ascii")
         return file.read_text(encoding="ascii")
 
     def _file(self, name: str) -> Path:
         if not DIGEST.fullmatch(name):
             raise ValueError(f"{name!r} is not a layer's digest")
         return self.folder / f"{name}.safetensors"
-
-    @staticmethod
-    def _beside(file: Path) -> Path:
-        return file.with_name(f"{file.name}.{uuid4().hex}.tmp")
 
     def has(self, name: str) -> bool:
         """Say whether a layer of that digest is kept (unread: `get` may still find it damaged)."""
@@ -206,15 +203,12 @@ class FolderStore(LayerStore):
         self._evict({self._file(digest) for digest in (name, *keep)})
 
     def _write(self, file: Path, tensors: Tensors) -> None:
-        beside = self._beside(file)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared the cache
-            save_file({n: np.asarray(t, order="C") for n, t in tensors.items()}, beside)
-            os.replace(beside, file)
+            with whole(file, shared=True) as beside:
+                save_tensors(beside, tensors)
         except (OSError, SafetensorError) as error:
             log(WARNING, "%s could not be kept: %s", file, error)
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
 
     def _evict(self, keep: Collection[Path]) -> None:
         found = []
@@ -236,8 +230,7 @@ class FolderStore(LayerStore):
 
     def _own_file(self, key: str) -> Path:
         # Hashed, since parts of the key come from messages.
-        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        return self.folder / f"own-{name}.safetensors"
+        return self.folder / f"own-{content_digest(key)}.safetensors"
 
     def recall(self, key: str) -> dict[str, np.ndarray] | None:
         """Return what was remembered under a key, or None where it was evicted."""

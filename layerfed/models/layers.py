@@ -7,14 +7,12 @@ by every client in every round [S, section V].
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from layerfed.models.block_finder import (
@@ -29,7 +27,7 @@ from layerfed.models.block_finder import (
     some,
 )
 
-__all__ = ["Layer", "LayerMap", "LayerMapError", "digest", "fingerprint", "layer_costs"]
+__all__ = ["Layer", "LayerMap", "LayerMapError", "layer_costs"]
 
 EMBEDDINGS, HEAD = "embeddings", "head"
 
@@ -367,35 +365,6 @@ def _tensors(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=not tied)),
         **dict(model.named_buffers(remove_duplicate=not tied)),
     }
-
-
-def digest(tensors: Mapping[str, np.ndarray | Tensor]) -> str:
-    """Return the content digest of a layer: 32 hex digits over names, dtypes, shapes and bytes.
-
-    The same for a torch tensor and a numpy array of equal content, in any order of the mapping, of
-    memory, or of bytes in a number.
-    """
-    state = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        value = tensors[name]
-        if isinstance(value, Tensor):
-            kind = str(value.dtype).removeprefix("torch.")
-            flat = value.detach().cpu().contiguous().view(-1)
-            # As bytes, since numpy lacks bfloat16 and others.
-            content = flat.view(torch.uint8).numpy()
-        else:
-            native = value.dtype.newbyteorder("=")
-            kind = str(native)
-            content = np.ascontiguousarray(value, dtype=native).reshape(-1).view(np.uint8)
-        state.update(f"{name}:{kind}:{tuple(value.shape)};".encode())
-        state.update(content.data)
-    return state.hexdigest()
-
-
-def fingerprint(digests: Mapping[str, str]) -> str:
-    """Return the identity of a pretrained base: a digest of all its layers' digests."""
-    text = "".join(f"{name}:{value};" for name, value in sorted(digests.items()))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray | None:

@@ -17,13 +17,12 @@ import numpy as np
 
 from layerfed.config import ConfigError, NodeConfig, PrivacyConfig
 from layerfed.exchange.clipping import clipped
+from layerfed.exchange.pieces import pieces
 from layerfed.models.layers import LayerMap
 
 __all__ = ["Entropy", "Protection", "add_noise", "gaussian", "refuse_buffers"]
 
 Entropy = Callable[[int], bytes]
-
-PIECE = 2**16
 
 
 def gaussian(count: int, entropy: Entropy = os.urandom) -> np.ndarray:
@@ -46,9 +45,7 @@ def gaussian(count: int, entropy: Entropy = os.urandom) -> np.ndarray:
 
 def add_noise(total: np.ndarray, std: float, entropy: Entropy = os.urandom) -> None:
     """Add N(0, std²) to each element of a contiguous float64 array, in place."""
-    flat = total.reshape(-1)
-    for start in range(0, flat.size if std > 0 else 0, PIECE):
-        piece = flat[start : start + PIECE]
+    for piece in pieces(total) if std > 0 else ():
         piece += std * gaussian(piece.size, entropy)
 
 

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from layerfed.report.figures import Section
+from layerfed.report.plots import over_rounds, save_picture
 
 __all__ = ["draw_accuracy", "draw_terms", "draw_uplink", "look", "mean_curve", "pareto_front"]
 
@@ -47,14 +45,12 @@ def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
             for number, row in enumerate(section.rows):
                 if runs := section.entry(row, budget):
                     _curve(axes, mean_curve([run.curve for run in runs]), row, number)
-            axes.set(xlabel="round", ylabel="test accuracy", title=f"{section.title} · {budget}")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set(ylabel="test accuracy", title=f"{section.title} · {budget}")
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-            axes.grid(alpha=0.3)
+            over_rounds(axes)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
-    figure.savefig(file, dpi=150)
-    return file
+    return save_picture(figure, file)
 
 
 def draw_terms(sections: Sequence[Section], file: Path) -> Path:
@@ -79,16 +75,14 @@ def draw_terms(sections: Sequence[Section], file: Path) -> Path:
                     _curve(axes, (rounds, mean, np.zeros_like(spread)), row, number)
             if positive:
                 axes.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
-            axes.set(xlabel="round", ylabel=TERM_TITLES[key], ylim=(0, None))
+            axes.set(ylabel=TERM_TITLES[key], ylim=(0, None))
             axes.set_title(f"{section.title} · {budget}", fontsize=10)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.3)
+            over_rounds(axes)
     drawn = {line.get_label(): line for axes in panels.flat for line in axes.lines}
     rows = [row for row in sections[0].rows if row in drawn]
     # Beside the panels: lines that end in zero lie where a legend would.
     figure.legend([drawn[row] for row in rows], rows, loc="outside right upper", fontsize=9)
-    figure.savefig(file, dpi=120)
-    return file
+    return save_picture(figure, file, dpi=120)
 
 
 def look(number: int) -> tuple[tuple[float, ...], str, str]:
@@ -167,8 +161,7 @@ def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
         axes.set(xlabel="uplink of the run, MB", ylabel="final test accuracy", title=section.title)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
-    return file
+    return save_picture(figure, file)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

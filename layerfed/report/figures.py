@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from layerfed.report.paper_costs import PaperCosts, paper_costs
-from layerfed.runs.files import read_lines
+from layerfed.runs.files import read_json, read_lines
 
 __all__ = ["TERMS", "RunFigures", "Section"]
 
 TERMS = ("e1", "e2", "e2_masks")
+# Figures that are sums over the lines of metrics.jsonl.
+TRAFFIC = ("bytes_up", "bytes_down", "bytes_full_up", "bytes_full_down")
+SUMS = (*TRAFFIC, "flops", "flops_probe", "seconds")
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ class RunFigures:
         OSError, ValueError, KeyError
             If a file of it is missing or damaged.
         """
-        summary = _json(folder / "summary.json")
-        config = _json(folder / "config.json")
-        layers = _json(folder / "layers.json")
+        summary, config, layers = (
+            read_json(folder / f"{name}.json") for name in ("summary", "config", "layers")
+        )
         metrics = read_lines(folder / "metrics.jsonl")
         if len(metrics) != summary["rounds"]:
             raise ValueError(
@@ -100,9 +102,6 @@ class RunFigures:
         curve = [(row["round"], row["accuracy"]) for row in metrics if row["accuracy"] is not None]
         if summary["initial_accuracy"] is not None:
             curve = [(0, summary["initial_accuracy"]), *curve]
-
-        def total(key: str) -> Any:
-            return sum(row[key] for row in metrics)
 
         def stated(key: str) -> list[float]:
             # Runs of earlier versions lack some.
@@ -116,14 +115,8 @@ class RunFigures:
             loss=next(
                 (row["loss"] for row in reversed(metrics) if row["loss"] is not None), math.nan
             ),
-            bytes_up=total("bytes_up"),
-            bytes_down=total("bytes_down"),
-            bytes_full_up=total("bytes_full_up"),
-            bytes_full_down=total("bytes_full_down"),
-            flops=total("flops"),
-            flops_probe=total("flops_probe"),
-            updates=total("clients"),
-            seconds=total("seconds"),
+            updates=sum(row["clients"] for row in metrics),
+            **{key: sum(row[key] for row in metrics) for key in SUMS},
             steps=sum(stated("steps")),
             train_seconds=sum(stated("train_seconds")),
             peak_memory=max((row["peak_memory"] for row in metrics), default=0.0),
@@ -167,11 +160,6 @@ class RunFigures:
     def best_accuracy(self) -> float:
         """The best of all rounds; NaN without any."""
         return max((accuracy for _, accuracy in self.curve), default=float("nan"))
-
-
-def _json(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
 
 
 def _accounted(

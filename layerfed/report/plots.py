@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,15 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from layerfed.runs.files import read_lines
+from layerfed.files import whole
+from layerfed.runs.files import read_json, read_lines
 
-__all__ = ["draw_run", "selection_shares"]
+__all__ = ["draw_run", "over_rounds", "save_picture", "selection_shares"]
 
 # The terms of `layerfed.server.theory` in metrics.jsonl: what each is called, and its colour.
 TERMS = {
@@ -25,6 +26,20 @@ TERMS = {
     "e2": (r"$\hat E_2$: clients that differ", "#1f5fa8"),
     "e2_masks": (r"of it by the masks", "#7fb0dd"),
 }
+
+
+def save_picture(figure: Figure, file: Path, dpi: int = 150) -> Path:
+    """Write a PNG in place of what is there; return its path."""
+    with whole(file) as beside:
+        figure.savefig(beside, dpi=dpi, format="png")
+    return file
+
+
+def over_rounds(axes: Axes) -> None:
+    """Give an axis whole rounds, and a grid."""
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
 
 
 def selection_shares(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -47,10 +62,7 @@ def draw_run(folder: Path) -> list[Path]:
     OSError, ValueError
         If it is no run folder, one of its files is damaged, or no round was finished.
     """
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'summary.json'} is damaged: {error}") from None
+    summary = read_json(folder / "summary.json")
     lines = [folder / "metrics.jsonl", folder / "selection.jsonl"]
     metrics, selections = (read_lines(file) if file.exists() else [] for file in lines)
     if not metrics or not selections:
@@ -85,12 +97,10 @@ def _accuracy(
             ha="center",
             color="#1f5fa8",
         )
-    axes.set(xlabel="round", ylabel="test accuracy", title=title, ylim=(0, 1.05))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(ylabel="test accuracy", title=title, ylim=(0, 1.05))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
-    return file
+    over_rounds(axes)
+    return save_picture(figure, file)
 
 
 def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
@@ -113,12 +123,10 @@ def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
     positive = [row[key] for key in TERMS for row in metrics if row.get(key)]
     if positive:
         axes.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
-    axes.set(xlabel="round", ylabel="estimate, in squared gradients", title=title, ylim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
+    axes.set(ylabel="estimate, in squared gradients", title=title, ylim=(0, None))
+    over_rounds(axes)
     axes.legend()
-    figure.savefig(file, dpi=150)
-    return file
+    return save_picture(figure, file)
 
 
 def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
@@ -154,5 +162,4 @@ def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(xlabel="round")
-    figure.savefig(file, dpi=150)
-    return file
+    return save_picture(figure, file)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from layerfed.runs.files import read_json
 
 __all__ = ["run_table"]
 
@@ -31,7 +32,7 @@ def _privacy(summary: Mapping[str, Any]) -> str:
 
 def run_table(folder: Path) -> Table:
     """Return the final figures of a run folder."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(folder / "summary.json")
     table = Table(show_header=False, box=None)
 
     def percent(value: float | None) -> str:

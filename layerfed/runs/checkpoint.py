@@ -12,9 +12,7 @@ Random draws need no state: each has a seed of its own, from purpose, round and 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +23,9 @@ import numpy as np
 from flwr.common.logger import log
 from safetensors.numpy import load, save
 
+from layerfed.digests import content_digest
+from layerfed.files import whole
+from layerfed.runs.files import read_json
 from layerfed.runs.records import Observer, RoundRecord
 
 __all__ = ["Checkpoint", "Checkpoints", "latest_checkpoint", "save_checkpoint"]
@@ -104,18 +105,9 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, keep: int) -> Path
     """
     root = run_folder / FOLDER
     place = root / f"round-{checkpoint.round:06d}"
-    beside = root / f".{place.name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with whole(place, flush=True) as beside:
         beside.mkdir(parents=True)
         _fill(beside, checkpoint)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(beside, place)
-    except OSError:
-        # On a full disk, half a checkpoint would take the room that the next round's lines need.
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    _flush(root)
     for old in _found(run_folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return place
@@ -125,15 +117,15 @@ def _fill(folder: Path, checkpoint: Checkpoint) -> None:
     digests = {}
     for name, tensors in ((LAYERS, checkpoint.layers), (STATE, checkpoint.state)):
         content = save({n: np.asarray(t, order="C") for n, t in tensors.items()})
-        digests[name] = _digest(content)
-        _write(folder / name, content)
+        digests[name] = content_digest(content)
+        (folder / name).write_bytes(content)
     index = {
         "round": checkpoint.round,
         "base": checkpoint.base,
         "run_token": checkpoint.run_token,
         "digests": digests,
     }
-    _write(folder / INDEX, json.dumps(index, indent=2).encode())
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
@@ -152,11 +144,11 @@ def _found(run_folder: Path) -> list[Path]:
 
 
 def _read(folder: Path) -> Checkpoint:
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = read_json(folder / INDEX)
     tensors = {}
     for name in (LAYERS, STATE):
         content = (folder / name).read_bytes()
-        if _digest(content) != index["digests"][name]:
+        if content_digest(content) != index["digests"][name]:
             raise ValueError(f"{name} is damaged")
         tensors[name] = load(content)
     return Checkpoint(
@@ -166,23 +158,3 @@ def _read(folder: Path) -> Checkpoint:
         layers=tensors[LAYERS],
         state=tensors[STATE],
     )
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _write(file: Path, content: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """Make a rename in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

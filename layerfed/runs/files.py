@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from layerfed.config import ConfigError
+from layerfed.errors import Failed
+from layerfed.files import save_tensors, whole
 
 __all__ = [
     "NotWritten",
     "append_line",
     "lock",
+    "read_json",
     "read_lines",
     "write_json",
     "write_lines",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 
-class NotWritten(RuntimeError):
+class NotWritten(Failed):
     """A file could not be written, as when the disk is full; what was in its place is untouched."""
 
     def __init__(self, file: Path, error: Exception) -> None:
@@ -58,6 +59,23 @@ def lock(folder: Path) -> FileLock:
             f"run.resume = '{folder}' is being written by a run that goes on; wait for its end"
         ) from None
     return taken
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the content of a `.json` file.
+
+    Raises
+    ------
+    OSError, ValueError
+        If the file is missing or damaged; a `ValueError` names it.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: it holds no object")
+    return found
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -111,7 +129,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     NotWritten
         If it cannot be written.
     """
-    _replace(file, json.dumps(content, indent=2) + "\n")
+    with _written(file) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -122,7 +141,8 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     NotWritten
         If it cannot be written.
     """
-    _replace(file, "".join(json.dumps(row) + "\n" for row in rows))
+    with _written(file) as beside:
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -133,22 +153,14 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     NotWritten
         If it cannot be written.
     """
-    beside = file.with_name(file.name + ".tmp")
+    with _written(file) as beside:
+        save_tensors(beside, tensors)
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[Path]:
     try:
-        save_file({name: np.asarray(t, order="C") for name, t in tensors.items()}, beside)
-        os.replace(beside, file)
+        with whole(file) as beside:
+            yield beside
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
-        raise NotWritten(file, error) from error
-
-
-def _replace(file: Path, text: str) -> None:
-    beside = file.with_name(file.name + ".tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, file)
-    except OSError as error:
-        # On a full disk, half a file would take the room that the next one needs.
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise NotWritten(file, error) from error

@@ -24,6 +24,7 @@ from filelock import FileLock
 from flwr.common.logger import log
 
 from layerfed.config import ConfigError, RunConfig
+from layerfed.config.same import differing
 from layerfed.exchange.metrics import METRICS
 from layerfed.models.layers import LayerMap
 from layerfed.runs.files import (
@@ -133,7 +134,7 @@ class RunFolder(Observer):
         path : Path
             The caller holds its lock, since before it looked for a checkpoint there.
         config : RunConfig
-            That of the run; the number of rounds may differ, and of `run` all but the seed.
+            That of the run, as `layerfed.config.same` has it.
         engine : str
         last_round : int
             The round of the checkpoint that the run goes on from.
@@ -144,11 +145,7 @@ class RunFolder(Observer):
             If the folder's run had another configuration.
         """
         theirs = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        mine = config.to_flat()
-        free = {"federation.rounds", "federation.timeout"}
-        free |= {key for key in mine if key.startswith("run.") and key != "run.seed"}
-        other = [key for key in mine if theirs.get(key) != mine[key] and key not in free]
-        if other:
+        if other := differing(config, theirs, goes_on=True):
             raise ConfigError(
                 f"run.resume = '{path}' had another configuration ({', '.join(other)}); resume with "
                 "its own config.json"

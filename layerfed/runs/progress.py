@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from logging import INFO
-from types import TracebackType
 from typing import Self
 
 from flwr.common.logger import log
@@ -99,12 +98,7 @@ class ProgressLine(Observer):
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leave the line as it is."""
         self._progress.stop()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from layerfed.errors import Failed
 from layerfed.exchange.metrics import Numbers
 from layerfed.runs.ledger import Ledger
 
@@ -73,7 +74,7 @@ class SelectionRecord:
     assumed: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-class RoundFailed(RuntimeError):
+class RoundFailed(Failed):
     """Too few clients to go on; the message says how many there were and why the others failed."""
 
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from layerfed.exchange.pieces import pieces
 from layerfed.secure.crypto import UNIT
 
 __all__ = ["FixedPoint"]
 
 ROOM = 2**31 - 1
-PIECE = 2**16
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,8 @@ class FixedPoint:
         vector = np.empty(sum(values.size for values in update) + 1, UNIT)
         place, cut = 0, 0
         for values in update:
-            flat = values.reshape(-1)
-            for start in range(0, flat.size, PIECE):
-                piece = flat[start : start + PIECE].astype(np.float64)
+            for part in pieces(values):
+                piece = part.astype(np.float64)
                 if not np.isfinite(piece).all():
                     raise ValueError("the update holds NaN or Inf; lower train.lr")
                 cut += int((np.abs(piece) > self.limit).sum())

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerfed.exchange.clipping import norm_of
+from layerfed.exchange.pieces import pieces
 from layerfed.models.layers import LayerMap
 
 __all__ = [
@@ -123,8 +124,7 @@ class MaskedMean(Aggregator):
         for name in self._layers[layer].tensors:
             if name not in self._sums:
                 self._sums[name] = np.zeros(update[name].shape)
-            total, delta = self._sums[name].reshape(-1), update[name].reshape(-1)
-            norm_sq = self._add(total, delta, examples)
+            norm_sq = self._add(self._sums[name], update[name], examples)
             square += norm_sq if name in parameters else 0.0
         return square / examples**2
 
@@ -134,12 +134,11 @@ class MaskedMean(Aggregator):
         Returns its squared norm.
         """
         norm_sq = 0.0
-        for start in range(0, total.size, PIECE):
-            piece = delta[start : start + PIECE]
+        for place, piece in zip(pieces(total, PIECE), pieces(delta, PIECE), strict=True):
             term = self._term[: piece.size]
             # Exact in float64: 24 bits of mantissa times at most 29 bits of count.
             np.multiply(piece, examples, out=term, dtype=np.float64)
-            total[start : start + PIECE] += term
+            place += term
             # Not BLAS: it would wake threads for a piece this small.
             norm_sq += float(np.einsum("i,i->", term, term))
         return norm_sq
@@ -196,13 +195,14 @@ class TrimmedMean(Aggregator):
     def _combined(self, updates: list[np.ndarray]) -> np.ndarray:
         clients = len(updates)
         low, high = self.cut(clients), clients - self.cut(clients)
-        columns = [update.reshape(-1) for update in updates]
-        result, piece = np.empty(columns[0].size), max(1, TABLE // clients)
-        for start in range(0, result.size, piece):
+        result, size = np.empty(updates[0].size), max(1, TABLE // clients)
+        for place, *values in zip(
+            pieces(result, size), *(pieces(update, size) for update in updates), strict=True
+        ):
             # Clients side by side, so that each sort is of neighbours in memory.
-            table = np.stack([column[start : start + piece] for column in columns], axis=1)
+            table = np.stack(values, axis=1)
             table.sort(axis=1)
-            result[start : start + piece] = table[:, low:high].mean(axis=1, dtype=np.float64)
+            place[:] = table[:, low:high].mean(axis=1, dtype=np.float64)
         return result
 
     def changes(self, layer: str) -> list[np.ndarray]:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
+from layerfed.digests import digest, fingerprint
 from layerfed.exchange.arrays import LiveArray, RefusedReply, decode
 from layerfed.exchange.messages import Manifest
-from layerfed.models.layers import LayerMap, digest, fingerprint
+from layerfed.models.layers import LayerMap
 
 __all__ = ["GlobalModel"]
 

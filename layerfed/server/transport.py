@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import httpx
 from flwr.app import Error, Message
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from layerfed.exchange.arrays import printable
+from layerfed.flower_compat import ErrorCode, withdraw
 
 __all__ = ["exchange"]
 
@@ -86,11 +86,8 @@ def exchange(
             yield _error("no reply in time", asked)
     finally:
         # Also where the caller has enough and asks for no more.
-        withdraw = getattr(grid, "withdraw", None)
-        if withdraw is None:
+        if not withdraw(grid, waiting):
             late.update(waiting)
-        else:
-            withdraw(list(waiting))
 
 
 def _pull(grid: Grid, identity: str, asked: Message) -> Message | None:

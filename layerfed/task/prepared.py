@@ -6,19 +6,18 @@ often a few kilobytes that are always the same: these are kept, and the library 
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from logging import DEBUG
 from pathlib import Path
-from uuid import uuid4
 from zipfile import BadZipFile
 
 import numpy as np
 from flwr.common.logger import log
 
+from layerfed.digests import content_digest
 from layerfed.exchange.store import user_cache
+from layerfed.files import whole
 
 __all__ = ["prepared"]
 
@@ -42,7 +41,7 @@ def prepared(
     They lie in the folder `prepared` of the user's cache, each file with checksums; one that is damaged
     is made anew, and where nothing can be written they are made each time.
     """
-    file = user_cache() / "prepared" / f"{_digest(key)}.npz"
+    file = user_cache() / "prepared" / f"{content_digest(*_parts(key))}.npz"
     try:
         with np.load(file, allow_pickle=False) as found:
             return dict(found)
@@ -58,26 +57,19 @@ def prepared(
     return made
 
 
-def _digest(key: Mapping[str, object]) -> str:
-    state = hashlib.blake2b(digest_size=16)
+def _parts(key: Mapping[str, object]) -> Iterator[str | memoryview]:
     for name, value in key.items():
         if isinstance(value, np.ndarray):
-            state.update(f"{name}:{value.dtype}{value.shape};".encode())
-            state.update(np.ascontiguousarray(value).data)
+            yield f"{name}:{value.dtype}{value.shape};"
+            yield np.ascontiguousarray(value).data
         else:
-            state.update(f"{name}:{value!r};".encode())
-    return state.hexdigest()
+            yield f"{name}:{value!r};"
 
 
 def _write(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    beside = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with beside.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole(file, shared=True) as beside, beside.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
     with suppress(OSError):  # another process cleans up too
         files = sorted(file.parent.iterdir(), key=lambda f: f.stat().st_mtime)
         for old in files[:-MOST_FILES]:

@@ -18,6 +18,7 @@ from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import instruction, open_store, record_of
 from layerfed.exchange.arrays import carried_bytes
 from layerfed.exchange.messages import missing_reply
+from layerfed.flower_compat import stamp
 from layerfed.runs import read_lines
 from layerfed.runs.ledger import Ledger
 from layerfed.runs.records import Observer, RoundRecord
@@ -291,7 +292,7 @@ class Slow(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:
             identity = f"m{len(self.sent)}"
-            message.metadata.__dict__["_message_id"] = identity
+            stamp(message, message_id=identity)
             self.sent[identity] = message
             yield identity
 

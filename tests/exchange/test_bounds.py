@@ -21,6 +21,7 @@ from layerfed.exchange import (
 )
 from layerfed.exchange.bounds import MAX_ARRAYS, MAX_ENTRIES, MAX_ITEMS, MAX_TEXT, check_values
 from layerfed.exchange.messages import missing_reply, state_held
+from layerfed.flower_compat import stamp
 from tests.exchange.replies import ask, over_the_wire, update
 
 KINDS: dict[str, Callable[[Message], Message]] = {
@@ -119,7 +120,7 @@ def test_replies_from_elsewhere_to_something_else_or_from_before_are_refused(
     field: str, value: Any, says: str
 ) -> None:
     reply = KINDS["train"](ask())
-    reply.metadata.__dict__[f"_{field}"] = value
+    stamp(reply, **{field: value})
     assert says in refused(reply, ask())
 
 

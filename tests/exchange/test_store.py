@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from layerfed.config import ConfigError
+from layerfed.digests import digest
 from layerfed.exchange import FolderStore, LayerStore, MemoryStore, open_store
-from layerfed.models.layers import digest
 
 KB = 1000
 
@@ -146,7 +146,7 @@ def test_a_full_disk_is_no_error(folder: FolderStore, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     name, tensors = layer(1)
-    monkeypatch.setattr("layerfed.exchange.store.save_file", full)
+    monkeypatch.setattr("layerfed.exchange.store.save_tensors", full)
     folder.put(name, tensors, keep=[])
     assert not folder.has(name)
     assert kept(folder) == set()
@@ -163,6 +163,18 @@ def test_who_sees_the_same_folder_sees_the_same_store(tmp_path: Path) -> None:
     assert here.identity == there.identity
     assert FolderStore(tmp_path / "b", 1e9).identity != here.identity
     assert MemoryStore().identity != MemoryStore().identity
+
+
+def test_a_disk_without_hard_links_gives_an_identity_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refused)
+    found = [FolderStore(tmp_path, 1e9).identity for _ in range(2)]
+    assert found[0] == found[1]
+    assert len(found[0]) == 32
 
 
 def test_one_location_is_one_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

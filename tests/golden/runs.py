@@ -22,11 +22,12 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from layerfed.config import load_config
+from layerfed.digests import content_digest
 from layerfed.engine import run_on
+from layerfed.flower_compat import enter_run
 from layerfed.privacy import protection
 from layerfed.runs import read_lines
 
@@ -88,7 +89,7 @@ def sketch(tensors: dict[str, np.ndarray]) -> dict[str, list[float]]:
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """Run one of `RUNS` and return what is compared."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    enter_run()
     config = load_config(None, [*COMMON, *RUNS[name], f"run.dir={folder}", f"run.name={name}"])
     with seeded_noise():
         path = run_on("inprocess", config)
@@ -109,7 +110,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         "e1": [row["e1"] for row in metrics],
         "e2": [row["e2"] for row in metrics],
         "sketch": sketch(tensors),
-        "digest": hashlib.blake2b(b"".join(base.values()), digest_size=16).hexdigest(),
+        "digest": content_digest(*base.values()),
     }
 
 

@@ -77,7 +77,7 @@ def test_one_that_was_being_written_is_no_checkpoint(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("layerfed.runs.checkpoint.os.replace", killed)
+        patch.setattr("layerfed.files.os.replace", killed)
         with pytest.raises(OSError, match="No space"):
             save_checkpoint(tmp_path, checkpoint(2), keep=1)
     found = latest_checkpoint(tmp_path)

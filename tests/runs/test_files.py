@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_run(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("layerfed.runs.files.os.replace", full)
+    monkeypatch.setattr("layerfed.files.os.replace", full)
     with pytest.raises(ConfigError, match=r"run\.dir = .* cannot be written: No space left"):
         RunFolder.create(load_config(None, [f"run.dir={tmp_path}"]), "inprocess")
 
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_say_how_it_ended_hides_no_reason(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = RunFolder.create(load_config(None, [f"run.dir={tmp_path}", "run.name=a"]), "x")
-    monkeypatch.setattr("layerfed.runs.files.os.replace", full)
+    monkeypatch.setattr("layerfed.files.os.replace", full)
     with pytest.raises(ZeroDivisionError), folder:
         raise ZeroDivisionError
     assert json.loads((tmp_path / "a/summary.json").read_text())["status"] == "running"

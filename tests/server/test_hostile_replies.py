@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from layerfed.exchange import CODECS, encode
 from layerfed.exchange.bounds import MAX_ENTRIES, MAX_ITEMS, MAX_TEXT
 from layerfed.exchange.messages import MAX_EXAMPLES, missing_reply, state_held
+from layerfed.flower_compat import stamp
 from tests.exchange.replies import npy, raw
 from tests.exchange.test_forged_arrays import FORGED
 from tests.made_up import (
@@ -87,7 +88,7 @@ def stamped(field: str, value: Any) -> Forge:
     """Forge what the envelope says."""
 
     def change(reply: Message) -> Message:
-        reply.metadata.__dict__[f"_{field}"] = value
+        stamp(reply, **{field: value})
         return reply
 
     return change
@@ -110,8 +111,8 @@ def asked_by(reply: Message) -> Message:
     """Stand in for the instruction, of which only the envelope is read."""
     m = reply.metadata
     asked = Message(RecordDict(), m.src_node_id, m.message_type, group_id=m.group_id)
-    asked.metadata.__dict__["_src_node_id"] = m.dst_node_id
-    asked.metadata.__dict__["_message_id"] = m.reply_to_message_id
+    stamp(asked, src_node_id=m.dst_node_id)
+    stamp(asked, message_id=m.reply_to_message_id)
     return asked
 
 
@@ -399,7 +400,7 @@ def test_late_repeated_and_unasked_replies_are_refused_in_flowers_own_steps() ->
 
     first = answers(1)
     stranger = grid.answer(first_message_to(grid, node=4))
-    stranger.metadata.__dict__["_src_node_id"] = 77
+    stamp(stranger, src_node_id=77)
     strategy.aggregate_train(1, [first[0], first[0], stranger, *first[1:]])
     record_ = strategy.round.record
     assert record_.replies == 3

@@ -20,6 +20,7 @@ from layerfed.exchange import (
     instruction,
 )
 from layerfed.exchange.messages import state_held
+from layerfed.flower_compat import stamp
 from layerfed.runs.records import RoundFailed
 from layerfed.server import population as module
 from layerfed.server.budgets import Budgets
@@ -57,7 +58,7 @@ class FakeGrid(Grid):
         identities = []
         for message in messages:
             identity = f"m{len(self.asked)}"
-            message.metadata.__dict__["_message_id"] = identity
+            stamp(message, message_id=identity)
             self.asked.append(message.metadata.dst_node_id)
             reply = self.nodes[message.metadata.dst_node_id](message)
             if reply is not None:

@@ -12,6 +12,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from layerfed.exchange import instruction
+from layerfed.flower_compat import stamp
 from layerfed.server.transport import exchange
 
 
@@ -26,7 +27,7 @@ class Builds(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         for message in messages:
             identity = f"m{next(self.counter)}"
-            message.metadata.__dict__["_message_id"] = identity
+            stamp(message, message_id=identity)
             self.sent[identity] = message
             yield identity
 
@@ -88,7 +89,7 @@ def test_what_a_reply_says_it_answers_is_not_believed() -> None:
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             replies = list(super().pull_messages(message_ids))
             for reply in replies:
-                reply.metadata.__dict__["_reply_to_message_id"] = "m0"
+                stamp(reply, reply_to_message_id="m0")
             return replies
 
     found = [r.metadata.src_node_id for r in exchange(Forging({}), questions(), 5)]

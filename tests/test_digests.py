@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerfed.models.layers import digest, fingerprint
+from layerfed.digests import content_digest, digest, fingerprint
 
 
 @given(st.integers(0, 2**16), st.sampled_from(["float32", "float16", "int64", "bool"]))
@@ -52,3 +52,14 @@ def test_a_digest_copies_nothing_that_is_contiguous() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < values.nbytes / 10
+
+
+def test_names_on_a_disk_are_those_of_earlier_versions() -> None:
+    """Stores, caches and checkpoints of earlier versions are found by them."""
+    layer = {"w": np.arange(3, dtype=np.float32), "n": np.asarray(7)}
+    assert digest(layer) == "64967057a8c3cb86c2b954278c08b853"
+    assert fingerprint({"head": "b", "blocks.0": "a"}) == "5663604e02395952dea51044549e4900"
+    assert content_digest("run/1/residual") == "489d866a19407cf166dfb49789ad4fd6"
+    assert (
+        content_digest("run", b"/1", memoryview(b"/residual")) == "489d866a19407cf166dfb49789ad4fd6"
+    )
