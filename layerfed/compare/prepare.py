@@ -1,7 +1,8 @@
-"""`python -m layerfed.compare.prepare FILE`: try whether configurations can be run on this machine.
+"""`python -m layerfed.compare.prepare FILE`: check that configurations can run on this machine.
 
-FILE holds a list of them. Data and model are loaded, and strategies built, in a process of its own, so
-that what they take is given back before the runs begin. Exit status 2 and one line say what is missing.
+FILE holds a list of configurations. The check loads data and model and builds the strategies in a
+process of its own, which frees their memory before the runs begin. If something is missing, one line
+says what, and the exit status is 2.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ FOLDER = Path("federation")
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Status 2 for what a user can mend, 1 for what failed; each said in a few words."""
+    """Turn a user's mistake into one line and exit status 2, and a failure into one line and 1."""
     from layerfed.deploy.federation import DeploymentFailed
 
     try:
@@ -66,7 +66,7 @@ def certificates(
         int, typer.Option(help="How long the server's certificate is valid", min=1, max=3650)
     ] = 365,
 ) -> None:
-    """On the server: make the authority, once, and the server's certificate, anew each time."""
+    """On the server: create the authority if it does not exist, and a new server certificate."""
     with _one_line_errors():
         federation = _federation(folder)
         federation.create_certificates(hosts, days)
@@ -80,7 +80,7 @@ def key(
     name: Annotated[str, typer.Argument(help="Name of the node")],
     folder: Annotated[Path, typer.Option("--dir", help="Where the key goes")] = Path(),
 ) -> None:
-    """On a node: make its key pair."""
+    """On a node: create its key pair."""
     from layerfed.deploy.credentials import create_node_key
 
     with _one_line_errors():
@@ -100,7 +100,7 @@ def superlink(
     with _one_line_errors():
         federation = _federation(folder)
         command = federation.superlink_command(port)
-    # The same process from here on: signals reach it, and whoever started this sees its exit status.
+    # The SuperLink replaces this process, so that signals reach it and its exit status is this one's.
     os.execve(command[0], command, environment(federation.flower_home))
 
 
@@ -111,7 +111,7 @@ def gateway(
     port: Annotated[int, typer.Option(help="Port that nodes connect to", min=1, max=65535)] = 9092,
     superlink: Annotated[str, typer.Option(help="HOST:PORT of the SuperLink")] = "127.0.0.1:8000",
 ) -> None:
-    """On the server: open to the network what SuperNodes need of the SuperLink, and nothing else."""
+    """On the server: run the gateway, which passes only SuperNodes' calls on to the SuperLink."""
     from layerfed.deploy.gateway import serve_gateway
 
     with _one_line_errors():
@@ -180,7 +180,7 @@ def run(
         Path, typer.Option("--app", help="The Flower app: a clone of this repository")
     ] = Path(),
 ) -> None:
-    """On the server: run on the connected nodes, show the log, and exit 0 only if the run completed."""
+    """On the server: start a run on the connected nodes, show its log, and exit 0 only if it completed."""
     with _one_line_errors():
         federation, config = _federation(folder), read_settings(settings, resume)
         identity = federation.start_run(app_folder, config)
@@ -204,7 +204,7 @@ def demo(
     ] = Path("runs"),
     timeout: Annotated[float, typer.Option(help="Seconds for the rounds", min=1)] = 1800.0,
 ) -> None:
-    """On one machine: all of this on loopback, compared with the simulation of the same seed."""
+    """On one machine: rehearse a deployment on loopback, and compare it with the simulation."""
     import layerfed
     from layerfed.deploy.federation import DeploymentFailed
     from layerfed.deploy.processes import clean_up_on_sigterm
@@ -248,7 +248,7 @@ def demo(
         settings = [
             {"partition-id": i, "num-partitions": nodes, **own} for i, own in enumerate(budgets)
         ]
-        # Keys and certificates of a rehearsal are nobody's; only the logs stay.
+        # Keys and certificates of a rehearsal are temporary; only the logs stay.
         with (
             tempfile.TemporaryDirectory(prefix="layerfed-demo-") as private,
             on_loopback(Path(private), settings, say, logs=folder / "logs") as loopback,

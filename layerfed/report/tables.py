@@ -1,4 +1,4 @@
-"""A run's figures as a table."""
+"""The table of a run's final figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _privacy(summary: Mapping[str, Any]) -> str:
 
 
 def run_table(folder: Path) -> Table:
-    """Return the final figures of a run folder."""
+    """Return the table of a run folder's final figures."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     table = Table(show_header=False, box=None)
 

@@ -1,4 +1,4 @@
-"""Files of a run folder: whatever happens while one is written, what was there before is there still."""
+"""Write and read a run folder's files; a failed write leaves the previous content unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class NotWritten(RuntimeError):
-    """A file could not be written, as when the disk is full; what was in its place is untouched."""
+    """Error for a file that could not be written, e.g. on a full disk; its old content is unchanged."""
 
     def __init__(self, file: Path, error: Exception) -> None:
         self.reason = getattr(error, "strerror", None) or str(error)
@@ -38,15 +38,15 @@ class NotWritten(RuntimeError):
 
 
 def lock(folder: Path) -> FileLock:
-    """Take a run folder for this process, until the lock is released or the process has ended.
+    """Lock a run folder for this process, until the lock is released or the process has ended.
 
-    A ServerApp may outlive the SuperLink that started it for a while: were the run resumed meanwhile,
-    two would write.
+    A ServerApp may outlive the SuperLink that started it for a while. If the run were resumed meanwhile,
+    two processes would write to the folder.
 
     Raises
     ------
     ConfigError
-        If another process has it, or it is no folder.
+        If another process holds the lock, or the path is no folder.
     """
     if not folder.is_dir():
         raise ConfigError(f"run.resume = '{folder}' is no run folder of this machine")
@@ -61,12 +61,12 @@ def lock(folder: Path) -> FileLock:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read a `.jsonl` file; a last line cut short by a crash is left out.
+    """Read a `.jsonl` file, without a last line that a crash cut short.
 
     Raises
     ------
     ValueError
-        If a line before the last is damaged: then it was not a crash.
+        If a line before the last is damaged, which a crash cannot explain.
     """
     rows: list[dict[str, Any]] = []
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -80,16 +80,16 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def append_line(file: Path, row: Mapping[str, Any]) -> None:
-    """Append a line to a `.jsonl` file, all of it or nothing.
+    """Append a line to a `.jsonl` file, either whole or not at all.
 
     Raises
     ------
     NotWritten
-        If it cannot be written.
+        If the line cannot be written.
     """
     rest = memoryview((json.dumps(row) + "\n").encode())
     try:
-        # Without a buffer, which would be tried again when the file is closed.
+        # There is no buffer, since closing the file would try to write a buffer again.
         with file.open("ab", buffering=0) as stream:
             size = stream.tell()
             try:
@@ -104,34 +104,34 @@ def append_line(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a `.json` file in place of what is there.
+    """Write a `.json` file, replacing the old one.
 
     Raises
     ------
     NotWritten
-        If it cannot be written.
+        If the file cannot be written.
     """
     _replace(file, json.dumps(content, indent=2) + "\n")
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a `.jsonl` file in place of what is there.
+    """Write a `.jsonl` file, replacing the old one.
 
     Raises
     ------
     NotWritten
-        If it cannot be written.
+        If the file cannot be written.
     """
     _replace(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a `.safetensors` file in place of what is there.
+    """Write a `.safetensors` file, replacing the old one.
 
     Raises
     ------
     NotWritten
-        If it cannot be written.
+        If the file cannot be written.
     """
     beside = file.with_name(file.name + ".tmp")
     try:
@@ -148,7 +148,7 @@ def _replace(file: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, file)
     except OSError as error:
-        # On a full disk, half a file would take the room that the next one needs.
+        # On a full disk, half a file would take the space that the next one needs.
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise NotWritten(file, error) from error

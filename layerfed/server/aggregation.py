@@ -1,4 +1,4 @@
-"""From the updates of a round to one update a layer.
+"""Combine the updates of a round into one update for each layer.
 
 =============== ======================================================== ==========================
 rule            update of layer l, over the k clients that trained it    memory, besides the model
@@ -9,15 +9,15 @@ rule            update of layer l, over the k clients that trained it    memory,
                 ⌊β k⌋ largest
 =============== ======================================================== ==========================
 
-The mean is the paper's, and streams: a reply is folded in and can be dropped at once, and the weights
-need not be known before the last reply. The order in which replies arrive moves its sum by 10⁻¹⁶ of its
-size: in the float32 model that is at most the rounding of the last bit, and in nearly every element
-nothing.
+The mean is the paper's, and streams: each update is added to a sum and can be freed at once, and the
+weights need not be known before the last reply. The order of replies changes the sum by 10⁻¹⁶ of its
+size. In the float32 model that is at most the rounding of the last bit, and nothing in nearly every
+element.
 
-The other two are those of Yin et al. (2018). As long as fewer than half of a layer's clients lie (with
-the trimmed mean, at most ⌊β k⌋), each element stays between values that honest clients sent. They take
-no weights, since a weight is a claim: a client that states a large d_i would be a majority by itself.
-What they give does not depend on the order of replies at all.
+The other two rules are those of Yin et al. (2018). If fewer than half of a layer's clients lie (with
+the trimmed mean, at most ⌊β k⌋), each element stays between values that honest clients sent. These
+rules take no weights, since a client states its own weight: one with a large d_i would be a majority by
+itself. Their result does not depend on the order of replies.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ __all__ = [
 ]
 
 PIECE = 2**15
-# Elements of the table in which the clients' values of a few elements stand side by side.
+# Size of the table in which the clients' values of some elements are put side by side and sorted.
 TABLE = 2**18
 
 
 class Aggregator(ABC):
-    """Takes a round's updates in and gives one for each layer.
+    """A rule that combines a round's updates into one for each layer.
 
     Parameters
     ----------
     layers : LayerMap
-        How the model falls into layers.
+        The split of the model into layers.
     trim : float (default: 0.1)
         β, the share of the clients that a trimmed mean leaves out at either end.
     """
@@ -61,19 +61,19 @@ class Aggregator(ABC):
         self._layers = layers
         self.trim = trim
         self.weights: dict[str, int] = {}
-        """Σ d_j over the clients that trained each layer, whether the rule weighs by it or not."""
+        """Σ d_j over the clients that trained each layer, also for rules without weights."""
 
     def add(
         self, trained: Iterable[str], update: Mapping[str, np.ndarray], examples: int
     ) -> dict[str, float]:
-        """Take in one client's update; return ‖Δ_{i,l}‖² of each layer, over its parameters.
+        """Add one client's update and return ‖Δ_{i,l}‖² of each layer, over its parameters.
 
         Parameters
         ----------
         trained : Iterable[str]
             Names of the layers this client trained, the head included.
         update : Mapping[str, numpy.ndarray]
-            Δ_i of every tensor of those layers. They may be kept as they are, so they must not change.
+            Δ_i of every tensor of those layers. The rule may keep the arrays, so they must not change.
         examples : int
             d_i, the client's number of training examples.
         """
@@ -85,10 +85,10 @@ class Aggregator(ABC):
 
     @abstractmethod
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
-        """Take in one layer of an update; return its squared norm."""
+        """Add one layer of an update and return its squared norm."""
 
     def close(self) -> None:  # noqa: B027
-        """Take note that no update follows, before anything is read."""
+        """Note that no update follows; called before results are read."""
 
     @abstractmethod
     def changes(self, layer: str) -> list[np.ndarray]:
@@ -96,7 +96,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def norm_sq(self, layer: str) -> float | None:
-        """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters; None where no w_{i,l} exist."""
+        """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters, or None if there are no weights."""
 
     @abstractmethod
     def pop(self, layer: str) -> dict[str, np.ndarray]:
@@ -122,18 +122,15 @@ class MaskedMean(Aggregator):
         return square / examples**2
 
     def _add(self, total: np.ndarray, delta: np.ndarray, examples: int) -> float:
-        """Add d_i·Δ to a sum, a piece at a time, so that the product never leaves the processor's cache.
-
-        Returns its squared norm.
-        """
+        """Add d_i·Δ to a sum, in pieces that fit into the processor's cache; return ‖Δ‖²."""
         norm_sq = 0.0
         for start in range(0, total.size, PIECE):
             piece = delta[start : start + PIECE]
             term = self._term[: piece.size]
-            # Exact in float64: 24 bits of mantissa times at most 29 bits of count.
+            # The product is exact in float64: 24 bits of mantissa times at most 29 bits of count.
             np.multiply(piece, examples, out=term, dtype=np.float64)
             total[start : start + PIECE] += term
-            # Not BLAS: it would wake threads for a piece this small.
+            # BLAS would wake threads for a piece this small.
             norm_sq += float(np.einsum("i,i->", term, term))
         return norm_sq
 
@@ -156,13 +153,13 @@ class MaskedMean(Aggregator):
 
 
 class TrimmedMean(Aggregator):
-    """Each element's mean over the clients that trained its layer, without either end.
+    """Each element's mean over the clients that trained its layer, without the extreme values.
 
-    Of k clients the ⌊β k⌋ smallest and the ⌊β k⌋ largest values are left out, element by element. Where
-    that is nobody (k < 1/β) it is the plain mean: a layer of one client is what that client says.
+    Of k clients the ⌊β k⌋ smallest and the ⌊β k⌋ largest values are left out, element by element. If
+    ⌊β k⌋ = 0 (k < 1/β), the result is the plain mean, so a layer of one client is that client's update.
 
-    Updates are kept as they arrived until the layer is asked for, after the last reply; then the values
-    of a few elements at a time are sorted, so that there is no second copy of them all.
+    Updates are kept until the layer is read, after the last reply. The values of a limited number of
+    elements are then sorted at a time, so there is never a second copy of all updates.
     """
 
     def __init__(self, layers: LayerMap, trim: float = 0.1) -> None:
@@ -171,8 +168,8 @@ class TrimmedMean(Aggregator):
         self._results: dict[str, np.ndarray] = {}
 
     def cut(self, clients: int) -> int:
-        """Return how many of so many values are left out at either end."""
-        # A product like 0.29 · 100 falls short of the number it means.
+        """Return the number of values to leave out at either end, given the number of clients."""
+        # A product like 0.29 · 100 is slightly below the whole number that is meant.
         return min(int(self.trim * clients + 1e-9), (clients - 1) // 2)
 
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
@@ -192,7 +189,7 @@ class TrimmedMean(Aggregator):
         columns = [update.reshape(-1) for update in updates]
         result, piece = np.empty(columns[0].size), max(1, TABLE // clients)
         for start in range(0, result.size, piece):
-            # Clients side by side, so that each sort is of neighbours in memory.
+            # Clients' values are side by side, so that each sort works on neighbours in memory.
             table = np.stack([column[start : start + piece] for column in columns], axis=1)
             table.sort(axis=1)
             result[start : start + piece] = table[:, low:high].mean(axis=1, dtype=np.float64)
@@ -203,7 +200,7 @@ class TrimmedMean(Aggregator):
         return [self._result(name) for name in self._layers[layer].parameters]
 
     def norm_sq(self, layer: str) -> None:
-        """Return None: elements of one layer come from different clients."""
+        """Return None, since elements of one layer come from different clients."""
         return
 
     def pop(self, layer: str) -> dict[str, np.ndarray]:
@@ -214,14 +211,14 @@ class TrimmedMean(Aggregator):
 
 
 class Median(TrimmedMean):
-    """Each element's median over the clients that trained its layer: a mean trimmed to the middle.
+    """Each element's median over the clients that trained its layer, as a fully trimmed mean.
 
-    Of an even number of clients it is the mean of the two middle values. A layer of one or two clients
-    is hence averaged as it is, without weights: there is no majority to ask.
+    For an even number of clients it is the mean of the two middle values. The update of a layer of one
+    or two clients is therefore their plain mean, without weights: there is no majority.
     """
 
     def cut(self, clients: int) -> int:
-        """Return how many of so many values are left out at either end: all but one or two."""
+        """Return the number of values to leave out at either end, so that one or two values remain."""
         return (clients - 1) // 2
 
 
@@ -234,7 +231,7 @@ AGGREGATIONS: Mapping[str, type[Aggregator]] = {
 
 @dataclass(frozen=True)
 class Aggregation:
-    """How far one client's say in a round goes.
+    """Robustness settings: how much one reply can change the global model.
 
     Attributes
     ----------
@@ -242,9 +239,10 @@ class Aggregation:
     trim : float (default: 0.1)
         β of the trimmed mean, in [0, 0.5).
     clip : float (default: 0)
-        An update whose norm, over all that was sent, is larger is scaled down to it; 0 is no limit.
+        The largest norm of an update, over all its layers; a larger update is scaled down to it. 0 is no
+        limit.
     max_examples : int (default: 0)
-        A client's d_i counts as at most this, wherever clients are weighed; 0 is no limit.
+        The largest d_i that counts in any weighted mean; 0 is no limit.
     """
 
     rule: str = "mean"
@@ -253,13 +251,13 @@ class Aggregation:
     max_examples: int = 0
 
     def begin(self, layers: LayerMap) -> Aggregator:
-        """Return what takes one round's updates in."""
+        """Return the aggregator for one round's updates."""
         return AGGREGATIONS[self.rule](layers, self.trim)
 
     def counted(self, examples: int) -> int:
-        """Return as how many examples a client's count."""
+        """Return the example count that a client is weighted by, given the count that it stated."""
         return min(examples, self.max_examples or examples)
 
 
 WEIGHTED_MEAN = Aggregation()
-"""The paper's."""
+"""The paper's rule."""

@@ -1,4 +1,4 @@
-"""Sending messages and taking replies one by one, as they arrive."""
+"""Send messages and yield replies one by one, as they arrive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from layerfed.exchange.arrays import printable
 
 __all__ = ["exchange"]
 
-# A fast round is not made to wait for a poll; a slow one does not poll often.
+# Seconds between polls, which grow from the first to the last: a fast round does not wait for a poll,
+# and a slow one does not poll often.
 FIRST_WAIT, LONGEST_WAIT = 0.002, 0.1
 
 Again = Callable[[int, Message], Message | None]
@@ -28,29 +29,30 @@ def exchange(
     again: Again | None = None,
     late: dict[str, Message] | None = None,
 ) -> Iterator[tuple[int, Message | None]]:
-    """Send messages and yield each node's reply as soon as it is there.
+    """Send messages and yield each node's reply as soon as it arrives.
 
-    Flower's own `send_and_receive` returns only when all replies are in, so it holds as many models as
-    there are clients; here each reply can be folded in and dropped.
+    Flower's own `send_and_receive` returns only after the last reply, so it holds one model for each
+    client. Here each reply can be aggregated and freed.
 
     Parameters
     ----------
     grid : flwr.serverapp.Grid
     messages : Iterable[flwr.app.Message]
-        At most one a node.
+        The messages, at most one for each node.
     timeout : float
-        Seconds to wait, from the first message on.
+        Seconds to wait, counted from the first message.
     again : Callable[[int, Message], Message | None], optional
-        Given a node and its reply; what it returns is sent to that node and awaited instead.
+        Gets a node and its reply. If it returns a message, that message is sent to the node, and its
+        reply is awaited instead.
     late : dict[str, flwr.app.Message], optional
-        Messages of earlier exchanges that nobody waits for any more, by id: replies to them are fetched
-        and dropped. Those that this exchange stops waiting for are added.
+        Messages of earlier exchanges whose replies are no longer awaited, by id. Replies to them are
+        fetched and dropped. Messages that this exchange stops waiting for are added.
 
     Yields
     ------
     tuple[int, Message | None]
-        The node that was asked and its reply. None for a node that gave none in time. An error made by
-        Flower on a node's behalf carries another sender, hence the node that was *asked*.
+        The node that was asked, and its reply or None if none came in time. The node is the one that was
+        *asked*, since an error that Flower makes for a node has another sender.
     """
     late = {} if late is None else late
     waiting, unsent = _send(grid, list(messages))
@@ -72,19 +74,19 @@ def exchange(
                     sent, failed = _send(grid, [once_more])
                     waiting.update(sent)
                     unsent += failed
-                del reply  # freed before the next is made
+                del reply  # freed before the next one is made
                 if time.monotonic() > deadline:
                     break
             if time.monotonic() > deadline:
                 break
             wait = FIRST_WAIT if found else min(wait * 1.5, LONGEST_WAIT)
             if waiting and not found:
-                # Asking takes its time too, where the SuperLink is another process.
+                # Polling itself takes time if the SuperLink is another process.
                 time.sleep(max(wait, time.monotonic() - began))
         for asked in [*waiting.values(), *unsent]:
             yield asked.metadata.dst_node_id, None
     finally:
-        # Also where the caller has enough and asks for no more.
+        # This runs also if the caller has enough replies and stops early.
         withdraw = getattr(grid, "withdraw", None)
         if withdraw is None:
             late.update(waiting)
@@ -95,22 +97,22 @@ def exchange(
 def _pull(grid: Grid, identity: str, asked: Message) -> Message | None:
     """Return the reply to one message, or an error in place of one that Flower cannot build.
 
-    One at a time, since Flower builds all replies of a pull before it returns any: a forged one would
-    take with it the others, which the SuperLink then counts as delivered. And so it is the SuperLink
-    that says to which message a reply belongs, not the reply.
+    Replies are pulled one at a time, since Flower builds all replies of a pull before it returns any. A
+    forged one would lose the others, which the SuperLink then counts as delivered. This also means that
+    the SuperLink, and not the reply, says to which message a reply belongs.
     """
     try:
         return next(iter(grid.pull_messages([identity])), None)
-    except httpx.HTTPError:  # not the reply, but the way to the SuperLink
+    except httpx.HTTPError:  # the connection to the SuperLink failed, and not the reply
         raise
     except Exception as error:
-        # Building a forged reply raises nearly anything.
+        # Building a forged reply can raise nearly any error.
         reason = printable(f"a reply that cannot be read ({type(error).__name__}: {error})")
         return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, reason), reply_to=asked)
 
 
 def _send(grid: Grid, outbox: list[Message]) -> tuple[dict[str, Message], list[Message]]:
-    """Send messages; return those that were taken, by message id, and those that were not."""
+    """Send messages; return the accepted ones by message id, and the others."""
     accepted = {identity for identity in grid.push_messages(outbox) if identity}
     asked = {message.metadata.message_id: message for message in outbox}
     return (

@@ -191,8 +191,8 @@ def load_file_list(files: Sequence[Path]) -> Dataset:
 def _load_folder(folder: Path) -> DatasetDict:
     """Read a folder in the hub's layout, and its CSV and TSV files as single files are read."""
     found = load_dataset_builder(str(folder))
-    # The library caches a folder with a card by its name, even if its files have changed, unless they are
-    # named one by one.
+    # The library caches a folder with a card by its name, even if its files have changed, unless they
+    # are named one by one.
     files = {str(split): list(names) for split, names in (found.config.data_files or {}).items()}
     separated = isinstance(found, Csv)
     splits = load_dataset(
