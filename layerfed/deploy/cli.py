@@ -180,7 +180,7 @@ def run(
         Path, typer.Option("--app", help="The Flower app: a clone of this repository")
     ] = Path(),
 ) -> None:
-    """On the server: start a run on the connected nodes, show its log, and exit 0 only if it completed."""
+    """On the server: run on the connected nodes, show the log, and exit 0 only if the run completed."""
     with _one_line_errors():
         federation, config = _federation(folder), read_settings(settings, resume)
         identity = federation.start_run(app_folder, config)
