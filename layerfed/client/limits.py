@@ -183,7 +183,7 @@ class Allowance:
             if node.budget_unit is None and unit != "layers":
                 raise ConfigError(
                     f"this node's budget = {limit:g} has no unit, and the run counts in {unit}; "
-                    f"state budget-unit={unit} (or the unit that is meant) in --node-config"
+                    f"state budget-unit={unit} (or another unit) in --node-config"
                 )
         wanted = costs(unit)
         if of != unit:
@@ -203,7 +203,7 @@ class Allowance:
         if cost > self.budget * (1 + TOLERANCE):
             raise MaskRefused(
                 f"the server asks for {sum(map(bool, mask))} layers that cost {cost:g} {self.unit}; "
-                f"this node's own budget is {self.budget:g}, and nobody else can raise it"
+                f"this node's own budget is {self.budget:g}, and only its owner can raise it"
             )
 
     def remember(self, state: RecordDict) -> None:

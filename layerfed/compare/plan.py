@@ -265,7 +265,7 @@ def _distinct(kind: str, names: Sequence[str]) -> None:
         raise ConfigError(f"there is no {kind} to compare")
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{kind} '{name}' is there twice; give each a name of its own")
+            raise ConfigError(f"{kind} '{name}' occurs twice; give each a name of its own")
 
 
 def _apart(rows: Sequence[Row]) -> None:

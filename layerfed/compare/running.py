@@ -30,7 +30,7 @@ class Standing(Enum):
     """The state of a cell's run folder."""
 
     DONE = "done"
-    STOPPED = "to go on from a checkpoint"
+    STOPPED = "to continue from a checkpoint"
     BROKEN = "to start again"
     ABSENT = "to run"
 

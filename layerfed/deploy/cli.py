@@ -78,7 +78,7 @@ def certificates(
 @app.command()
 def key(
     name: Annotated[str, typer.Argument(help="Name of the node")],
-    folder: Annotated[Path, typer.Option("--dir", help="Where the key goes")] = Path(),
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for the key pair")] = Path(),
 ) -> None:
     """On a node: create its key pair."""
     from layerfed.deploy.credentials import create_node_key
@@ -145,7 +145,7 @@ def supernode(
     ],
     ca: Annotated[Path, typer.Option(help="The federation's ca.crt")] = Path("ca.crt"),
     key: Annotated[Path, typer.Option(help="The node's private key")] = Path("node.key"),
-    home: Annotated[Path, typer.Option(help="Where Flower keeps the apps it runs")] = Path(
+    home: Annotated[Path, typer.Option(help="Flower's folder for the apps it runs")] = Path(
         "flower"
     ),
     port: Annotated[
@@ -173,7 +173,7 @@ def run(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="A run folder of this server to go on with, from its last checkpoint"),
+        typer.Option(help="A run folder of this server to continue, from its last checkpoint"),
     ] = None,
     folder: Folder = FOLDER,
     app_folder: Annotated[
@@ -200,7 +200,7 @@ def demo(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     directory: Annotated[
-        Path, typer.Option("--runs", help="Where the two run folders and the logs go")
+        Path, typer.Option("--runs", help="Folder for the two run folders and the logs")
     ] = Path("runs"),
     timeout: Annotated[float, typer.Option(help="Seconds for the rounds", min=1)] = 1800.0,
 ) -> None:

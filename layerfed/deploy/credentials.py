@@ -195,7 +195,7 @@ def _create(file: Path, content: bytes, mode: int) -> None:
             stream.write(content)
     except FileExistsError:
         raise ConfigError(
-            f"{file} is there already and is not replaced; move it away first if it is lost or leaked"
+            f"{file} exists already and is not replaced; move it away first if it is lost or leaked"
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror}") from None

@@ -79,7 +79,7 @@ def loading(
 def _advice(section: ModelConfig, repository: str, key: str, error: str) -> str:
     # Models of transformers need the configuration even with random weights.
     drawn = key == "model.weights" and section.family != "transformers"
-    random = "; for random weights say model.weights=random" * drawn
+    random = "; for random weights set model.weights=random" * drawn
     if not repository:
         return f"Give a folder as `hf download` leaves it ({key}){random}"
     gated = re.search(r"gated|\b40[13]\b", error, re.IGNORECASE) is not None
@@ -89,7 +89,7 @@ def _advice(section: ModelConfig, repository: str, key: str, error: str) -> str:
         only, value = " --include '*.json'", f"{section.family}/DIR"
     return (
         f"To use it without a network, {access}run `hf download {repository}{only} --local-dir DIR` "
-        f"where there is one, and set {key}={value}{random}"
+        f"on a machine with one, and set {key}={value}{random}"
     )
 
 

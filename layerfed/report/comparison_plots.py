@@ -26,9 +26,9 @@ MARKERS = "osD^v<>pP*"
 
 # The terms of `layerfed.server.theory` by their keys in metrics.jsonl.
 TERM_TITLES = {
-    "e1": r"$\hat E_1$: layers nobody trains",
-    "e2": r"$\hat E_2$: clients that differ",
-    "e2_masks": r"of $\hat E_2$ by the masks",
+    "e1": r"$\hat E_1$: layers that no client trains",
+    "e2": r"$\hat E_2$: differences between clients",
+    "e2_masks": r"part of $\hat E_2$ from masks",
 }
 
 Curve = Sequence[tuple[int, float]]

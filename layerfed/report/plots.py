@@ -21,9 +21,9 @@ __all__ = ["draw_run", "selection_shares"]
 
 # The terms of `layerfed.server.theory` in metrics.jsonl, each with its label and colour.
 TERMS = {
-    "e1": (r"$\hat E_1$: layers nobody trains", "#c05a1a"),
-    "e2": (r"$\hat E_2$: clients that differ", "#1f5fa8"),
-    "e2_masks": (r"of it by the masks", "#7fb0dd"),
+    "e1": (r"$\hat E_1$: layers that no client trains", "#c05a1a"),
+    "e2": (r"$\hat E_2$: differences between clients", "#1f5fa8"),
+    "e2_masks": (r"part of $\hat E_2$ from masks", "#7fb0dd"),
 }
 
 

@@ -33,7 +33,7 @@ class NotWritten(RuntimeError):
     def __init__(self, file: Path, error: Exception) -> None:
         self.reason = getattr(error, "strerror", None) or str(error)
         super().__init__(
-            f"{file} cannot be written: {self.reason}; mend that, and go on with --resume {file.parent}"
+            f"{file} cannot be written: {self.reason}; mend that, and resume with --resume {file.parent}"
         )
 
 
@@ -55,7 +55,7 @@ def lock(folder: Path) -> FileLock:
         taken.acquire()
     except Timeout:
         raise ConfigError(
-            f"run.resume = '{folder}' is being written by a run that goes on; wait for its end"
+            f"run.resume = '{folder}' is being written by a run; wait for its end"
         ) from None
     return taken
 

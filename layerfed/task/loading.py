@@ -148,7 +148,7 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
             found = load_from_disk(str(inside)) if is_saved(inside) else _load_folder(inside)
     except ConfigError:
         raise
-    except Exception as error:  # whatever the library raises, a user can only act on its reason
+    except Exception as error:  # the library raises many types; the user needs the reason only
         raise ConfigError(_unreadable(data, subset, revision, path, error)) from error
     return {"train": found} if isinstance(found, Dataset) else dict(found)
 
@@ -181,7 +181,7 @@ def load_file_list(files: Sequence[Path]) -> Dataset:
     names = [str(file) for file in files]
     try:
         found = load_dataset(reader, data_files={"train": names}, split="train", **options)
-    except Exception as error:  # whatever the library raises, a user can only act on its reason
+    except Exception as error:  # the library raises many types; the user needs the reason only
         raise ConfigError(f"cannot read {some(names)}: {_reason(error)}") from error
     if reader == "csv":
         _refuse_shifted(found, some(names))
@@ -258,8 +258,8 @@ def _unreadable(
     beside = f"DIR/{repository.rpartition('/')[2]}" if subset else "DIR"
     return (
         f"cannot load '{data}'{f' ({subset})' if subset else ''}, which is no file or folder here, from "
-        f"the hub: {_reason(error)}. Where there is a network, run "
-        f"{download(repository, beside, revision, named)}, and say task.data=DIR"
+        f"the hub: {_reason(error)}. On a machine with a network, run "
+        f"{download(repository, beside, revision, named)}, and set task.data=DIR"
         + f"/{named}"
         * bool(named)
     )
