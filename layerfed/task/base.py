@@ -135,7 +135,7 @@ class Task(ABC):
             if getattr(section, name) != getattr(defaults, name):
                 read = ", ".join(map(_key, sorted(self.settings | COMMON)))
                 raise ConfigError(
-                    f"{_key(name)} = {getattr(section, name)!r} has no effect with task.name = "
+                    f"{_key(name)} = {getattr(section, name)!r} has no use for task.name = "
                     f"'{section.name}', which reads {read}"
                 )
         if config.model.family not in self.families:
