@@ -145,9 +145,8 @@ class UpdateSpread:
             examples = np.array([self._examples[client] for client in there], dtype=np.float64)
             weights = examples / examples.sum()
             norms = [self._norms[client][layer] for client in there]
-            spread = max(
-                float(weights @ norms) - mean_norm_sq, 0.0
-            )  # rounding may make it negative
+            # Rounding may make the difference negative.
+            spread = max(float(weights @ norms) - mean_norm_sq, 0.0)
             mean_steps = float(weights @ [steps[client][layer] for client in there])
             chi = mask_divergence(examples.sum(), total)
             term += chi * spread / (lr * mean_steps) ** 2
