@@ -16,14 +16,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from layerfed.config import ConfigError, RunConfig, load_config, parse_override, read_settings
+from layerfed.config import ConfigError, RunConfig, load_config, parse_override
+from layerfed.config.command_line import App, complete_setting, read_settings
 
 if TYPE_CHECKING:
     from layerfed.deploy.federation import Federation
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app = App(
     help="Run on real machines, with TLS and authentication; docs/deployment.md is the guide.",
     no_args_is_help=True,
 )
@@ -168,7 +169,9 @@ def run(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            help="As in `layerfed run`: a file, then key=value", metavar="[CONF] [KEY=VALUE]…"
+            help="As in `layerfed run`: a file, then key=value",
+            metavar="[CONF] [KEY=VALUE]…",
+            autocompletion=complete_setting,
         ),
     ] = None,
     resume: Annotated[

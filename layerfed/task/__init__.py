@@ -36,7 +36,7 @@ def load_task(config: RunConfig) -> Task:
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"task.name = '{asked}' cannot be imported: {error}; install its module on the server and "
-            "on every client, or put it in a folder of PYTHONPATH there"
+            "on every client, or put it in the current folder of `layerfed` or a folder of PYTHONPATH"
         ) from None
     task = found(config)
     if not isinstance(task, Task):
