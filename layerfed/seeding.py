@@ -1,7 +1,7 @@
-"""Every random choice of a run comes from its one seed, through a stream of its own.
+"""Random streams, one for each purpose, all derived from a run's seed.
 
-Streams are keyed by purpose and by what they serve (round, partition id), never by order of use, so a
-draw does not depend on who was sampled before, on Flower's random node ids, or on the engine.
+A stream is keyed by its purpose and by the round and partition id that it serves, never by the order of
+use. A draw therefore does not depend on earlier samples, on Flower's random node ids, or on the engine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Stream", "generator", "torch_seed"]
 
 
 class Stream(IntEnum):
-    """Purposes with a random stream of their own. Values are part of a run's identity: append only."""
+    """The purposes that have a random stream. Values are part of a run's identity: append only."""
 
     SAMPLING = 1
     PARTITION = 2

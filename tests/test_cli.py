@@ -235,7 +235,7 @@ def test_compare_goes_on_with_what_was_interrupted_and_runs_the_rest(tmp_path: P
     first = cli.invoke(app, arguments)
     assert first.exit_code == 0, first.stderr
     assert "2 runs in" in first.stderr
-    assert "1 to go on from a checkpoint, 1 to run" in first.stderr
+    assert "1 to continue from a checkpoint, 1 to run" in first.stderr
     assert (interrupted / "metrics.jsonl").read_text().splitlines()[0] == round_1
     after = json.loads((interrupted / "summary.json").read_text())
     for key in ("status", "rounds", "accuracy", "bytes_up", "flops"):
@@ -261,7 +261,7 @@ def test_compare_goes_on_with_what_was_interrupted_and_runs_the_rest(tmp_path: P
     [
         (["--strategies", "ilpp"], "row 'ilpp': there is no strategy 'ilpp'"),
         (["--strategies", "ilpp"], "did you mean ilp?"),
-        (["--strategies", "top,top"], "row 'top' is there twice"),
+        (["--strategies", "top,top"], "row 'top' occurs twice"),
         (["--budgets", "two"], "budget 'two' is neither a number nor half-normal"),
         (["--seeds", "0,x"], "seed 'x' is not a whole number"),
         (["--engine", "spark"], "--engine spark"),

@@ -1,17 +1,17 @@
-"""What training a layer really costs, measured on this device: FLOPs, seconds or memory of a step.
+"""Measure on this device what training a layer costs: FLOPs, seconds or memory of a step.
 
 Backward runs from the loss down to the lowest trained layer, so a layer costs more than its own share:
-everything above it has to pass its gradient down. A step over the layers m costs
+all layers above it pass the gradient down. A step over the layers m costs
 
     S(m) = S(∅) + Σ_l c_l m(l) + D_low(m)
 
-where S(∅) trains the head alone, c_l is what training layer l adds by itself, and D_l, non-increasing in
-l, is what carrying the gradient down to layer l costs. Both come from 2L measured steps:
+where S(∅) is a step on the head alone, c_l is the cost that layer l adds by itself, and D_l is the cost
+of carrying the gradient down to layer l. D_l does not increase with l. Both come from 2L measured steps:
 
     c_l = S({0, l}) − S({0})  for l > 0,        D_l = S({l}) − S(∅) − c_l.
 
-Layer 0 is selected only together with D_0, so only their sum matters; c_0 is set to the median of the
-others.
+Layer 0 is selected only together with D_0, so only their sum matters, and c_0 is set to the median of
+the others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["MEASURED_UNITS", "MeasuredUnit", "measure_costs", "step_cost"]
 MeasuredUnit = Literal["flops", "seconds", "memory"]
 MEASURED_UNITS: tuple[MeasuredUnit, ...] = ("flops", "seconds", "memory")
 
-# Timings are the median of so many, after one that is not counted.
+# The number of timings whose median is taken, after one that is not counted.
 TIMED = 5
 
 
@@ -54,14 +54,14 @@ def measure_costs(
     Parameters
     ----------
     model : nn.Module
-        Unchanged afterwards.
+        The model, which is the same afterwards.
     layers : LayerMap
     batch : Batch
-        A batch of the size that is trained on.
+        A batch of the size used in training.
     loss : LossFn
     unit : {"flops", "seconds", "memory"}
-        FLOPs and seconds of forward and backward; bytes kept for backward and for gradients (on CUDA,
-        the allocator's peak above what is there before).
+        FLOPs or seconds of forward and backward, or the bytes kept for backward and gradients (on CUDA,
+        the rise of the allocator's peak).
     precision : {"float32", "bfloat16"}
 
     Returns
@@ -91,7 +91,10 @@ def step_cost(
     *,
     precision: str = "float32",
 ) -> float:
-    """Measure S(m), one step of training some blocks and the head; parameters as in `measure_costs`."""
+    """Measure S(m), the cost of one step on some blocks and the head.
+
+    Parameters are those of `measure_costs`.
+    """
     device = next(model.parameters()).device
     measure = {"flops": _flops, "seconds": _seconds, "memory": _memory}[unit]
     with selected_layers(model, layers, [*blocks, "head"]):
@@ -112,7 +115,7 @@ def _split(alone: np.ndarray, with_first: np.ndarray) -> tuple[np.ndarray, np.nd
     others = np.maximum(with_first - alone[0], 0.0)
     first = min(float(np.median(others)), max(float(alone[0]), 0.0))
     own = np.array([first, *others])
-    # Timings are noisy; going down never becomes cheaper.
+    # Timings are noisy, but carrying the gradient further down never becomes cheaper.
     depth = np.maximum.accumulate(np.maximum(alone - own, 0.0)[::-1])[::-1]
     return own, depth.copy()
 
@@ -165,10 +168,10 @@ def _memory(model: nn.Module, step: Callable[[], None]) -> float:
 
 @contextmanager
 def _kept_for_backward(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Collect the storages that autograd keeps, weights aside: {address: bytes}."""
+    """Collect the storages that autograd keeps, without weights, as {address: bytes}."""
     weights = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}
-    # Held so that no address is used twice.
+    # The tensors are held so that no address is used twice.
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:

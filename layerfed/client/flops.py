@@ -1,4 +1,4 @@
-"""FLOPs as torch counts them, at no cost after the first step of a kind."""
+"""Count FLOPs as torch does, once for each kind of step."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["TotalFlops", "counted", "forward_flops"]
 T = TypeVar("T")
 Shape = Sequence[int]
 
-# The FLOPs of a step depend on what is selected and on the batch's shapes only, and counting doubles the
-# time of a step, so each combination is counted once and remembered as long as its model lives.
+# The FLOPs of a step depend only on the mask and on the batch's shapes, and counting doubles the time
+# of a step. So each combination is counted once, and the count is kept as long as its model lives.
 _KNOWN: WeakKeyDictionary[nn.Module, dict[object, float]] = WeakKeyDictionary()
 
 
 def _counter() -> FlopCounterMode:
-    """Return torch's counter, taught the fused attention of CPUs and of frozen layers.
+    """Return torch's counter, extended by the fused attention of CPUs and of frozen layers.
 
-    Where nothing needs a gradient, `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` take one
-    fused operation each, which torch's counter knows nothing of: a third of a frozen CLIP block. Nor
-    does it know, in some versions, what `scaled_dot_product_attention` becomes on a CPU.
+    If nothing needs a gradient, `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` run one fused
+    operation each, which torch's counter does not know. They are a third of a frozen CLIP block. In some
+    versions it does not know the operation of `scaled_dot_product_attention` on a CPU either.
     """
     return FlopCounterMode(
         display=False,
@@ -47,10 +47,10 @@ def _counter() -> FlopCounterMode:
 
 
 class TotalFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the FLOPs of what runs in its context, by the formulas of torch's counter.
+    """A context that adds up the FLOPs of its operations, by the formulas of torch's counter.
 
-    That counter imports torch's compiler, which takes longer than a round on a small model; on real
-    devices every message starts a new process.
+    It replaces torch's own counter, which imports torch's compiler. The import takes longer than a round
+    on a small model, and on real devices every message starts a new process.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class TotalFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        """Run an operation and count it, or what it is composed of."""
+        """Run an operation and count it, or count the operations that it is composed of."""
         kwargs = kwargs or {}
         if func is not torch.ops.prim.device.default:
             with self:
@@ -96,13 +96,16 @@ def _products_back(
 def _attention_flops(
     query: Shape, key: Shape, value: Shape, width: int, *_: Any, **__: Any
 ) -> float:
-    """Four projections and two products of self-attention, at two FLOPs a multiplication."""
+    """Return the FLOPs of self-attention: four projections and two products, two a multiplication."""
     batch, tokens, _width = query
     return 2 * batch * tokens * width * (4 * width + 2 * tokens)
 
 
 def _encoder_layer_flops(source: Shape, width: int, *rest: Any, **__: Any) -> float:
-    """Attention, and the feed-forward network, whose first weight (F, E) is the 15th argument."""
+    """Return the FLOPs of attention and of the feed-forward network.
+
+    The network's first weight, of shape (F, E), is the 15th argument.
+    """
     batch, tokens, _width = source
     hidden = int(rest[12][0])
     return _attention_flops(source, source, source, width) + 4 * batch * tokens * width * hidden
@@ -115,7 +118,7 @@ def counted(model: nn.Module, kind: object, batch: Batch, step: Callable[[], T])
     ----------
     model : nn.Module
     kind : object
-        Hashable; steps of one kind on batches of one shape cost the same.
+        A hashable key; steps of one kind on batches of one shape cost the same.
     batch : Batch
     step : Callable[[], T]
     """
@@ -135,10 +138,9 @@ def forward_flops(
     example: Batch,
     logits: Callable[[nn.Module, Batch], Tensor],
 ) -> tuple[dict[str, float], float]:
-    """Count the FLOPs of an example's forward pass: of each layer by name, and of the whole model.
+    """Count the FLOPs of an example's forward pass, for each layer by name and for the whole model.
 
-    What a model computes between its modules (such as a product with a loose parameter) is part of
-    the whole only.
+    Operations between modules (such as a product with a loose parameter) count for the whole model only.
 
     Parameters
     ----------
@@ -152,7 +154,7 @@ def forward_flops(
     model.eval()
     with torch.no_grad(), _counter() as flops:
         logits(model, example)
-    # The counter calls modules by the class of the outermost one and their names within it.
+    # The counter names modules by the class of the outermost module and their names inside it.
     root = type(model).__name__
     by_module = {
         module: float(sum(operations.values()))

@@ -1,4 +1,4 @@
-"""What whoever runs a node allows it: a budget that the server cannot raise, and a slowest step."""
+"""A node's own limits: a budget that the server cannot raise, and the slowest step it accepts."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ __all__ = [
     "translate",
 ]
 
-# What the server allows for rounding (`selection.problem.BUDGET_TOLERANCE`): clients import no solver.
+# The server's tolerance for rounding, repeated here because clients do not import the solver
+# (`selection.problem.BUDGET_TOLERANCE`).
 TOLERANCE = 1e-9
-# `budget=auto` plans with half of what is free. A measured step counts what backward keeps and the
-# gradients; the rest is for copies of the trained layers, the optimiser's state, the reply, and for the
-# other programs on the device.
+# `budget=auto` uses half of the free memory. A measured step counts the memory that backward keeps and
+# the gradients. The other half is for copies of the trained layers, the optimiser's state, the reply,
+# and other programs on the device.
 AUTO_SHARE = 0.5
-# A translated budget may let a node exceed its own by this share, so that a limit of exactly two layers
-# is not lost to rounding; and it stays below the first mask that exceeds more by a share that no
-# solver's tolerance reaches.
+# A translated budget may exceed the node's own by this share, so that a limit of exactly two layers is
+# not lost to rounding. It stays below the first mask that exceeds more by a share larger than any
+# solver's tolerance.
 SLACK, MARGIN = 1e-6, 1e-8
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -41,30 +42,30 @@ MEMINFO = Path("/proc/meminfo")
 
 
 class MaskRefused(ValueError):
-    """The server asked for more than the node's budget; nothing was trained."""
+    """Error for a mask above the node's budget, raised before any training."""
 
 
 class StepTooSlow(RuntimeError):
-    """A training step took longer than the node allows."""
+    """Error for a training step that took longer than the node allows."""
 
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What training costs on this node in one unit.
+    """The costs of training on this node, in one unit.
 
     Attributes
     ----------
     own : numpy.ndarray
         c_l, shape (L,).
     depth : numpy.ndarray
-        D_l, shape (L,), non-increasing: what it costs that l is the lowest trained layer.
+        D_l, the added cost if l is the lowest trained layer, shape (L,), non-increasing.
     """
 
     own: np.ndarray
     depth: np.ndarray
 
     def of(self, mask: Sequence[bool]) -> float:
-        """Return Σ_l c_l m(l) + D_low of a mask of length L."""
+        """Return the cost of a mask of length L, Σ_l c_l m(l) + D_low."""
         chosen = np.asarray(mask, dtype=bool)
         if not chosen.any():
             return 0.0
@@ -72,31 +73,31 @@ class LayerCosts:
 
     @property
     def total(self) -> float:
-        """What all layers cost together."""
+        """The cost of training all blocks."""
         return float(self.own.sum() + self.depth[0])
 
 
 def translate(limit: float, given: LayerCosts, wanted: LayerCosts) -> float:
-    """Turn a limit in one unit into a budget in another that never exceeds it.
+    """Return the budget in one unit that never exceeds a limit in another.
 
     Parameters
     ----------
     limit : float
         The most that training may cost, in the unit of `given`.
     given, wanted : LayerCosts
-        What the same L layers cost in the two units.
+        The costs of the same L blocks in the two units.
 
     Returns
     -------
     float
         R such that every mask of at most R in the wanted unit costs at most `limit` in the given one
-        (up to a millionth); below the cheapest layer where none fits.
+        (up to a millionth). R is below the cheapest layer if no layer fits.
 
     Notes
     -----
-    The cheapest mask that exceeds the limit is sought for each lowest layer l. What it adds above l is a
-    covering knapsack; its fractional relaxation, filled by price for what it adds, bounds it from below,
-    so R is safe, and exact where the wanted unit is the number of layers.
+    For each lowest layer l the function bounds the cost of the cheapest mask that exceeds the limit. The
+    layers above l form a covering knapsack, whose fractional relaxation is filled by price for what each
+    layer adds. It bounds the knapsack from below, so R is safe. R is exact if the wanted unit is layers.
     """
     limit *= 1 + SLACK
     if given.total <= limit:
@@ -107,7 +108,7 @@ def translate(limit: float, given: LayerCosts, wanted: LayerCosts) -> float:
         price = wanted.own[low] + wanted.depth[low]
         sizes, prices = given.own[low + 1 :], wanted.own[low + 1 :]
         if room >= sizes.sum():
-            continue  # nothing with this lowest layer exceeds the limit
+            continue  # no mask with this lowest layer exceeds the limit
         if room > 0:
             some = sizes > 0
             sizes, prices = sizes[some], prices[some]
@@ -123,7 +124,7 @@ def translate(limit: float, given: LayerCosts, wanted: LayerCosts) -> float:
 
 @dataclass(frozen=True)
 class Allowance:
-    """A node's budget in the unit of a run, with the costs that it goes by.
+    """A node's budget in the unit of a run, with the costs behind it.
 
     Attributes
     ----------
@@ -131,7 +132,7 @@ class Allowance:
         R_i.
     unit : str
     costs : LayerCosts
-        In the same unit.
+        Costs in the same unit.
     """
 
     budget: float
@@ -147,7 +148,7 @@ class Allowance:
         free: Callable[[], float],
         head: Callable[[], float],
     ) -> Allowance | None:
-        """Work out what a node affords in a run; None where it states no budget.
+        """Return a node's allowance in a run, or None if the node states no budget.
 
         Parameters
         ----------
@@ -155,15 +156,15 @@ class Allowance:
         unit : str
             The run's `budget.unit`.
         costs : Callable[[str], LayerCosts]
-            What the layers cost on this node, by unit.
+            Returns the blocks' costs on this node in a unit.
         free, head : Callable[[], float]
-            Bytes that are free, and bytes that a step of training the head alone takes.
+            Return the free bytes, and the bytes of a step that trains the head alone.
 
         Raises
         ------
         ConfigError
-            If a number has no unit where the run does not count in layers, or if the memory that is
-            free does not hold a step of training the head.
+            If the node's number has no unit and the run's unit is not layers, or if a step on the head
+            alone does not fit into the free memory.
         """
         if node.budget is None:
             return None
@@ -182,7 +183,7 @@ class Allowance:
             if node.budget_unit is None and unit != "layers":
                 raise ConfigError(
                     f"this node's budget = {limit:g} has no unit, and the run counts in {unit}; "
-                    f"state budget-unit={unit} (or the unit that is meant) in --node-config"
+                    f"state budget-unit={unit} (or another unit) in --node-config"
                 )
         wanted = costs(unit)
         if of != unit:
@@ -196,17 +197,17 @@ class Allowance:
         Raises
         ------
         MaskRefused
-            Saying what the mask costs and what the node affords.
+            If the mask costs more. The message gives its cost and the budget.
         """
         cost = self.costs.of(mask)
         if cost > self.budget * (1 + TOLERANCE):
             raise MaskRefused(
                 f"the server asks for {sum(map(bool, mask))} layers that cost {cost:g} {self.unit}; "
-                f"this node's own budget is {self.budget:g}, and nobody else can raise it"
+                f"this node's own budget is {self.budget:g}, and only its owner can raise it"
             )
 
     def remember(self, state: RecordDict) -> None:
-        """Keep it for this node's later messages, which another process may serve."""
+        """Store the allowance for this node's later messages, which another process may serve."""
         state[f"allowance.{self.unit}"] = MetricRecord(
             {
                 "budget": self.budget,
@@ -217,7 +218,7 @@ class Allowance:
 
     @classmethod
     def recall(cls, state: RecordDict, unit: BudgetUnit) -> Allowance | None:
-        """Return what an earlier message of the run left; None where the node was restarted."""
+        """Return the allowance stored by an earlier message of the run, or None after a restart."""
         record = state.metric_records.get(f"allowance.{unit}")
         if record is None:
             return None
@@ -226,15 +227,15 @@ class Allowance:
 
 
 def free_memory(device: torch.device) -> float:
-    """Return the bytes that this process could still take on a device.
+    """Return the bytes that this process can still allocate on a device.
 
-    On a GPU what the driver has free and torch's allocator holds unused; elsewhere what the kernel says
-    is available, or what the container still allows, whichever is less.
+    On a GPU these are the driver's free bytes and those that torch's allocator holds unused. Elsewhere
+    they are the kernel's available bytes or the container's remaining bytes, whichever is less.
 
     Raises
     ------
     ConfigError
-        If the system does not say.
+        If the system does not report its free memory.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -251,7 +252,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def _left_in_container() -> float:
-    """Return the bytes that control groups still allow, page cache that can go aside."""
+    """Return the bytes that control groups still allow; reclaimable page cache counts as free."""
     for limit, usage, cache in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -270,14 +271,14 @@ def _left_in_container() -> float:
 
 
 def paced(batches: Iterable[Batch], most: float, device: torch.device) -> Iterator[Batch]:
-    """Hand batches on, and stop once the work on one takes longer than `most` seconds.
+    """Yield batches, and stop if the work on one takes longer than `most` seconds.
 
-    The first of several is not timed: it warms the device up and counts FLOPs.
+    The first of several batches is not timed, since it warms the device up and counts FLOPs.
 
     Raises
     ------
     StepTooSlow
-        Saying which step it was and how long it took.
+        If a step took too long. The message gives the step and its duration.
     """
     step, seconds = 0, 0.0
     for batch in batches:

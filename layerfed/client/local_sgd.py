@@ -1,4 +1,4 @@
-"""The step of local SGD (eq. 2)."""
+"""Local SGD (eq. 2) without torch's optimiser."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["LocalSGD"]
 
 
 class LocalSGD:
-    """Local SGD (eq. 2) with momentum and weight decay; its steps are `torch.optim.SGD`'s, to the bit.
+    """Local SGD (eq. 2) with momentum and weight decay, equal to `torch.optim.SGD` to the bit.
 
-    torch's optimisers import its compiler at the first step, which takes longer than a round on a small
-    model; on real devices every message starts a new process.
+    torch's optimisers import torch's compiler at the first step. The import takes longer than a round
+    on a small model, and on real devices every message starts a new process.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class LocalSGD:
                 change = change.add(parameter, alpha=self.weight_decay)
             if self.momentum:
                 before = self._moved.get(parameter)
-                # The first step has nothing to remember.
+                # Before the first step there is no momentum yet.
                 change = (
                     change.clone() if before is None else before.mul_(self.momentum).add_(change)
                 )
@@ -54,6 +54,6 @@ class LocalSGD:
             parameter.add_(change, alpha=-self.lr)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for parameter in self.parameters:
             parameter.grad = None

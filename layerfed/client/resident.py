@@ -1,4 +1,4 @@
-"""The client's model: one per process, moved from version to version by the layers that differ."""
+"""The client's resident model: one per process, updated by the layers that differ between versions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["MissingLayers", "ResidentModel", "keeping_layers"]
 
 
 class MissingLayers(LookupError):
-    """Layers that a message needs and that are nowhere to be found; the server sends them again."""
+    """Error for layers that a message needs and this node lacks; the server sends them again."""
 
     def __init__(self, layers: Sequence[str]) -> None:
         super().__init__(f"no arrays for layers {', '.join(layers)}, unknown here")
@@ -36,15 +36,15 @@ class MissingLayers(LookupError):
 
 
 def keeping_layers(store_of: Callable[[Context], LayerStore]) -> Mod:
-    """Return a Flower mod that speaks of layers on a client's behalf.
+    """Return a Flower mod that reports to the server which layers a node lacks and keeps.
 
-    It turns `MissingLayers` into a reply that has the server send them again, and adds to each reply
-    which of the global model's layers are kept, so that they are not sent again.
+    It turns `MissingLayers` into a reply on which the server sends the layers again. To other replies it
+    adds the layers of the global model that the node keeps, so that they are not sent again.
 
     Parameters
     ----------
     store_of : Callable[[flwr.app.Context], LayerStore]
-        The node's store, the same one that is given to `ResidentModel.move_to`.
+        Returns the node's store, the same one that `ResidentModel.move_to` gets.
     """
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -64,18 +64,18 @@ def keeping_layers(store_of: Callable[[Context], LayerStore]) -> Mod:
 class ResidentModel:
     """A model that stays in memory between messages.
 
-    Building and loading a foundation model costs far more than a round of work on a few of its layers,
-    so a process builds it once; each message then moves only layers whose digest differs.
+    Building and loading a foundation model takes far longer than a round of work on a few of its layers.
+    So a process builds it once, and each message then loads only layers whose digest differs.
 
     Parameters
     ----------
     build : Callable[[], nn.Module]
-        Builds the base. Called once, and again only if a later message wants a layer back at its base
-        version (a process that serves a second run).
+        Builds the base. It is called once, and again only if a later message needs a layer at its base
+        version (in a process that serves a second run).
     layers : Callable[[nn.Module], LayerMap]
         Splits the model into layers.
     device : torch.device
-        Where the model is kept.
+        The model's device.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ResidentModel:
         return fingerprint(self._base)
 
     def base_state(self) -> dict[str, np.ndarray]:
-        """Copy every tensor of the base that travels, by name."""
+        """Return copies of the base's tensors that can be sent, by name."""
         changed = [name for name, value in self._digests.items() if value != self._base[name]]
         source = self._build().state_dict() if changed else self.tensors
         return {
@@ -119,24 +119,24 @@ class ResidentModel:
         arrays: Mapping[str, np.ndarray] | ArrayRecord,
         store: LayerStore | None = None,
     ) -> None:
-        """Bring the model to a global version, touching only layers that differ.
+        """Bring the model to a global version, loading only layers that differ.
 
         Parameters
         ----------
         manifest : Manifest
         arrays : Mapping[str, numpy.ndarray] or flwr.app.ArrayRecord
-            Tensors of layers that came with the message; others are looked for in the store.
+            Tensors of layers that came with the message. Other layers are read from the store.
         store : LayerStore, optional
-            Where layers are kept between messages; what came with the message is added.
+            The store for layers between messages. Layers that came with the message are added to it.
 
         Raises
         ------
         MissingLayers
-            If layers are neither here, nor in the message, nor kept, nor at their base version. The
-            model has not moved then.
+            If a layer is not in the model, the message or the store, and not at its base version. The
+            model is unchanged then.
         ValueError
-            If the server's base is another one than this client's, or it names layers that the model
-            does not have.
+            If the server's base differs from this client's, or if it names layers that the model does
+            not have.
         """
         if manifest.base != self.base:
             raise ValueError(
@@ -171,7 +171,7 @@ class ResidentModel:
         if missing:
             raise MissingLayers(missing)
         if back:
-            # A layer has to go back: the one case in which the base is loaded again.
+            # A layer is needed at its base version, the only case in which the base is loaded again.
             rebuilt = self._build().state_dict()
             found.update(
                 {name: {n: rebuilt[n] for n in self.layers[name].tensors} for name in back}
@@ -187,7 +187,7 @@ class ResidentModel:
             dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
             value = decode(value, tuple(like.shape), dtype)
         with warnings.catch_warnings():
-            # Received bytes are read-only and torch warns about that; `_load` only reads them.
+            # Received bytes are read-only, of which torch warns; `_load` only reads them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(value)
 
@@ -199,11 +199,11 @@ class ResidentModel:
 
     @contextmanager
     def borrowed(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Lend layers for local training, and have them back at the global version afterwards.
+        """Lend layers for local training, and restore the global version afterwards.
 
-        What is lent is a copy; the tensors θ^t themselves are set aside, are yielded, for Δ_i to be
-        computed from, and are put back by reference. A layer counts as unknown while it is lent, so a
-        training step that raises cannot leak into the next client.
+        The model trains on copies. The tensors θ^t themselves are set aside and yielded, so that Δ_i can
+        be computed from them, and are put back by reference. A layer counts as unknown while it is lent,
+        so a training step that raises cannot leak into the next client.
         """
         before = {
             tensor: self.tensors[tensor].data

@@ -1,4 +1,4 @@
-"""Comparisons: rows by budgets by seeds, on one experiment or several, and their tables."""
+"""Comparisons of strategies: rows by budgets by seeds, on one or more experiments, and their tables."""
 
 from layerfed.compare.plan import Budget, Cell, Experiment, Plan, Row, parse_seeds, refuse_grid_keys
 from layerfed.compare.running import Standing, compare, standing

@@ -1,4 +1,4 @@
-"""Processes of a comparison: a few at a time, each with a log, and none left behind."""
+"""The processes of a comparison: a limited number at a time, each with a log, all ended with it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ __all__ = ["Ended", "Job", "alone_in", "run_jobs"]
 T = TypeVar("T")
 
 POLL_SECONDS = 0.1
-# What a run gets to put its folder in order after SIGTERM, which `layerfed run` takes as Ctrl-C. A
-# SIGINT would be lost on it where the comparison was started in the background of a script.
+# The seconds that a run gets to finish its folder after SIGTERM, which `layerfed run` treats as Ctrl-C.
+# A run ignores SIGINT if the comparison was started in the background of a script.
 GRACE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Job(Generic[T]):
-    """A module of Python to run, for something.
+    """A Python module to run in a process.
 
     Attributes
     ----------
     what : T
+        The object that the job is for.
     arguments : Sequence[str]
-        After `python -m`.
+        The command line after `python -m`.
     log : Path
-        What it writes goes there.
+        The file for the job's output.
     """
 
     what: T
@@ -47,13 +48,13 @@ class Job(Generic[T]):
 
 @dataclass(frozen=True)
 class Ended(Generic[T]):
-    """How a job ended.
+    """The end of a job.
 
     Attributes
     ----------
     job : Job
     error : str
-        One line; empty where it succeeded.
+        The error in one line; empty if the job succeeded.
     """
 
     job: Job[T]
@@ -62,15 +63,15 @@ class Ended(Generic[T]):
 
 @contextlib.contextmanager
 def alone_in(directory: Path) -> Iterator[int]:
-    """Hold a folder for this comparison; yield the descriptor of its lock.
+    """Lock a folder for this comparison and yield the lock's descriptor.
 
-    Processes that inherit the descriptor hold the folder too: where a comparison was killed and its runs
-    live on, another one does not touch their folders.
+    Processes that inherit the descriptor hold the lock too. If a comparison is killed and its runs live
+    on, another comparison does not touch their folders.
 
     Raises
     ------
     ConfigError
-        If another comparison is at work there, or the folder cannot be written.
+        If another comparison works in the folder, or the folder cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -93,18 +94,20 @@ def alone_in(directory: Path) -> Iterator[int]:
 def run_jobs(
     jobs: Iterable[Job[T]], abreast: int, ended: Callable[[Ended[T]], None], lock: int
 ) -> None:
-    """Run jobs, so many at a time, and tell how each ended as soon as it has.
+    """Run jobs, a limited number at a time, and report each one's end at once.
 
-    Whatever ends this early, Ctrl-C above all, ends the jobs that run: a SIGTERM first, then a kill, by
-    process id.
+    If this function ends early, for example by Ctrl-C, it ends the running jobs by process id: with
+    SIGTERM first, then with SIGKILL.
 
     Parameters
     ----------
     jobs : Iterable[Job]
     abreast : int
+        The number of jobs at a time.
     ended : Callable[[Ended], None]
+        Called with the end of each job.
     lock : int
-        Descriptor that they inherit.
+        The descriptor that the jobs inherit.
     """
     waiting = iter(jobs)
     running: list[tuple[Job[T], subprocess.Popen[bytes]]] = []
@@ -127,7 +130,7 @@ def run_jobs(
 def _start(job: Job[T], lock: int) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("wb") as log:
-        # A session of its own: a Ctrl-C in the terminal reaches it only through `_stop`.
+        # Each job has its own session, so that a Ctrl-C in the terminal reaches it only through `_stop`.
         return subprocess.Popen(
             [sys.executable, "-m", *job.arguments],
             stdin=subprocess.DEVNULL,
@@ -146,13 +149,13 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         try:
             process.wait(max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            # It leads a group of its own, which is there as long as it has not been waited for.
+            # It leads its own process group, which exists until the process has been waited for.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def _error(job: Job[T], status: int) -> str:
-    """Return a job's error in one line: what it said last, or how it ended."""
+    """Return a job's error in one line: its last line of output, or its exit status."""
     if status == 0:
         return ""
     lines = [line.strip() for line in job.log.read_text(errors="replace").splitlines()]

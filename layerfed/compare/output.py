@@ -1,4 +1,4 @@
-"""What a comparison leaves beside its run folders: NAME.md, NAME.csv and pictures."""
+"""The files of a comparison beside its run folders: NAME.md, NAME.csv and pictures."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["Output"]
 
 
 class Output:
-    """The tables and pictures of the runs that are complete.
+    """The tables and pictures of a comparison's completed runs.
 
     Parameters
     ----------
     plan : Plan
     cells : Sequence[Cell]
-        The runs that exist.
+        All runs of the comparison.
     directory : Path
     """
 
@@ -61,7 +61,7 @@ class Output:
 
     @property
     def sections(self) -> list[Section]:
-        """What there is so far, an experiment each."""
+        """The completed runs so far, as one section for each experiment."""
         return [self._section(experiment) for experiment in self._plan.experiments]
 
     def _section(self, experiment: Experiment) -> Section:
@@ -119,7 +119,7 @@ class Output:
         return list(written)
 
     def draw(self) -> list[Path]:
-        """Draw accuracy by round, accuracy against uplink, and the theory's terms where known."""
+        """Draw accuracy by round, accuracy against uplink, and the theory's terms if known."""
         if not self._runs:
             return []
         sections = self.sections

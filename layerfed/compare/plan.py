@@ -1,7 +1,7 @@
-"""What a comparison consists of: rows, budgets, experiments and seeds, and the runs they come to.
+"""The plan of a comparison: its rows, budgets, experiments and seeds, and the runs that follow.
 
-A row is a strategy with its settings. An experiment is a configuration that everything else is laid
-over. Nothing here reads or runs anything; all that can be refused is refused before the first run.
+A row is a strategy with its settings. An experiment is a configuration on which rows, budgets and seeds
+are laid. A plan reads and runs nothing, so that impossible runs are refused before the first one starts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Budget", "Cell", "Experiment", "Plan", "Row", "Show", "parse_seeds",
 Show = Literal["accuracy", "cost"]
 
 HALF_NORMAL = "half-normal"
-# What each run of a comparison gets from its place in it.
+# The settings that a run gets from its place in the comparison, each with what decides it.
 GRID_KEYS = {
     "strategy.name": "rows (--strategies)",
     "budget.kind": "budgets (--budgets)",
@@ -40,7 +40,7 @@ class Budget:
     Attributes
     ----------
     name : str
-        As in the names of run folders: a number, or `half-normal`.
+        The name in run folders: a number, or `half-normal`.
     settings : Flat
     """
 
@@ -49,7 +49,7 @@ class Budget:
 
     @classmethod
     def parse(cls, budget: str | float) -> Budget:
-        """Read a budget as it is written in a table file or on the command line.
+        """Return the budget for its text in a table file or on the command line.
 
         Raises
         ------
@@ -68,19 +68,20 @@ class Budget:
 
     @property
     def title(self) -> str:
-        """What tables and pictures call it."""
+        """The budget's name in tables and pictures."""
         return self.name if self.name == HALF_NORMAL else f"R = {self.name}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A strategy with its settings, under a name of its own.
+    """A strategy with its settings and a name.
 
     Attributes
     ----------
     name : str
     settings : Flat
-        Keys that differ from the experiment's; `strategy.name` among them, unless `name` is one.
+        Settings that differ from the experiment's. They include `strategy.name`, unless `name` is a
+        strategy.
     """
 
     name: str
@@ -88,12 +89,12 @@ class Row:
 
     @property
     def strategy(self) -> str:
-        """The strategy that is run."""
+        """The name of the row's strategy."""
         return str(self.settings.get("strategy.name", self.name))
 
     @property
     def within_budget(self) -> bool:
-        """Whether the strategy keeps to budgets; the others are run once a seed."""
+        """Whether the strategy respects budgets; the others run once for each seed."""
         return STRATEGIES[self.strategy].within_budget
 
     @property
@@ -104,21 +105,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A configuration that is compared on, and what a paper says of it.
+    """A configuration to compare rows on, and published figures for it.
 
     Attributes
     ----------
     name : str
-        As on the command line (`--only`).
+        The name on the command line (`--only`).
     title : str
     base : RunConfig
     folder : str
-        Where its runs go, below the comparison's folder; empty: there itself.
+        The folder for its runs, below the comparison's folder; empty for that folder itself.
     paper : Mapping[str, Sequence[float]]
-        Published accuracies in %, by row: one a budget, or one for a row without budgets; NaN where
-        there is none.
+        Published accuracies in %, by row: one for each budget, or one for a row without budgets. NaN
+        stands for a missing one.
     paper_costs : Mapping[str, Mapping[str, float]]
-        Published costs, by row, and by the columns of `report.tables.PAPER_COSTS`.
+        Published costs, by row, and by the columns of `report.PAPER_COSTS`.
     """
 
     name: str
@@ -131,7 +132,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison; `budget` is None for a row that keeps to none."""
+    """One run of a comparison; `budget` is None for a row without budgets."""
 
     experiment: str
     row: str
@@ -141,12 +142,12 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Its run folder."""
+        """The run's folder."""
         return Path(self.config.run.dir) / self.config.run.name
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The run's name in messages."""
         return f"{self.experiment}/{self.config.run.name}"
 
 
@@ -157,26 +158,26 @@ class Plan:
     Attributes
     ----------
     name : str
-        Its tables and pictures are called NAME.md, NAME.csv, NAME-accuracy.png, …
+        The NAME in NAME.md, NAME.csv, NAME-accuracy.png, …
     title : str
     rows : Sequence[Row]
     budgets : Sequence[Budget]
     experiments : Sequence[Experiment]
     seeds : Sequence[int]
     show : {"accuracy", "cost"}
-        What the table is about.
+        The kind of table.
     reference : str
-        The row that others are held against: costs are given in % of it, accuracies as differences to
-        it as well. Empty: none.
+        The row to which others are compared: costs are in % of its costs, and accuracies are also given
+        as differences to its accuracies. Empty for none.
     source : str
-        Where published figures are from.
+        The source of published figures.
     note : str
-        Printed below the table.
+        A text to print below the table.
 
     Raises
     ------
     ConfigError
-        If a part is empty, or has two entries of one name, or the reference is no row.
+        If a part is empty or has two entries of one name, or if the reference is no row.
     """
 
     name: str
@@ -191,7 +192,7 @@ class Plan:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be told apart or does not exist."""
+        """Refuse empty parts, duplicate names, unknown strategies, and a reference that is no row."""
         _distinct("row", [row.name for row in self.rows])
         _apart(self.rows)
         _distinct("budget", [budget.name for budget in self.budgets])
@@ -210,17 +211,17 @@ class Plan:
             )
 
     def cells(self, directory: Path) -> list[Cell]:
-        """Return the runs, leaving out what does not exist: `both` where everyone has one layer.
+        """Return the runs, without those that do not exist: `both` if every client has one layer.
 
         Parameters
         ----------
         directory : Path
-            Where the run folders go.
+            The folder for the run folders.
 
         Raises
         ------
         ConfigError
-            If a run's configuration is impossible, naming the run.
+            If a run's configuration is impossible. The message names the run.
         """
         return [
             cell
@@ -264,11 +265,11 @@ def _distinct(kind: str, names: Sequence[str]) -> None:
         raise ConfigError(f"there is no {kind} to compare")
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{kind} '{name}' is there twice; give each a name of its own")
+            raise ConfigError(f"{kind} '{name}' occurs twice; give each a name of its own")
 
 
 def _apart(rows: Sequence[Row]) -> None:
-    """Refuse rows whose runs would lie in the same folders."""
+    """Refuse rows whose runs would have the same folders."""
     owners: dict[str, str] = {}
     for row in rows:
         if (other := owners.setdefault(row.folder, row.name)) != row.name:
@@ -284,7 +285,7 @@ def parse_seeds(words: Iterable[str]) -> list[int]:
     Raises
     ------
     ConfigError
-        If one is not a whole number from 0.
+        If a word is not a whole number of at least 0.
     """
     found = []
     for word in words:
@@ -295,12 +296,12 @@ def parse_seeds(words: Iterable[str]) -> list[int]:
 
 
 def refuse_grid_keys(keys: Iterable[str], where: str, but: str = "") -> None:
-    """Refuse settings that would be overwritten by the comparison.
+    """Refuse settings that the comparison would overwrite.
 
     Raises
     ------
     ConfigError
-        If there is one other than `but`, saying what decides it.
+        If there is one other than `but`. The message says what decides it.
     """
     for key in keys:
         if key in GRID_KEYS and key != but:

@@ -1,4 +1,4 @@
-"""`python -m layerfed.compare.prepare FILE`: try whether configurations can be run on this machine.
+"""`python -m layerfed.compare.prepare FILE`: check that configurations can run on this machine.
 
 FILE holds a list of them. Data and model are loaded, and strategies built, in a process of its own, so
 that what they take is given back before the runs begin.

@@ -1,7 +1,7 @@
-"""Carrying out a comparison: what is done stays, what was interrupted goes on, the rest is run.
+"""Carry out a comparison: keep completed runs, continue interrupted ones, and start the others.
 
-Every run is a process of its own, which gives its memory back, states a peak that is its own, and takes
-nobody with it when it dies.
+Every run is a process of its own. It frees its memory at its end, its peak of memory is its own, and its
+failure does not end other runs.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ LOGS = "logs"
 
 
 class Standing(Enum):
-    """How far a cell is."""
+    """The state of a cell's run folder."""
 
     DONE = "done"
-    STOPPED = "to go on from a checkpoint"
-    BROKEN = "to begin anew"
+    STOPPED = "to continue from a checkpoint"
+    BROKEN = "to start again"
     ABSENT = "to run"
 
 
 def standing(cell: Cell) -> Standing:
-    """Look at a cell's folder.
+    """Return the state of a cell's run folder.
 
     Raises
     ------
     ConfigError
-        If it holds a run of another configuration.
+        If the folder holds a run of another configuration.
     """
     theirs = _known(cell.folder / "config.json")
     if theirs is None:
@@ -76,30 +76,30 @@ def compare(
 ) -> tuple[list[Path], int]:
     """Run what is missing of a comparison, and write its tables and pictures.
 
-    The tables are written anew after each run, so they can be read meanwhile.
+    The tables are written again after each run, so they can be read during the comparison.
 
     Parameters
     ----------
     plan : Plan
     directory : Path
-        Where run folders, tables and pictures go.
+        The folder for run folders, tables and pictures.
     jobs : int
-        Runs at a time.
+        The number of runs at a time.
     engine : {"auto", "inprocess", "ray"}
-        What clients run on; `auto` with several jobs is in-process, since those share the machine.
+        The engine of the runs; `auto` with several jobs is in-process, since the jobs share the machine.
     say : Callable[[str], None]
-        Gets a line for each run.
+        Called with a line for each run.
 
     Returns
     -------
     tuple[list[Path], int]
-        The files written, and how many runs failed.
+        The files written, and the number of runs that failed.
 
     Raises
     ------
     ConfigError
-        If a run is impossible: its configuration, data or model, or what lies in the folder. Nothing
-        has been run then.
+        If a run is impossible because of its configuration, data, model, or folder. No run has started
+        then.
     """
     cells = plan.cells(directory)
     with alone_in(directory) as lock, TemporaryDirectory(prefix="layerfed-") as scratch:
@@ -149,10 +149,10 @@ def _overview(found: Mapping[Cell, Standing], directory: Path) -> str:
 
 
 def _prepare(missing: Sequence[Cell], plan: Plan, logs: Path, scratch: Path, lock: int) -> None:
-    """Try whether every experiment with runs to come has its data, its model and possible budgets.
+    """Check that every experiment with missing runs has its data, its model and possible budgets.
 
-    One that has not stops the comparison rather than being passed over: a column that turns out to be
-    missing after days of runs helps nobody, and leaving it out takes one word.
+    An experiment that fails the check stops the comparison. A column that turns out to be missing after
+    days of runs would be worse, and leaving the experiment out takes one word.
     """
     by_experiment: dict[str, list[Cell]] = {}
     for cell in missing:
@@ -160,7 +160,7 @@ def _prepare(missing: Sequence[Cell], plan: Plan, logs: Path, scratch: Path, loc
     jobs = []
     for experiment, cells in by_experiment.items():
         file = scratch / f"{experiment.replace(os.sep, '-')}.json"
-        # One seed shows what can be shown: others draw other partitions of the same data.
+        # One seed is enough: other seeds draw other partitions of the same data.
         flats = [cell.config.to_flat() for cell in cells if cell.seed == cells[0].seed]
         file.write_text(json.dumps(flats), encoding="utf-8")
         log = logs / f"prepare-{file.stem}.log"
@@ -182,7 +182,7 @@ def _prepare(missing: Sequence[Cell], plan: Plan, logs: Path, scratch: Path, loc
 def _job(
     number: int, cell: Cell, state: Standing, engine: str, logs: Path, scratch: Path
 ) -> Job[Cell]:
-    """Return the process that runs a cell, or goes on with it."""
+    """Return the job that runs a cell, or continues it."""
     flat = cell.config.to_flat()
     if state is Standing.STOPPED:
         flat["run.resume"] = str(cell.folder)
@@ -195,7 +195,7 @@ def _job(
 
 
 def _set_aside(folder: Path) -> None:
-    """Move what cannot be gone on with out of the way; nothing a run wrote is deleted."""
+    """Rename a folder that cannot be continued; no file of a run is deleted."""
     count = 1
     while (aside := folder.with_name(f"{folder.name}.interrupted-{count}")).exists():
         count += 1

@@ -1,4 +1,4 @@
-"""Table files: a whole comparison in one TOML file, as `conf/tables/table1.toml`.
+"""Table files, which describe a whole comparison in TOML, such as `conf/tables/table1.toml`.
 
 title = "Identical budgets"
 show = "accuracy"                       # or "cost"
@@ -13,7 +13,7 @@ full = {}
 
 [experiments.cifar10]
 title = "CIFAR-10"
-conf = "../cifar10.toml"                # from this file's folder
+conf = "../cifar10.toml"                # relative to this file's folder
 set = { federation.rounds = 50 }        # settings on top of these, if any
 
 [experiments.cifar10.paper]             # published, in %: one, or one a budget; nan: none
@@ -72,11 +72,11 @@ class _Table(_Strict):
 
 
 def is_table_file(file: Path) -> bool:
-    """Say whether a file is a table file rather than a run's configuration."""
+    """Return whether a file is a table file and not a run's configuration."""
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        return False  # whoever reads it as a configuration says what is wrong
+        return False  # reading it as a configuration gives the error
     return bool({"rows", "experiments"} & table.keys())
 
 
@@ -87,7 +87,7 @@ def load_plan(
     seeds: Sequence[int] = (),
     only: Sequence[str] = (),
 ) -> Plan:
-    """Read a table file.
+    """Return the plan that a table file describes.
 
     Parameters
     ----------
@@ -95,14 +95,14 @@ def load_plan(
     overrides : Sequence[str]
         `key=value` settings on top of every experiment's configuration; rows come on top of them.
     seeds : Sequence[int]
-        Instead of the file's.
+        Seeds to use instead of the file's.
     only : Sequence[str]
         Names of the experiments to keep; empty: all.
 
     Raises
     ------
     ConfigError
-        If anything in the file, or in the configurations it names, cannot be run.
+        If the file, or a configuration that it names, cannot be run.
     """
     try:
         table = _Table.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
@@ -179,7 +179,7 @@ def _experiment(
 def _check_paper(
     name: str, paper: Mapping[str, float | list[float] | dict[str, float]], plan: Plan, file: Path
 ) -> None:
-    """Refuse published figures that have no place in the table."""
+    """Refuse published figures without a place in the table."""
     rows = {row.name: row for row in plan.rows}
     where = f"{file}: experiments.{name}.paper"
     for row, figures in paper.items():

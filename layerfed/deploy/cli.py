@@ -61,9 +61,9 @@ def certificates(
 @app.command()
 def key(
     name: Annotated[str, typer.Argument(help="Name of the node")],
-    folder: Annotated[Path, typer.Option("--dir", help="Where the key goes")] = Path(),
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for the key pair")] = Path(),
 ) -> None:
-    """On a node: make its key pair."""
+    """On a node: create its key pair."""
     from layerfed.deploy.credentials import create_node_key
 
     private, public = create_node_key(name, folder)
@@ -92,7 +92,7 @@ def gateway(
     port: Annotated[int, typer.Option(help="Port that nodes connect to", min=1, max=65535)] = 9092,
     superlink: Annotated[str, typer.Option(help="HOST:PORT of the SuperLink")] = "127.0.0.1:8000",
 ) -> None:
-    """On the server: open to the network what SuperNodes need of the SuperLink, and nothing else."""
+    """On the server: run the gateway, which passes only SuperNodes' calls on to the SuperLink."""
     from layerfed.deploy.gateway import serve_gateway
 
     federation = _federation(folder)
@@ -124,7 +124,7 @@ def supernode(
     ],
     ca: Annotated[Path, typer.Option(help="The federation's ca.crt")] = Path("ca.crt"),
     key: Annotated[Path, typer.Option(help="The node's private key")] = Path("node.key"),
-    home: Annotated[Path, typer.Option(help="Where Flower keeps the apps it runs")] = Path(
+    home: Annotated[Path, typer.Option(help="Flower's folder for the apps it runs")] = Path(
         "flower"
     ),
     port: Annotated[
@@ -153,7 +153,7 @@ def run(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="A run folder of this server to go on with, from its last checkpoint"),
+        typer.Option(help="A run folder of this server to continue, from its last checkpoint"),
     ] = None,
     folder: Folder = FOLDER,
     app_folder: Annotated[
@@ -179,11 +179,11 @@ def demo(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     directory: Annotated[
-        Path, typer.Option("--runs", help="Where the two run folders and the logs go")
+        Path, typer.Option("--runs", help="Folder for the two run folders and the logs")
     ] = Path("runs"),
     timeout: Annotated[float, typer.Option(help="Seconds for the rounds", min=1)] = 1800.0,
 ) -> None:
-    """On one machine: all of this on loopback, compared with the simulation of the same seed."""
+    """On one machine: rehearse a deployment on loopback, and compare it with the simulation."""
     import layerfed
     from layerfed.deploy.federation import DeploymentFailed
     from layerfed.deploy.processes import clean_up_on_sigterm

@@ -1,7 +1,7 @@
 """Certificates of the server and keys of the nodes.
 
-The certificate authority is the federation's own: nodes trust it and nobody else, so no public authority
-can vouch for a false server. Private keys are written once, readable by their owner only, and never
+The certificate authority is the federation's own. Nodes trust no other, so no public authority can sign
+for a false server. Private keys are written once, are readable by their owner only, and are never
 replaced.
 """
 
@@ -37,12 +37,12 @@ BACKDATED = timedelta(hours=1)
 
 
 def create_authority(certificate: Path, key: Path) -> None:
-    """Create a certificate authority: `certificate` for every node, `key` for nobody else.
+    """Create a certificate authority: a certificate for every node, and a key that stays secret.
 
     Raises
     ------
     ConfigError
-        If one of the files is there already, or cannot be written.
+        If one of the files exists already or cannot be written.
     """
     private = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "LayerFed federation")])
@@ -60,19 +60,19 @@ def create_authority(certificate: Path, key: Path) -> None:
 def create_server_certificate(
     authority: tuple[Path, Path], certificate: Path, key: Path, hosts: Sequence[str], days: int
 ) -> None:
-    """Create the server's certificate, in place of one that is there.
+    """Create the server's certificate, replacing an existing one.
 
     Parameters
     ----------
     authority : tuple[Path, Path]
         Certificate and key of the authority that signs.
     certificate, key : Path
-        Where they go.
+        The files to write.
     hosts : Sequence[str]
-        Names and IP addresses by which nodes reach the server; `localhost` and `127.0.0.1` come by
-        themselves.
+        Names and IP addresses by which nodes reach the server; `localhost` and `127.0.0.1` are always
+        added.
     days : int
-        How long it is valid.
+        The certificate's validity in days.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def create_server_certificate(
         )
         .sign(issuer_key, hashes.SHA384())
     )
-    # A renewed certificate takes the place of the old one, with a key of its own.
+    # A renewed certificate replaces the old one and has a new key.
     for old in (certificate, key):
         old.unlink(missing_ok=True)
     _write_new(key, _pem(private))
@@ -111,14 +111,14 @@ def create_server_certificate(
 
 
 def create_node_key(name: str, folder: Path) -> tuple[Path, Path]:
-    """Create a node's key pair, `NAME.key` and `NAME.pub`; return the two files.
+    """Create a node's key pair, `NAME.key` and `NAME.pub`, and return the two files.
 
-    The first stays on the node, the second is what the server registers.
+    The first stays on the node, and the server registers the second.
 
     Raises
     ------
     ConfigError
-        If the name is no file name, a key of that name is there already, or it cannot be written.
+        If the name is no file name, or the key exists already or cannot be written.
     """
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
         raise ConfigError(f"'{name}' is no name for a node; use letters, digits, '-', '_' and '.'")
@@ -187,7 +187,7 @@ def _write_new(file: Path, content: bytes, mode: int = 0o600) -> None:
         create(file, content, mode)
     except FileExistsError:
         raise ConfigError(
-            f"{file} is there already and is not replaced; move it away first if it is lost or leaked"
+            f"{file} exists already and is not replaced; move it away first if it is lost or leaked"
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror}") from None

@@ -1,7 +1,8 @@
 """A federation's folder on the server, and the Flower commands that work on it.
 
-Everything the server keeps is in one folder: the authority and the server's certificate, the SuperLink's
-database, a Flower home of its own (so that no other federation of the user is touched), and the runs.
+The folder holds everything that the server keeps: the authority and the server's certificate, the
+SuperLink's database, a Flower home of its own (which keeps the user's other federations apart), and the
+runs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 CONNECTION = "federation"
-# `flwr` asks the SuperLink something; it answers in a second or two.
+# The limit for a `flwr` command, which usually gets the SuperLink's answer in a second or two.
 COMMAND_SECONDS = 120.0
 POLL_SECONDS, STATUS_SECONDS = 1.0, 15.0
 
@@ -44,7 +45,7 @@ class DeploymentFailed(Failed):
 
 
 def program(name: str) -> str:
-    """Return the path of a command that came with this environment."""
+    """Return the path of a command in this Python environment."""
     return str(Path(sys.executable).parent / name)
 
 
@@ -58,7 +59,7 @@ def environment(flower_home: Path) -> dict[str, str]:
         "FLWR_HOME": str(flower_home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        # Else every run builds an environment anew, torch included.
+        # Otherwise every run builds a new environment, torch included.
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
 
@@ -84,7 +85,7 @@ def supernode_command(
     Raises
     ------
     ConfigError
-        If a setting is wrong or a file is not there.
+        If a setting is wrong or a file does not exist.
     """
     NodeConfig.read(node_config)
     for what, file in (("--ca", ca), ("--key", key)):
@@ -111,19 +112,19 @@ def _plain(text: str) -> bool:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the SuperLink says of a run: pending, starting, running, or finished with an outcome."""
+    """The SuperLink's status of a run: pending, starting, running, or finished with an outcome."""
 
     status: str
     details: str
 
     @property
     def finished(self) -> bool:
-        """Whether it is over, one way or the other."""
+        """Whether the run has ended, with any outcome."""
         return self.status.startswith("finished")
 
     @property
     def completed(self) -> bool:
-        """Whether it did what it should."""
+        """Whether the run has ended successfully."""
         return self.status == "finished:completed"
 
 
@@ -134,19 +135,19 @@ class Federation:
     Attributes
     ----------
     folder : Path
-        Absolute.
+        The folder's absolute path.
     """
 
     folder: Path
 
     @property
     def ca(self) -> Path:
-        """Certificate of the authority; every node gets a copy."""
+        """The authority's certificate, of which every node gets a copy."""
         return self.folder / "ca.crt"
 
     @property
     def ca_key(self) -> Path:
-        """Key of the authority; needed only to renew the server's certificate."""
+        """The authority's key, which is needed only to renew the server's certificate."""
         return self.folder / "ca.key"
 
     @property
@@ -161,16 +162,16 @@ class Federation:
 
     @property
     def flower_home(self) -> Path:
-        """Flower's home: its connection to the SuperLink, and the apps that ran."""
+        """Flower's home, with its connection to the SuperLink and the apps that ran."""
         return self.folder / "flower"
 
     @property
     def runs(self) -> Path:
-        """Where run folders go unless the run says otherwise."""
+        """The default folder for run folders."""
         return self.folder / "runs"
 
     def create_certificates(self, hosts: Sequence[str], days: int) -> None:
-        """Create the authority, unless it is there, and the server's certificate for these hosts."""
+        """Create the authority if it does not exist, and the server's certificate for these hosts."""
         # The database holds messages in transit, updates among them.
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not self.ca_key.exists():
@@ -207,12 +208,12 @@ class Federation:
         ]
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
-        """Run a `flwr` command on this federation's SuperLink; return what it answers.
+        """Run a `flwr` command on this federation's SuperLink and return its answer.
 
         Raises
         ------
         DeploymentFailed
-            If it fails; with what it said.
+            If the command fails. The message has its output.
         """
         if not (self.flower_home / "config.toml").exists():
             raise ConfigError(
@@ -239,17 +240,17 @@ class Federation:
         return answer
 
     def register(self, public_key: Path) -> int:
-        """Let the node with this public key join; return Flower's id of it."""
+        """Register a node's public key and return the node's id in Flower."""
         answer = self.flwr("supernode", "register", str(public_key), CONNECTION)
         return int(answer["node-id"])
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Return what the SuperLink knows of each registered node."""
+        """Return the SuperLink's entry of each registered node."""
         found: list[dict[str, Any]] = self.flwr("supernode", "list", CONNECTION)["nodes"]
         return found
 
     def online(self) -> int:
-        """Return how many nodes are connected."""
+        """Return the number of connected nodes."""
         return sum(node["status"] == "online" for node in self.nodes())
 
     def start_run(self, app: Path, config: RunConfig) -> int:
@@ -259,7 +260,7 @@ class Federation:
         # The ServerApp's working directory is that of the SuperLink.
         if config.run.resume:
             settings["run.resume"] = str(Path(config.run.resume).resolve())
-        # As a file: on Flower's command line, a value with a space or a quote would be cut.
+        # Settings go into a file, since Flower's command line cuts a value at a space or a quote.
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "run.toml"
             lines = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items())
@@ -268,17 +269,17 @@ class Federation:
         return int(answer["run-id"])
 
     def status(self, run: int) -> RunStatus:
-        """Return how a run stands."""
+        """Return a run's status."""
         (row,) = self.flwr("list", CONNECTION, "--run-id", str(run))["runs"]
         return RunStatus(row["status"], row["status-details"])
 
     def follow(self, run: int, timeout: float | None = None) -> RunStatus:
-        """Show a run's log until it is over; return how it ended.
+        """Show a run's log until the run ends, and return its status.
 
         Raises
         ------
         DeploymentFailed
-            If it is not over after `timeout` seconds.
+            If the run has not ended after `timeout` seconds.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         stream = subprocess.Popen(
@@ -286,7 +287,7 @@ class Federation:
             env={**environment(self.flower_home), "PYTHONUNBUFFERED": "1"},
         )
         try:
-            # The log ends with the run; asking costs seconds of a core, so it is done seldom.
+            # The log ends with the run. Asking for the status takes seconds of a core, so it is rare.
             while not (status := self.status(run)).finished:
                 if time.monotonic() > deadline:
                     raise DeploymentFailed(f"run {run} is {status.status} after {timeout:g} s")
@@ -305,7 +306,7 @@ class Federation:
 
 
 def _last_object(text: str) -> dict[str, Any]:
-    """Return the JSON object that ends a command's output, after whatever else it printed."""
+    """Return the JSON object at the end of a command's output."""
     start = text.find("{")
     while start >= 0:
         try:

@@ -1,9 +1,9 @@
-"""The only door to the SuperLink that is open to the network.
+"""The gateway: the only way from the network to the SuperLink.
 
 Flower's SuperLink serves three interfaces on one port. SuperNode authentication guards one of them,
-Fleet; the other two (Control starts runs and registers nodes, Runtime hands tasks to workers) answer
-whoever reaches the port. So the SuperLink listens on loopback only, and this gateway passes on what a
-SuperNode needs, and nothing else.
+Fleet. The other two answer every caller that reaches the port: Control starts runs and registers nodes,
+and Runtime hands tasks to workers. So the SuperLink listens on loopback only, and this gateway passes on
+the calls that a SuperNode needs, and no others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 __all__ = ["FLEET", "build_gateway", "serve_gateway"]
 
-# What an authenticated SuperNode calls. Registering and unregistering is the administrator's.
+# The calls of an authenticated SuperNode. Only the administrator registers and unregisters nodes.
 FLEET = (
     "activate-node",
     "deactivate-node",
@@ -36,8 +36,8 @@ FLEET = (
     "pull-object",
     "confirm-message-received",
 )
-# Of these, what can be asked again. A SuperLink on a busy disk answers 500, "database is locked", and a
-# SuperNode that hears it from any call ends; it tries again on 503.
+# Those of them that can be repeated. A SuperLink on a busy disk answers 500, "database is locked", and a
+# SuperNode ends on a 500 from any call; on 503 it tries again.
 REPEATABLE = (
     "send-node-heartbeat",
     "pull-messages",
@@ -49,7 +49,8 @@ REPEATABLE = (
 # Arrays travel in chunks of 5 MB, an app's bundle in one piece of at most 10 MiB.
 MOST_BYTES = 32 * 2**20
 UPSTREAM_SECONDS = 60.0
-# Headers of one connection, not of the message (RFC 9110, 7.6.1), and what each end sets itself.
+# Headers of a connection and not of the message (RFC 9110, 7.6.1), and headers that each end sets
+# itself.
 HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host"}
 
 
@@ -61,7 +62,7 @@ def build_gateway(superlink: str, ca: Path) -> Starlette:
     superlink : str
         HOST:PORT of the SuperLink.
     ca : Path
-        Certificate of the authority that signed the SuperLink's.
+        Certificate of the authority that signed the SuperLink's certificate.
     """
 
     @asynccontextmanager
@@ -92,7 +93,7 @@ def build_gateway(superlink: str, ca: Path) -> Starlette:
         try:
             reply = await client.send(passed, stream=True)
         except httpx.TransportError:
-            # SuperNodes try again on this, as when a SuperLink is restarted.
+            # SuperNodes try again on this answer, for example while a SuperLink restarts.
             return PlainTextResponse("the SuperLink does not answer", 502)
         status = reply.status_code
         if status == 500 and request.scope["path"].rpartition("/")[2] in REPEATABLE:

@@ -1,7 +1,7 @@
-"""Processes of a rehearsal on one machine: started together, watched, and stopped whatever happens.
+"""The processes of a rehearsal on one machine, which are watched and always stopped at its end.
 
-Flower's processes start others, some in sessions of their own, and some outlive their parent. Whoever
-stops one here stops its descendants too, by process id, and nothing else.
+Flower's processes start others, some in sessions of their own, and some outlive their parent. Stopping a
+process here also stops its descendants, by process id, and no other process.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from layerfed.deploy.federation import DeploymentFailed
 __all__ = ["Processes", "clean_up_on_sigterm", "commands", "free_ports", "undisturbed"]
 
 POLL_SECONDS = 0.2
-# What a process gets to end by itself after SIGTERM, and its descendants after that.
+# Seconds for a process to end by itself after SIGTERM, and for its descendants after that.
 GRACE_SECONDS = 15.0
 LAST_LINES = 15
 
 
 def clean_up_on_sigterm() -> None:
-    """Make SIGTERM end this program as Ctrl-C does, so that contexts are left properly."""
+    """Make SIGTERM end this program as Ctrl-C does, so that contexts are closed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -40,7 +40,7 @@ def clean_up_on_sigterm() -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return loopback ports that nobody listens on."""
+    """Return free loopback ports."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for listener in sockets:
@@ -59,12 +59,12 @@ class _Member:
 
 
 class Processes:
-    """A set of processes that ends with its context, on success, failure and Ctrl-C alike.
+    """A set of processes that ends with its context, after success, failure or Ctrl-C.
 
     Parameters
     ----------
     logs : Path
-        Folder for what each process writes, `NAME.log`.
+        Folder for the output of each process, `NAME.log`.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -88,7 +88,7 @@ class Processes:
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
-        """Start a process in a session of its own, so that Ctrl-C reaches it only through here."""
+        """Start a process in a session of its own, so that Ctrl-C reaches it only through this class."""
         log = self.logs / f"{name}.log"
         with log.open("wb") as stream:
             process = subprocess.Popen(
@@ -103,12 +103,12 @@ class Processes:
         return process
 
     def wait(self, what: str, ready: Callable[[], bool], timeout: float) -> None:
-        """Wait until `ready`.
+        """Wait until `ready` returns True.
 
         Raises
         ------
         DeploymentFailed
-            If a process ends meanwhile, or `timeout` seconds pass.
+            If a process ends first, or `timeout` seconds pass.
         """
         deadline = time.monotonic() + timeout
         while not ready():
@@ -118,7 +118,7 @@ class Processes:
             time.sleep(POLL_SECONDS)
 
     def check(self) -> None:
-        """Raise `DeploymentFailed`, with its last words, if one of the processes has ended."""
+        """Raise `DeploymentFailed` if a process has ended, with the last lines of its log."""
         for member in self._members:
             status = member.process.poll()
             if status is not None and member.process.pid not in self._killed:
@@ -129,19 +129,19 @@ class Processes:
 
     @property
     def by_name(self) -> dict[str, subprocess.Popen[bytes]]:
-        """The processes by name, also those that have ended."""
+        """Return all processes by name, also those that have ended."""
         return {member.name: member.process for member in self._members}
 
     def signal(self, process: subprocess.Popen[bytes], number: Signals) -> None:
-        """Send a signal to one of the processes and to all it started: a machine that dies or hangs."""
+        """Send a signal to a process and its descendants, as if a machine died or hung."""
         _signal(_family(process.pid), number)
 
     def kill(self, process: subprocess.Popen[bytes], *, alone: bool = False) -> None:
-        """Kill one of the processes, with all it started or alone; its end is no failure then."""
+        """Kill a process, with its descendants or alone; its end does not count as a failure."""
         self._killed.add(process.pid)
         family = _family(process.pid)
         if alone:
-            self._orphans |= family  # whose descent nobody can see any more afterwards
+            self._orphans |= family  # their parent will be gone, so they are remembered here
             process.kill()
         else:
             _signal(family, signal.SIGKILL)
@@ -150,19 +150,19 @@ class Processes:
     def _stop(self, member: _Member) -> None:
         pid = member.process.pid
         family = _family(pid)
-        _signal(family, signal.SIGCONT)  # a paused process hears nothing else
+        _signal(family, signal.SIGCONT)  # a paused process receives no other signal
         if member.process.poll() is None:
             member.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 member.process.wait(GRACE_SECONDS)
-        # Those that are left: workers that were at it, and whoever was started meanwhile.
+        # The remaining ones are workers in the middle of a task, and processes started meanwhile.
         _end(family | _family(pid))
         member.process.wait(GRACE_SECONDS)
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Hold off whoever asks to stop a second time: that must not leave processes behind."""
+    """Ignore a second request to stop, since it would leave processes behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -177,16 +177,16 @@ def undisturbed() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A living process; with when it was started, so that a number that is used again is another."""
+    """A living process, with its start time, since process ids are reused."""
 
     pid: int
-    parent: int = field(compare=False)  # an orphan gets another, and stays who it is
+    parent: int = field(compare=False)  # an orphan gets a new parent and stays the same process
     group: int = field(compare=False)
     started: str
 
 
 def _table() -> list[_Entry]:
-    """Return every process that lives."""
+    """Return every living process."""
     listed = subprocess.run(
         ["ps", "-A", "-o", "pid=,ppid=,pgid=,stat=,lstart="],
         capture_output=True,
@@ -202,7 +202,7 @@ def _table() -> list[_Entry]:
 
 
 def commands(root: int) -> dict[int, str]:
-    """Return the command lines of a process and of all it started, by process id."""
+    """Return the command lines of a process and its descendants, by process id."""
     family = {entry.pid for entry in _family(root)}
     listed = subprocess.run(
         ["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True
@@ -212,7 +212,7 @@ def commands(root: int) -> dict[int, str]:
 
 
 def _family(root: int) -> set[_Entry]:
-    """Return the living members of a process's group, and all their descendants."""
+    """Return the living members of a process's group and their descendants."""
     table = _table()
     found = {entry for entry in table if root in (entry.pid, entry.group)}
     while more := {e for e in table if e.parent in {f.pid for f in found}} - found:
@@ -221,8 +221,8 @@ def _family(root: int) -> set[_Entry]:
 
 
 def _end(family: set[_Entry]) -> None:
-    """Have processes end by themselves, or kill them."""
-    family = family & set(_table())  # a number may be another's by now
+    """Ask processes to end, and kill those that do not."""
+    family = family & set(_table())  # an id may belong to another process by now
     _signal(family, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
     while (family := family & set(_table())) and time.monotonic() < deadline:

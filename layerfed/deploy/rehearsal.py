@@ -1,7 +1,7 @@
-"""A whole federation on loopback, as on real machines: TLS, authentication, a process a node.
+"""A whole federation on loopback, with TLS, authentication and a process for each node.
 
-Everything it starts is gone afterwards. `layerfed deploy demo` runs one beside the simulation with the
-same seed and compares; the tests use it too.
+All its processes end with it. `layerfed deploy demo` compares one with the simulation of the same seed,
+and the tests use it too.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from layerfed.runs import read_lines
 __all__ = ["Comparison", "Loopback", "on_loopback"]
 
 NodeSettings = Mapping[str, Scalar]
-# Generous: every process of Flower takes seconds to start, and the machine may be busy.
+# A generous limit: every process of Flower takes seconds to start, and the machine may be busy.
 START_SECONDS = 180.0
-# Sums of updates differ in the last bit by the order of replies; another kind of CPU may round
-# a gradient differently.
+# The order of replies changes the last bit of sums of updates, and another kind of CPU may round a
+# gradient differently.
 WEIGHTS = 1e-5
 
 
 @dataclass
 class Loopback:
-    """A running federation.
+    """A running federation on loopback.
 
     Attributes
     ----------
     federation : Federation
     folder : Path
-        Holds the federation's folder, and one for each node.
+        The folder that holds the federation's folder and one for each node.
     processes : Processes
     superlink, gateway : str
         HOST:PORT.
     server, door : Popen
-        The processes of SuperLink and gateway, as they were started last.
+        The present processes of SuperLink and gateway.
     """
 
     federation: Federation
@@ -59,13 +59,13 @@ class Loopback:
     door: Popen[bytes] = field(init=False)
 
     def start_superlink(self) -> None:
-        """Start the SuperLink, or another on its port and database, and wait until it answers."""
+        """Start the SuperLink, or a new one on its port and database, and wait until it answers."""
         port = int(self.superlink.rpartition(":")[2])
         self.server = self._started("superlink", self.federation.superlink_command(port))
         self._wait_for("SuperLink", self.superlink)
 
     def start_gateway(self) -> None:
-        """Start the gateway, or another on its port, and wait until it answers."""
+        """Start the gateway, or a new one on its port, and wait until it answers."""
         port = self.gateway.rpartition(":")[2]
         where = ["--dir", str(self.federation.folder), "--superlink", self.superlink]
         command = [program("layerfed"), "deploy", "gateway", *where]
@@ -101,8 +101,8 @@ class Loopback:
     ) -> Popen[bytes]:
         """Start a SuperNode as on a machine of its own, with further options of `flower-supernode`.
 
-        `register` and `ca` are for those that must not get in; `door` is where the node connects to, if
-        not to the gateway itself.
+        `register` and `ca` serve tests of nodes that must be refused. `door` is the address that the
+        node connects to, by default the gateway.
         """
         home = self.folder / name
         settings = {"store": str(home / "layers"), **settings}
@@ -116,7 +116,7 @@ class Loopback:
         return self.processes.start(name, [*command, *options], environment(home / "flower"))
 
     def start_run(self, app: Path, config: RunConfig) -> int:
-        """Hand a run to the SuperLink, with a layer store that no node sees; return its id."""
+        """Hand a run to the SuperLink, with a layer store that no node reads, and return its id."""
         store = {"store": str(self.federation.folder / "layers")}
         section = config.exchange.model_copy(update=store)
         return self.federation.start_run(app, config.model_copy(update={"exchange": section}))
@@ -135,18 +135,18 @@ def on_loopback(
     Parameters
     ----------
     folder : Path
-        An empty folder for everything.
+        An empty folder for the federation.
     nodes : Sequence[Mapping[str, Scalar]]
         Settings of each node, as in `flower-supernode --node-config`.
     say : Callable[[str], None], optional
-        Told what is being done.
+        Called with a line for each step.
     logs : Path, optional
-        Folder for the log of each process; `folder`/logs where left out.
+        Folder for the log of each process; by default `folder`/logs.
 
     Raises
     ------
     DeploymentFailed
-        If something does not start; with its last words.
+        If a process does not start. The message has the last lines of its log.
     """
     say("certificates, and a key for each node")
     federation = Federation(folder.resolve() / "server")
@@ -174,7 +174,7 @@ def on_loopback(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs of the same configuration, side by side.
+    """The comparison of two runs of the same configuration.
 
     Attributes
     ----------
@@ -183,7 +183,7 @@ class Comparison:
     weights : float
         Largest absolute difference of a weight of the final models.
     accuracies : tuple[float, float]
-        At the end.
+        Both runs' final accuracies.
     """
 
     masks: bool
@@ -192,7 +192,7 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether they are the same run."""
+        """Whether the two runs are equal."""
         return self.masks and self.weights <= WEIGHTS
 
     @classmethod

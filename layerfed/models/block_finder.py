@@ -1,8 +1,8 @@
-"""Which modules of a model are its blocks: by search, or by the user's patterns.
+"""Find the modules of a model that are its blocks, by search or by the user's patterns.
 
-A stack is what a forward pass goes through one after another: the members of a list of composite
-modules, or siblings of one class. The blocks are the stack that holds most of the parameters, unless
-another one could as well be meant; then the user is asked.
+A stack is a sequence of modules that a forward pass goes through: the members of a list of composite
+modules, or siblings of one class. The blocks are the stack with most of the parameters. If another stack
+is as plausible, the user has to choose.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ __all__ = [
     "some",
 ]
 
-# A stack whose modules are this much smaller than the blocks is a stem or a neck, not a rival.
+# A stack whose modules are smaller than the blocks by this factor is a stem or a neck, not a rival.
 FAR_SMALLER = 0.1
 
 
 class LayerMapError(ValueError):
-    """A model that cannot be split as asked; the message says what is in the way and what to do."""
+    """Error for a model that cannot be split as asked; the message says why and what to do."""
 
 
 def find_blocks(model: nn.Module, head: Sequence[str] = ()) -> list[str]:
-    """Return the names of the blocks, input first, leaving out what lies in the head.
+    """Return the names of the blocks, input first, without modules of the head.
 
     Raises
     ------
     LayerMapError
-        If there is no stack, or several that could be meant; with a pattern that works.
+        If there is no stack, or more than one plausible stack. The message gives a pattern that works.
     """
     found = _stacks(dict(model.named_modules()), "", head)
-    # Projections beside each other are a stack too, but not where there are modules made of others.
+    # Sibling projections are a stack too, but only if no stack is made of composite modules.
     found = [stack for stack in found if stack.composite] or found
     if not found:
         raise LayerMapError(
@@ -55,7 +55,7 @@ def find_blocks(model: nn.Module, head: Sequence[str] = ()) -> list[str]:
         )
     best = max(found, key=lambda stack: stack.elements)
     meant = [stack for stack in found if stack is best or stack.rivals(best)]
-    # Stages that hold longer stacks than they are; not layers that each hold the same experts.
+    # Stages that hold stacks longer than their own; not layers that each hold the same experts.
     longer = [s for s in best.inner if s.composite and len(s.paths) > len(best.paths)]
     inner = longer if len(meant) == 1 and not best.alike else []
     if len(meant) > 1 or inner:
@@ -68,12 +68,12 @@ def find_blocks(model: nn.Module, head: Sequence[str] = ()) -> list[str]:
 
 
 def match_blocks(model: nn.Module, patterns: str) -> list[str]:
-    """Return the modules with parameters that patterns name, in the order of registration.
+    """Return the modules with parameters that match patterns, in the order of registration.
 
     Raises
     ------
     LayerMapError
-        If a pattern matches nothing, or a module and another inside it.
+        If a pattern matches nothing, or matches a module and another one inside it.
     """
     wanted = [p.strip() for p in patterns.split(",") if p.strip()]
     if not wanted:
@@ -101,12 +101,12 @@ def match_blocks(model: nn.Module, patterns: str) -> list[str]:
 
 
 def match_head(model: nn.Module, head: str | Sequence[str]) -> list[str]:
-    """Return the names that more of the head is given by: modules or tensors.
+    """Return the names of more modules or tensors of the head, as the user gave them.
 
     Raises
     ------
     LayerMapError
-        If there is no such name.
+        If a name does not exist.
     """
     given = head.split(",") if isinstance(head, str) else head
     wanted = [name.strip() for name in given if name.strip()]
@@ -128,7 +128,7 @@ def refuse_lazy(model: nn.Module) -> None:
     Raises
     ------
     LayerMapError
-        Naming them.
+        If there are such tensors. The message names them.
     """
     lazy = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
     if lazy:
@@ -139,12 +139,12 @@ def refuse_lazy(model: nn.Module) -> None:
 
 
 def refuse_left_over(model: nn.Module, blocks: Sequence[str], head: Sequence[str]) -> None:
-    """Refuse blocks that leave others after them: the head would take these in by itself.
+    """Refuse blocks that are followed by others, which would silently become part of the head.
 
     Raises
     ------
     LayerMapError
-        Naming the rest of the blocks' own stack, or a whole stack that rivals it.
+        If the rest of the blocks' own stack or a rival stack follows. The message names it.
     """
     modules = dict(model.named_modules())
     order = {name: index for index, name in enumerate(modules)}
@@ -158,7 +158,7 @@ def refuse_left_over(model: nn.Module, blocks: Sequence[str], head: Sequence[str
     for stack in (*top, *(deep for outer in top for deep in outer.within())):
         rest = [p for p in stack.paths if order[p] > order[blocks[-1]] and not touched(p)]
         if not stack.composite and rest[-1:] == [final]:
-            # The last of some plain linear layers is a head.
+            # The last one of plain linear layers is a head.
             rest.pop()
         own = any(touched(path) for path in stack.paths)
         if rest and (own or (stack in top and stack.composite and stack.rivals(chosen))):
@@ -172,7 +172,7 @@ def refuse_left_over(model: nn.Module, blocks: Sequence[str], head: Sequence[str
 
 
 def refuse_no_head(blocks: Sequence[str]) -> NoReturn:
-    """Say what to do about a model that ends with its blocks.
+    """Refuse a model that ends with its blocks, and say what to do.
 
     Raises
     ------
@@ -190,15 +190,15 @@ def refuse_no_head(blocks: Sequence[str]) -> NoReturn:
 
 @dataclass(frozen=True)
 class _Member:
-    """A module that may be of a stack.
+    """A module that may belong to a stack.
 
     Attributes
     ----------
     path : str
     module : nn.Module
     group : str
-        Empty for an attribute of its parent, "listed" for one of several things in a list, or the list
-        of nothing but such modules that it was taken out of.
+        Empty for an attribute of its parent; "listed" for a member of a mixed list. For a member of a
+        list of composite modules, the list's name, or "Sequential".
     kinds : frozenset[type]
         The classes in its list, or its own.
     """
@@ -211,7 +211,7 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Modules that follow each other.
+    """A sequence of modules.
 
     Attributes
     ----------
@@ -256,7 +256,10 @@ class _Stack:
         )
 
     def rivals(self, best: _Stack) -> bool:
-        """Return whether this could be the blocks too: of the same class, or long and not small."""
+        """Return whether this stack could be the blocks as well as `best`.
+
+        It could if its modules are of the same class, or if it is long and its modules are not small.
+        """
         mean, theirs = (s.elements / len(s.paths) for s in (self, best))
         return bool(self.kinds & best.kinds) or (
             len(self.paths) > 1 and mean >= FAR_SMALLER * theirs
@@ -270,7 +273,7 @@ class _Stack:
 
 
 def _stacks(modules: Mapping[str, nn.Module], parent: str, head: Sequence[str]) -> list[_Stack]:
-    """Return the outermost stacks in a module, each with those inside it."""
+    """Return the outermost stacks in a module, each with the stacks inside it."""
     found: list[_Stack] = []
     members = _members(modules, parent, head)
     for (_, group), run in groupby(members, key=lambda member: (member.kinds, member.group)):
@@ -288,7 +291,7 @@ def _is_stack(group: str, modules: Sequence[nn.Module], inner: Sequence[_Stack])
     if isinstance(first, nn.Embedding | nn.EmbeddingBag):
         return False
     if group == "":
-        # An encoder beside a decoder: what counts is the list in each.
+        # An encoder and a decoder are no stack; the list in each of them is.
         holds_lists = isinstance(first, nn.ModuleList) or any(
             s.composite and s.listed for s in inner
         )
@@ -299,10 +302,10 @@ def _is_stack(group: str, modules: Sequence[nn.Module], inner: Sequence[_Stack])
 def _members(
     modules: Mapping[str, nn.Module], parent: str, head: Sequence[str]
 ) -> Iterator[_Member]:
-    """Yield a module's children that have parameters, lists of composite modules by their members.
+    """Yield a module's children that have parameters, and the members of its lists.
 
-    Sequentials beside each other are one list, as the stages of a ResNet; activations between modules
-    do not part them. A module that is registered twice counts where it is first.
+    Neighbouring Sequentials are one list, such as the stages of a ResNet. Activations between modules do
+    not separate them. A module that is registered twice counts at its first place.
     """
 
     def children(path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -322,7 +325,7 @@ def _members(
 
 
 def _is_list(module: nn.Module) -> bool:
-    """Return whether a module is nothing but a list of composite modules; a Sequential, of a class."""
+    """Return whether a module is a list of composite modules; those of a Sequential share a class."""
     children = list(module.children())
     if isinstance(module, nn.Sequential):
         fits = len({type(child) for child in children}) == 1
@@ -340,7 +343,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _any_block(model: nn.Module, head: Sequence[str]) -> str:
-    """Return a module that can be a block, with something left for the head."""
+    """Return a module that can be a block and leaves modules for the head."""
     path, inside = "", model
     while True:
         children = {f"{path}{n}": c for n, c in inside.named_children() if _has_parameters(c)}
@@ -357,7 +360,7 @@ def _any_block(model: nn.Module, head: Sequence[str]) -> str:
 
 
 def _pattern(model: nn.Module, paths: Sequence[str]) -> str:
-    """Return a pattern of exactly these modules: `layer1.*, layer2.0`."""
+    """Return a pattern that matches exactly these modules, such as `layer1.*, layer2.0`."""
     modules = dict(model.named_modules())
     parts = []
     for parent, inside in groupby(paths, key=lambda path: path.rpartition(".")[0]):
@@ -368,18 +371,18 @@ def _pattern(model: nn.Module, paths: Sequence[str]) -> str:
 
 
 def lies_in(name: str, prefixes: Iterable[str]) -> bool:
-    """Return whether a name is one of some modules' or lies inside one."""
+    """Return whether a name is one of `prefixes` or lies inside one."""
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
 def _near(name: str, names: Sequence[str]) -> str:
-    """Return the rest of a message on a name that does not exist: the names most like it."""
+    """Return the end of a message on a name that does not exist: the names most like it."""
     close = difflib.get_close_matches(name, names, n=8, cutoff=0.5)
     return f"near it are: {', '.join(close)}" if close else f"there are: {', '.join(names[:12])}"
 
 
 def some(names: Sequence[str]) -> str:
-    """Return at most five names, and how many more there are."""
+    """Return at most five names and the number of the others, as text."""
     if not names:
         return "nothing"
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Image classifiers of three families, all from bytes to class scores."""
+"""Image classifiers of three families, which map bytes to class scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ImageClassifier", "Tower", "build_image_classifier"]
 
 
 class ImageClassifier(nn.Module):
-    """A network with the input it was trained on: size, mean and deviation of the colours.
+    """A network with the preprocessing of its training: input size, mean and deviation of colours.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class ImageClassifier(nn.Module):
     size : int
         Side of its input, in pixels.
     mean, std : Sequence[float]
-        Of each colour, for values in [0, 1].
+        Mean and deviation of each colour, for values in [0, 1].
     """
 
     mean: Tensor
@@ -45,10 +45,10 @@ class ImageClassifier(nn.Module):
         self.net = net
 
     def forward(self, image: Tensor) -> Tensor:
-        """Score images given as bytes, shape (B, 3, S, S), S of any size."""
+        """Return class scores of images in bytes, shape (B, 3, S, S) with any S."""
         values = image.float() / 255
         if values.shape[-1] != self.size:
-            # Antialiased bicubic is what CLIP's and timm's own preprocessing does, there on the CPU.
+            # CLIP's and timm's own preprocessing is antialiased bicubic too, on the CPU.
             values = nn.functional.interpolate(
                 values, size=self.size, mode="bicubic", antialias=True
             ).clamp(0, 1)
@@ -57,7 +57,7 @@ class ImageClassifier(nn.Module):
 
 
 class Tower(nn.Module):
-    """An image tower, whose final norm and projection stay part of the head, and a linear classifier."""
+    """An image tower and a linear classifier; the tower's final norm and projection are in the head."""
 
     def __init__(self, tower: nn.Module, width: int, classes: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Tower(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Score normalised images."""
+        """Return class scores of normalised images."""
         scores: Tensor = self.head(self.tower(image))
         return scores
 
@@ -80,14 +80,14 @@ def build_image_classifier(
     section : ModelConfig
     classes : int
     seed : int
-        Of the run: draws the head, and all weights where they are random.
+        The run's seed, which draws the head, and all weights if they are random.
     skeleton : bool
-        Layers without weights, on torch's `meta` device: nothing is loaded.
+        Whether to build the layers without weights, on torch's `meta` device, and load nothing.
 
     Raises
     ------
     ConfigError
-        If the library, the architecture or the weights are not there; with what to do.
+        If the library, the architecture or the weights are missing. The message says what to do.
     """
     build = {"layerfed": _shipped, "open_clip": _open_clip, "timm": _timm}[section.family]
     with new_weights(seed), torch.device("meta") if skeleton else nullcontext():
@@ -115,7 +115,7 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
     source = f"timm/{name}" if weights == "pretrained" else weights
     if section.weights not in ("pretrained", "random"):
         source = section.weights
-        # A folder or repository has a configuration, which says the architecture too.
+        # A folder or repository has a configuration, which names the architecture.
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise ConfigError(f"model.weights = '{source}' should be a .safetensors file")
@@ -159,7 +159,7 @@ def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
     elif asked in tags:
         tag = open_clip.get_pretrained_cfg(name, asked)
         options["pretrained"] = asked if weights != "random" else None
-        # Weights were trained with one activation or the other; the tag knows which.
+        # The tag knows with which of two activations the weights were trained.
         options["force_quick_gelu"] = bool(tag.get("quick_gelu"))
         repository = tag.get("hf_hub", "").rpartition("/")[0]
     elif asked != "random":
@@ -171,7 +171,7 @@ def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
         model = open_clip.create_model(name, **options)
     tower = model.visual
     if hasattr(tower, "output_tokens"):
-        tower.output_tokens = False  # CoCa's gives those that its text decoder reads, too
+        tower.output_tokens = False  # CoCa's tower would also return tokens for its text decoder
     settings = open_clip.get_model_preprocess_cfg(model)
     size = settings["size"] if isinstance(settings["size"], int) else settings["size"][-1]
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """A model as an ordered list of layers: embeddings, blocks 0 … L-1, head.
 
 Masks, budgets, costs, probes, messages, versions and plots are all per layer, so everything in this
-package starts from a `LayerMap`. Embeddings are frozen, blocks are selectable, and the head is trained
-by every client in every round [S, section V].
+package starts from a `LayerMap`. Embeddings are frozen, blocks are selectable, and every client trains
+the head in every round [S, section V].
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["Layer", "LayerMap", "LayerMapError", "layer_costs"]
 
 EMBEDDINGS, HEAD = "embeddings", "head"
 
-# What stands beside the blocks' container but is registered before the blocks and used after them, as
-# open_clip's `proj`. Everything else before the blocks is an embedding.
+# Tensors that are registered before the blocks but used after them, such as open_clip's `proj`. All
+# other tensors before the blocks are embeddings.
 LATE = {"proj", "ln_post", "logit_scale", "logit_bias", "head", "classifier", "lm_head"}
 
 
@@ -43,16 +43,16 @@ class Layer:
     Attributes
     ----------
     name : str
-        `embeddings`, `blocks.0` … `blocks.{L-1}`, or `head`, whatever the model calls them.
+        `embeddings`, `blocks.0` … `blocks.{L-1}`, or `head`, whatever the names in the model.
     kind : {"embeddings", "block", "head"}
     parameters : tuple[str, ...]
-        Names as in `model.named_parameters()`; a tied parameter stands under its first name only.
+        Names as in `model.named_parameters()`; a tied parameter has its first name only.
     buffers : tuple[str, ...]
         All buffers, persistent or not.
     tensors : tuple[str, ...]
-        What travels: parameters and persistent buffers, by state-dict name.
+        State-dict names of the parameters and persistent buffers, which are sent and averaged.
     modules : tuple[str, ...]
-        The outermost modules that lie wholly in this layer.
+        The outermost modules that lie entirely in this layer.
     elements : int
         Number of parameter elements.
     bytes : int
@@ -71,16 +71,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """How a model falls into layers.
+    """The split of a model into layers.
 
     Attributes
     ----------
     layers : tuple[Layer, ...]
         Embeddings, the blocks in forward order, head.
     aliases : Mapping[str, str]
-        Tied names, each with the name its tensor stands under.
+        Further names of tied tensors, each with the tensor's first name.
     shapes : Mapping[str, tuple[int, ...]]
-        Of all parameters and buffers.
+        Shapes of all parameters and buffers.
     """
 
     layers: tuple[Layer, ...]
@@ -93,25 +93,25 @@ class LayerMap:
     ) -> LayerMap:
         """Split a model.
 
-        The blocks are the members of the outermost list of composite modules, or siblings of one class
-        that follow each other (see `block_finder`). Parameters before them are embeddings, parameters
-        after them the head; one that is tied and stands in both is an embedding.
+        The blocks are the members of the outermost list of composite modules, or consecutive siblings of
+        one class (see `block_finder`). Parameters before them are embeddings, and parameters after them
+        are the head. A tied parameter in both is an embedding.
 
         Parameters
         ----------
         model : nn.Module
         blocks : str, optional
-            Names of the blocks instead, with `*` for one part of a name: `encoder.layer.*`, or several,
-            separated by commas: `layer1.*, layer2.*`. Of a stack of which some blocks are chosen, those
-            before are embeddings; those after must be named in the head.
+            Patterns for the blocks' names, separated by commas, with `*` for one part of a name:
+            `encoder.layer.*`, or `layer1.*, layer2.*`. If only some modules of a stack are blocks, those
+            before them are embeddings, and those after them must be named in the head.
         head : str or Sequence[str]
-            Names of more modules or tensors that belong to the head, wherever they stand.
+            Names of more modules or tensors that belong to the head.
 
         Raises
         ------
         LayerMapError
-            If there are no blocks to be found, several candidates, tensors that cannot be placed, names
-            that do not exist, or modules whose parameters are not initialised yet.
+            If there are no blocks or several candidates, if a tensor belongs to no layer, if a name does
+            not exist, or if parameters are not initialised yet.
         """
         refuse_lazy(model)
         prefixes = match_head(model, head)
@@ -130,7 +130,7 @@ class LayerMap:
 
     @property
     def embeddings(self) -> Layer:
-        """What is never trained."""
+        """The layer that no client trains."""
         return self.layers[0]
 
     @property
@@ -140,7 +140,7 @@ class LayerMap:
 
     @property
     def head(self) -> Layer:
-        """What everyone always trains."""
+        """The layer that every client trains in every round."""
         return self.layers[-1]
 
     @property
@@ -149,7 +149,7 @@ class LayerMap:
         return len(self.layers) - 2
 
     def trained(self, mask: Sequence[bool]) -> list[str]:
-        """Return the names of the layers that a mask of length L has a client train, head included."""
+        """Return the names of the layers that a client with this mask trains, head included."""
         chosen = [block.name for block, on in zip(self.blocks, mask, strict=True) if on]
         return [*chosen, self.head.name]
 
@@ -177,12 +177,12 @@ class LayerMap:
         return self._by_tensor[self.aliases.get(tensor, tensor)]
 
     def check(self, model: nn.Module) -> None:
-        """Make sure that a model has exactly the tensors of this map, in the same shapes.
+        """Refuse a model that does not have exactly the tensors of this map, in the same shapes.
 
         Raises
         ------
         LayerMapError
-            Naming the tensors that are missing, too many, or of other shapes.
+            If tensors are missing, too many, or of other shapes. The message names them.
         """
         theirs = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
         if theirs.keys() != self.shapes.keys():
@@ -199,12 +199,12 @@ class LayerMap:
 
 
 class _Placement:
-    """Says which layer a tensor or module belongs to, by its name and its place in the model."""
+    """The rule that gives each tensor and module of a model its layer."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], head: Sequence[str]) -> None:
         modules = dict(model.named_modules())
         block = {id(modules[name]): f"blocks.{index}" for index, name in enumerate(blocks)}
-        # A block that is used more than once is one block under all its names.
+        # A block that is used more than once counts as one block under all its names.
         self.blocks = {
             name: block[id(module)]
             for name, module in model.named_modules(remove_duplicate=False)
@@ -221,7 +221,7 @@ class _Placement:
         }
 
     def of_tensor(self, name: str) -> str | None:
-        """Return the layer's name, or None for a tensor that stands between the blocks."""
+        """Return the name of a tensor's layer, or None for a tensor between the blocks."""
         if lies_in(name, self.head):
             return HEAD
         inside = self.block_of(name)
@@ -229,12 +229,12 @@ class _Placement:
             return inside
         owner = name.rpartition(".")[0]
         if owner in self._inert:
-            # Rotary tables and the like: used by all blocks, trained by none.
+            # These are rotary tables and the like, which all blocks use and none trains.
             return EMBEDDINGS
         return self._around(name)
 
     def block_of(self, name: str) -> str | None:
-        """Return the block that a name lies in."""
+        """Return the block that contains a name, or None."""
         parts = name.split(".")
         prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
         return next((self.blocks[prefix] for prefix in prefixes if prefix in self.blocks), None)
@@ -275,7 +275,7 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, object]]:
 def _outermost(
     model: nn.Module, layer_of: Mapping[str, str | None], owner: _Placement
 ) -> dict[str, str]:
-    """Return the outermost modules that lie wholly in one layer, each with that layer."""
+    """Return the outermost modules that lie entirely in one layer, each with that layer."""
     found: dict[str, str] = {}
 
     def visit(name: str, module: nn.Module) -> None:
@@ -297,7 +297,7 @@ def _outermost(
 
 
 def _place(model: nn.Module, owner: _Placement) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the layer of every tensor, and the names that tied tensors go by besides their first."""
+    """Return the layer of every tensor, and the further names of tied tensors."""
     groups: dict[int, list[str]] = {}
     for name, tensor in _tensors(model, tied=True).items():
         groups.setdefault(id(tensor), []).append(name)
@@ -313,7 +313,7 @@ def _place(model: nn.Module, owner: _Placement) -> tuple[dict[str, str], dict[st
                 f"{places[0]}); a layer that is used twice cannot be selected by halves: name blocks "
                 "that share nothing (model.blocks)"
             )
-        # Tied with the head, embeddings stay what they are: frozen.
+        # Embeddings that are tied with the head stay frozen.
         place = EMBEDDINGS if EMBEDDINGS in places else next(filter(None, places), None)
         if place is None:
             orphans.append(names[0])
@@ -334,7 +334,7 @@ def _layers(
     modules: Mapping[str, str],
     num_blocks: int,
 ) -> tuple[Layer, ...]:
-    """Return the layers in order, each with what lies in it."""
+    """Return the layers in order, each with its tensors and modules."""
     tensors = _tensors(model)
     kept = set(model.state_dict(keep_vars=True))
     parameters = [name for name, _ in model.named_parameters()]
@@ -360,7 +360,7 @@ def _layers(
 
 
 def _tensors(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
-    """Return all parameters and buffers by name; tied ones under their first, or under all."""
+    """Return all parameters and buffers by name; tied ones by their first name, or by every name."""
     return {
         **dict(model.named_parameters(remove_duplicate=not tied)),
         **dict(model.named_buffers(remove_duplicate=not tied)),
@@ -368,9 +368,9 @@ def _tensors(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
 
 
 def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray | None:
-    """Return c_l, the cost of training each selectable layer, shape (L,), in the given unit.
+    """Return c_l, the cost of each block in the given unit, shape (L,).
 
-    None for units that are measured on each device: FLOPs, seconds and memory.
+    The result is None for units that each device measures: FLOPs, seconds and memory.
     """
     if unit in ("flops", "seconds", "memory"):
         return None

@@ -1,4 +1,4 @@
-"""Optional libraries and missing weights: what is missing, and how to get it."""
+"""Errors for missing libraries and missing weights, which say how to get them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layerfed.seeding import Stream, torch_seed
 
 __all__ = ["loading", "new_weights", "require"]
 
-# Some of the oldest have no owner.
+# Some of the oldest repositories have no owner.
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 # How names of files with weights end, and no hub id does.
@@ -24,12 +24,12 @@ FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def require(library: str, extra: str, model: str) -> Any:
-    """Import a library that a plain install does not bring.
+    """Import a library that a plain installation does not include.
 
     Raises
     ------
     ConfigError
-        If it is not installed, naming the extra that brings it.
+        If the library is not installed. The message names the extra that includes it.
     """
     try:
         return import_module(library)
@@ -46,17 +46,17 @@ def require(library: str, extra: str, model: str) -> Any:
 def loading(
     section: ModelConfig, source: str, key: str = "model.weights", repository: str | None = None
 ) -> Iterator[None]:
-    """Turn what a library raises about a model that is not there into what to do about it.
+    """Turn a library's error about a missing model into an error that says what to do.
 
     Parameters
     ----------
     section : ModelConfig
     source : str
-        Hub id, tag, folder or file that is read.
+        The hub id, tag, folder or file that is read.
     key : str
-        The setting that points at it.
+        The setting that names it.
     repository : str, optional
-        The hub id of a tag; empty if the hub does not have it.
+        The hub id of a tag; empty if the tag is not on the hub.
     """
     there = Path(source).expanduser().exists()
     if not there and (source.startswith(("/", ".", "~")) or source.endswith(FILES)):
@@ -70,7 +70,7 @@ def loading(
         yield
     except ConfigError:
         raise
-    except Exception as error:  # libraries raise all kinds; a user can act on the reason only
+    except Exception as error:  # libraries raise many types; the user needs the reason only
         reason = (str(error).strip().splitlines() or ["no more is said"])[0].rstrip(".")
         no_path = ", which is no file or folder here," * bool(repository)
         raise ConfigError(
@@ -80,25 +80,25 @@ def loading(
 
 
 def _advice(section: ModelConfig, repository: str, key: str, error: str) -> str:
-    # Of transformers, random weights need the configuration all the same.
+    # Models of transformers need the configuration even with random weights.
     drawn = key == "model.weights" and section.family != "transformers"
-    random = "; for random weights say model.weights=random" * drawn
+    random = "; for random weights set model.weights=random" * drawn
     if not repository:
         return f"Give a folder as `hf download` leaves it ({key}){random}"
     gated = re.search(r"gated|\b40[13]\b", error, re.IGNORECASE) is not None
     access = f"ask for access at https://huggingface.co/{repository}, `hf auth login`, and " * gated
     only, value = "", "DIR"
-    if key == "model.name":  # of random weights, which come with none
+    if key == "model.name":  # with random weights, only the configuration is needed
         only, value = " --include '*.json'", f"{section.family}/DIR"
     return (
         f"To use it without a network, {access}run `hf download {repository}{only} --local-dir DIR` "
-        f"where there is one, and set {key}={value}{random}"
+        f"on a machine with one, and set {key}={value}{random}"
     )
 
 
 @contextmanager
 def new_weights(seed: int) -> Iterator[None]:
-    """Draw new weights from the run's seed, and nothing from the global generator."""
+    """Draw new weights from the run's seed, and leave the global generator unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, Stream.HEAD))
         yield

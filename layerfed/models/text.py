@@ -1,4 +1,4 @@
-"""Text models of `transformers`: sequence classifiers, and causal models that answer by a letter."""
+"""Text models of `transformers`: sequence classifiers, and causal models that answer with a letter."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = [
 
 
 def load_tokenizer(section: ModelConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of `model.tokenizer`, or else of the model.
+    """Return the tokenizer that `model.tokenizer` names, or the model's own.
 
     Raises
     ------
     ConfigError
-        If it is not there.
+        If the tokenizer is missing.
     """
     transformers = require("transformers", "text", section.name)
     source, key = _source(section)
@@ -47,11 +47,11 @@ def load_tokenizer(section: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> object:
-    """Return what a tokenizer's output depends on, the same in every process."""
+    """Return everything that a tokenizer's output depends on, the same in every process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())
-    # Cutting and padding are left behind by its last use; every call here says its own.
+    # Truncation and padding are left out: they are state of the last call, and every call sets them.
     left = ("truncation", "padding")
     kept = {name: part for name, part in json.loads(backend.to_str()).items() if name not in left}
     return type(tokenizer).__name__, json.dumps(kept, sort_keys=True)
@@ -72,16 +72,16 @@ def build_text_classifier(
     section : ModelConfig
     classes : int
     seed : int
-        Of the run: draws the head, and all weights where they are random.
+        The run's seed, which draws the head, and all weights if they are random.
     pad_token : int, optional
-        Of the rows it will read.
+        The padding token of the rows that the model will read.
     skeleton : bool
-        Layers without weights, on torch's `meta` device.
+        Whether to build the layers without weights, on torch's `meta` device.
 
     Raises
     ------
     ConfigError
-        If the library or the weights are not there; with what to do.
+        If the library or the weights are missing. The message says what to do.
     """
     transformers = require("transformers", "text", section.name)
     changes: dict[str, Any] = {"num_labels": classes}
@@ -95,23 +95,23 @@ def build_text_classifier(
 def build_choice_model(
     section: ModelConfig, rows: Sequence[int], seed: int, *, skeleton: bool = False
 ) -> PreTrainedModel:
-    """Build a causal language model whose output layer has nothing but some of its rows.
+    """Build a causal language model whose output layer keeps only some of its rows.
 
     Parameters
     ----------
     section : ModelConfig
     rows : Sequence[int]
-        Token ids of the answers; the model scores these and no others, and only these rows are trained
-        (and sent) as its head.
+        Token ids of the answers. The model scores these only, and their rows are trained and sent as
+        part of the head.
     seed : int
-        Of the run: draws all weights where they are random.
+        The run's seed, which draws all weights if they are random.
     skeleton : bool
-        Layers without weights, on torch's `meta` device.
+        Whether to build the layers without weights, on torch's `meta` device.
 
     Raises
     ------
     ConfigError
-        If the library or the weights are not there; with what to do.
+        If the library or the weights are missing. The message says what to do.
     """
     transformers = require("transformers", "text", section.name)
     with new_weights(seed):
@@ -128,19 +128,19 @@ def build_choice_model(
         head.weight.copy_(full.weight[list(rows)])
         if full.bias is not None:
             head.bias.copy_(full.bias[list(rows)])
-    # The rows are copies: where output and input embeddings were one tensor, the input stays frozen.
+    # The rows are copies: if output and input embeddings were tied, the input stays frozen.
     model.config.tie_word_embeddings = False
     model.set_output_embeddings(head)  # type: ignore[no-untyped-call]
     return model
 
 
 def reading_limits(model: nn.Module, pad_token: int) -> tuple[int, int | None]:
-    """Return how many token ids a model knows, and how many tokens a row may have; None: any number."""
+    """Return the number of token ids that a model knows and the largest length of a row, or None."""
     net: Any = model
     words, config = net.get_input_embeddings(), net.config.get_text_config()
     limit: int | None = getattr(config, "max_position_embeddings", None)
     for module in net.modules():
-        # RoBERTa's and its kin's positions are counted from the padding token's id on.
+        # RoBERTa and similar models count positions from the padding token's id.
         offset = isinstance(module, nn.Embedding) and module.padding_idx is not None
         if limit and offset and module is not words and module.num_embeddings == limit:
             return words.num_embeddings, limit - pad_token - 1
@@ -148,7 +148,7 @@ def reading_limits(model: nn.Module, pad_token: int) -> tuple[int, int | None]:
 
 
 def _source(section: ModelConfig) -> tuple[str, str]:
-    """Return the hub id or folder of configuration and tokenizer, and the setting that changes it."""
+    """Return the hub id or folder of the configuration and tokenizer, and the setting that names it."""
     if section.weights == "random":
         return _path(section.architecture), "model.name"
     given = section.weights != "pretrained"
@@ -174,7 +174,7 @@ def _build(
         elif section.weights == "random":
             model = kind.from_config(config, trust_remote_code=False)
         else:
-            # safetensors where there are any; else torch.load, which transformers restricts to weights.
+            # Reads safetensors if there are any, else by torch.load, restricted to weights.
             with _quiet(transformers):
                 model, report = kind.from_pretrained(
                     source,
@@ -190,7 +190,7 @@ def _build(
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Leave out the report that the head is new: it is meant to be, and anything else is refused."""
+    """Suppress the report that the head is new, which is intended; other new weights are refused."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -202,7 +202,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 def _refuse_random_base(
     model: PreTrainedModel, report: dict[str, Any], source: str, section: ModelConfig
 ) -> None:
-    """Refuse weights that lack more than a new head, which would silently be random."""
+    """Refuse weights that lack more than the head, since the missing ones would silently be random."""
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
     missing = sorted({*report["missing_keys"], *mismatched})
     if type(model).__name__.endswith("ForSequenceClassification"):

@@ -20,7 +20,7 @@ __all__ = [
     "runs_csv",
 ]
 
-# Published costs a client and round, as a table file names them, and their columns here.
+# Published costs of a client and round: their keys in a table file, and their columns here.
 PAPER_COSTS = {
     "tflops": "TFLOPs",
     "tflops-ratio": "of full, %",
@@ -56,7 +56,7 @@ RUN_COLUMNS = (
     "torch",
     "layerfed",
 )
-# What a run was made on and with: columns of the CSV in which runs had better not differ.
+# The CSV's columns on hardware and software. Costs of runs that differ in them cannot be compared.
 MADE_WITH = ("engine", "device", "torch", "layerfed")
 
 Runs = Sequence[RunFigures]
@@ -66,9 +66,9 @@ Figure = Callable[[RunFigures], float]
 def accuracy_table(section: Section) -> str:
     """Return final test accuracies in %: mean ± standard deviation over seeds, the best in bold.
 
-    Rows without budgets stand outside, as `full` does in the paper's tables. Published figures and
-    costs follow: bytes in % of full-model exchange, and TFLOPs of training and probes, at the first
-    budget at which a row has runs.
+    Rows without budgets do not compete for the best, as `full` does not in the paper's tables. Published
+    figures and costs follow: bytes in % of full-model exchange, and TFLOPs of training and probes, at
+    the first budget for which a row has runs.
     """
     best = {
         budget: max(
@@ -109,10 +109,11 @@ def accuracy_table(section: Section) -> str:
 
 
 def paired_differences(section: Section, reference: str) -> str:
-    """Return how far each row's accuracies are from those of one row, in percentage points.
+    """Return the differences of each row's accuracies to those of one row, in percentage points.
 
-    Runs of one seed share partition, sampling and new weights, so their difference says more than that
-    of two means: mean ± standard deviation of it over seeds. Empty where no two seeds can be paired.
+    Runs of one seed share partition, sampling and new weights, so their difference says more than the
+    difference of two means. The table has its mean ± standard deviation over seeds. It is empty if no
+    seed has both runs.
 
     Parameters
     ----------
@@ -141,14 +142,14 @@ def paired_differences(section: Section, reference: str) -> str:
 
 
 def measured_costs(section: Section, reference: str = "") -> str:
-    """Return what a client's round was measured to cost: compute, traffic, time and memory.
+    """Return the measured costs of a client's round: compute, traffic, time and memory.
 
     Parameters
     ----------
     section : Section
-        Rows are taken at the first budget at which they have runs.
+        The experiment; each row is shown at the first budget for which it has runs.
     reference : str
-        The row that ratios are relative to; empty: no ratios.
+        The row that ratios are relative to; empty for no ratios.
     """
     full = section.first(reference) if reference else ()
     header = [
@@ -180,10 +181,10 @@ def measured_costs(section: Section, reference: str = "") -> str:
 
 
 def paper_accounting(section: Section, reference: str = "") -> str:
-    """Return what a client's round costs in the paper's accounting, beside the published figures.
+    """Return the costs of a client's round in the paper's accounting, beside the published figures.
 
-    The rule is that of `paper_costs`; FLOPs of selection are measured ones. Parameters are those of
-    `measured_costs`.
+    The rule is that of `paper_costs`, except that FLOPs of selection are measured. Parameters are those
+    of `measured_costs`.
     """
     full = section.first(reference) if reference else ()
 
@@ -214,7 +215,7 @@ def paper_accounting(section: Section, reference: str = "") -> str:
 
 
 def runs_csv(sections: Iterable[tuple[str, Section]]) -> str:
-    """Return a line a completed run; each section comes with the name of its experiment."""
+    """Return a CSV with one line for each completed run; sections come with their experiment's name."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["experiment", "row", "budget", "seed", "folder", *RUN_COLUMNS])
@@ -227,7 +228,7 @@ def runs_csv(sections: Iterable[tuple[str, Section]]) -> str:
 
 
 def differences(sections: Iterable[Section]) -> str:
-    """Say in what that costs depend on the runs of a comparison differ; nothing where in nothing."""
+    """Return a warning if runs differ in hardware or software that costs depend on, else nothing."""
     runs = [run for section in sections for found in section.runs.values() for run in found]
     found = {key: sorted({getattr(run, key) for run in runs}) for key in MADE_WITH}
     apart = [f"{key} ({', '.join(values)})" for key, values in found.items() if len(values) > 1]
@@ -249,7 +250,7 @@ def _training(run: RunFigures) -> float:
 
 
 def _selection(run: RunFigures) -> float:
-    """TFLOPs of a client's probe in a round, those without a probe included."""
+    """TFLOPs of a client's probe, as a mean over all rounds, also those without a probe."""
     return run.flops_probe / run.updates / 1e12
 
 
@@ -289,7 +290,7 @@ def _mean(runs: Runs, figure: Figure) -> float:
 
 
 def _text(runs: Runs, figure: Figure, form: str) -> str:
-    """Return the mean of some runs' figure; a dash where it is not defined."""
+    """Return the mean of a figure over runs as text, or a dash if it is undefined."""
     if not runs:
         return PENDING
     mean = _mean(runs, figure)
@@ -297,7 +298,7 @@ def _text(runs: Runs, figure: Figure, form: str) -> str:
 
 
 def _ratio(runs: Runs, figure: Figure, full: Runs, whole: Figure) -> str:
-    """Return a figure of some runs in % of another of the reference's."""
+    """Return a figure of some runs in % of a figure of the reference's runs."""
     if not (runs and full) or not _mean(full, whole) > 0:  # NaN included
         return NONE
     share = _mean(runs, figure) / _mean(full, whole)
@@ -305,7 +306,7 @@ def _ratio(runs: Runs, figure: Figure, full: Runs, whole: Figure) -> str:
 
 
 def _spread(runs: Runs, seeds: int) -> str:
-    """Return mean ± standard deviation of the accuracy, and how many runs where some are missing."""
+    """Return mean ± standard deviation of the accuracy, and the number of runs if some are missing."""
     if not runs:
         return PENDING
     scores = [_accuracy(run) for run in runs]

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: accuracy by round, what it costs in uplink, and the theory's terms."""
+"""The pictures of a comparison: accuracy by round, accuracy against uplink, and the theory's terms."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from layerfed.report.plots import over_rounds, save_picture
 __all__ = ["draw_accuracy", "draw_terms", "draw_uplink", "look", "mean_curve", "pareto_front"]
 
 COLORS = tuple(matplotlib.colormaps["tab10"].colors)  # type: ignore[attr-defined]
-# The first ten rows are told apart by colour, the next ten have the same ones dashed, …
+# The first ten rows have solid lines in ten colours, the next ten have the same colours dashed, …
 STYLES = ("-", "--", ":", "-.")
 FILLS = ("full", "none", "left", "right")
 MARKERS = "osD^v<>pP*"
 
 # The terms of `layerfed.server.theory` by their keys in metrics.jsonl.
 TERM_TITLES = {
-    "e1": r"$\hat E_1$: layers nobody trains",
-    "e2": r"$\hat E_2$: clients that differ",
-    "e2_masks": r"of $\hat E_2$ by the masks",
+    "e1": r"$\hat E_1$: layers that no client trains",
+    "e2": r"$\hat E_2$: differences between clients",
+    "e2_masks": r"part of $\hat E_2$ from masks",
 }
 
 Curve = Sequence[tuple[int, float]]
 
 
 def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
-    """Draw accuracy by round: a panel an experiment and budget, a line a row, a band over seeds.
+    """Draw accuracy by round, with a panel for each experiment and budget and a line for each row.
 
-    The band is the mean ± the standard deviation. A row without budgets is in every panel.
+    The band is the mean ± the standard deviation over seeds. A row without budgets is in every panel.
     """
     across, down = len(sections[0].budgets), len(sections)
     figure = Figure(figsize=(5.2 * across, 3.9 * down), layout="constrained")
@@ -54,10 +54,11 @@ def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
 
 
 def draw_terms(sections: Sequence[Section], file: Path) -> Path:
-    """Draw the theory's terms by round: a line of panels an experiment and term, as `draw_accuracy`.
+    """Draw the theory's terms by round, with a row of panels for each experiment and term.
 
-    Means over seeds, on a logarithmic scale that ends in zero, where bands would hide the lines. Nothing
-    is drawn where a term is not known: E1 needs a probe of gradient norms.
+    Panels are those of `draw_accuracy`. Lines are means over seeds on a logarithmic scale that ends in
+    zero, on which bands would hide the lines. A term that is unknown is not drawn: E1 needs a probe of
+    gradient norms.
     """
     across, down = len(sections[0].budgets), len(sections) * len(TERM_TITLES)
     figure = Figure(figsize=(5.2 * across, 3.4 * down), layout="constrained")
@@ -80,13 +81,13 @@ def draw_terms(sections: Sequence[Section], file: Path) -> Path:
             over_rounds(axes)
     drawn = {line.get_label(): line for axes in panels.flat for line in axes.lines}
     rows = [row for row in sections[0].rows if row in drawn]
-    # Beside the panels: lines that end in zero lie where a legend would.
+    # The legend is beside the panels, since lines that end in zero fill the place inside.
     figure.legend([drawn[row] for row in rows], rows, loc="outside right upper", fontsize=9)
     return save_picture(figure, file, dpi=120)
 
 
 def look(number: int) -> tuple[tuple[float, ...], str, str]:
-    """Return colour, line and filling by which a row is known in all pictures."""
+    """Return the colour, line style and fill of a row, the same in all pictures."""
     again, color = divmod(number, len(COLORS))
     return COLORS[color], STYLES[again % len(STYLES)], FILLS[again % len(FILLS)]
 
@@ -103,12 +104,12 @@ def _curve(
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the rounds that every run has a value of, with mean and standard deviation over runs.
+    """Return the rounds for which every run has a value, with mean and standard deviation over runs.
 
     Parameters
     ----------
     curves : Sequence[Sequence[tuple[int, float]]]
-        Rounds and values, a curve a run.
+        The rounds and values of each run.
 
     Returns
     -------
@@ -123,10 +124,10 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
-    """Draw final accuracy against the run's uplink: a panel an experiment, a point an entry.
+    """Draw final accuracy against the run's uplink, with a panel for each experiment.
 
-    Means over seeds, with bars of a standard deviation. The line joins entries that none beats in both
-    (the Pareto front).
+    Each entry is a point, with its mean over seeds and a bar of one standard deviation. The line joins
+    the Pareto front: the entries that no other entry beats in both.
     """
     figure = Figure(figsize=(6.4 * len(sections), 4.6), layout="constrained")
     for section, axes in zip(
@@ -165,7 +166,7 @@ def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (cost, score) than which none is cheaper and scores as much, cheapest first."""
+    """Return the points (cost, score) that no cheaper point equals in score, cheapest first."""
     front: list[tuple[float, float]] = []
     for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or score > front[-1][1]:

@@ -1,4 +1,4 @@
-"""The figures of runs, recomputed from their folders, and how a comparison arranges them."""
+"""The figures of runs, recomputed from their folders, and their arrangement in a comparison."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUMS = (*TRAFFIC, "flops", "flops_probe", "seconds")
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What a completed run came to: sums over its lines, not what its summary says.
+    """The figures of a completed run, computed from the lines of its files and not from its summary.
 
     Attributes
     ----------
@@ -31,31 +31,31 @@ class RunFigures:
     seed : int
     rounds : int
     curve : tuple[tuple[int, float], ...]
-        Rounds and test accuracies in [0, 1]; round 0 is the model as it came.
+        Rounds and test accuracies in [0, 1]; round 0 is the model before training.
     loss : float
         Test cross-entropy after the last round that was evaluated; NaN without any.
     bytes_up, bytes_down : int
-        Over the run, with each client a device of its own.
+        Bytes of the whole run, as if each client were a separate device.
     bytes_full_up, bytes_full_down : int
-        What sending the whole model would have taken.
+        Bytes of the whole run if the full model were sent each time.
     flops, flops_probe : float
-        Of all clients' training, and of their probes; counted, see `layerfed.client.flops`.
+        FLOPs of all clients' training, and of their probes; counted, see `layerfed.client.flops`.
     updates : int
-        Updates that the server averaged: clients times rounds, less what failed.
+        Number of updates that the server averaged: clients times rounds, less failures.
     seconds : float
-        Of the rounds, by the server's clock.
+        Duration of all rounds, by the server's clock.
     steps, train_seconds : float
-        Local steps of all clients, and the time that these took by the clients' own clocks; 0 where
-        clients do not say, as private ones.
+        Local steps of all clients, and their duration by the clients' own clocks; 0 if clients do not
+        state them, as under differential privacy.
     peak_memory, peak_memory_probe : float
-        The most bytes a client stated, in training and in the probe, see `RoundRecord`.
+        The most bytes that a client stated, in training and in the probe, see `RoundRecord`.
     terms : Mapping[str, tuple[tuple[int, float], ...]]
-        E1, E2 and the part of E2 that masks are to blame for, by their keys in metrics.jsonl: rounds
-        and estimates, where there are any (`layerfed.server.theory`).
+        E1, E2 and the part of E2 that comes from masks, by their keys in metrics.jsonl: rounds and
+        estimates, for rounds that have any (`layerfed.server.theory`).
     engine, device, torch, layerfed : str
-        What the run was made on and with; figures of costs of others are not comparable.
+        The run's hardware and software; costs of runs that differ in them cannot be compared.
     accounted : PaperCosts
-        What the run costs in the paper's accounting.
+        Costs of the run in the paper's accounting.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ class RunFigures:
         Raises
         ------
         OSError, ValueError, KeyError
-            If a file of it is missing or damaged.
+            If one of its files is missing or damaged.
         """
         summary, config, layers = (
             read_json(folder / f"{name}.json") for name in ("summary", "config", "layers")
@@ -104,7 +104,7 @@ class RunFigures:
             curve = [(0, summary["initial_accuracy"]), *curve]
 
         def stated(key: str) -> list[float]:
-            # Runs of earlier versions lack some.
+            # Runs of earlier versions lack some keys.
             return [row[key] for row in metrics if key in row]
 
         return cls(
@@ -139,17 +139,17 @@ class RunFigures:
 
     @property
     def e1(self) -> float:
-        """Mean over rounds of E1's estimates; NaN where there is none."""
+        """Mean of E1's estimates over rounds; NaN without any."""
         return self._term("e1")
 
     @property
     def e2(self) -> float:
-        """Mean over rounds of E2's estimates; NaN where there is none."""
+        """Mean of E2's estimates over rounds; NaN without any."""
         return self._term("e2")
 
     @property
     def e2_masks(self) -> float:
-        """Mean over rounds of what masks are to blame for of E2; NaN where there is none."""
+        """Mean over rounds of the part of E2 that comes from masks; NaN without any."""
         return self._term("e2_masks")
 
     def _term(self, key: str) -> float:
@@ -158,7 +158,7 @@ class RunFigures:
 
     @property
     def best_accuracy(self) -> float:
-        """The best of all rounds; NaN without any."""
+        """The best accuracy of all rounds; NaN without any."""
         return max((accuracy for _, accuracy in self.curve), default=float("nan"))
 
 
@@ -166,7 +166,7 @@ def _accounted(
     config: Mapping[str, Any], layers: Mapping[str, Any], selections: Sequence[Mapping[str, Any]]
 ) -> PaperCosts:
     blocks = [layer for layer in layers["layers"] if layer["kind"] == "block"]
-    # Nominal, as the paper's: a client with fewer examples than a batch makes smaller steps.
+    # A nominal number, as in the paper: a client with fewer examples than a batch makes smaller steps.
     examples = config["train.local-steps"] * config["train.batch-size"]
     return paper_costs(
         np.concatenate([np.asarray(row["masks"], dtype=bool) for row in selections]),
@@ -189,12 +189,12 @@ class Section:
     budgets : Sequence[str]
         Titles of the columns.
     runs : Mapping[tuple[str, str | None], Sequence[RunFigures]]
-        Completed runs of each entry that exists, by row and budget's title; with None for a budget,
-        those of a row that keeps to none.
+        Completed runs of each entry that exists, by row and budget's title. The budget is None for a row
+        without budgets.
     seeds : int
-        How many runs a complete entry has.
+        Number of runs of a complete entry.
     paper : Mapping[str, Sequence[float]]
-        Published accuracies in %, by row: one a budget, or one for a row without budgets.
+        Published accuracies in %, by row: one for each budget, or one for a row without budgets.
     paper_costs : Mapping[str, Mapping[str, float]]
         Published costs by row and column.
     """
@@ -208,11 +208,11 @@ class Section:
     paper_costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def within_budget(self, row: str) -> bool:
-        """Whether a row keeps to budgets."""
+        """Return whether a row has budgets."""
         return (row, None) not in self.runs
 
     def entry(self, row: str, budget: str) -> Sequence[RunFigures] | None:
-        """Return the completed runs of an entry; None where the entry does not exist."""
+        """Return the completed runs of an entry, or None if the entry does not exist."""
         return self.runs.get((row, budget if self.within_budget(row) else None))
 
     def published(self, row: str, budget: str) -> float | None:
@@ -224,6 +224,6 @@ class Section:
         return None if np.isnan(found) else float(found)
 
     def first(self, row: str) -> Sequence[RunFigures]:
-        """Return a row's runs at the first budget at which it has any."""
+        """Return a row's runs at the first budget for which it has any."""
         entries = (self.entry(row, budget) for budget in self.budgets)
         return next((entry for entry in entries if entry), ())

@@ -1,12 +1,12 @@
-"""What a run costs as the paper counts [S, Table 3], beside what was measured.
+"""The costs of a run in the paper's accounting [S, Table 3].
 
-The paper counts a selected layer as its share of the whole model and nothing else: not the forward pass
-through frozen layers, not the gradient's way down to the lowest selected layer, not the head, and no
-downlink. Its printed figures follow from this to their last digit but one [I]: full fine-tuning of CLIP
+The paper counts a selected layer as its share of the whole model. It does not count the forward pass
+through frozen layers, the gradient's way down to the lowest selected layer, the head, or the downlink.
+Its printed figures follow from this rule to their last digit but one [I]. Full fine-tuning of CLIP
 ViT-B/32 in five steps of 64 images is 3 × 8.818 GFLOPs × 320 = 8.47 TFLOPs a client and round (forward,
-and backward as twice forward), its 87.85 million float32 parameters are 2,811 Mbit, and one of twelve
-layers is a twelfth of each: 0.71 TFLOPs and 234 Mbit. How its FLOPs of selection (1.51, and 0.30 on one
-batch) come about is not known; here they are those that probes were counted to take.
+and backward as twice forward). Its 87.85 million float32 parameters are 2,811 Mbit. One of twelve layers
+is a twelfth of each: 0.71 TFLOPs and 234 Mbit. The rule behind the paper's FLOPs of selection (1.51, and
+0.30 on one batch) is not known; here the probes' counted FLOPs are used.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 
 __all__ = ["PaperCosts", "paper_costs"]
 
-# Forward, and backward as twice forward.
+# One forward pass, and a backward pass that counts as two.
 PASSES = 3
 
 
 @dataclass(frozen=True)
 class PaperCosts:
-    """Training of one client in one round, by the paper's rule.
+    """The costs of one client's training in one round, by the paper's rule.
 
     Attributes
     ----------
     flops : float | None
-        None where clients train by epochs, so that no number of examples is the same for all.
+        None if clients train by epochs, since clients then train on different numbers of examples.
     bytes_up : float
     """
 
@@ -45,24 +45,24 @@ def paper_costs(
     model_bytes: float,
     examples: int | None,
 ) -> PaperCosts:
-    """Apply the paper's rule to measured figures: share of the selected layers × whole model.
+    """Return costs by the paper's rule: the selected layers' share of the whole model's costs.
 
-    A client's share is Σ_l m(l) c_l / Σ_l c_l over the selectable layers [S, Table 3, I], with c_l the
-    layer's FLOPs or bytes; a client that trains all of them counts as the whole model.
+    A client's share is Σ_l m(l) c_l / Σ_l c_l over the blocks [S, Table 3, I], with c_l the block's
+    FLOPs or bytes. A client that trains all blocks counts as the whole model.
 
     Parameters
     ----------
     masks : numpy.ndarray
         m_i of every client and round, shape (n, L).
     layer_flops : numpy.ndarray
-        FLOPs of one example's forward pass through each selectable layer, shape (L,).
+        FLOPs of one example's forward pass through each block, shape (L,).
     model_flops : float
-        The same through the whole model.
+        FLOPs of one example's forward pass through the whole model.
     layer_bytes : numpy.ndarray
-        Shape (L,).
+        Size of each block, shape (L,).
     model_bytes : float
     examples : int, optional
-        Examples that a client trains on in a round.
+        Number of examples that a client trains on in a round.
 
     Returns
     -------

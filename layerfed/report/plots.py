@@ -1,4 +1,4 @@
-"""The pictures of a run: accuracy per round, which layers were trained when, and what held it back."""
+"""The pictures of a run: accuracy per round, the layers trained in each round, and the error terms."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from layerfed.runs.files import read_json, read_lines
 
 __all__ = ["draw_run", "over_rounds", "save_picture", "selection_shares"]
 
-# The terms of `layerfed.server.theory` in metrics.jsonl: what each is called, and its colour.
+# The terms of `layerfed.server.theory` in metrics.jsonl, each with its label and colour.
 TERMS = {
-    "e1": (r"$\hat E_1$: layers nobody trains", "#c05a1a"),
-    "e2": (r"$\hat E_2$: clients that differ", "#1f5fa8"),
-    "e2_masks": (r"of it by the masks", "#7fb0dd"),
+    "e1": (r"$\hat E_1$: layers that no client trains", "#c05a1a"),
+    "e2": (r"$\hat E_2$: differences between clients", "#1f5fa8"),
+    "e2_masks": (r"part of $\hat E_2$ from masks", "#7fb0dd"),
 }
 
 
@@ -43,24 +43,25 @@ def over_rounds(axes: Axes) -> None:
 
 
 def selection_shares(rows: list[dict[str, Any]]) -> np.ndarray:
-    """Return the share of a round's clients that updated each layer, shape (rounds, L).
+    """Return the share of a round's clients that updated each block, shape (rounds, L).
 
-    Not all that clients train comes to an update of the global model: replies fail, and `fedtlu` leaves
-    layers out afterwards.
+    A layer that a client trains need not be updated: replies fail, and `fedtlu` leaves layers out
+    afterwards.
     """
     tables = (np.asarray(row.get("updated", row["masks"]), dtype=float) for row in rows)
     return np.array([table.mean(axis=0) for table in tables])
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """Draw a run folder's pictures from its files; return their paths.
+    """Draw a run folder's pictures from its files and return their paths.
 
-    `accuracy.png` and `layers.png`, and `theory.png` where a term of `layerfed.server.theory` is known.
+    The pictures are `accuracy.png` and `layers.png`, and `theory.png` if a term of
+    `layerfed.server.theory` is known.
 
     Raises
     ------
     OSError, ValueError
-        If it is no run folder, one of its files is damaged, or no round was finished.
+        If the folder is no run folder, one of its files is damaged, or no round was finished.
     """
     summary = read_json(folder / "summary.json")
     lines = [folder / "metrics.jsonl", folder / "selection.jsonl"]
@@ -110,7 +111,7 @@ def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
     for key, (label, color) in TERMS.items():
         rows = [row for row in metrics if row.get(key) is not None]
         if key == "e2_masks" and all(row[key] == row["e2"] for row in rows):
-            continue  # where every client takes part, it would hide the whole
+            continue  # if every client takes part, it equals E2 and would hide it
         axes.plot(
             [row["round"] for row in rows],
             [row[key] for row in rows],
@@ -130,7 +131,7 @@ def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
 
 
 def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
-    """Draw who trained what and, where a probe was made, the gradient norms behind the choice."""
+    """Draw the layers that were trained and, if probed, the gradient norms behind the choice."""
     names = selections[0]["layers"]
     probed = any("grad_norm_sq" in row["statistics"] for row in selections)
     height = min(max(2.8, 0.24 * len(names) + 1.3), 14)
@@ -151,7 +152,7 @@ def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
     axes[0].set_yticks(range(0, len(names), step), names[::step], fontsize=8)
     axes[0].set(ylabel="layer (input at the bottom)")
     if probed:
-        # Rounds without a probe stay blank.
+        # Rounds without a probe are blank.
         unknown = [[np.nan] * len(names)]
         tables = [row["statistics"].get("grad_norm_sq", unknown) for row in selections]
         norms = [np.mean(table, axis=0) for table in tables]

@@ -1,4 +1,4 @@
-"""A run's figures as a table."""
+"""The table of a run's final figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run folder, checkpoints, and the observers that fill them and show progress."""
+"""The run folder, its checkpoints, and the observers that write them and show progress."""
 
 from layerfed.runs.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from layerfed.runs.files import NotWritten, lock, read_lines

@@ -1,13 +1,13 @@
-"""Checkpoints: what a run needs to go on as if it had never stopped.
+"""Checkpoints, from which a run continues as if it had never stopped.
 
-A checkpoint is a folder `checkpoint/round-000012` in the run folder, written beside its place, flushed
-to the disk and renamed, so that whatever kills a run leaves the last one whole. It holds
+A checkpoint is a folder `checkpoint/round-000012` in the run folder. It is written beside its place,
+flushed to the disk and renamed, so that the last checkpoint is whole however a run is killed. It holds
 
 - `layers.safetensors`: tensors of the layers that differ from the pretrained base;
 - `state.safetensors`: arrays of the server's optimiser and of the strategy, by name;
 - `state.json`: round, fingerprint of the base, the run's token, and a digest of each file.
 
-Random draws need no state: each has a seed of its own, from purpose, round and client.
+Random draws need no state, since each has its own seed from purpose, round and client.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Checkpoint:
     Attributes
     ----------
     round : int
-        The last round that is part of it.
+        The last finished round.
     base : str
         Fingerprint of the pretrained base.
     run_token : str
-        The name under which clients remember something of this run.
+        The key under which clients keep their own state of this run.
     layers : Mapping[str, numpy.ndarray]
         Tensors of changed layers, by tensor name.
     state : Mapping[str, numpy.ndarray]
-        What the server's optimiser and the strategy remember, by name.
+        The state of the server's optimiser and of the strategy, by name.
     """
 
     round: int
@@ -60,9 +60,9 @@ class Checkpoint:
 
 
 class Checkpoints(Observer):
-    """Writes a checkpoint after every k-th round, and after the last.
+    """An observer that writes a checkpoint after every k-th round, and after the last.
 
-    One that cannot be written is a warning: the run and its older checkpoints go on.
+    If a checkpoint cannot be written, it logs a warning. The run continues, and older checkpoints stay.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class Checkpoints(Observer):
     every : int
         k.
     keep : int
-        How many are kept.
+        The number of checkpoints to keep.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Checkpoints(Observer):
         self._rounds = rounds
 
     def on_round(self, record: RoundRecord) -> None:
-        """Write a checkpoint, where one is due."""
+        """Write a checkpoint, if one is due."""
         if record.round % self._every and record.round != self._rounds:
             return
         try:
@@ -96,12 +96,12 @@ class Checkpoints(Observer):
 
 
 def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`; return its folder.
+    """Write a checkpoint, delete all but the newest `keep`, and return its folder.
 
     Raises
     ------
     OSError
-        If the disk is full or cannot be written; older checkpoints are untouched then.
+        If the disk is full or cannot be written. Older checkpoints stay then.
     """
     root = run_folder / FOLDER
     place = root / f"round-{checkpoint.round:06d}"
@@ -129,7 +129,7 @@ def _fill(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, or None; damaged ones are passed over, saying so."""
+    """Return the newest whole checkpoint, or None; log a warning for each damaged one."""
     for folder in _found(run_folder):
         try:
             return _read(folder)
@@ -139,7 +139,7 @@ def latest_checkpoint(run_folder: Path) -> Checkpoint | None:
 
 
 def _found(run_folder: Path) -> list[Path]:
-    """Return the folders of checkpoints, newest first."""
+    """Return the checkpoints' folders, newest first."""
     return sorted((run_folder / FOLDER).glob("round-*"), reverse=True)
 
 

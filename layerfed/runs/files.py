@@ -1,4 +1,4 @@
-"""Files of a run folder: whatever happens while one is written, what was there before is there still."""
+"""Write and read a run folder's files; a failed write leaves the previous content unchanged."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class NotWritten(Failed):
     def __init__(self, file: Path, error: Exception) -> None:
         self.reason = getattr(error, "strerror", None) or str(error)
         super().__init__(
-            f"{file} cannot be written: {self.reason}; mend that, and go on with --resume {file.parent}"
+            f"{file} cannot be written: {self.reason}; mend that, and resume with --resume {file.parent}"
         )
 
 
 def lock(folder: Path) -> FileLock:
-    """Take a run folder for this process, until the lock is released or the process has ended.
+    """Lock a run folder for this process, until the lock is released or the process has ended.
 
-    A ServerApp may outlive the SuperLink that started it for a while: were the run resumed meanwhile,
-    two would write.
+    A ServerApp may outlive the SuperLink that started it for a while. If the run were resumed meanwhile,
+    two processes would write to the folder.
 
     Raises
     ------
     ConfigError
-        If another process has it, or it is no folder.
+        If another process holds the lock, or the path is no folder.
     """
     if not folder.is_dir():
         raise ConfigError(f"run.resume = '{folder}' is no run folder of this machine")
@@ -56,7 +56,7 @@ def lock(folder: Path) -> FileLock:
         taken.acquire()
     except Timeout:
         raise ConfigError(
-            f"run.resume = '{folder}' is being written by a run that goes on; wait for its end"
+            f"run.resume = '{folder}' is being written by a run; wait for its end"
         ) from None
     return taken
 
@@ -79,12 +79,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read a `.jsonl` file; a last line cut short by a crash is left out.
+    """Read a `.jsonl` file, without a last line that a crash cut short.
 
     Raises
     ------
     ValueError
-        If a line before the last is damaged: then it was not a crash.
+        If a line before the last is damaged, which a crash cannot explain.
     """
     rows: list[dict[str, Any]] = []
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -103,11 +103,11 @@ def append_line(file: Path, *rows: Mapping[str, Any]) -> None:
     Raises
     ------
     NotWritten
-        If it cannot be written.
+        If the line cannot be written.
     """
     rest = memoryview("".join(json.dumps(row) + "\n" for row in rows).encode())
     try:
-        # Without a buffer, which would be tried again when the file is closed.
+        # There is no buffer, since closing the file would try to write a buffer again.
         with file.open("ab", buffering=0) as stream:
             size = stream.tell()
             try:
@@ -122,36 +122,36 @@ def append_line(file: Path, *rows: Mapping[str, Any]) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a `.json` file in place of what is there.
+    """Write a `.json` file, replacing the old one.
 
     Raises
     ------
     NotWritten
-        If it cannot be written.
+        If the file cannot be written.
     """
     with _written(file) as beside:
         beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a `.jsonl` file in place of what is there.
+    """Write a `.jsonl` file, replacing the old one.
 
     Raises
     ------
     NotWritten
-        If it cannot be written.
+        If the file cannot be written.
     """
     with _written(file) as beside:
         beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a `.safetensors` file in place of what is there.
+    """Write a `.safetensors` file, replacing the old one.
 
     Raises
     ------
     NotWritten
-        If it cannot be written.
+        If the file cannot be written.
     """
     with _written(file) as beside:
         save_tensors(beside, tensors)

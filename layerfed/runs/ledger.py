@@ -1,4 +1,4 @@
-"""The bytes that were carried, by client and direction."""
+"""The ledger: bytes carried in a round, by client and direction."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Traffic:
     Attributes
     ----------
     down, up : int
-        What a network would have carried, with each client a device of its own.
+        Bytes that a network would have carried if each client were a separate device.
     moved_down, moved_up : int
-        What really went from process to process in messages.
+        Bytes that messages carried from process to process.
     full_down, full_up : int
-        What sending the whole model each way would have taken: once a client and round, with no probe.
+        Bytes of sending the whole model once a client and round each way, without a probe.
     """
 
     down: int = 0
@@ -41,13 +41,13 @@ class Traffic:
 
 
 class Ledger:
-    """The traffic of one round, by client (partition id)."""
+    """The traffic of one round, by client (its partition id)."""
 
     def __init__(self) -> None:
         self.rows: dict[int, Traffic] = defaultdict(Traffic)
 
     def __getitem__(self, client: int) -> Traffic:
-        """Return a client's traffic, to be added to."""
+        """Return a client's traffic; callers add to it."""
         return self.rows[client]
 
     def total(self) -> Traffic:

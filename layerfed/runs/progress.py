@@ -1,4 +1,4 @@
-"""Showing a run while it goes on: a live line in a terminal, a log line a round elsewhere."""
+"""Observers that show a run's progress: a live line in a terminal, else one log line a round."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["LogLines", "ProgressLine"]
 
 
 def _privacy(record: RoundRecord) -> str:
-    """Return what a run has spent of privacy, to be appended to a line; empty where it promises none."""
+    """Return the end of a progress line with a run's ε; empty without differential privacy."""
     return "" if record.epsilon is None else f", ε {record.epsilon:.3g}"
 
 
@@ -37,20 +37,20 @@ def _percent(share: float | None) -> str:
 
 
 class LogLines(Observer):
-    """One line a round in Flower's log, for `flwr run` and for real federations."""
+    """An observer that logs one line a round in Flower's log, for `flwr run` and real federations."""
 
     def __init__(self) -> None:
         self._rounds = self._done = 0
         self._began = time.monotonic()
 
     def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Log how the model scores to begin with."""
+        """Log the model's accuracy at the start."""
         self._rounds, self._done, self._began = rounds, done, time.monotonic()
         when = f"after round {done}" if done else "before the first round"
         log(INFO, "accuracy %s: %s", when, _percent(accuracy))
 
     def on_round(self, record: RoundRecord) -> None:
-        """Log the round's figures and the time left."""
+        """Log the round's figures and the remaining time."""
         passed = time.monotonic() - self._began
         log(
             INFO,
@@ -70,9 +70,9 @@ class LogLines(Observer):
 
 
 class ProgressLine(Observer):
-    """A live line with round, phase, accuracy and remaining time.
+    """An observer that shows a live line with round, phase, accuracy and remaining time.
 
-    Where standard error is no terminal, each round is one plain line instead.
+    If standard error is no terminal, it prints one plain line for each round.
     """
 
     def __init__(self, console: Console) -> None:
@@ -103,7 +103,7 @@ class ProgressLine(Observer):
         self._progress.stop()
 
     def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Take the number of rounds, those done already, and the first accuracy."""
+        """Take the number of rounds, the number of finished ones, and the first accuracy."""
         self._rounds = rounds
         self._progress.update(self._task, total=rounds, completed=done, accuracy=_percent(accuracy))
 

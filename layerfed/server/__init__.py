@@ -1,1 +1,1 @@
-"""The server's half of a round: who takes part, what is asked, what comes of the replies."""
+"""The server's half of a round: the cohort, the instructions, and the use of the replies."""

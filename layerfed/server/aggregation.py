@@ -1,4 +1,4 @@
-"""From the updates of a round to one update a layer.
+"""Combine the updates of a round into one update for each layer.
 
 =============== ======================================================== ==========================
 rule            update of layer l, over the k clients that trained it    memory, besides the model
@@ -9,15 +9,15 @@ rule            update of layer l, over the k clients that trained it    memory,
                 ⌊β k⌋ largest
 =============== ======================================================== ==========================
 
-The mean is the paper's, and streams: a reply is folded in and can be dropped at once, and the weights
-need not be known before the last reply. The order in which replies arrive moves its sum by 10⁻¹⁶ of its
-size: in the float32 model that is at most the rounding of the last bit, and in nearly every element
-nothing.
+The mean is the paper's, and streams: each update is added to a sum and can be freed at once, and the
+weights need not be known before the last reply. The order of replies changes the sum by 10⁻¹⁶ of its
+size. In the float32 model that is at most the rounding of the last bit, and nothing in nearly every
+element.
 
-The other two are those of Yin et al. (2018). As long as fewer than half of a layer's clients lie (with
-the trimmed mean, at most ⌊β k⌋), each element stays between values that honest clients sent. They take
-no weights, since a weight is a claim: a client that states a large d_i would be a majority by itself.
-What they give does not depend on the order of replies at all.
+The other two rules are those of Yin et al. (2018). If fewer than half of a layer's clients lie (with
+the trimmed mean, at most ⌊β k⌋), each element stays between values that honest clients sent. These
+rules take no weights, since a client states its own weight: one with a large d_i would be a majority by
+itself. Their result does not depend on the order of replies.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ __all__ = [
 ]
 
 PIECE = 2**15
-# Elements of the table in which the clients' values of a few elements stand side by side.
+# Size of the table in which the clients' values of some elements are put side by side and sorted.
 TABLE = 2**18
 
 
 class Aggregator(ABC):
-    """Takes a round's updates in and gives one for each layer.
+    """A rule that combines a round's updates into one for each layer.
 
     Parameters
     ----------
     layers : LayerMap
-        How the model falls into layers.
+        The split of the model into layers.
     trim : float (default: 0.1)
         β, the share of the clients that a trimmed mean leaves out at either end.
     """
@@ -62,19 +62,19 @@ class Aggregator(ABC):
         self._layers = layers
         self.trim = trim
         self.weights: dict[str, int] = {}
-        """Σ d_j over the clients that trained each layer, whether the rule weighs by it or not."""
+        """Σ d_j over the clients that trained each layer, also for rules without weights."""
 
     def add(
         self, trained: Iterable[str], update: Mapping[str, np.ndarray], examples: int
     ) -> dict[str, float]:
-        """Take in one client's update; return ‖Δ_{i,l}‖² of each layer, over its parameters.
+        """Add one client's update and return ‖Δ_{i,l}‖² of each layer, over its parameters.
 
         Parameters
         ----------
         trained : Iterable[str]
             Names of the layers this client trained, the head included.
         update : Mapping[str, numpy.ndarray]
-            Δ_i of every tensor of those layers. They may be kept as they are, so they must not change.
+            Δ_i of every tensor of those layers. The rule may keep the arrays, so they must not change.
         examples : int
             d_i, the client's number of training examples.
         """
@@ -86,7 +86,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
-        """Take in one layer of an update; return its squared norm."""
+        """Add one layer of an update and return its squared norm."""
 
     @property
     def sums(self) -> Mapping[str, np.ndarray]:
@@ -99,7 +99,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def norm_sq(self, layer: str) -> float | None:
-        """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters; None where no w_{i,l} exist."""
+        """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters, or None if there are no weights."""
 
     @abstractmethod
     def pop(self, layer: str) -> dict[str, np.ndarray]:
@@ -129,14 +129,11 @@ class MaskedMean(Aggregator):
         return square / examples**2
 
     def _add(self, total: np.ndarray, delta: np.ndarray, examples: int) -> float:
-        """Add d_i·Δ to a sum, a piece at a time, so that the product never leaves the processor's cache.
-
-        Returns its squared norm.
-        """
+        """Add d_i·Δ to a sum, in pieces that fit into the processor's cache; return ‖Δ‖²."""
         norm_sq = 0.0
         for place, piece in zip(pieces(total, PIECE), pieces(delta, PIECE), strict=True):
             term = self._term[: piece.size]
-            # Exact in float64: 24 bits of mantissa times at most 29 bits of count.
+            # The product is exact in float64: 24 bits of mantissa times at most 29 bits of count.
             np.multiply(piece, examples, out=term, dtype=np.float64)
             place += term
             # Not BLAS: it would wake threads for a piece this small.
@@ -162,13 +159,13 @@ class MaskedMean(Aggregator):
 
 
 class TrimmedMean(Aggregator):
-    """Each element's mean over the clients that trained its layer, without either end.
+    """Each element's mean over the clients that trained its layer, without the extreme values.
 
-    Of k clients the ⌊β k⌋ smallest and the ⌊β k⌋ largest values are left out, element by element. Where
-    that is nobody (k < 1/β) it is the plain mean: a layer of one client is what that client says.
+    Of k clients the ⌊β k⌋ smallest and the ⌊β k⌋ largest values are left out, element by element. If
+    ⌊β k⌋ = 0 (k < 1/β), the result is the plain mean, so a layer of one client is that client's update.
 
-    Updates are kept as they arrived until the layer is asked for, after the last reply; then the values
-    of a few elements at a time are sorted, so that there is no second copy of them all.
+    Updates are kept until the layer is read, after the last reply. The values of a limited number of
+    elements are then sorted at a time, so there is never a second copy of all updates.
     """
 
     def __init__(self, layers: LayerMap, trim: float = 0.1) -> None:
@@ -177,8 +174,8 @@ class TrimmedMean(Aggregator):
         self._results: dict[str, np.ndarray] = {}
 
     def cut(self, clients: int) -> int:
-        """Return how many of so many values are left out at either end."""
-        # A product like 0.29 · 100 falls short of the number it means.
+        """Return the number of values to leave out at either end, given the number of clients."""
+        # A product like 0.29 · 100 is slightly below the whole number that is meant.
         return min(int(self.trim * clients + 1e-9), (clients - 1) // 2)
 
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
@@ -210,7 +207,7 @@ class TrimmedMean(Aggregator):
         return [self._result(name) for name in self._layers[layer].parameters]
 
     def norm_sq(self, layer: str) -> None:
-        """Return None: elements of one layer come from different clients."""
+        """Return None, since elements of one layer come from different clients."""
         return
 
     def pop(self, layer: str) -> dict[str, np.ndarray]:
@@ -221,14 +218,14 @@ class TrimmedMean(Aggregator):
 
 
 class Median(TrimmedMean):
-    """Each element's median over the clients that trained its layer: a mean trimmed to the middle.
+    """Each element's median over the clients that trained its layer, as a fully trimmed mean.
 
-    Of an even number of clients it is the mean of the two middle values. A layer of one or two clients
-    is hence averaged as it is, without weights: there is no majority to ask.
+    For an even number of clients it is the mean of the two middle values. The update of a layer of one
+    or two clients is therefore their plain mean, without weights: there is no majority.
     """
 
     def cut(self, clients: int) -> int:
-        """Return how many of so many values are left out at either end: all but one or two."""
+        """Return the number of values to leave out at either end, so that one or two values remain."""
         return (clients - 1) // 2
 
 
@@ -254,9 +251,9 @@ class Aggregation:
     trim: float = 0.1
 
     def begin(self, layers: LayerMap) -> Aggregator:
-        """Return what takes one round's updates in."""
+        """Return the aggregator for one round's updates."""
         return AGGREGATIONS[self.rule](layers, self.trim)
 
 
 WEIGHTED_MEAN = Aggregation()
-"""The paper's."""
+"""The paper's rule."""

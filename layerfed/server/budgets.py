@@ -1,4 +1,4 @@
-"""What each client can afford: R_i of the constraint Σ_l c_l m_i(l) ≤ R_i."""
+"""Clients' budgets: R_i of the constraint Σ_l c_l m_i(l) ≤ R_i."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Budgets:
     ----------
     config : BudgetConfig
         `identical`: R for all. `half-normal`: R_i = min + |N(0, σ²)| with σ = (max − min)/2, drawn
-        again while above max, whole when the unit is layers [S names the distribution and its bounds;
-        σ is ours]. `per-node`: what the node's own configuration states.
+        again while above max, and whole if the unit is layers ([S] names the distribution and its
+        bounds; σ is LayerFed's choice). `per-node`: the budget in the node's own configuration.
     costs : numpy.ndarray | None
-        c_l, shape (L,), the same for all; None where each client states what it measured.
+        c_l, the same for all clients, shape (L,); None if each client states measured costs.
     seed : int
-        The run's seed; a client's budget depends on it and on the client's partition id only.
+        The run's seed. A client's budget depends only on it and on the client's partition id.
     kept : bool (default: True)
-        Whether the run's strategy keeps to budgets. For one that does not, any will do.
+        Whether the run's strategy respects budgets. If not, every budget is accepted.
 
     Raises
     ------
     ConfigError
-        If a budget exceeds the cost of all layers, is below the cheapest layer, or where whole
-        budgets are drawn between bounds that are not.
+        If a budget exceeds the cost of all blocks or is below the cheapest block, or if whole budgets
+        are drawn between bounds that are not whole.
     """
 
     def __init__(
@@ -56,7 +56,10 @@ class Budgets:
             raise ConfigError(problem[1])
 
     def _problem(self, costs: np.ndarray, depth: np.ndarray) -> tuple[str, str] | None:
-        """Say whether budgets afford everything ("above") or nothing ("below"), and in what words."""
+        """Return "above" if a budget exceeds the whole model, "below" if it affords no block, or None.
+
+        Each comes with a message.
+        """
         if not self._kept:
             return None
         config = self.config
@@ -79,7 +82,7 @@ class Budgets:
         return None
 
     def costs_of(self, client: Description) -> tuple[np.ndarray, np.ndarray]:
-        """Return c_l and D_l of one client, shape (L,) each; D is zero for units that just add up.
+        """Return c_l and D_l of one client, shape (L,) each; D is zero for additive units.
 
         Raises
         ------
@@ -96,23 +99,23 @@ class Budgets:
         return np.array(client.costs), np.array(client.depth_costs)
 
     def check_stated(self, client: Description) -> None:
-        """Refuse a client that does not state what these budgets need of it.
+        """Refuse a client whose description lacks something that these budgets need.
 
         Raises
         ------
         ConfigError
-            If that is a budget of its own, or measured costs.
+            If its own budget or its measured costs are missing.
         """
         self.of(client)
         self.costs_of(client)
 
     def check_measured(self, clients: Iterable[Description]) -> None:
-        """Refuse budgets that do not fit what clients measured; nothing to do for other units.
+        """Refuse budgets that do not fit the costs that clients measured, in measured units.
 
         Raises
         ------
         ConfigError
-            If every client could train the whole model, or none could train a single layer.
+            If every client could train the whole model, or no client could train a single block.
         """
         if self.costs is not None:
             return
@@ -122,7 +125,7 @@ class Budgets:
             raise ConfigError(first[1])
 
     def of(self, client: Description) -> float:
-        """Return R_i of one client: what the run gives it, or what its node affords where that is less.
+        """Return R_i of one client: the smaller of the run's budget and its node's own.
 
         Raises
         ------
@@ -153,7 +156,7 @@ class Budgets:
 
     @classmethod
     def identical(cls, limit: float, layers: LayerMap) -> Budgets:
-        """Return a budget of so many layers for every client."""
+        """Return budgets of `limit` layers for every client."""
         return cls(BudgetConfig(layers=limit), layer_costs(layers), seed=0)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The server's model: the pretrained base plus the layers that have changed since."""
+"""The global model on the server: the pretrained base and the layers that have changed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["GlobalModel"]
 class GlobalModel:
     """The global model as versioned layers.
 
-    Only layers that differ from the base are ever put into a message, and every message shares the one
-    copy that aggregation and evaluation read too.
+    Messages carry only layers that differ from the base, and all messages share the one copy that
+    aggregation and evaluation read.
 
     Parameters
     ----------
     layers : LayerMap
-        How the model falls into layers.
+        The split of the model into layers.
     arrays : flwr.app.ArrayRecord
-        The base: every tensor of every layer, by state-dict name (others are ignored).
+        The base: every tensor of every layer, by state-dict name. Other arrays are ignored.
 
     Raises
     ------
@@ -62,9 +62,9 @@ class GlobalModel:
         return {tensor: self._arrays[tensor].values for tensor in self.layers[name].tensors}
 
     def replace(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
-        """Put a new version of a layer in place of the present one; the tensors are not copied."""
+        """Replace a layer by a new version, without copying its tensors."""
         for tensor in self.layers[name].tensors:
-            # Arithmetic on a 0-d tensor (BatchNorm's batch counter) gives a scalar, which is no array.
+            # Arithmetic on a 0-d tensor (BatchNorm's batch counter) gives a scalar and not an array.
             self._arrays[tensor] = LiveArray(np.asarray(tensors[tensor]))
         self._digests[name] = digest(self.layer(name))
 
@@ -73,9 +73,9 @@ class GlobalModel:
         return self._record(name for layer in layers for name in self.layers[layer].tensors)
 
     def record(self) -> ArrayRecord:
-        """Return the whole model, as Flower's strategies hand it around."""
+        """Return the whole model as the record that Flower's strategies use."""
         record = self._record(self._arrays)
-        # `load_state_dict` wants tied weights under each of their names.
+        # `load_state_dict` needs tied weights under each of their names.
         for alias, name in self.layers.aliases.items():
             record[alias] = self._arrays[name]
         return record
@@ -95,7 +95,7 @@ def _live(array: Array) -> LiveArray:
     if isinstance(array, LiveArray):
         return array
     try:
-        # A view of the record's own bytes: the base is not copied.
+        # The result is a view of the record's own bytes, so the base is not copied.
         return LiveArray(decode(array, tuple(array.shape), np.dtype(array.dtype)))
     except RefusedReply:
         # Flower writes a transposed or channels-last tensor column by column.

@@ -1,8 +1,8 @@
-"""Server optimisers: from the mean update of a layer to its new version.
+"""Server optimisers, which turn the mean update of a layer into the layer's new version.
 
-The mean update Δ_l plays the part of a negative gradient [Reddi et al., Adaptive Federated Optimization,
-2021]. State is kept per tensor of each layer and moves only in rounds in which somebody trained the
-layer; a layer nobody selected stays bit-identical, momentum or not.
+The mean update Δ_l takes the place of a negative gradient [Reddi et al., Adaptive Federated
+Optimization, 2021]. State is kept for each tensor and changes only in rounds in which a client trained
+its layer. A layer that no client trained stays bit-identical, also with momentum.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ __all__ = ["SERVER_OPTIMIZERS", "ServerOptimizer"]
 
 
 class ServerOptimizer(ABC):
-    """Turns mean updates into steps.
+    """A rule that turns mean updates into steps.
 
     Parameters
     ----------
     lr : float (default: 1.0)
         η_s, the server's learning rate.
     momentum : float (default: 0.9)
-        β₁ of the optimisers that have one.
+        β₁ of momentum, adam and yogi.
     beta2 : float (default: 0.99)
-        β₂ of the adaptive ones.
+        β₂ of adam and yogi.
     tau : float (default: 1e-3)
-        τ, their adaptivity: added to the root of the second moment.
+        τ of adam and yogi, which is added to the root of the second moment.
     """
 
     moments: tuple[str, ...] = ()
-    """Names of the running means it keeps of each tensor."""
+    """Names of the running means that the optimiser keeps of each tensor."""
 
     def __init__(
         self, lr: float = 1.0, momentum: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
     ) -> None:
         self.lr, self.momentum, self.beta2, self.tau = lr, momentum, beta2, tau
         self.state: dict[str, dict[str, np.ndarray]] = {name: {} for name in self.moments}
-        """{moment: {tensor: float32 array}}, empty until a tensor is first stepped."""
+        """{moment: {tensor: float32 array}}, without entries for tensors that no step has changed."""
 
     def step(
         self, layer: Layer, tensors: Mapping[str, np.ndarray], mean: Mapping[str, np.ndarray]
@@ -53,8 +53,8 @@ class ServerOptimizer(ABC):
         tensors : Mapping[str, numpy.ndarray]
             θ^t_l.
         mean : Mapping[str, numpy.ndarray]
-            Σ_i w_{i,l} Δ_{i,l}, float64. Buffers (BatchNorm's statistics) get it whatever the
-            optimiser, integer ones rounded.
+            Σ_i w_{i,l} Δ_{i,l}, float64. It is added to buffers (BatchNorm's statistics) under every
+            optimiser, and rounded for integer ones.
         """
         stepped = {}
         for name, tensor in tensors.items():
@@ -67,7 +67,7 @@ class ServerOptimizer(ABC):
 
     @abstractmethod
     def direction(self, name: str, mean: np.ndarray) -> np.ndarray:
-        """Return what the learning rate is multiplied with, moving the tensor's state."""
+        """Return the step before it is scaled by the learning rate, and update the tensor's state."""
 
     def _moment(self, moment: str, name: str, like: np.ndarray) -> np.ndarray:
         kept = self.state[moment].get(name)
@@ -78,7 +78,7 @@ class ServerOptimizer(ABC):
 
 
 class _SGD(ServerOptimizer):
-    """FedAvg: θ ← θ + η_s Δ; with η_s = 1 that of the paper (eq. 7)."""
+    """FedAvg: θ ← θ + η_s Δ, which is the paper's rule for η_s = 1 (eq. 7)."""
 
     def direction(self, name: str, mean: np.ndarray) -> np.ndarray:
         return mean
@@ -96,7 +96,7 @@ class _Momentum(ServerOptimizer):
 
 
 class _Adaptive(ServerOptimizer):
-    """m ← β₁ m + (1 − β₁) Δ, θ ← θ + η_s m / (√v + τ), with v as the subclass moves it."""
+    """m ← β₁ m + (1 − β₁) Δ, θ ← θ + η_s m / (√v + τ), with v updated by the subclass."""
 
     moments = ("first", "second")
 

@@ -1,4 +1,4 @@
-"""Sending messages and taking replies one by one, as they arrive."""
+"""Send messages and yield replies one by one, as they arrive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from layerfed.flower_compat import ErrorCode, withdraw
 
 __all__ = ["exchange"]
 
-# A fast round is not made to wait for a poll; a slow one does not poll often.
+# Seconds between polls, which grow from the first to the last: a fast round does not wait for a poll,
+# and a slow one does not poll often.
 FIRST_WAIT, LONGEST_WAIT = 0.002, 0.1
 
 Again = Callable[[Message], Message | None]
@@ -30,21 +31,21 @@ def exchange(
 ) -> Iterator[Message]:
     """Send messages and yield each node's reply as soon as it is there.
 
-    Flower's own `send_and_receive` returns only when all replies are in, so it holds as many models as
-    there are clients; here each reply can be folded in and dropped.
+    Flower's own `send_and_receive` returns only after the last reply, so it holds one model for each
+    client. Here each reply can be aggregated and freed.
 
     Parameters
     ----------
     grid : flwr.serverapp.Grid
     messages : Iterable[flwr.app.Message]
-        At most one a node.
+        The messages, at most one for each node.
     timeout : float
         Seconds to wait, from the first message on.
     again : Callable[[Message], Message | None], optional
         Given a reply; what it returns is sent to that node and awaited instead.
     late : dict[str, flwr.app.Message], optional
-        Messages of earlier exchanges that nobody waits for any more, by id: replies to them are fetched
-        and dropped. Those that this exchange stops waiting for are added.
+        Messages of earlier exchanges whose replies are no longer awaited, by id. Replies to them are
+        fetched and dropped. Messages that this exchange stops waiting for are added.
 
     Yields
     ------
@@ -73,14 +74,14 @@ def exchange(
                     sent, failed = _send(grid, [once_more])
                     waiting.update(sent)
                     unsent += failed
-                del reply  # freed before the next is made
+                del reply  # freed before the next one is made
                 if time.monotonic() > deadline:
                     break
             if time.monotonic() > deadline:
                 break
             wait = FIRST_WAIT if found else min(wait * 1.5, LONGEST_WAIT)
             if waiting and not found:
-                # Asking takes its time too, where the SuperLink is another process.
+                # Polling itself takes time if the SuperLink is another process.
                 time.sleep(max(wait, time.monotonic() - began))
         for asked in [*waiting.values(), *unsent]:
             yield _error("no reply in time", asked)
@@ -93,9 +94,9 @@ def exchange(
 def _pull(grid: Grid, identity: str, asked: Message) -> Message | None:
     """Return the reply to one message, or an error in place of one that Flower cannot build.
 
-    One at a time, since Flower builds all replies of a pull before it returns any: a forged one would
-    take with it the others, which the SuperLink then counts as delivered. And so it is the SuperLink
-    that says to which message a reply belongs, not the reply.
+    Replies are pulled one at a time, since Flower builds all replies of a pull before it returns any. A
+    forged one would lose the others, which the SuperLink then counts as delivered. This also means that
+    the SuperLink, and not the reply, says to which message a reply belongs.
     """
     try:
         reply = next(iter(grid.pull_messages([identity])), None)
@@ -116,7 +117,7 @@ def _error(reason: str, asked: Message, code: int = ErrorCode.MESSAGE_UNAVAILABL
 
 
 def _send(grid: Grid, outbox: list[Message]) -> tuple[dict[str, Message], list[Message]]:
-    """Send messages; return those that were taken, by message id, and those that were not."""
+    """Send messages; return the accepted ones by message id, and the others."""
     accepted = {identity for identity in grid.push_messages(outbox) if identity}
     asked = {message.metadata.message_id: message for message in outbox}
     return (

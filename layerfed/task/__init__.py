@@ -1,4 +1,4 @@
-"""Data, model and loss of each experiment. A task is one file here, one line in `TASKS`, and a test."""
+"""The data, model and loss of each experiment: a task is one file, one line in `TASKS`, and a test."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from layerfed.task.base import Batch, Examples, Task
 
 __all__ = ["TASKS", "Batch", "Examples", "Task", "load_task"]
 
-# By name of the class (or what returns one), imported when it is used: a task's libraries cost seconds,
-# and on real devices every message starts a new process.
+# Each task by the name of its class (or of a function that returns one). It is imported when it is used,
+# since a task's libraries take seconds to import and on real devices every message starts a new process.
 TASKS: dict[str, str] = {
     "digits": "layerfed.task.digits.Digits",
     "cifar10": "layerfed.task.cifar10.Cifar10",
@@ -35,9 +35,8 @@ def load_task(config: RunConfig) -> Task:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"task.name = '{asked}' cannot be imported: {error}; its module must be installed, or lie "
-            "in the current folder of `layerfed` or a folder of PYTHONPATH, on the server and on every "
-            "client"
+            f"task.name = '{asked}' cannot be imported: {error}; install its module on the server and "
+            "on every client, or put it in the current folder of `layerfed` or a folder of PYTHONPATH"
         ) from None
     task = found(config)
     if not isinstance(task, Task):

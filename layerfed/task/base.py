@@ -1,4 +1,4 @@
-"""What LayerFed needs to know of a task."""
+"""The interface between LayerFed and a task."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["Batch", "Examples", "InMemory", "Store", "Task"]
 
 Batch = Mapping[str, Tensor]
 
-# What every task reads; `by-column` is refused by tasks without groups.
+# Settings that every task reads. Tasks without groups refuse `by-column`.
 COMMON = {"name", "partition", "alpha", "local_test"}
 
 
 class Store(Protocol):
-    """Where examples lie: in memory, or in a memory-mapped file that processes share."""
+    """A place for examples: memory, or a memory-mapped file that processes share."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """Return some of the examples in the order asked for, as tensors of equal first dimension."""
+        """Return the examples at `indices`, in this order, as tensors of equal first dimension."""
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A store of tensors of equal first dimension, by name."""
+    """A store of named tensors with equal first dimension, in memory."""
 
     tensors: Mapping[str, Tensor]
 
@@ -51,7 +51,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Examples:
-    """Some of a store's examples: a client's share costs its indices, never a copy of the data.
+    """Some of a store's examples, held as indices and never as a copy of the data.
 
     Attributes
     ----------
@@ -87,8 +87,8 @@ class Examples:
     ) -> Iterator[Batch]:
         """Yield batches without end, reshuffled after each pass.
 
-        A client with fewer examples than a batch yields all it has each time; the last batch of a pass
-        may be smaller, so every example is seen once a pass.
+        The last batch of a pass may be smaller, so that every pass has each example once. A client with
+        fewer examples than a batch yields all of them each time.
         """
         while True:
             order = rng.permutation(len(self))
@@ -106,25 +106,26 @@ class Task(ABC):
     Parameters
     ----------
     config : RunConfig
-        The run; a task reads `task`, `model` and `run.seed` of it.
+        The run's configuration, of which a task reads `task`, `model` and `run.seed`.
 
     Notes
     -----
-    A task is built once per process and asked often, so loading and partitioning belong in cached
-    properties. Everything must depend on the configuration only: server and clients build their own.
+    A task is built once per process and used often, so loading and partitioning belong in cached
+    properties. Everything must depend on the configuration only, since server and clients each build
+    a task.
 
     Raises
     ------
     ConfigError
-        If a setting is given that the task does not read, or a model it cannot use.
+        If a setting is given that the task does not read, or a model that it cannot use.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
-    """Fields of `TaskConfig` that this task reads besides those that all read."""
+    """Fields of `TaskConfig` that this task reads, besides those that every task reads."""
     families: ClassVar[tuple[str, ...]] = ("layerfed",)
-    """Families of models (`model.name`) that fit its data."""
+    """Families of models (`model.name`) that fit the task's data."""
     own_data = False
-    """Whether `task.data` is one node's own, all of it its examples, instead of the run's."""
+    """Whether `task.data` holds one node's own examples, instead of the run's data."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -148,7 +149,7 @@ class Task(ABC):
         """Return the pretrained model with a new head, drawn from `Stream.HEAD`."""
 
     def skeleton(self) -> nn.Module:
-        """Return a model of the same layers whose weights need not be there: what `layers` shows."""
+        """Return a model of the same layers without loading weights, as `layerfed layers` needs it."""
         return self.build_model()
 
     @abstractmethod
@@ -168,7 +169,7 @@ class Task(ABC):
         return nn.functional.cross_entropy(self.logits(model, batch).float(), batch["label"])
 
     def layers(self, model: nn.Module) -> LayerMap:
-        """Split the model into layers, by the configuration's patterns or automatically.
+        """Split the model into layers, by the configuration's patterns or, without any, by search.
 
         Raises
         ------
@@ -188,7 +189,7 @@ class Task(ABC):
         Raises
         ------
         ConfigError
-            Unless a task overrides this, or if the data do not fit the run.
+            If the task does not support a node's own data, or if the data do not fit the run.
         """
         raise ConfigError(
             f"own-data = '{self.config.task.data}': task.name = '{self.config.task.name}' takes no data "
@@ -196,7 +197,7 @@ class Task(ABC):
         )
 
     def client_examples(self, partition_id: int) -> tuple[Examples, Examples]:
-        """Return one client's training and held-out examples (`task.local-test` of them)."""
+        """Return one client's training examples and its held-out share (`task.local-test`)."""
         examples = self.own_examples() if self.own_data else self.partition(partition_id)
         share = self.config.task.local_test
         held_out = max(1, int(len(examples) * share)) if share else 0

@@ -11,7 +11,7 @@ from layerfed.task.images import ImageTask
 
 
 class Cifar10(ImageTask):
-    """CIFAR-10; images are kept at their 32×32 and enlarged on the device where the model wants more."""
+    """CIFAR-10, with images kept at 32×32 and enlarged on the device to the model's input size."""
 
     hub: ClassVar[str] = "uoft-cs/cifar10"
     inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("img",), ("image",))

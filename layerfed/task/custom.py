@@ -1,9 +1,8 @@
-"""Your own data, without a line of code: images or text with a label.
+"""Your own images or texts with a label, without code.
 
 Images: folders `CLASS/image`, `GROUP/CLASS/image`, both also below `train/` and `test/`; or tables with
 a column of images or of their paths. Text: CSV, TSV, JSON lines or parquet with columns of text and a
-label. Which of the two it is follows from the model: those of `transformers` read text, others see
-images.
+label. The model decides between the two: models of `transformers` read text, all others read images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tasks on data sets have in common: classes, groups, partitions, and rows that are made once."""
+"""The base of all tasks on data sets: classes, groups, partitions, and rows that are encoded once."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from layerfed.task.partition import partition_indices
 
 __all__ = ["DatasetTask", "Encoder", "Table", "join_parts"]
 
-# Goes into the key of everything that is kept: raise it when what is made of a row changes.
+# Part of the key of every kept file. Raise it when the encoding of a row changes.
 FORMAT = 2
-# More values than this, and than a fourth of the rows, are hardly names of classes.
+# A label column with more values than this, and than a fourth of the rows, hardly holds class names.
 MANY = 50
-# The group of test rows whose group no training row has.
+# The group given to test rows whose own group has no training row.
 UNSEEN = -1
 
 Columns = dict[str, list[Any]]
@@ -43,16 +43,16 @@ Columns = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Encoder:
-    """How inputs become tensors.
+    """The way from a row's inputs to tensors.
 
     Attributes
     ----------
     key : object
-        All that the result depends on.
+        Everything that the result depends on.
     features : Mapping[str, object]
-        What `encode` makes of a row, as features of `datasets`.
+        The result of `encode` for a row, as features of `datasets`.
     encode : Callable[[Columns, Sequence[int], str], Columns]
-        Gets the input columns of some rows, the rows' numbers and where they are from, for messages.
+        Encodes some rows. It gets their input columns, their numbers, and their source for messages.
     collate : Callable[[pyarrow.Table], dict[str, Tensor]]
         Makes a batch of encoded rows.
     """
@@ -93,11 +93,11 @@ def join_parts(parts: Sequence[Dataset]) -> Dataset:
 
 
 class DatasetTask(Task):
-    """A task whose examples are rows with inputs, a label, and perhaps a group they belong to.
+    """A task whose examples are rows with inputs, a label, and possibly a group.
 
-    A subclass says where its data are (`hub`, or `parts`), which columns count, and how inputs are
-    encoded. Rows of other classes or groups than the chosen ones are left out when rows are made. Where
-    no groups are chosen, test rows count whatever their group: groups say only who trains on what.
+    A subclass says where its data are (`hub`, or `parts`), which columns it reads, and how inputs are
+    encoded. Encoding leaves out rows of classes or groups that were not chosen. If no groups are chosen,
+    test rows of every group count, since groups only decide which client trains on which rows.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
@@ -114,20 +114,20 @@ class DatasetTask(Task):
         }
     )
     hub: ClassVar[str] = ""
-    """Where the data are unless `task.data` says otherwise."""
+    """The hub id of the data, unless `task.data` says otherwise."""
     inputs: ClassVar[tuple[tuple[str, ...], ...]]
-    """Names of the input columns; the first that are all there are taken."""
+    """Candidates for the input columns; the first candidate whose columns all exist is used."""
     labels: ClassVar[tuple[tuple[str, ...], ...]] = (("label",),)
     group_columns: ClassVar[tuple[tuple[str, ...], ...]] = ()
     default_classes: ClassVar[tuple[str, ...]] = ()
-    """Classes kept unless `task.classes` says otherwise; empty: all there are."""
+    """The classes to keep unless `task.classes` says otherwise; empty keeps all."""
     default_groups: ClassVar[tuple[str, ...]] = ()
 
     # ----------------------------------------------------------------------------- the data
     @property
     @abstractmethod
     def encoder(self) -> Encoder:
-        """How inputs become tensors."""
+        """The way from a row's inputs to tensors."""
 
     @property
     def data(self) -> str:
@@ -136,7 +136,7 @@ class DatasetTask(Task):
         Raises
         ------
         ConfigError
-            If the task has no data of its own and none are named.
+            If `task.data` is empty and the task has no data of its own.
         """
         if not (self.config.task.data or self.hub):
             raise ConfigError(
@@ -147,7 +147,7 @@ class DatasetTask(Task):
 
     @cached_property
     def parts(self) -> tuple[list[Part], list[Part]]:
-        """The raw rows to train on and to test on; where none are for testing, some are held out."""
+        """The raw rows to train on and to test on; the latter are empty without a test split."""
         splits = load_splits(self.data)
         section = self.config.task
         train, test = pick_splits(splits, section.train_split, section.test_split, self.data)
@@ -176,13 +176,13 @@ class DatasetTask(Task):
     def _at_least_two(self, classes: tuple[str, ...]) -> tuple[str, ...]:
         if len(classes) < 2:
             raise ConfigError(
-                f"task.data = '{self.data}': the classes are {some(classes) or 'none'}, and there is "
-                "nothing to tell apart; at least two are needed (task.label-column, task.classes)"
+                f"task.data = '{self.data}': the classes are {some(classes) or 'none'}; at least two "
+                "are needed (task.label-column, task.classes)"
             )
         return classes
 
     def _refuse_measures(self) -> None:
-        """Refuse a column of so many values that it is hardly one of labels."""
+        """Refuse a label column with too many different values to be classes."""
         parts = self.parts[0]
         column, rows = self._label_column(parts[0]), sum(len(part.rows) for part in parts)
         declared = isinstance(parts[0].rows.features[column], ClassLabel)
@@ -199,13 +199,13 @@ class DatasetTask(Task):
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
-        """Names of the groups; empty if nothing says which group a row belongs to."""
+        """Names of the groups; empty if rows have no groups."""
         asked = self._asked_groups
         named = [part.group for part in self.parts[0] if part.group]
         columns = [(p, c) for p in self.parts[0] if (c := self._group_column(p))]
         known = tuple(dict.fromkeys(named)) or names_in(columns)
         if self.own_data:
-            return known  # which of them there are is the node's affair
+            return known  # a node's own data need not have every group
         if not known and asked:
             raise ConfigError(
                 f"{self.parts[0][0].where}: no column says which group a row belongs to; there are "
@@ -243,7 +243,7 @@ class DatasetTask(Task):
 
     # ------------------------------------------------------------------------- encoded rows
     def encode(self, part: Part) -> Dataset:
-        """Encode a part's rows of the chosen classes and groups, once on this machine."""
+        """Encode a part's rows of the chosen classes and groups, once a machine."""
         encoder, inputs = self.encoder, self.input_columns(part)
         label, group = self._label_column(part), self._group_column(part)
         known = self._known_classes
@@ -293,11 +293,11 @@ class DatasetTask(Task):
         return kept(part, make, features, key)
 
     def _refuse_other_classes(self, part: Part, column: str) -> None:
-        """Refuse own data with examples of a class that the run does not have."""
+        """Refuse a node's own data if a class in them is not one of the run's."""
         feature = part.rows.features[column]
         values = part.rows.data.column(column).unique().to_pylist()
         if isinstance(feature, ClassLabel):
-            # A number without a name is refused where its row is known.
+            # A number without a name is refused later, where its row is known.
             values = [feature.names[v] for v in values if v in range(len(feature.names))]
         found = sorted(str(value) for value in values if value is not None)
         if other := [name for name in found if name not in self.classes]:
@@ -332,12 +332,12 @@ class DatasetTask(Task):
 
     @cached_property
     def _shares(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the training table to train on and, where there is no test split, to test on."""
+        """The training table's rows to train on and, without a test split, those to test on."""
         train, test = self._tables
         order = np.arange(len(train))
         if test is not None:
             return order, order[:0]
-        # The same for every run, so that runs of different seeds can be compared.
+        # The split is the same for every run, so that runs of different seeds can be compared.
         drawn = np.random.default_rng(0).permutation(len(train))
         cut = max(1, round(self.config.task.test_share * len(train)))
         return np.sort(drawn[cut:]), np.sort(drawn[:cut])
@@ -358,7 +358,7 @@ class DatasetTask(Task):
         return Examples(self._tables[0], self._indices[partition_id])
 
     def own_examples(self) -> Examples:
-        """Return all rows that a node has to train on; none are held out for the server."""
+        """Return all of a node's own training rows; none are held out for the server."""
         encoded = [rows for part in self.parts[0] if len(rows := self.encode(part))]
         if not encoded:
             raise ConfigError(f"own-data = '{self.data}' holds no examples for this run")

@@ -1,4 +1,4 @@
-"""Handwritten digits: the embedded task, for a first run, for tests and for quick comparisons.
+"""Handwritten digits: the built-in task for a first run, for tests, and for quick comparisons.
 
 1,797 grey 8x8 digits from UCI, bundled with scikit-learn (`sklearn.datasets.load_digits`), enlarged to
 the 32x32 colour input of the shipped ViT, which was pretrained on CIFAR-100 photographs.
@@ -26,7 +26,7 @@ TEST_SHARE = 0.2
 
 
 def _read() -> dict[str, np.ndarray]:
-    # Imported late, and once a machine: scikit-learn takes longer than a round on a few digits.
+    # Imported late, and once a machine: scikit-learn takes longer to import than a round on digits.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -80,6 +80,6 @@ class Digits(Task):
         return self._test
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Score the ten digits; grey becomes colour without a copy."""
+        """Return scores of the ten digits; the grey channel is expanded to colour without a copy."""
         scores: Tensor = model(batch["image"].expand(-1, 3, -1, -1))
         return scores

@@ -1,8 +1,8 @@
 """DomainNet, one domain a client [S, section V]: the hub's copy, or folders `domain/class/image`.
 
-Of its 345 classes the ten that the authors' code uses are kept unless `task.classes` says otherwise.
-On the hub as `wltjr1007/DomainNet` (image, label, domain; with the official train and test splits); of
-folders, which do not say what is for testing, `task.test-share` is held out.
+The task keeps the ten of its 345 classes that the authors' code uses [C], unless `task.classes` says
+otherwise. The hub's copy is `wltjr1007/DomainNet` (image, label, domain; with the official train and
+test splits). Folders have no test split, so `task.test-share` of their images is held out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from layerfed.task.images import ImageTask
 
 
 class DomainNet(ImageTask):
-    """DomainNet; the columns are those of the hub's copy."""
+    """DomainNet, with the columns of the hub's copy."""
 
     hub: ClassVar[str] = "wltjr1007/DomainNet"
     group_columns: ClassVar[tuple[tuple[str, ...], ...]] = (("domain",),)

@@ -1,4 +1,4 @@
-"""Tasks on images: each is decoded once to a square of bytes, and normalised on the device."""
+"""Tasks on images, which are decoded once to squares of bytes and normalised on the device."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class ImageTask(DatasetTask):
     families: ClassVar[tuple[str, ...]] = ("layerfed", "open_clip", "timm")
     inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("image",), ("img",))
     image_size: ClassVar[int] = 224
-    """Side, in pixels, at which images are kept; the model enlarges or shrinks them to its own."""
+    """Side in pixels at which images are kept; the model scales them to its input size."""
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Decode, cut to a square and keep as bytes, three colours first."""
+        """Decode an image, cut it to a square, and keep it as bytes with the colour channel first."""
         size = self.config.task.image_size or self.image_size
 
         def encode(columns: Columns, rows: Sequence[int], where: str) -> Columns:
@@ -73,15 +73,15 @@ class ImageTask(DatasetTask):
 
     @cached_property
     def parts(self) -> tuple[list[Part], list[Part]]:
-        """Folders of images by their names, and tables of images as they are."""
+        """The parts of a folder of images, with labels from folder names, or of tables of images."""
         root = local_path(self.data)
         if root is None or not root.is_dir() or any(root.rglob("metadata.*")):
             return super().parts
         folders, tables = image_folders(root), data_files(root)
         if folders and tables:
             raise ConfigError(
-                f"task.data = '{self.data}' holds images and tables; for images by the names of their "
-                f"folders move {tables[0].name} elsewhere, for a table give it: task.data={tables[0]}"
+                f"task.data = '{self.data}' holds images and tables; to label images by their folders, "
+                f"move {tables[0].name} elsewhere; to use the table, set task.data={tables[0]}"
             )
         return self._folders(root, folders) if folders else super().parts
 
@@ -108,7 +108,7 @@ class ImageTask(DatasetTask):
         for split, by_group in found.items():
             if len(by_group) > 1 and "" in by_group:
                 raise ConfigError(
-                    f"task.data = '{self.data}': of '{split}' some images lie in CLASS/ and others in "
+                    f"task.data = '{self.data}': some images of '{split}' lie in CLASS/ and others in "
                     "GROUP/CLASS/; move them to folders of one kind"
                 )
         section = self.config.task
@@ -145,7 +145,7 @@ class ImageTask(DatasetTask):
         fits = paths or isinstance(rows.features[column], Image)
         require_type(found, column, fits, "images or paths of images", "task.input-columns")
         if paths and CHANGED not in rows.column_names:
-            # Paths in a table are relative to the table.
+            # A table's paths are relative to the table.
             base = local_path(self.data)
             folder = base.parent if base and base.is_file() else base or Path()
             rows = _with_paths(rows, column, folder, found.where)
@@ -168,13 +168,13 @@ class ImageTask(DatasetTask):
 
 
 def _with_paths(rows: Dataset, column: str, folder: Path, where: str) -> Dataset:
-    """Make paths absolute, and have a file that changes make another table."""
+    """Make paths absolute, and add the files' times so that a changed file makes another table."""
     paths = [os.path.join(folder, path or "") for path in rows[column]]
-    # What is too long for a path, as a text may be, does not exist either.
+    # A text that is too long for a path counts as a path that does not exist.
     changed = [os.stat(path).st_mtime_ns if os.path.isfile(path) else 0 for path in paths]
     if paths and not any(changed):
         raise ConfigError(
-            f"{where}: column '{column}' is of text, and nowhere the path of an image in {folder}; "
+            f"{where}: column '{column}' is text, and no value is the path of an image in {folder}; "
             "choose another by task.input-columns=NAME, or for text a model of transformers (model.name)"
         )
     rows = rows.remove_columns(column).add_column(column, paths)
@@ -182,12 +182,12 @@ def _with_paths(rows: Dataset, column: str, folder: Path, where: str) -> Dataset
 
 
 def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
-    """Decode an image as the hub keeps it: bytes, or the path of a file.
+    """Decode an image from the hub's form: bytes, or the path of a file.
 
     Raises
     ------
     ConfigError
-        If it is missing or broken, or its values cannot be told.
+        If the image is missing or broken, or if the range of its values is unknown.
     """
     if cell is None or not (cell.get("bytes") or cell.get("path")):
         raise ConfigError(f"{where}: the image is missing; leave the row out")
@@ -197,11 +197,11 @@ def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
         image: Pixels.Image = Pixels.open(source)
         if image.mode in ("I", "F"):
             raise ConfigError(
-                f"{where}: image {name} has values of 32 bits (mode {image.mode}), and nothing says "
-                "which of them is white; convert it to 8 or 16 bits"
+                f"{where}: image {name} has values of 32 bits (mode {image.mode}), and the value of "
+                "white is unknown; convert it to 8 or 16 bits"
             )
         if image.mode.startswith("I;16"):
-            # Conversion alone would cut all values above 255 down to white.
+            # Conversion alone would turn all values above 255 white.
             image = Pixels.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
     except ConfigError:
@@ -213,7 +213,7 @@ def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
 
 
 def _square(image: Pixels.Image, size: int) -> np.ndarray:
-    """Scale the shorter side to `size`, cut out the middle: uint8 (3, size, size)."""
+    """Scale the shorter side to `size` and cut out the middle, as uint8 of shape (3, size, size)."""
     if image.size != (size, size):
         scale = size / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)

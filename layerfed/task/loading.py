@@ -1,7 +1,7 @@
-"""Reading data sets from the hub or from local files, and keeping what was made of them.
+"""Read data sets from the hub or from local files, and keep the encoded rows.
 
-Everything goes through the `datasets` library: tables lie in memory-mapped Arrow files, so the processes
-of a machine share them, and what was decoded or tokenised once is found again by its fingerprint.
+Everything goes through the `datasets` library. Tables are memory-mapped Arrow files that the processes
+of a machine share. Rows that were decoded or tokenised once are found again by a fingerprint.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
     "words",
 ]
 
-# A class may be called None and a region NA: only an empty cell is a missing value.
+# Only an empty cell is a missing value: a class may be called None, and a region NA.
 CSV = {"keep_default_na": False, "na_values": [""]}
 READERS = {
     ".parquet": ("parquet", {}),
@@ -59,13 +59,13 @@ READERS = {
     ".csv": ("csv", CSV),
     ".tsv": ("csv", {**CSV, "sep": "\t"}),
 }
-# Owner, name and, where a data set has several, one of its subsets.
+# Owner, name and, if a data set has subsets, the name of one.
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Times of change of the image files that a table points at: a column that nobody reads, but that makes a
-# table whose files have changed another one.
+# A column with the modification times of a table's image files. Nothing reads it, but it changes the
+# table's fingerprint when a file changes.
 CHANGED = "__changed__"
-# Names of splits, in any case; the first that is there is taken.
+# Names of splits, in upper or lower case; the first that exists is used.
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("test", "testing", "eval", "validation", "valid", "val", "dev")
 
@@ -78,9 +78,9 @@ class Part:
     ----------
     rows : datasets.Dataset
     where : str
-        What messages call it.
+        The name of the source, for messages.
     group : str
-        What all rows belong to; empty if a column says so.
+        The group of all rows; empty if a column holds each row's group.
     """
 
     rows: Dataset
@@ -99,7 +99,7 @@ def local_path(data: str) -> Path | None:
     Raises
     ------
     ConfigError
-        If it can be neither.
+        If it is neither an existing path nor of the form of a hub id.
     """
     path = Path(data).expanduser()
     if path.exists():
@@ -118,24 +118,24 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
     Parameters
     ----------
     data : str
-        Hub id, with a subset after a colon where there are several; folder (in the hub's layout, as
-        `save_to_disk` leaves it, or of images) or file.
+        A hub id, with `:subset` if the data set has subsets; a folder (in the hub's layout, in that of
+        `save_to_disk`, or of images); or a file.
     subset : str
-        Name of a configuration on the hub, for a task that reads several data sets side by side;
-        locally, of a folder inside, if there is one.
+        Name of a configuration on the hub, for a task that reads several data sets. Locally it names
+        a folder inside `data`, if there is one.
     revision : str, optional
-        Of the hub's repository, where the subset is a folder.
+        Branch of the hub's repository, in which the subset is a folder.
 
     Raises
     ------
     ConfigError
-        If there is nothing to read, or the hub cannot be reached; saying what to do.
+        If there is nothing to read, or the hub cannot be reached. The message says what to do.
     """
     path = local_path(data)
     try:
         if path is None:
             name = HUB_ID.fullmatch(data)
-            assert name  # or it would have been refused
+            assert name  # `local_path` refuses everything else
             if revision is None:
                 found = load_dataset(name[1], subset or name[2])
             else:
@@ -148,23 +148,23 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
             found = load_from_disk(str(inside)) if is_saved(inside) else _load_folder(inside)
     except ConfigError:
         raise
-    except Exception as error:  # whatever the library raises, a user can only act on its reason
+    except Exception as error:  # the library raises many types; the user needs the reason only
         raise ConfigError(_unreadable(data, subset, revision, path, error)) from error
     return {"train": found} if isinstance(found, Dataset) else dict(found)
 
 
 def is_saved(folder: Path) -> bool:
-    """Say whether a folder is as `save_to_disk` leaves it."""
+    """Return whether `save_to_disk` wrote a folder."""
     return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Return the tables in a folder and those below it, in order."""
+    """Return the tables in a folder and its subfolders, in order."""
     return sorted(f for f in folder.rglob("*") if f.suffix in READERS and f.is_file())
 
 
 def load_file_list(files: Sequence[Path]) -> Dataset:
-    """Read tables of one kind and schema as one.
+    """Read files of one kind and schema as one table.
 
     Raises
     ------
@@ -181,7 +181,7 @@ def load_file_list(files: Sequence[Path]) -> Dataset:
     names = [str(file) for file in files]
     try:
         found = load_dataset(reader, data_files={"train": names}, split="train", **options)
-    except Exception as error:  # whatever the library raises, a user can only act on its reason
+    except Exception as error:  # the library raises many types; the user needs the reason only
         raise ConfigError(f"cannot read {some(names)}: {_reason(error)}") from error
     if reader == "csv":
         _refuse_shifted(found, some(names))
@@ -189,10 +189,10 @@ def load_file_list(files: Sequence[Path]) -> Dataset:
 
 
 def _load_folder(folder: Path) -> DatasetDict:
-    """Read a folder in the hub's layout, tables of commas or tabs as single files are read."""
+    """Read a folder in the hub's layout, and its CSV and TSV files as single files are read."""
     found = load_dataset_builder(str(folder))
-    # Of a folder with a card the library keeps what it read by name, whatever has changed inside, unless
-    # the files are named one by one.
+    # The library caches a folder with a card by its name, even if its files have changed, unless they
+    # are named one by one.
     files = {str(split): list(names) for split, names in (found.config.data_files or {}).items()}
     separated = isinstance(found, Csv)
     splits = load_dataset(
@@ -204,16 +204,16 @@ def _load_folder(folder: Path) -> DatasetDict:
 
 
 def _refuse_shifted(rows: Dataset, where: str) -> None:
-    """Refuse a table in which pandas took the first fields for an index, for want of names."""
+    """Refuse a table whose lines have more fields than its header, which pandas reads as an index."""
     if any(name.startswith("__index_level_") for name in rows.column_names):
         raise ConfigError(
-            f"{where}: lines have more fields than the header, so columns cannot be told; put text with "
+            f"{where}: lines have more fields than the header, so columns are unknown; put text with "
             "commas in quotes"
         )
 
 
 def image_folders(root: Path) -> dict[tuple[str, ...], list[Path]]:
-    """Return the images below a folder by the folders they lie in, relative to it."""
+    """Return the images below a folder, by the path of their own folder relative to it."""
     found: dict[tuple[str, ...], list[Path]] = {}
     for folder, inside, files in os.walk(root):
         inside.sort()
@@ -224,7 +224,7 @@ def image_folders(root: Path) -> dict[tuple[str, ...], list[Path]]:
 
 
 def image_rows(files: Mapping[str, Sequence[Path]]) -> Dataset:
-    """Return a table of image paths with their labels; a file that changes makes another table."""
+    """Return a table of image paths with their labels; a changed file changes its fingerprint."""
     paths = [path for images in files.values() for path in images]
     return Dataset.from_dict(
         {
@@ -236,14 +236,14 @@ def image_rows(files: Mapping[str, Sequence[Path]]) -> Dataset:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of what an error is about, or of what caused it."""
+    """Return the first line of an error's message, or of its cause's."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[0].rstrip('.') if lines else 'no more is said'}"
 
 
 def download(repository: str, folder: str, revision: str | None = None, subset: str = "") -> str:
-    """Return the command that brings a data set, or a subset that is a folder of it."""
+    """Return the command that downloads a data set, or a subset that is a folder of it."""
     chosen = f" --revision {revision}" * bool(revision) + f" --include '{subset}/*'" * bool(subset)
     return f"`hf download {repository} --repo-type dataset{chosen} --local-dir {folder}`"
 
@@ -254,12 +254,12 @@ def _unreadable(
     if path is not None:
         return f"cannot read task.data = '{data}': {_reason(error)}"
     repository, _, named = data.partition(":")
-    # Data sets that a task reads side by side lie in folders of one.
+    # A task that reads several data sets expects them as folders in one.
     beside = f"DIR/{repository.rpartition('/')[2]}" if subset else "DIR"
     return (
         f"cannot load '{data}'{f' ({subset})' if subset else ''}, which is no file or folder here, from "
-        f"the hub: {_reason(error)}. Where there is a network, run "
-        f"{download(repository, beside, revision, named)}, and say task.data=DIR"
+        f"the hub: {_reason(error)}. On a machine with a network, run "
+        f"{download(repository, beside, revision, named)}, and set task.data=DIR"
         + f"/{named}"
         * bool(named)
     )
@@ -268,7 +268,7 @@ def _unreadable(
 def pick_splits(
     splits: Mapping[str, object], train: str, test: str, where: str
 ) -> tuple[str, str | None]:
-    """Return the names of the splits to train and to test on; None: hold some out of the first.
+    """Return the splits to train and to test on; None for the second holds some of the first out.
 
     Raises
     ------
@@ -294,7 +294,7 @@ def pick_splits(
 
 
 def _named(names: Sequence[str], splits: Mapping[str, object]) -> Iterator[str]:
-    """Yield the splits of some names, in the names' order."""
+    """Yield the splits that have one of some names, in the order of the names."""
     return (split for name in names for split in splits if split.lower() == name)
 
 
@@ -306,7 +306,7 @@ def pick_columns(
     Raises
     ------
     ConfigError
-        If a column does not exist; with what there is.
+        If a column does not exist. The message lists the existing ones.
     """
     there = part.rows.column_names
     named = words(given)
@@ -327,7 +327,7 @@ def require_type(part: Part, column: str, fits: bool, wanted: str, key: str) -> 
     Raises
     ------
     ConfigError
-        Naming the column and its type.
+        If it does not fit. The message names the column and its type.
     """
     if not fits:
         feature = part.rows.features[column]
@@ -338,7 +338,7 @@ def require_type(part: Part, column: str, fits: bool, wanted: str, key: str) -> 
 
 
 def is_text(part: Part, column: str) -> bool:
-    """Say whether a column holds strings."""
+    """Return whether a column holds strings."""
     return getattr(part.rows.features[column], "dtype", "") in ("string", "large_string")
 
 
@@ -348,22 +348,22 @@ def kept(
     features: Features,
     key: object,
 ) -> Dataset:
-    """Return what `make` makes of a part's rows, made once on this machine.
+    """Return the result of `make` for a part's rows, computed once on this machine.
 
     Parameters
     ----------
     part : Part
     make : Callable
-        Gets columns by name and the row numbers of a batch; may return fewer rows.
+        Gets a batch's columns by name and its row numbers; may return fewer rows.
     features : datasets.Features
-        Of the result.
+        The result's features.
     key : object
-        All that the result depends on besides the rows.
+        Everything that the result depends on besides the rows.
 
     Notes
     -----
-    Results lie in the folder `layerfed` of the `datasets` cache (`HF_DATASETS_CACHE`). A lock makes
-    several clients that start on one machine do the work once.
+    Results are in the folder `layerfed` of the `datasets` cache (`HF_DATASETS_CACHE`). A lock makes sure
+    that several clients that start on one machine do the work once.
     """
     # The library's own fingerprint of `make` would change with the state of a tokenizer or an address.
     fingerprint = Hasher.hash((part.rows._fingerprint, key))

@@ -1,4 +1,4 @@
-"""Names of classes and groups in the columns of a table."""
+"""The names of classes and groups in a table's columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["NameReader", "names_in"]
 
 
 def names_in(columns: Sequence[tuple[Part, str]]) -> tuple[str, ...]:
-    """Return the names that columns declare or, where they declare none, the values that occur."""
+    """Return the names that columns declare or, without a declaration, the values that occur."""
     found: dict[str, None] = {}
     for part, column in columns:
         feature = part.rows.features[column]
@@ -21,14 +21,14 @@ def names_in(columns: Sequence[tuple[Part, str]]) -> tuple[str, ...]:
             found |= dict.fromkeys(feature.names)
         else:
             values = part.rows.data.column(column).unique().to_pylist()
-            # Numbers in the order of numbers; a missing value is refused where its row is known.
+            # Numbers are sorted as numbers. A missing value is refused later, where its row is known.
             ordered = sorted(v for v in values if v is not None)
             found |= dict.fromkeys(map(str, ordered))
     return tuple(found)
 
 
 class NameReader:
-    """Turns a column's values into positions among the chosen names; None for names not chosen."""
+    """A reader that turns a column's values into positions among the chosen names, or into None."""
 
     def __init__(
         self, part: Part, column: str, known: Sequence[str], chosen: Sequence[str]
@@ -43,7 +43,7 @@ class NameReader:
         }
 
     def __call__(self, values: Sequence[object], rows: Sequence[int]) -> list[int | None]:
-        """Return the positions of some rows' values; a value that is not known is refused."""
+        """Return the positions of rows' values, None for names not chosen; refuse unknown values."""
         found = []
         for value, row in zip(values, rows, strict=True):
             known = value if self._names or value is None else str(value)

@@ -1,4 +1,4 @@
-"""Spreading a training set over clients, through flwr-datasets."""
+"""The split of a training set into clients' partitions, by flwr-datasets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["partition_indices"]
 
-# A Dirichlet draw in which some client holds less than this is drawn again.
+# A Dirichlet draw that leaves a client fewer examples than this is drawn again.
 MIN_EXAMPLES = 8
 
 
@@ -38,16 +38,16 @@ def partition_indices(
     config : RunConfig
         `task.partition`, `task.alpha`, `federation.clients`, `run.seed`.
     groups : numpy.ndarray, optional
-        What each example belongs to (its domain, language, …), as a position in `group_names`, shape
-        (N,); what `task.partition = "by-column"` goes by. A client holds examples of one group; groups
-        get clients in equal numbers, side by side, and share their examples among these at random.
+        The group of each example (its domain, language, …) as a position in `group_names`, shape (N,).
+        `task.partition = "by-column"` uses it: a client holds examples of one group, each group has the
+        same number of neighbouring clients, and its examples are spread over them at random.
     group_names : Sequence[str]
 
     Raises
     ------
     ConfigError
-        If there are more clients than examples, fewer than groups, or no draw leaves every client
-        enough of them.
+        If there are more clients than examples or fewer than groups, or if no draw leaves every client
+        enough examples.
     """
     clients = config.federation.population
     if clients > len(labels):
@@ -81,7 +81,7 @@ def partition_indices(
 def _drawn(
     labels: np.ndarray, config: RunConfig, groups: np.ndarray | None, group_names: Sequence[str]
 ) -> list[np.ndarray]:
-    # Imported late: with `datasets` behind it, it takes seconds, which most processes need not spend.
+    # Imported late: it imports `datasets`, which takes seconds, and most processes do not need it.
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
     clients, seed = config.federation.population, torch_seed(config.run.seed, Stream.PARTITION)
@@ -105,15 +105,15 @@ def _drawn(
 
 
 def _cut(partitioner: Partitioner, labels: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Let a partitioner cut the examples; return nothing if it gives up."""
+    """Return a partitioner's cut of the examples; empty if it gives up."""
     from datasets import Dataset
 
-    # Only labels and indices go through the partitioner; the examples themselves stay where they are.
+    # The partitioner gets only labels and indices, and no example is copied.
     order = np.random.default_rng(seed).permutation(len(labels))
     partitioner.dataset = Dataset.from_dict({"label": labels[order], "index": order})
     try:
         with warnings.catch_warnings():
-            # It warns of each draw that is made again; the one that counts is the last.
+            # It warns of each draw that is repeated; only the last one counts.
             warnings.simplefilter("ignore", UserWarning)
             return [
                 np.sort(partitioner.load_partition(i).with_format("numpy")[:]["index"])

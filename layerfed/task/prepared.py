@@ -1,7 +1,8 @@
-"""Arrays that are made once on a machine, by libraries that take seconds to import.
+"""Small arrays that are made once a machine, by libraries that take seconds to import.
 
-On real devices every message starts a new process. What a process needs of scikit-learn or `datasets` is
-often a few kilobytes that are always the same: these are kept, and the library is imported no more.
+On real devices every message starts a new process. A process often needs only a few kilobytes of
+scikit-learn's or `datasets`' results, and they are always the same. They are kept on disk, so the
+library is not imported again.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from layerfed.files import whole
 
 __all__ = ["prepared"]
 
-# The least recently made go first: a sweep over seeds leaves a file for each.
+# The number of files kept, since a sweep over seeds leaves a file for each. The oldest go first.
 MOST_FILES = 256
 
 
 def prepared(
     key: Mapping[str, object], make: Callable[[], Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Return named arrays, made by `make` unless this machine has them.
+    """Return named arrays, calling `make` only if this machine does not have them yet.
 
     Parameters
     ----------
     key : Mapping[str, object]
-        All that the result depends on: arrays, and what `repr` tells apart.
+        Everything that the result depends on: arrays, and values with a distinct `repr`.
     make : Callable[[], Mapping[str, numpy.ndarray]]
 
     Notes
     -----
-    They lie in the folder `prepared` of the user's cache, each file with checksums; one that is damaged
-    is made anew, and where nothing can be written they are made each time.
+    Files are in the folder `prepared` of the user's cache, with checksums. A damaged file is made again.
+    If nothing can be written, the arrays are made each time.
     """
     file = user_cache() / "prepared" / f"{content_digest(*_parts(key))}.npz"
     try:
@@ -48,7 +49,7 @@ def prepared(
     except FileNotFoundError:
         pass
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        log(DEBUG, "%s cannot be read and is made anew: %s", file, error)
+        log(DEBUG, "%s cannot be read and is made again: %s", file, error)
     made = dict(make())
     try:
         _write(file, made)

@@ -1,9 +1,9 @@
 """Multiple choice as classification, one data set a client [S, section V].
 
-SciQ, OpenbookQA, PIQA, ARC-Easy and ARC-Challenge in the hub's schemas. A causal language model reads
-the question with its lettered choices, and its scores at the answer's position, restricted to the
-letters, are the class scores; the rows of its output layer for these letters are the head that everyone
-trains.
+The data sets are SciQ, OpenbookQA, PIQA, ARC-Easy and ARC-Challenge, in the hub's schemas. A causal
+language model reads the question with its lettered choices. The class scores are its scores of the
+letters at the answer's position. The head, which every client trains, has the output layer's rows for
+these letters.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Source:
     Attributes
     ----------
     hub, subset : str
-        Its id and configuration; locally, a folder of the id's name (or of its last part) inside
-        `task.data`, with a folder for the configuration inside that, or its files.
+        Its id and configuration. Locally the data are a folder inside `task.data`, named by the id or
+        by its last part, which holds the files or a folder for the configuration.
     columns : tuple[str, ...]
-        That have to be there.
+        The columns that it must have.
     read : Callable
-        Gets a row and a generator for what has no order of its own; raises `ValueError` with the reason
-        if the row has no valid answer.
+        Turns a row into a question. It gets a generator to draw the order of choices that have none, and
+        raises `ValueError` with the reason if the row has no valid answer.
     revision : str, optional
         Branch of the repository.
     """
@@ -77,7 +77,7 @@ class Source:
 
 def _sciq(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
     choices = [row["correct_answer"], *(row[f"distractor{i}"] for i in (1, 2, 3))]
-    # The right answer has a column of its own; its place among the choices must tell nothing.
+    # The right answer has a column of its own, so its place among the choices is drawn at random.
     order = rng.permutation(len(choices))
     return Question(row["question"], [choices[i] for i in order], int(np.argmin(order)))
 
@@ -117,19 +117,19 @@ SOURCES: dict[str, Source] = {
     "openbookqa": Source(
         "allenai/openbookqa", "main", ("question_stem", "choices", "answerKey"), _lettered
     ),
-    # The repository is a script, which `datasets` no longer runs; this branch is its conversion.
+    # The repository is a script, which `datasets` no longer runs; this branch holds converted files.
     "piqa": Source(
         "ybisk/piqa", "plain_text", ("goal", "sol1", "sol2", "label"), _piqa, "refs/convert/parquet"
     ),
     "arc-easy": Source("allenai/ai2_arc", "ARC-Easy", _ARC, _lettered),
     "arc-challenge": Source("allenai/ai2_arc", "ARC-Challenge", _ARC, _lettered),
 }
-# Of PIQA the hub has no answers to the test questions.
+# PIQA's test questions have no answers on the hub.
 TEST_SPLIT = {"piqa": "validation"}
 
 
 class QuestionAnswering(TextTask):
-    """Five data sets of questions; `task.groups` chooses among them."""
+    """Five data sets of multiple-choice questions; `task.groups` chooses among them."""
 
     settings: ClassVar[frozenset[str]] = frozenset({"data", "groups", "max_tokens", "test_share"})
     default_groups: ClassVar[tuple[str, ...]] = tuple(SOURCES)
@@ -137,7 +137,7 @@ class QuestionAnswering(TextTask):
 
     @cached_property
     def parts(self) -> tuple[list[Part], list[Part]]:
-        """A part for each data set; what has one split only is cut by `task.test-share`."""
+        """One part for each data set; a set with one split is cut by `task.test-share`."""
         asked = words(self.config.task.groups) or self.default_groups
         names = self.default_groups if asked == ("all",) else asked
         if unknown := [name for name in names if name not in SOURCES]:
@@ -164,14 +164,14 @@ class QuestionAnswering(TextTask):
         return train, test
 
     def _holds(self, source: Source) -> bool:
-        """Say whether a node's own data have a folder of that data set, and of its subset."""
+        """Return whether a node's own data have a folder of that data set, and of its subset."""
         root = local_path(self.config.task.data)
         folder = _folder(root, source) if root is not None and root.is_dir() else None
         if folder is None:
             return False
         if (folder / source.subset).is_dir() or is_saved(folder):
             return True
-        # Tables are the subset's where they lie in no folder, or anywhere if there is no other subset.
+        # Tables outside any folder belong to the subset; without another subset, so do all tables.
         return any(source.subset == "default" or f.parent == folder for f in data_files(folder))
 
     def _load(self, source: Source) -> tuple[str, dict[str, Dataset]]:
@@ -201,12 +201,12 @@ class QuestionAnswering(TextTask):
     # ------------------------------------------------------------------------- the letters
     @cached_property
     def letters(self) -> tuple[int, ...]:
-        """Token ids of the letters where an answer begins.
+        """Token ids of the letters at the position of the answer.
 
         Raises
         ------
         ConfigError
-            If the tokenizer has no token of its own for each.
+            If the tokenizer does not have one token for each letter.
         """
         ids = [self._tokens(f"{CUE} {letter}") for letter in LETTERS]
         if any(row[:-1] != ids[0][:-1] for row in ids) or len({row[-1] for row in ids}) < len(ids):
@@ -222,14 +222,14 @@ class QuestionAnswering(TextTask):
 
     @cached_property
     def _start(self) -> list[int]:
-        """What the tokenizer puts before a text, such as a token for its beginning."""
+        """The token ids that the tokenizer puts before a text, such as a beginning-of-text token."""
         whole, bare = self.tokenizer("x")["input_ids"], self._tokens("x")
         return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
 
     # ------------------------------------------------------------------------- encoded rows
     @cached_property
     def encoder(self) -> Encoder:
-        """Right-padded prompts and the number of choices of each."""
+        """The encoder that makes right-padded prompts and each prompt's number of choices."""
         pad = self.pad
 
         def collate(rows: pa.Table) -> dict[str, Tensor]:
@@ -241,7 +241,7 @@ class QuestionAnswering(TextTask):
         return Encoder(key, features, lambda columns, rows, where: columns, collate)
 
     def encode(self, part: Part) -> Dataset:
-        """Encode a data set's questions, once on this machine."""
+        """Encode a data set's questions, once a machine."""
         source, limit = SOURCES[part.group], self.config.task.max_tokens
         if missing := [name for name in source.columns if name not in part.rows.column_names]:
             raise ConfigError(
@@ -267,7 +267,7 @@ class QuestionAnswering(TextTask):
                     f"{part.where}: the tokenizer of model.name = '{self.config.model.name}' joins the "
                     "answer's letter with what precedes it; choose another (model.tokenizer)"
                 )
-            # The letter at the end is there only so that what precedes it is cut as it would be.
+            # The prompt ends with a letter only so that the tokens before it are those of a real answer.
             room = limit - len(start)
             ids = [start + tokens[:-1][-room:] for tokens in prompts["input_ids"]]
             return {
@@ -284,7 +284,7 @@ class QuestionAnswering(TextTask):
 
     # ------------------------------------------------------------------------------- model
     def build_model(self) -> nn.Module:
-        """Return the pretrained model with the letters' rows as its output layer."""
+        """Return the pretrained model, with an output layer of the letters' rows only."""
         self.refuse_misfit()
         return build_choice_model(self.config.model, self.letters, self.config.run.seed)
 
@@ -294,7 +294,7 @@ class QuestionAnswering(TextTask):
         return build_choice_model(self.config.model, rows, self.config.run.seed, skeleton=True)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Score the letters at the answer's position; letters without a choice get -inf."""
+        """Return the letters' scores at the answer's position; letters without a choice get -inf."""
         mask = batch["attention_mask"]
         scores = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
         last = scores[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
@@ -304,13 +304,13 @@ class QuestionAnswering(TextTask):
 
 
 def _folder(root: Path, source: Source) -> Path | None:
-    """Return a data set's folder in a folder of several, named as on the hub, with or without owner."""
+    """Return a data set's folder inside `root`, named as on the hub with or without the owner."""
     tried = [root / source.hub, root / source.hub.rpartition("/")[2]]
     return next((path for path in tried if path.is_dir()), None)
 
 
 def _prompt(question: Question) -> str:
-    """Return the question as the model reads it, with a letter where its answer begins."""
+    """Return the question as the model reads it, ending with a letter at the answer's position."""
     lettered = zip(LETTERS, question.choices, strict=False)
     lines = [f"Question: {question.text}", *(f"{letter}. {text}" for letter, text in lettered), CUE]
     return "\n".join(lines) + f" {LETTERS[0]}"

@@ -1,4 +1,4 @@
-"""Tasks on text: tokenised once, padded to the longest of a batch."""
+"""Tasks on text, which is tokenised once and padded to the longest text of a batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TextTask", "by_length", "padded", "token_features"]
 
-# Lengths are rounded up to this: it suits matrix units, and FLOPs are counted once a shape (`flops.py`).
+# Lengths are rounded up to a multiple of this, which suits matrix units and makes fewer shapes: FLOPs
+# are counted once a shape (`client/flops.py`).
 MULTIPLE = 8
 
 
@@ -46,13 +47,13 @@ class TextTask(DatasetTask):
 
     @property
     def pad(self) -> int:
-        """Token id that fills rows; decoders' tokenizers often have none for it."""
+        """The token id that fills rows; tokenizers of decoders often have none for it."""
         found = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return next((token for token in found if token is not None), 0)
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Join the input columns by a line break, tokenise, cut at `task.max-tokens`."""
+        """The encoder that joins the input columns by a line break, tokenises, and cuts the result."""
         tokenizer, limit = self.tokenizer, self.config.task.max_tokens
 
         def encode(columns: Columns, rows: Sequence[int], where: str) -> Columns:
@@ -87,12 +88,12 @@ class TextTask(DatasetTask):
         )
 
     def refuse_misfit(self) -> None:
-        """Refuse token ids or lengths beyond what the model has weights for.
+        """Refuse token ids or lengths for which the model has no weights, before weights are loaded.
 
         Raises
         ------
         ConfigError
-            Before the weights are loaded.
+            If a token id or a length is too large.
         """
         name, asked = self.config.model.name, self.config.task.max_tokens
         known, limit = reading_limits(self.skeleton(), self.pad)
@@ -100,7 +101,7 @@ class TextTask(DatasetTask):
         if largest >= known:
             raise ConfigError(
                 f"the tokenizer has token ids up to {largest}, but model.name = '{name}' knows {known} "
-                "tokens; give the tokenizer that the model comes with (model.tokenizer)"
+                "tokens; set model.tokenizer to the model's own tokenizer"
             )
         if limit is not None and _filled(asked) > limit:
             raise ConfigError(
@@ -115,19 +116,19 @@ class TextTask(DatasetTask):
         )
 
     def test_examples(self) -> Examples:
-        """Return the server's test set, texts of like length beside each other."""
+        """Return the server's test set, ordered by the length of texts."""
         return by_length(super().test_examples())
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Score the classes, where a model does so at one token at the last of each text."""
+        """Return class scores; a decoder's are those at the last token of each text."""
         net: Any = model
         ids, mask = batch["input_ids"], batch["attention_mask"]
         scores: Tensor
         if not hasattr(net, "score"):
             scores = net(input_ids=ids, attention_mask=mask).logits
             return scores
-        # A decoder. `transformers` looks for the last token that is not padding by its id, which may be
-        # that of the token that ends every text.
+        # This is a decoder. `transformers` would find the last token that is not padding by the padding
+        # id, which may also be the id of the token that ends every text.
         hidden = net.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         last = hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
         scores = net.score(last)
@@ -161,7 +162,7 @@ def _filled(length: int) -> int:
 
 
 def by_length(examples: Examples) -> Examples:
-    """Return the examples in the order of their length: a batch then needs little padding."""
+    """Return the examples ordered by length, so that a batch needs little padding."""
     store = examples.store
     assert isinstance(store, Table)
     ids = store.rows.with_format("arrow").data.column("input_ids")

@@ -1,13 +1,13 @@
 """News classification in five languages, one language a client: XGLUE-NC [S, section V].
 
-Title and body of a news item, ten categories, languages en, de, es, fr, ru. XGLUE has training examples
-in English only, so the authors' code trains on the validation splits of each language and tests on the
-test splits; so does this task where there are splits by language.
+A news item has a title, a body, and one of ten categories; languages are en, de, es, fr and ru. XGLUE
+has training examples in English only, so the authors' code trains on each language's validation split
+and tests on its test split [C]. This task does the same if the data have splits by language.
 
 `microsoft/xglue` on the hub is a script, which `datasets` no longer runs; `hgissbkh/xglue` holds the
-same as parquet (subset `nc`, splits `validation.de` …). Locally: files with the split and the language
-in their paths (`nc/validation.de-00000-of-00001.parquet`, `de/train.tsv`), or tables with a column
-`language`, as MasakhaNEWS and SIB-200 can be had.
+same data as parquet (subset `nc`, splits `validation.de` …). Local data are files with the split and the
+language in their paths (`nc/validation.de-00000-of-00001.parquet`, `de/train.tsv`), or tables with a
+column `language`, such as MasakhaNEWS and SIB-200.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CLASSES = 10
 
 
 class XglueNc(TextTask):
-    """News by language."""
+    """News classification with one language a client."""
 
     hub: ClassVar[str] = "hgissbkh/xglue:nc"
     inputs: ClassVar[tuple[tuple[str, ...], ...]] = (
@@ -54,16 +54,16 @@ class XglueNc(TextTask):
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """What is looked for in the names of splits and files."""
+        """The languages to look for in the names of splits and files."""
         asked = words(self.config.task.groups)
         return LANGUAGES if asked in ((), ("all",)) else asked
 
     @cached_property
     def parts(self) -> tuple[list[Part], list[Part]]:
-        """One part a language where names of splits or files tell it; a column does otherwise."""
+        """One part for each language in the names of splits or files; without any, one with a column."""
         path = local_path(self.data)
         if path is not None and path.is_dir():
-            # Beside its subset `nc` the repository has others with splits by language.
+            # The repository has other subsets than `nc` with splits by language.
             by_language = self._files(path / "nc" if (path / "nc").is_dir() else path)
         else:
             by_language = self._splits(load_splits(self.data))
@@ -82,7 +82,7 @@ class XglueNc(TextTask):
         return list(by_language[train].values()), list(by_language[test].values()) if test else []
 
     def skeleton(self) -> nn.Module:
-        """Return the layers without their weights, and without the data where these are XGLUE's."""
+        """Return the layers without their weights, and without reading data if they are XGLUE's."""
         section = self.config.task
         given = section.data or section.classes
         count = len(self.classes) if given else CLASSES

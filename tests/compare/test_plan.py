@@ -63,13 +63,13 @@ def test_a_cell_is_its_experiment_with_budget_row_and_seed_on_top() -> None:
     [
         ({"rows": []}, "there is no row to compare"),
         ({"seeds": []}, "there is no seed to compare"),
-        ({"seeds": [1, 1]}, "seed '1' is there twice"),
-        ({"rows": [Row("top"), Row("top")]}, "row 'top' is there twice"),
+        ({"seeds": [1, 1]}, "seed '1' occurs twice"),
+        ({"rows": [Row("top"), Row("top")]}, "row 'top' occurs twice"),
         (
             {"rows": [Row("a b", {"strategy.name": "top"}), Row("a-b", {"strategy.name": "snr"})]},
             "rows 'a b' and 'a-b' would share the run folders 'a-b-…'",
         ),
-        ({"budgets": [Budget.parse("1"), Budget.parse("1.0")]}, "budget '1' is there twice"),
+        ({"budgets": [Budget.parse("1"), Budget.parse("1.0")]}, "budget '1' occurs twice"),
         ({"rows": [Row("tpo")]}, "row 'tpo': there is no strategy 'tpo'; known: ilp, full"),
         ({"reference": "all"}, "reference = 'all' is no row; rows: full, top, both"),
     ],

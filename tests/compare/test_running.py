@@ -140,7 +140,7 @@ def test_interrupted_runs_go_on_and_broken_ones_are_set_aside(
     lines: list[str] = []
     compare(plan(), tmp_path, say=lines.append)
     assert [config["run.resume"] for config in launcher.ran] == [str(first.folder), ""]
-    assert "1 to go on from a checkpoint, 1 to begin anew" in lines[0]
+    assert "1 to continue from a checkpoint, 1 to start again" in lines[0]
     aside = second.folder.with_name(second.folder.name + ".interrupted-1")
     assert json.loads((aside / "summary.json").read_text())["status"] == "running"
     assert standing(second) is Standing.DONE

@@ -72,7 +72,7 @@ def test_experiments_and_seeds_can_be_chosen(table: Path) -> None:
     ("old", "new", "says"),
     [
         ("seeds = [3]", "seeds = [-3]", "seeds.0 = -3 is not allowed"),
-        ("seeds = [3]", "seeds = [3, 3]", "seed '3' is there twice"),
+        ("seeds = [3]", "seeds = [3, 3]", "seed '3' occurs twice"),
         ("seeds = [3]", "sedes = [3]", "unknown key 'sedes'; known keys: title"),
         ("budgets = [1, 2]", "", "budgets"),
         ("budgets = [1, 2]", "budgets = []", "there is no budget to compare"),

@@ -115,7 +115,7 @@ def test_a_node_key_is_a_pair_that_flower_reads(tmp_path: Path) -> None:
 def test_no_key_is_ever_replaced(tmp_path: Path) -> None:
     key, _ = create_node_key("clinic-1", tmp_path)
     before = key.read_bytes()
-    with pytest.raises(ConfigError, match=r"clinic-1\.key is there already"):
+    with pytest.raises(ConfigError, match=r"clinic-1\.key exists already"):
         create_node_key("clinic-1", tmp_path)
     assert key.read_bytes() == before
 

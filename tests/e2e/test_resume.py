@@ -151,7 +151,7 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(whole: Path, tmp_path: Path
         os._exit(held.is_locked)
     try:
         os.read(reading, 1)
-        with pytest.raises(ConfigError, match="is being written by a run that goes on"):
+        with pytest.raises(ConfigError, match="is being written by a run"):
             run_on("inprocess", resumed(config, whole))
     finally:
         os.kill(child, signal.SIGKILL)

@@ -278,15 +278,15 @@ def test_image_models_that_are_not_there_are_named(
     [
         (
             "pretrained",
-            "`hf download meta-llama/Llama-2-7b-hf --local-dir DIR` where there is one, "
+            "`hf download meta-llama/Llama-2-7b-hf --local-dir DIR` on a machine with one, "
             "and set model.weights=DIR",
         ),
         ("some/other", "`hf download some/other --local-dir DIR`"),
         # The architecture's sizes are not known without its configuration.
         (
             "random",
-            "`hf download meta-llama/Llama-2-7b-hf --include '*.json' --local-dir DIR` where "
-            "there is one, and set model.name=transformers/DIR",
+            "`hf download meta-llama/Llama-2-7b-hf --include '*.json' --local-dir DIR` on a "
+            "machine with one, and set model.name=transformers/DIR",
         ),
         ("./nowhere", "model.weights names './nowhere', which does not exist"),
     ],

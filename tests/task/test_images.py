@@ -307,7 +307,7 @@ def test_text_is_no_path_of_an_image(text: str, tmp_path: Path) -> None:
     file = tmp_path / "table.csv"
     file.write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i in range(9)))
     chosen = "task.input-columns=text"
-    refused(lambda: custom(file, chosen), "column 'text' is of text", "model.name", chosen[:18])
+    refused(lambda: custom(file, chosen), "column 'text' is text", "model.name", chosen[:18])
 
 
 def test_images_without_a_class_and_layouts_too_deep_are_refused(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_what_is_not_there_is_named_with_the_command_that_brings_it(
     """Into the folder where it is looked for; PIQA from a branch, since the main one is a script."""
     branch = "--repo-type dataset --revision refs/convert/parquet --local-dir"
     piqa = ["task.groups=piqa", "federation.clients=2", "federation.clients-per-round=2"]
-    there = [f"`hf download ybisk/piqa {branch} DIR/piqa`", "say task.data=DIR"]
+    there = [f"`hf download ybisk/piqa {branch} DIR/piqa`", "set task.data=DIR"]
     refused(lambda: qa_task(data, weights, "task.data=", *piqa), *there)
     refused(lambda: qa_task(tmp_path, weights, *piqa), f"{branch} {tmp_path / 'piqa'}`")
 
