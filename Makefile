@@ -9,21 +9,25 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench table deploy-demo faults kills clean
+.PHONY: help setup run test lint lock bench table deploy-demo faults kills clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-# One stamp a set of extras: `make run` need not install what only the tests use.
-$(VENV)/.installed: pyproject.toml
+# One stamp a set of extras: `make run` need not install what only the tests use. Versions are those that
+# were tested with this Python, where it has a file of them.
+TESTED = $(wildcard requirements/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt)
+INSTALL = $(BIN)/python -m pip install --quiet $(TESTED:%=--constraint %) --editable
+
+$(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "LayerFed needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(INSTALL) ".[deploy,simulation]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
+	$(INSTALL) ".[test,lint]"
 	@touch $@
 
 setup: $(VENV)/.installed ## create .venv with the layerfed command
@@ -34,10 +38,18 @@ run: $(VENV)/.installed ## the main job: ten simulated clients fine-tune a pretr
 test: $(VENV)/.installed-dev ## set up and pass all tests
 	$(BIN)/python -m pytest -q
 
-lint: $(VENV)/.installed-dev ## ruff and mypy --strict
+lint: $(VENV)/.installed-dev ## ruff, mypy --strict, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock: $(VENV)/.installed ## write the versions to be tested, a file for each Python
+	for version in 3.11 3.12 3.13; do \
+		$(BIN)/uv pip compile --quiet --upgrade --no-python-downloads --python-version $$version --all-extras --no-annotate \
+			--custom-compile-command "make lock" pyproject.toml \
+			--output-file requirements/py$$(echo $$version | tr -d .).txt || exit; \
+	done
 
 table: $(VENV)/.installed ## every strategy on digits, R = 1 and 2, three seeds
 	$(BIN)/layerfed compare conf/default.toml --dir runs/digits-table

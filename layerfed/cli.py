@@ -27,6 +27,7 @@ if not sys.stderr.isatty():
 
 from layerfed.config import ConfigError, RunConfig, parse_override, read_settings
 from layerfed.deploy.cli import app as deploy
+from layerfed.extras import naming_extras
 
 EngineName = Literal["auto", "inprocess", "ray"]
 ENGINES = get_args(EngineName)
@@ -64,7 +65,8 @@ def _engine(name: str) -> EngineName:
 def _one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turn what a user can mend into one line and exit status 2."""
     try:
-        yield
+        with naming_extras():
+            yield
     except kinds as error:
         console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None

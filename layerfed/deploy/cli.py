@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from layerfed.config import ConfigError, RunConfig, load_config, parse_override, read_settings
+from layerfed.extras import naming_extras
 
 if TYPE_CHECKING:
     from layerfed.deploy.federation import Federation
@@ -41,7 +42,8 @@ def _one_line_errors() -> Iterator[None]:
     from layerfed.deploy.federation import DeploymentFailed
 
     try:
-        yield
+        with naming_extras():
+            yield
     except ConfigError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
@@ -207,9 +209,9 @@ def demo(
     """On one machine: all of this on loopback, compared with the simulation of the same seed."""
     import layerfed
     from layerfed.deploy.federation import DeploymentFailed
-    from layerfed.deploy.processes import clean_up_on_sigterm
     from layerfed.deploy.rehearsal import Comparison, on_loopback
     from layerfed.engine import run_on
+    from layerfed.signals import clean_up_on_sigterm
 
     began, folder = time.monotonic(), directory.resolve() / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     logging.getLogger("flwr").setLevel(logging.WARNING)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from layerfed.config import ConfigError, ModelConfig
+from layerfed.extras import naming_extras
 from layerfed.seeding import Stream, torch_seed
 
 __all__ = ["loading", "new_weights", "require"]
@@ -20,23 +21,10 @@ __all__ = ["loading", "new_weights", "require"]
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def require(library: str, extra: str, model: str) -> Any:
-    """Import a library that a plain install does not bring.
-
-    Raises
-    ------
-    ConfigError
-        If it is not installed, naming the extra that brings it.
-    """
-    try:
+def require(library: str, model: str) -> Any:
+    """Import a library that a plain install does not bring; raises MissingExtra without it."""
+    with naming_extras(f"model.name = '{model}'"):
         return import_module(library)
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            raise
-        raise ConfigError(
-            f"model.name = '{model}' needs {library}, which is not installed: "
-            f'pip install ".[{extra}]" in the clone of LayerFed'
-        ) from None
 
 
 @contextmanager

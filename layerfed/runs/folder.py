@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from logging import WARNING
 from pathlib import Path
 from types import TracebackType
@@ -308,10 +308,18 @@ class RunFolder(Observer):
                 **more,
                 "versions": {
                     "python": platform.python_version(),
-                    **{package: version(package) for package in PACKAGES},
+                    **{package: found for package in PACKAGES if (found := _version(package))},
                 },
             },
         )
+
+
+def _version(package: str) -> str | None:
+    """Return an installed package's version; a node or a server may do without some."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _finite(epsilon: float | None) -> float | str | None:

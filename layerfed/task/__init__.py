@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from layerfed.config import ConfigError, RunConfig
+from layerfed.extras import naming_extras
 from layerfed.task.base import Batch, Examples, Task
 
 __all__ = ["TASKS", "Batch", "Examples", "Task", "load_task"]
@@ -32,13 +33,15 @@ def load_task(config: RunConfig) -> Task:
     asked = config.task.name
     module, _, name = TASKS.get(asked, asked.replace(":", ".")).rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        with naming_extras(f"task.name = '{asked}'"):
+            found = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"task.name = '{asked}' cannot be imported: {error}; its module must be installed, or lie "
             "in a folder of PYTHONPATH, on the server and on every client"
         ) from None
-    task = found(config)
+    with naming_extras(f"task.name = '{asked}'"):
+        task = found(config)
     if not isinstance(task, Task):
         raise ConfigError(f"task.name = '{asked}' is no layerfed.task.Task")
     return task

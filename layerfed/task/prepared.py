@@ -1,7 +1,7 @@
 """Arrays that are made once on a machine, by libraries that take seconds to import.
 
-On real devices every message starts a new process. What a process needs of scikit-learn or `datasets` is
-often a few kilobytes that are always the same: these are kept, and the library is imported no more.
+On real devices every message starts a new process. What a process needs of `datasets` is often a few
+kilobytes that are always the same: these are kept, and the library is imported no more.
 """
 
 from __future__ import annotations
