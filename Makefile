@@ -44,9 +44,9 @@ lint: $(VENV)/.installed-dev ## ruff, mypy --strict, and the direction of import
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-lock: $(VENV)/.installed ## write the versions to be tested, a file for each Python
+lock: $(VENV)/.installed ## write requirements/ from pyproject.toml (newest versions: UPGRADE=--upgrade)
 	for version in 3.11 3.12 3.13; do \
-		$(BIN)/uv pip compile --quiet --upgrade --no-python-downloads --python-version $$version --all-extras --no-annotate \
+		$(BIN)/uv pip compile --quiet $(UPGRADE) --no-python-downloads --python-version $$version --all-extras --no-annotate \
 			--custom-compile-command "make lock" pyproject.toml \
 			--output-file requirements/py$$(echo $$version | tr -d .).txt || exit; \
 	done
