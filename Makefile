@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint lock bench table deploy-demo faults kills clean
+.PHONY: help setup run test test-slow lint lock bench table deploy-demo faults kills clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,8 +35,12 @@ setup: $(VENV)/.installed ## create .venv with the layerfed command
 run: $(VENV)/.installed ## the main job: ten simulated clients fine-tune a pretrained ViT on digits
 	$(BIN)/layerfed run conf/default.toml --engine ray
 
-test: $(VENV)/.installed-dev ## set up and pass all tests
-	$(BIN)/python -m pytest -q
+# Tests of a module share what they set up, and stay in one process.
+test: $(VENV)/.installed-dev ## set up and pass the tests, on all cores
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadscope
+
+test-slow: $(VENV)/.installed-dev ## pass the tests that start real deployments, Ray, or kills
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.installed-dev ## ruff, mypy --strict, and the direction of imports
 	$(BIN)/ruff check .
