@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint lock bench table deploy-demo faults kills clean
+.PHONY: help setup run test test-slow lint lock bench table deploy-demo faults kills mutants clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -70,5 +70,10 @@ faults: $(VENV)/.installed ## what faults do to real processes on loopback (half
 kills: $(VENV)/.installed ## kill the server of a real run twenty times, resume it, and compare (half an hour)
 	$(BIN)/python benchmarks/kills.py
 
+mutants: $(VENV)/.installed-dev ## changes to the code that no test notices (hours; one part: MUTANTS='layerfed.server.aggregation*')
+	$(BIN)/python -m pip install --quiet "mutmut>=3.8"
+	$(BIN)/mutmut run $(if $(MUTANTS),'$(MUTANTS)')
+	$(BIN)/mutmut results
+
 clean: ## remove the environment and caches (never your runs)
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants
