@@ -39,7 +39,7 @@ run: $(VENV)/.installed ## the main job: ten simulated clients fine-tune a pretr
 test: $(VENV)/.installed-dev ## set up and pass the tests, on all cores
 	$(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadscope
 
-test-slow: $(VENV)/.installed-dev ## pass the tests that start real deployments, Ray, or kills
+test-slow: $(VENV)/.installed-dev ## pass the tests that start deployments, Ray or many processes, or kill
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.installed-dev ## ruff, mypy --strict, and the direction of imports

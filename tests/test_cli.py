@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 from layerfed.cli import app
 
 cli = CliRunner()
-QUICK = ["federation.rounds=2", "federation.clients-per-round=3", "strategy.probe-batches=1"]
+QUICK = [
+    *("federation.rounds=2", "federation.clients-per-round=3", "strategy.probe-batches=1"),
+    *("train.local-steps=1", "train.batch-size=8"),
+]
 
 
 @pytest.mark.parametrize(
@@ -120,9 +123,10 @@ def test_solve_prints_the_masks(tmp_path: Path) -> None:
     assert "budgets" in refused.stderr
 
 
-COMPARE = [*QUICK, "train.local-steps=1", "train.batch-size=8", "federation.clients=4"]
+COMPARE = [*QUICK, "federation.clients=4"]
 
 
+@pytest.mark.slow
 def test_compare_goes_on_with_what_was_interrupted_and_runs_the_rest(tmp_path: Path) -> None:
     """Two processes at a time; one resumes a run whose second round was lost."""
     arguments = ["compare", *COMPARE, "--strategies", "top,bottom,both", "--budgets", "1"]
