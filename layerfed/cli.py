@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 # Before anything imports Flower or Ray: a run neither phones home nor looks for updates.
@@ -25,7 +27,9 @@ if not sys.stderr.isatty():
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from layerfed.config import ConfigError, RunConfig, parse_override, read_settings
+import layerfed
+from layerfed.config import ConfigError, RunConfig, nearest, parse_override
+from layerfed.config.command_line import App, complete_setting, read_settings
 from layerfed.deploy.cli import app as deploy
 from layerfed.extras import naming_extras
 
@@ -35,11 +39,11 @@ ENGINES = get_args(EngineName)
 if TYPE_CHECKING:
     from layerfed.compare import Plan
     from layerfed.models.layers import Layer
+    from layerfed.runs import RunFolder
 
-app = typer.Typer(
+app = App(
     help="Federated fine-tuning in which every device trains only the layers it can afford.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(deploy, name="deploy")
@@ -51,13 +55,36 @@ Settings = Annotated[
         help="A configuration file (conf/*.toml), then key=value settings that override it; "
         "without a file, the defaults.",
         metavar="[CONF] [KEY=VALUE]...",
+        autocompletion=complete_setting,
     ),
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"layerfed {layerfed.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _begin(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    # A task of the user's, `module:Class`, may lie where the user stands.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+
+
 def _engine(name: str) -> EngineName:
     if name not in ENGINES:
-        raise ConfigError(f"--engine {name} is unknown; choose one of {', '.join(ENGINES)}")
+        raise ConfigError(
+            f"--engine {name} is unknown; choose one of {', '.join(ENGINES)}{nearest(name, ENGINES)}"
+        )
     return cast(EngineName, name)
 
 
@@ -68,14 +95,8 @@ def _one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         with naming_extras():
             yield
     except kinds as error:
-        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 @app.command()
@@ -85,7 +106,7 @@ def run(
         str, typer.Option(help="auto, inprocess (no Ray) or ray (Flower's simulation)")
     ] = "auto",
     directory: Annotated[
-        Path | None, typer.Option("--dir", help="Where run folders go [default: ./runs]")
+        Path | None, typer.Option("--dir", help="Where run folders go", show_default="./runs")
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="A run folder to go on with, with its own configuration.")
@@ -93,11 +114,11 @@ def run(
     verbose: Annotated[bool, typer.Option(help="Show Flower's and Ray's own logs.")] = False,
 ) -> None:
     """Run one federated fine-tuning on this machine, or go on with one that was interrupted."""
-    from layerfed.deploy.processes import clean_up_on_sigterm
+    from layerfed.signals import clean_up_on_sigterm
 
     clean_up_on_sigterm()
     with _one_line_errors(ConfigError):
-        config = read_settings(settings, resume)
+        config = read_settings(settings, resume).simulated()
         wanted = _engine(engine)
         if directory is not None:
             config = config.model_copy(
@@ -111,28 +132,44 @@ def run(
         logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
         chosen, why = choose_engine(config, wanted)
         console.print(
-            f"[bold]{config.task.name}[/] · {config.strategy.name} · "
+            f"[bold]{escape(config.task.name)}[/] · {config.strategy.name} · "
             f"{config.federation.clients} clients, {config.federation.clients_per_round} a round, "
             f"{config.federation.rounds} rounds · engine {chosen} ({why})",
             highlight=False,
         )
+        folders: list[RunFolder] = []
         try:
             with ProgressLine(console) as progress:
-                folder = run_on(chosen, config, [progress], verbose=verbose)
+                run_on(chosen, config, [progress], verbose=verbose, opened=folders.append)
+        except KeyboardInterrupt:
+            _say_how_to_resume([folder.path for folder in folders])
+            raise typer.Exit(130) from None
         except (NotWritten, RoundFailed) as error:
-            console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
+            console.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(1) from None
-    _print_summary(folder)
+    _print_summary(folders[0].path)
+
+
+def _say_how_to_resume(folders: Sequence[Path]) -> None:
+    """Say what an interrupted run leaves, and the command that goes on with it."""
+    from layerfed.runs import latest_checkpoint
+
+    if not folders:
+        text = "interrupted; nothing was written"
+    elif latest_checkpoint(folders[0]) is None:
+        text = f"interrupted before the first checkpoint; run folder {folders[0]}"
+    else:
+        text = f"interrupted; to go on: layerfed run --resume {shlex.quote(str(folders[0]))}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_summary(folder: Path) -> None:
     from layerfed.report import run_table
 
-    output = Console()
-    output.print(run_table(folder))
+    Console(markup=False).print(run_table(folder))
     for picture in sorted(folder.glob("*.png")):
-        output.print(f"picture     {picture}", soft_wrap=True, highlight=False)
-    output.print(f"run folder  {folder}", soft_wrap=True, highlight=False)
+        typer.echo(f"picture     {picture}")
+    typer.echo(f"run folder  {folder}")
 
 
 @app.command()
@@ -143,18 +180,21 @@ def compare(
             help="A configuration file (conf/*.toml) to compare strategies on, or a table file "
             "(conf/tables/*.toml) that says it all; then key=value settings for every run.",
             metavar="[CONF|TABLE] [KEY=VALUE]...",
+            autocompletion=complete_setting,
         ),
     ] = None,
     strategies: Annotated[
-        str, typer.Option(help="Strategies, separated by commas [default: all]")
+        str, typer.Option(help="Strategies, separated by commas", show_default="all")
     ] = "",
     budgets: Annotated[
         str,
-        typer.Option(help="Budgets: numbers or half-normal, separated by commas [default: 1,2]"),
+        typer.Option(
+            help="Budgets: numbers or half-normal, separated by commas", show_default="1,2"
+        ),
     ] = "",
     seeds: Annotated[
         str,
-        typer.Option(help="Seeds, separated by commas [default: the table file's, or 0,1,2]"),
+        typer.Option(help="Seeds, separated by commas", show_default="the table file's, or 0,1,2"),
     ] = "",
     only: Annotated[
         str, typer.Option(help="Experiments of a table file to keep, separated by commas")
@@ -163,7 +203,8 @@ def compare(
         Path | None,
         typer.Option(
             "--dir",
-            help="Where run folders and tables go [default: runs/compare; of a table file: runs/tables]",
+            help="Where run folders and tables go",
+            show_default="runs/compare; of a table file: runs/tables",
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a process each")] = 1,
@@ -173,7 +214,7 @@ def compare(
 ) -> None:
     """Compare strategies: run what is missing, write tables and pictures; interrupted, it goes on."""
     from layerfed.compare import compare as carry_out
-    from layerfed.deploy.processes import clean_up_on_sigterm
+    from layerfed.signals import clean_up_on_sigterm
 
     clean_up_on_sigterm()
     with _one_line_errors(ConfigError):
@@ -184,7 +225,7 @@ def compare(
                 (directory or place).expanduser().resolve(),
                 jobs=jobs,
                 engine=_engine(engine),
-                say=lambda line: console.print(_escape(line), highlight=False, soft_wrap=True),
+                say=lambda line: console.print(escape(line), highlight=False, soft_wrap=True),
             )
         except KeyboardInterrupt:
             console.print("interrupted; the same command goes on from here")
@@ -224,7 +265,7 @@ def _plan(
         return load_plan(file, words[1:], seeds=numbers, only=_words(only)), Path("runs/tables")
     if only:
         raise ConfigError(f"--only {only} is for table files, which have several experiments")
-    base = read_settings(settings)
+    base = read_settings(settings).simulated()
     names = _words(strategies) or list(STRATEGIES)
     plan = Plan(
         name="table",
@@ -244,12 +285,30 @@ def _words(text: str) -> list[str]:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A run folder")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, file_okay=False, help="A run folder, or the folder of a comparison"
+        ),
+    ],
 ) -> None:
-    """Draw a run folder's pictures anew and print its figures."""
+    """Draw a run folder's pictures anew and print its figures; print a comparison's tables."""
     from layerfed.report import draw_run
 
+    # `layerfed compare` writes its tables anew after each run: they are what there is.
+    tables = [file for file in sorted(folder.glob("*.md")) if file.with_suffix(".csv").exists()]
+    if tables and not (folder / "config.json").exists():
+        for table in tables:
+            typer.echo(table.read_text(encoding="utf-8"))
+            for picture in sorted(folder.glob(f"{table.stem}-*.png")):
+                typer.echo(f"picture     {picture.resolve()}")
+        return
     with _one_line_errors(OSError, ValueError):
+        if not (folder / "summary.json").exists():
+            raise ConfigError(
+                f"{folder} is no run folder and no folder of a comparison: it has neither "
+                "summary.json nor a table"
+            )
         draw_run(folder)
     _print_summary(folder.resolve())
 
@@ -263,7 +322,7 @@ def layers(settings: Settings = None) -> None:
 
         task = load_task(config)
         found = task.layers(task.skeleton())
-    table = Table(title=f"{config.task.name}: {found.num_blocks} selectable layers")
+    table = Table(title=f"{escape(config.task.name)}: {found.num_blocks} selectable layers")
     table.add_column("layer", no_wrap=True)
     table.add_column("role", no_wrap=True)
     table.add_column("modules", overflow="fold")
@@ -277,9 +336,9 @@ def layers(settings: Settings = None) -> None:
     role = {"embeddings": "frozen", "block": "selectable", "head": "always trained"}
     for layer in found.layers:
         table.add_row(
-            layer.name,
+            escape(layer.name),
             role[layer.kind],
-            ", ".join(_with_tensors(layer)),
+            escape(", ".join(_with_tensors(layer))),
             f"{layer.elements:,}",
             f"{layer.bytes / 1e6:.3f}",
             f"{layer.elements / total:.1%}",
@@ -317,7 +376,7 @@ def solve(
         typer.Argument(
             exists=True,
             dir_okay=False,
-            help='JSON: {"values": [[…]], "costs": […], "budgets": […], "consistency": λ}',
+            help=escape('JSON: {"values": [[…]], "costs": […], "budgets": […], "consistency": λ}'),
         ),
     ],
     solver: Annotated[str, typer.Option(help="auto, lagrangian or milp")] = "auto",
@@ -337,7 +396,10 @@ def solve(
         except json.JSONDecodeError as error:
             raise ValueError(f"{instance} is not valid JSON: {error}") from None
         if solver not in ("auto", "lagrangian", "milp"):
-            raise ValueError(f"--solver {solver} is unknown; choose auto, lagrangian or milp")
+            raise ValueError(
+                f"--solver {solver} is unknown; choose auto, lagrangian or milp"
+                f"{nearest(solver, ('auto', 'lagrangian', 'milp'))}"
+            )
         problem, taken = round_costs(SelectionProblem.from_json(data), rounding)
         found = solve_problem(
             problem,

@@ -17,7 +17,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
@@ -48,6 +48,7 @@ from layerfed.config import (
 )
 from layerfed.exchange import (
     CODECS,
+    WRONG_SETTINGS,
     Description,
     LayerStore,
     compress,
@@ -245,10 +246,19 @@ def _allowance(
 
 def describe(message: Message, context: Context) -> Message:
     """Say which partition this node holds, how many examples, and what it can afford."""
+    try:
+        return describe_reply(message, _description(context))
+    except ConfigError as error:
+        # As a reply, not raised: Flower would log a traceback for each client.
+        return Message(Error(WRONG_SETTINGS, str(error)), reply_to=message)
+
+
+def _description(context: Context) -> Description:
     node = NodeConfig.read(context.node_config)
     bench = workbench(context.run_config, node)
     # A partition that is not there is refused by the server, in words a user can act on.
-    exists = node.partition_id < bench.config.federation.clients
+    clients = bench.config.federation.clients
+    exists = not clients or node.partition_id < clients
     unit = _run_config(context.run_config).budget.unit
     costs = depth_costs = allowance = None
     if exists:
@@ -256,7 +266,7 @@ def describe(message: Message, context: Context) -> Message:
         if unit in MEASURED_UNITS:
             costs, depth_costs = (tuple(x) for x in bench.costs(node.partition_id, unit))
     count = len(bench.examples(node.partition_id)[0]) if exists else 1
-    description = Description(
+    return Description(
         partition=node.partition_id,
         examples=_stated(count, _protection(node, context)),
         budget=None if allowance is None else allowance.budget,
@@ -264,7 +274,6 @@ def describe(message: Message, context: Context) -> Message:
         costs=costs,
         depth_costs=depth_costs,
     )
-    return describe_reply(message, description)
 
 
 def probe(message: Message, context: Context) -> Message:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from logging import DEBUG
 from pathlib import Path
@@ -25,6 +27,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from layerfed.client_app import Workbench, build_client_app, client_app, workbench
 from layerfed.config import ConfigError, Flat, RunConfig, Scalar
+from layerfed.runs import RunFolder
 from layerfed.runs.records import Observer
 from layerfed.server_app import build_account, build_server_app, build_strategy
 
@@ -155,7 +158,7 @@ def choose_engine(config: RunConfig, engine: EngineName) -> tuple[Engine, str]:
     if engine != "auto":
         return engine, "as asked"
     elements = sum(x.elements for x in workbench(config.to_flat()).resident.layers.layers)
-    abreast = min(config.federation.clients_per_round, _clients_abreast(config))
+    abreast = min(config.federation.cohort, _clients_abreast(config))
     if elements < SMALL_MODEL:
         return "inprocess", f"a model of {elements / 1e6:.1f} M parameters is faster without Ray"
     if abreast < 2:
@@ -184,6 +187,7 @@ def prepare(config: RunConfig) -> Workbench:
     ConfigError
         If the configuration cannot be run here.
     """
+    config = config.simulated()
     bench = workbench(config.to_flat())
     build_account(config, build_strategy(config, bench.resident.layers))
     bench.examples(0)
@@ -197,6 +201,7 @@ def run_on(
     *,
     nodes: Sequence[Mapping[str, Scalar]] = (),
     verbose: bool = False,
+    opened: Callable[[RunFolder], None] = lambda folder: None,
 ) -> Path:
     """Run a configuration on one machine and return the run folder.
 
@@ -209,6 +214,8 @@ def run_on(
         Settings that nodes of the in-process engine state of themselves, such as a budget each.
     verbose : bool (default: False)
         Whether Ray's own log is shown.
+    opened : Callable[[RunFolder], None]
+        Called with the run folder once it exists, before the first round.
 
     Raises
     ------
@@ -217,6 +224,7 @@ def run_on(
     RoundFailed
         If too few clients took part.
     """
+    config = config.simulated()
     flat = config.to_flat()
     # Built here first, so that impossible settings are refused before Ray takes its time to start.
     bench = prepare(config)
@@ -224,8 +232,13 @@ def run_on(
         raise ConfigError(
             f"settings of nodes are for the in-process engine; Flower's {engine} sets its nodes' own"
         )
-    folders: list[Path] = []
-    server = build_server_app(observers, folders.append)
+    folders: list[RunFolder] = []
+
+    def remember(folder: RunFolder) -> None:
+        folders.append(folder)
+        opened(folder)
+
+    server = build_server_app(observers, remember)
     if engine == "inprocess":
         grid = InProcessGrid(client_app, config.federation.clients, flat, nodes)
         context = Context(
@@ -247,8 +260,13 @@ def run_on(
         bytes_ = sum(layer.bytes for layer in bench.resident.layers.layers)
         with TemporaryDirectory(prefix="layerfed-", ignore_cleanup_errors=True) as folder:
             own: Flat = {"store": folder, "store-size": 3e-9 * bytes_}
-            _run_ray(server, config, flat, {} if config.exchange.store else own, verbose)
-    return folders[0]
+            try:
+                _run_ray(server, config, flat, {} if config.exchange.store else own, verbose)
+            except (KeyboardInterrupt, SystemExit):  # Ray takes SIGTERM and raises SystemExit
+                for entered in folders:
+                    entered.stop("interrupted")
+                raise KeyboardInterrupt from None
+    return folders[0].path
 
 
 def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbose: bool) -> None:
@@ -268,10 +286,18 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbo
         )
         return call_next(message, mine)
 
-    wrapped = ServerApp()
+    wrapped, stopped = ServerApp(), threading.Event()
 
     @wrapped.main()
     def main(grid: Grid, context: Context) -> None:
+        pull = grid.pull_messages
+
+        def pull_unless_stopped(message_ids: Iterable[str]) -> Iterable[Message]:
+            if stopped.is_set():
+                sys.exit()  # ends this thread, which would wait for clients that are gone
+            return pull(message_ids)
+
+        grid.pull_messages = pull_unless_stopped  # type: ignore[method-assign]
         context.run_config, context.node_config = dict(flat), dict(node)
         server(grid, context)
 
@@ -296,6 +322,7 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbo
             },
         )
     finally:
+        stopped.set()
         logging.getLogger("flwr").removeFilter(quiet)
         ray.shutdown()
 

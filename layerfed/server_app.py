@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.exit import add_exit_handler
 
 from layerfed.client.flops import forward_flops
 from layerfed.client.training import evaluate
@@ -20,11 +22,12 @@ from layerfed.privacy.account import PrivacyAccount
 from layerfed.privacy.private_mean import PrivateAggregation
 from layerfed.privacy.protection import refuse_buffers
 from layerfed.report import draw_run
-from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
+from layerfed.runs import Checkpoints, LogLines, NotWritten, RunFolder, latest_checkpoint, lock
 from layerfed.runs.records import Observer
 from layerfed.server.aggregation import Aggregation
 from layerfed.server.budgets import Budgets
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
+from layerfed.server.population import RoundFailed, federation_size
 from layerfed.server.resuming import check_base
 from layerfed.server.round import Round
 from layerfed.server.secure_round import secured
@@ -56,8 +59,8 @@ def build_strategy(
     return strategy(
         layers,
         budget=Budgets(config.budget, costs, config.run.seed, kept=strategy.within_budget),
-        clients_per_round=config.federation.clients_per_round,
-        clients=config.federation.clients,
+        clients_per_round=config.federation.cohort,
+        clients=config.federation.population,
         min_replies=config.federation.needed_replies,
         lr_decay=config.train.lr_decay,
         probe_batches=section.probe_batches,
@@ -98,8 +101,21 @@ def build_account(config: RunConfig, strategy: SelectiveStrategy) -> PrivacyAcco
     return PrivacyAccount(config.privacy, strategy.probed_in, config.federation.rounds)
 
 
-def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
+def run(
+    grid: Grid,
+    context: Context,
+    observers: Sequence[Observer],
+    opened: Callable[[RunFolder], None],
+) -> Path:
     """Run what the context's run configuration describes; return the run folder.
+
+    Parameters
+    ----------
+    grid : flwr.serverapp.Grid
+    context : flwr.app.Context
+    observers : Sequence[Observer]
+    opened : Callable[[RunFolder], None]
+        Called with the run folder once it exists, before the first round.
 
     Raises
     ------
@@ -114,15 +130,23 @@ def run(grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
     # Before it is read how far it got: the process that wrote it may still be at it.
     held = lock(Path(config.run.resume)) if config.run.resume else None
     try:
-        return _run(config, grid, context, observers)
+        return _run(config, grid, context, observers, opened)
     finally:
         if held is not None:
             held.release()
 
 
-def _run(config: RunConfig, grid: Grid, context: Context, observers: Sequence[Observer]) -> Path:
+def _run(
+    config: RunConfig,
+    grid: Grid,
+    context: Context,
+    observers: Sequence[Observer],
+    opened: Callable[[RunFolder], None],
+) -> Path:
     bench = workbench(context.run_config)
     test = bench.task.test_examples()
+    if not config.federation.clients:
+        config = config.of_size(federation_size(grid, config.federation.timeout))
     strategy = build_strategy(config, bench.resident.layers, node_store(context))
     account = build_account(config, strategy)
 
@@ -151,10 +175,11 @@ def _run(config: RunConfig, grid: Grid, context: Context, observers: Sequence[Ob
     strategy.connect(grid, config.federation.timeout)
     engine = ENGINES.get(type(grid).__name__, "superlink")
     if resumed is None:
-        opened = RunFolder.create(config, engine)
+        entered = RunFolder.create(config, engine)
     else:
-        opened = RunFolder.reopen(Path(config.run.resume), config, engine, resumed.round)
-    with opened as folder:
+        entered = RunFolder.reopen(Path(config.run.resume), config, engine, resumed.round)
+    with entered as folder:
+        opened(folder)
         example = next(iter(test.in_order(1, bench.device)))
         flops = forward_flops(bench.resident.model, strategy.layers, example, bench.task.logits)
         folder.describe(strategy.layers, *flops)
@@ -189,17 +214,50 @@ def _run(config: RunConfig, grid: Grid, context: Context, observers: Sequence[Ob
     return folder.path
 
 
-def build_server_app(observers: Sequence[Observer], finished: Callable[[Path], None]) -> ServerApp:
-    """Return a ServerApp that also tells `observers`, and `finished` the run folder at the end."""
+def build_server_app(
+    observers: Sequence[Observer], opened: Callable[[RunFolder], None]
+) -> ServerApp:
+    """Return a ServerApp that also tells `observers`, and `opened` the run folder."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        finished(run(grid, context, observers))
+        run(grid, context, observers, opened)
 
     return app
 
 
-server_app = build_server_app(
-    [LogLines()], lambda folder: log(INFO, "pictures, tables and model: %s", folder)
-)
+server_app = ServerApp()
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run in a process of Flower's, as `flwr run` and a SuperLink start it."""
+    try:
+        folder = run(grid, context, [LogLines()], _opened)
+    except (ConfigError, NotWritten, RoundFailed) as error:
+        # Flower logs a traceback of all that is raised; what a user can mend is said in one line. It is
+        # raised all the same: only then does Flower's list of runs say that this one failed.
+        logging.getLogger("flwr").addFilter(_InOneLine(error))
+        raise
+    log(INFO, "pictures, tables and model: %s", folder)
+
+
+def _opened(folder: RunFolder) -> None:
+    # `flwr stop` reaches this process as a signal, while the ServerApp works in another thread.
+    add_exit_handler(folder.stop)
+    # Where that is depends on where the SuperLink was started, unless run.dir is an absolute path.
+    log(INFO, "run folder: %s", folder.path)
+
+
+class _InOneLine(logging.Filter):
+    """Shows an error in one line of Flower's log, without the traceback and the exit code."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.exc_info, tuple) and record.exc_info[1] is self._error:
+            record.msg, record.args, record.exc_info = f"error: {self._error}", (), None
+        return not record.getMessage().startswith("Exit Code:")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import layerfed
 from layerfed.cli import app
+from layerfed.config import complete_setting
+from layerfed.runs import ProgressLine
 
 cli = CliRunner()
 QUICK = [
@@ -31,6 +35,14 @@ QUICK = [
         (["task.alpha=0.0001"], "task.alpha = 0.0001"),
         (["missing.toml"], "missing.toml"),
         (["--engine", "spark"], "--engine spark"),
+        (["--engine", "inproces"], "did you mean inprocess?"),
+        (["trian.lr=1"], "did you mean train.lr?"),
+        (["missing[x].toml"], "cannot read configuration missing[x].toml"),
+        (["task.name=no_such_module:Task"], "task.name = 'no_such_module:Task' cannot be imported"),
+        (
+            ["task.name=cifar10", "model.name=timm/resnet5O", "model.weights=random"],
+            "did you mean resnet50?",
+        ),
     ],
 )
 def test_impossible_runs_end_with_one_line_before_anything_is_written(
@@ -68,7 +80,7 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
 
     again = cli.invoke(app, arguments)
     assert again.exit_code == 2
-    assert "exists already" in again.stderr
+    assert f"exists already; go on with that run (--resume {folder})" in again.stderr
 
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
@@ -89,6 +101,90 @@ def test_report_draws_the_pictures_anew(tmp_path: Path) -> None:
     (tmp_path / "x/layers.png").unlink()
     assert cli.invoke(app, ["report", str(tmp_path / "x")]).exit_code == 0
     assert (tmp_path / "x/layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_prints_the_tables_of_a_comparison(tmp_path: Path) -> None:
+    (tmp_path / "table.md").write_text("| ilp | 95.7 |\n")
+    (tmp_path / "table.csv").write_text("")
+    (tmp_path / "table-accuracy.png").write_bytes(b"")
+    (tmp_path / "notes.md").write_text("of the user's")
+    result = cli.invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    assert "| ilp | 95.7 |" in result.stdout
+    assert str(tmp_path / "table-accuracy.png") in result.stdout
+    assert "of the user's" not in result.stdout
+
+
+def test_report_on_another_folder_is_one_line(tmp_path: Path) -> None:
+    result = cli.invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 2
+    assert [line for line in result.stderr.splitlines() if line] == [
+        f"error: {tmp_path} is no run folder and no folder of a comparison: it has neither "
+        "summary.json nor a table"
+    ]
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_ctrl_c_says_what_is_left_and_how_to_go_on(
+    done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: ProgressLine, server_round: int, phase: str) -> None:
+        if server_round == done + 1 and phase == "train":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressLine, "on_phase", interrupt)
+    folder = tmp_path / "a run[1]" / "x"
+    run = ["run", *QUICK, "run.name=x", "--dir", str(folder.parent), "strategy.name=top"]
+    result = cli.invoke(app, run)
+    assert result.exit_code == 130
+    last = result.stderr.splitlines()[-1]
+    if done:
+        assert last == f"interrupted; to go on: layerfed run --resume '{folder}'"
+    else:
+        assert last == f"interrupted before the first checkpoint; run folder {folder}"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+
+
+TASK = """
+from layerfed.task.digits import Digits
+
+
+class Mine(Digits):
+    pass
+"""
+
+
+def test_a_task_in_the_current_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_task_of_mine.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    result = cli.invoke(app, ["layers", "task.name=a_task_of_mine:Mine"])
+    assert result.exit_code == 0, result.stderr
+    assert "a_task_of_mine:Mine: 12 selectable layers" in result.stdout
+
+
+def test_help_shows_arguments_and_defaults() -> None:
+    text = " ".join(cli.invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).stdout.split())
+    assert "A configuration file (conf/*.toml), then key=value settings" in text
+    assert "[default: (./runs)]" in text
+    text = " ".join(cli.invoke(app, ["solve", "--help"], env={"COLUMNS": "200"}).stdout.split())
+    assert '{"values": [[…]], "costs": […], "budgets": […], "consistency": λ}' in text
+
+
+def test_version() -> None:
+    result = cli.invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"layerfed {layerfed.__version__}\n")
+
+
+def test_keys_are_completed() -> None:
+    assert complete_setting("train.l") == [
+        "train.lr=",
+        "train.lr-decay=",
+        "train.local-steps=",
+        "train.local-epochs=",
+    ]
 
 
 def test_layers_prints_the_table() -> None:
@@ -167,6 +263,7 @@ def test_compare_goes_on_with_what_was_interrupted_and_runs_the_rest(tmp_path: P
     ("arguments", "says"),
     [
         (["--strategies", "ilpp"], "row 'ilpp': there is no strategy 'ilpp'"),
+        (["--strategies", "ilpp"], "did you mean ilp?"),
         (["--strategies", "top,top"], "row 'top' is there twice"),
         (["--budgets", "two"], "budget 'two' is neither a number nor half-normal"),
         (["--seeds", "0,x"], "seed 'x' is not a whole number"),

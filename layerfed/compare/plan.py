@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from layerfed.config import ConfigError, Flat, RunConfig
+from layerfed.config import ConfigError, Flat, RunConfig, nearest
 from layerfed.strategies import STRATEGIES
 
 __all__ = ["Budget", "Cell", "Experiment", "Plan", "Row", "Show", "parse_seeds", "refuse_grid_keys"]
@@ -201,7 +201,7 @@ class Plan:
             if row.strategy not in STRATEGIES:
                 raise ConfigError(
                     f"row '{row.name}': there is no strategy '{row.strategy}'; known: "
-                    f"{', '.join(STRATEGIES)}"
+                    f"{', '.join(STRATEGIES)}{nearest(row.strategy, STRATEGIES)}"
                 )
         if self.reference and self.reference not in [row.name for row in self.rows]:
             raise ConfigError(

@@ -31,7 +31,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from layerfed.compare.plan import Budget, Experiment, Plan, Row, Show, refuse_grid_keys
-from layerfed.config import ConfigError, RunConfig, explain, flatten, load_config, parse_override
+from layerfed.config import (
+    ConfigError,
+    RunConfig,
+    explain,
+    flatten,
+    load_config,
+    nearest,
+    parse_override,
+)
 from layerfed.report import PAPER_COSTS
 
 __all__ = ["is_table_file", "load_plan"]
@@ -105,7 +113,7 @@ def load_plan(
     if unknown := [name for name in only if name not in table.experiments]:
         raise ConfigError(
             f"--only {unknown[0]}: {file} has no such experiment; it has "
-            f"{', '.join(table.experiments)}"
+            f"{', '.join(table.experiments)}{nearest(unknown[0], table.experiments)}"
         )
     rows = [_row(name, settings, file) for name, settings in table.rows.items()]
     budgets = [Budget.parse(budget) for budget in table.budgets]
@@ -152,7 +160,7 @@ def _experiment(
             load_config(file.parent / section.conf).to_flat()
             | settings
             | dict(parse_override(text) for text in overrides)
-        )
+        ).simulated()
     except ConfigError as error:
         raise ConfigError(f"experiment '{name}': {error}") from None
     return Experiment(

@@ -1,6 +1,5 @@
 """One typed configuration: sections, the rules between them, a node's own settings, files."""
 
-from layerfed.config.command_line import read_settings
 from layerfed.config.node import NodeConfig
 from layerfed.config.privacy import PrivacyConfig
 from layerfed.config.run import (
@@ -21,7 +20,9 @@ from layerfed.config.run import (
     explain,
     flatten,
     load_config,
+    nearest,
     parse_override,
+    run_keys,
 )
 from layerfed.config.secagg import SecAggConfig, refuse_with_secagg
 from layerfed.config.section import ConfigError, Section
@@ -49,7 +50,8 @@ __all__ = [
     "explain",
     "flatten",
     "load_config",
+    "nearest",
     "parse_override",
-    "read_settings",
     "refuse_with_secagg",
+    "run_keys",
 ]

@@ -1,13 +1,48 @@
-"""What command lines that start a run have in common: a file, then key=value, or a run to go on with."""
+"""What the command lines have in common: how they are built, and how a run is described on one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from layerfed.config.run import ConfigError, RunConfig, load_config
+import typer
+from typer.core import TyperArgument, TyperCommand
+from typer.utils import get_params_from_function
 
-__all__ = ["read_settings"]
+from layerfed.config.run import (
+    ConfigError,
+    RunConfig,
+    load_config,
+    run_keys,
+)
+
+__all__ = ["App", "complete_setting", "read_settings"]
+
+
+class App(typer.Typer):
+    """A Typer whose commands show the help of their arguments."""
+
+    def command(self, *args: Any, **settings: Any) -> Callable[[Any], Any]:
+        """Register a command."""
+        return super().command(*args, cls=_Command, **settings)
+
+
+class _Command(TyperCommand):
+    """Sets the help of arguments again: what typer sets, newer versions of click overwrite."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        assert self.callback is not None
+        stated = get_params_from_function(self.callback)
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument):
+                parameter.help = stated[str(parameter.name)].default.help
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Return the keys that begin as a word on the command line does, for the shell's completion."""
+    return [f"{key}=" for key in run_keys() if key.startswith(incomplete)]
 
 
 def read_settings(settings: Sequence[str] | None, resume: Path | None = None) -> RunConfig:

@@ -146,9 +146,24 @@ class NodeConfig(Section):
             raise ConfigError(f"node-config: {explain(error, known)}") from None
 
     def applied_to(self, config: RunConfig) -> RunConfig:
-        """Return the run's configuration with what this node decides for itself in its place."""
+        """Return the run's configuration with what this node decides for itself in its place.
+
+        Raises
+        ------
+        ConfigError
+            If neither the run nor the node states into how many parts the data is cut.
+        """
         own = {"device": self.device, "threads": self.threads}
         section = config.run.model_copy(update={k: v for k, v in own.items() if v is not None})
         data = self.own_data or self.data
         task = config.task if data is None else config.task.model_copy(update={"data": data})
-        return config.model_copy(update={"run": section, "task": task})
+        federation = config.federation
+        if not federation.clients and self.own_data is None:
+            if self.num_partitions is None:
+                raise ConfigError(
+                    "federation.clients = 0, and this node has no num-partitions: it cannot tell its "
+                    "part of the data; start it with --node-config "
+                    f'"partition-id={self.partition_id} num-partitions=N", or set federation.clients'
+                )
+            federation = federation.model_copy(update={"clients": self.num_partitions})
+        return config.model_copy(update={"run": section, "task": task, "federation": federation})

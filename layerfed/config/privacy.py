@@ -71,7 +71,8 @@ def check_private(config: RunConfig) -> None:
     if section.mode == "none":
         return
     clients = config.federation.clients
-    if section.delta >= 1 / clients:
+    # Where the federation states its size, this is checked once it is known.
+    if clients and section.delta >= 1 / clients:
         raise ConfigError(
             f"privacy.delta = {section.delta:g} is not below 1 / federation.clients = {1 / clients:g}: "
             "so large a δ allows giving one client's data away in full; lower it"

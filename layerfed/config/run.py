@@ -19,7 +19,14 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from layerfed.config.privacy import PrivacyConfig, check_private
 from layerfed.config.secagg import SecAggConfig, refuse_with_secagg
-from layerfed.config.section import ConfigError, Section
+from layerfed.config.section import (
+    ConfigError,
+    DeviceName,
+    RunName,
+    Section,
+    Switch,
+    nearest,
+)
 
 __all__ = [
     "BudgetUnit",
@@ -31,7 +38,9 @@ __all__ = [
     "explain",
     "flatten",
     "load_config",
+    "nearest",
     "parse_override",
+    "run_keys",
 ]
 
 Scalar = str | int | float | bool
@@ -41,11 +50,12 @@ StrategyName = Literal[
     "ilp", "full", "top", "bottom", "both", "random", "cyclic", "snr", "rgn", "fedtlu"
 ]
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
-DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 TASK_NAMES = ("digits", "cifar10", "domainnet", "xglue_nc", "qa", "custom")
 # Libraries that models come from, with a slash before the model's name there.
 MODEL_FAMILIES = ("layerfed", "open_clip", "timm", "transformers")
 Positive = Annotated[int, Field(ge=1)]
+# Clients of a federation that LayerFed makes itself, where the configuration states no number.
+SIMULATED_CLIENTS = 10
 
 
 class TaskConfig(Section):
@@ -73,7 +83,7 @@ class TaskConfig(Section):
         if name not in TASK_NAMES and not re.fullmatch(r"[\w.]+:\w+", name):
             raise ConfigError(
                 f"task.name = '{name}' is not allowed: it should be one of {', '.join(TASK_NAMES)}, or "
-                "a task of your own as module:Class"
+                f"a task of your own as module:Class{nearest(name, TASK_NAMES)}"
             )
         return name
 
@@ -103,6 +113,7 @@ class ModelConfig(Section):
             raise ConfigError(
                 f"model.name = '{self.name}' is not allowed: it should be layerfed/vit, open_clip/NAME, "
                 "timm/NAME or transformers/HUB-ID-OR-FOLDER, as in open_clip/ViT-B-32"
+                f"{nearest(self.family, MODEL_FAMILIES)}"
             )
         if self.family == "layerfed":
             if self.architecture != "vit" or self.weights not in ("embedded", "random"):
@@ -129,8 +140,8 @@ class ModelConfig(Section):
 class FederationConfig(Section):
     """The population of clients and what a round asks of it."""
 
-    clients: Positive = 10
-    clients_per_round: Positive = 10
+    clients: Annotated[int, Field(ge=0)] = 0
+    clients_per_round: Annotated[int, Field(ge=0)] = 0
     rounds: Positive = 30
     min_replies: Annotated[int, Field(ge=0)] = 0
     over_provision: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -139,22 +150,34 @@ class FederationConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.clients_per_round > self.clients:
+        if self.clients and self.clients_per_round > self.clients:
             raise ConfigError(
                 f"federation.clients-per-round = {self.clients_per_round} is above "
                 f"federation.clients = {self.clients}; lower it or raise the number of clients"
             )
-        if self.min_replies > self.clients_per_round:
+        asked = self.clients_per_round or self.clients
+        if asked and self.min_replies > asked:
+            key = "clients-per-round" if self.clients_per_round else "clients"
             raise ConfigError(
                 f"federation.min-replies = {self.min_replies} is above "
-                f"federation.clients-per-round = {self.clients_per_round}; no round could succeed"
+                f"federation.{key} = {asked}; no round could succeed"
             )
         return self
 
     @property
+    def population(self) -> int:
+        """Number of clients: `clients`, or ten where it is 0 and LayerFed makes the federation."""
+        return self.clients or SIMULATED_CLIENTS
+
+    @property
+    def cohort(self) -> int:
+        """Clients that take part in a round; `clients-per-round` = 0 means all."""
+        return self.clients_per_round or self.population
+
+    @property
     def needed_replies(self) -> int:
         """Usable updates a round needs: `min-replies`, or half of the round's clients."""
-        return self.min_replies or -(-self.clients_per_round // 2)
+        return self.min_replies or -(-self.cohort // 2)
 
 
 class StrategyConfig(Section):
@@ -175,7 +198,7 @@ class StrategyConfig(Section):
     side: Literal["server", "client"] = "server"
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     norm: Literal["l1", "l2"] = "l2"
-    theory: bool = False
+    theory: Switch = False
 
 
 class BudgetConfig(Section):
@@ -250,7 +273,7 @@ class ExchangeConfig(Section):
 class RunSection(Section):
     """Where the run is kept and what it runs on."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]*$")] = ""
+    name: RunName = ""
     dir: str = ""
     seed: Annotated[int, Field(ge=0)] = 0
     resume: str = ""
@@ -304,13 +327,40 @@ class RunConfig(Section):
             if not dot or section not in cls.model_fields:
                 raise ConfigError(
                     f"unknown key '{key}'; keys are section.name with a section of "
-                    f"{', '.join(cls.model_fields)}"
+                    f"{', '.join(cls.model_fields)}{_nearest_key(key)}"
                 )
             nested.setdefault(section, {})[name] = value
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
             raise ConfigError(explain(error)) from None
+
+    def of_size(self, clients: int) -> RunConfig:
+        """Return this configuration with its two 0s replaced: the population and the cohort.
+
+        Parameters
+        ----------
+        clients : int
+            Size of the federation.
+
+        Raises
+        ------
+        ConfigError
+            If a setting does not fit a federation of this size.
+        """
+        asked = self.federation.clients_per_round
+        if asked > clients:
+            raise ConfigError(
+                f"federation.clients-per-round = {asked} is above the {clients} clients of the "
+                "federation; lower it, set it to 0 (all clients), or raise the number of clients "
+                "(federation.clients; with flwr run, num-supernodes)"
+            )
+        sizes = {"federation.clients": clients, "federation.clients-per-round": asked or clients}
+        return RunConfig.from_flat(self.to_flat() | sizes)
+
+    def simulated(self) -> RunConfig:
+        """Return this configuration for a federation that LayerFed makes itself."""
+        return self.of_size(self.federation.population)
 
     def to_flat(self) -> Flat:
         """Return every key with its value, in the order of the sections."""
@@ -331,21 +381,28 @@ def explain(error: ValidationError, known: str = "") -> str:
     for finding in error.errors():
         key = ".".join(str(part) for part in finding["loc"])
         if finding["type"] == "extra_forbidden":
-            lines.append(
-                f"unknown key '{key}'; known keys: {known or _section_keys(finding['loc'])}"
+            among = known or ", ".join(
+                k for k in run_keys() if k.split(".")[0] == finding["loc"][0]
             )
+            close = nearest(key, known.split(", ")) if known else _nearest_key(key)
+            lines.append(f"unknown key '{key}'; known keys: {among}{close}")
         elif finding["type"] == "value_error":
             lines.append(str(finding["ctx"]["error"]))
         else:
             rule = finding["msg"].removeprefix("Input should be ")
-            lines.append(f"{key} = {finding['input']!r} is not allowed: it should be {rule}")
+            close = nearest(str(finding["input"]), re.findall(r"'([^']*)'", rule))
+            lines.append(f"{key} = {finding['input']!r} is not allowed: it should be {rule}{close}")
     return "; ".join(lines)
 
 
-def _section_keys(location: tuple[int | str, ...]) -> str:
-    section = str(location[0])
-    fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-    return ", ".join(f"{section}.{name.replace('_', '-')}" for name in fields)
+def run_keys() -> list[str]:
+    """Return every key of a run's configuration."""
+    return list(RunConfig().to_flat())
+
+
+def _nearest_key(key: str) -> str:
+    same = [known for known in run_keys() if known.partition(".")[2] == key]
+    return f"; did you mean {same[0]}?" if same else nearest(key, run_keys())
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

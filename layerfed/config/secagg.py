@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from layerfed.config.section import ConfigError, Section
+from layerfed.config.section import ConfigError, Section, Switch
 
 __all__ = ["SecAggConfig", "refuse_with_secagg"]
 
@@ -16,7 +16,7 @@ __all__ = ["SecAggConfig", "refuse_with_secagg"]
 class SecAggConfig(Section):
     """Whether the server may see sums of updates only."""
 
-    enabled: bool = False
+    enabled: Switch = False
     # Above one half: see `Participant.share_secrets`.
     threshold: Annotated[float, Field(gt=0.5, le=1)] = 0.66
     range: Annotated[float, Field(gt=0, le=1e6)] = 8.0
@@ -63,7 +63,10 @@ def refuse_with_secagg(flat: Mapping[str, Any]) -> None:
         if key in flat and flat[key] not in values:
             raise _refused(key, flat[key], why, f"set {key}={values[0]}")
     _refuse_masks_that_differ(flat)
-    clients, more = flat["federation.clients-per-round"], flat["federation.over-provision"]
+    clients = flat["federation.clients-per-round"] or flat["federation.clients"]
+    if not clients:
+        return  # the federation states its size; this is checked once it is known
+    more = flat["federation.over-provision"]
     if clients < 3:
         raise _refused(
             "federation.clients-per-round",

@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Annotated, Any
 
-__all__ = ["ConfigError", "Section"]
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError
+
+__all__ = ["ConfigError", "DeviceName", "RunName", "Section", "Switch", "nearest"]
 
 
 class ConfigError(ValueError):
     """A setting that cannot be run; the message names the key, the value and what is allowed."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean …?" with the known word nearest to one that is unknown, or nothing."""
+    found = get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+WORDS = {"yes": True, "true": True, "on": True, "1": True}
+WORDS |= {"no": False, "false": False, "off": False, "0": False}
+
+
+def _switch(value: Any) -> Any:
+    return value if isinstance(value, float) else WORDS.get(str(value).lower(), value)
+
+
+def _device(value: Any) -> Any:
+    name = re.sub(r"^gpu\b", "cuda", value) if isinstance(value, str) else value
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise PydanticCustomError("device", "auto, cpu, mps, cuda (or gpu), or cuda:1")
+    return name
+
+
+def _run_name(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]*", value):
+        raise PydanticCustomError("name", "letters, digits, '.', '_' and '-'")
+    return value
+
+
+Switch = Annotated[bool, BeforeValidator(_switch)]
+"""True or false; yes, no, on, off, 1 and 0 are read as these."""
+DeviceName = Annotated[str, BeforeValidator(_device)]
+"""What torch calls a device, or auto; gpu is read as cuda."""
+RunName = Annotated[str, BeforeValidator(_run_name)]
+"""The name of a run folder."""
 
 
 class Section(BaseModel):

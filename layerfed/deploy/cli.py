@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from layerfed.config import ConfigError, RunConfig, load_config, parse_override, read_settings
+from layerfed.config import ConfigError, RunConfig, load_config, parse_override
+from layerfed.config.command_line import App, complete_setting, read_settings
 from layerfed.extras import naming_extras
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app = App(
     help="Run on real machines, with TLS and authentication; docs/deployment.md is the guide.",
     no_args_is_help=True,
 )
@@ -170,7 +171,9 @@ def run(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            help="As in `layerfed run`: a file, then key=value", metavar="[CONF] [KEY=VALUE]…"
+            help="As in `layerfed run`: a file, then key=value",
+            metavar="[CONF] [KEY=VALUE]…",
+            autocompletion=complete_setting,
         ),
     ] = None,
     resume: Annotated[

@@ -20,9 +20,9 @@ from types import TracebackType
 from typing import Self
 
 from layerfed.deploy.federation import DeploymentFailed
-from layerfed.signals import clean_up_on_sigterm, undisturbed
+from layerfed.signals import undisturbed
 
-__all__ = ["Processes", "clean_up_on_sigterm", "commands", "free_ports"]
+__all__ = ["Processes", "commands", "free_ports"]
 
 POLL_SECONDS = 0.2
 # What a process gets to end by itself after SIGTERM, and its descendants after that.

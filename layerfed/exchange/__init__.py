@@ -4,6 +4,7 @@ from layerfed.exchange.arrays import RefusedReply, encode, record_of
 from layerfed.exchange.bounds import check_reply
 from layerfed.exchange.codecs import CODECS, Codec, compress
 from layerfed.exchange.messages import (
+    WRONG_SETTINGS,
     Description,
     Manifest,
     TrainReply,
@@ -34,6 +35,7 @@ from layerfed.exchange.store import FolderStore, LayerStore, MemoryStore, open_s
 
 __all__ = [
     "CODECS",
+    "WRONG_SETTINGS",
     "Codec",
     "Description",
     "FolderStore",

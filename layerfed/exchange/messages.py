@@ -41,6 +41,7 @@ from layerfed.exchange.codecs import CODECS, Codec
 from layerfed.models.layers import LayerMap
 
 __all__ = [
+    "WRONG_SETTINGS",
     "Description",
     "Manifest",
     "TrainReply",
@@ -70,6 +71,8 @@ MAX_EXAMPLES = 2**29
 MAX_PARTITION = 2**31
 # More layer versions than any model has layers.
 MAX_HELD = 100_000
+# Error code, of ours: a node whose settings cannot be run says so, and is not asked again.
+WRONG_SETTINGS = 1000
 # What a client says its work took.
 COSTS = ("steps", "flops", "seconds", "peak-memory")
 

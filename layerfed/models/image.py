@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from layerfed.config import ConfigError, ModelConfig
+from layerfed.config import ConfigError, ModelConfig, nearest
 from layerfed.models.source import loading, new_weights, require
 from layerfed_assets import BACKBONE, backbone
 
@@ -109,21 +109,24 @@ def _shipped(section: ModelConfig, classes: int, weights: str) -> Built:
 def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
     timm, data = require("timm", section.name), require("timm.data", section.name)
 
-    name, path = section.architecture, Path(weights).expanduser()
+    name, path = section.architecture, Path(section.weights).expanduser()
     options: dict[str, Any] = {"num_classes": classes, "pretrained": weights != "random"}
     source = f"timm/{name}" if weights == "pretrained" else weights
     if section.weights not in ("pretrained", "random"):
+        source = section.weights
         # A folder or repository has a configuration, which says the architecture too.
         if path.is_file():
             if path.suffix != ".safetensors":
-                raise ConfigError(f"model.weights = '{weights}' should be a .safetensors file")
+                raise ConfigError(f"model.weights = '{source}' should be a .safetensors file")
             options["pretrained_cfg_overlay"] = {"file": str(path)}
         else:
-            kind = "local-dir" if Path(section.weights).expanduser().is_dir() else "hf-hub"
-            name = f"{kind}:{section.weights}"
+            kind = "local-dir" if path.is_dir() else "hf-hub"
+            name = f"{kind}:{source}"
     if ":" not in name and not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name[:8]}*")[:8]) or "see timm.list_models()"
-        raise ConfigError(f"model.name = '{section.name}': timm has no '{name}'; it has {close}")
+        raise ConfigError(
+            f"model.name = '{section.name}': timm has no '{name}'"
+            f"{nearest(name, timm.list_models()) or '; see timm.list_models()'}"
+        )
     with loading(section, source):
         net = timm.create_model(name, **options)
     taken = data.resolve_model_data_config(net)
@@ -146,10 +149,9 @@ def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
     elif "/" in asked and not path.is_file():
         name = f"hf-hub:{asked}"
     elif name not in open_clip.list_models():
-        close = ", ".join(m for m in open_clip.list_models() if m[:5] == name[:5])
         raise ConfigError(
             f"model.name = '{section.name}': open_clip has no '{name}'"
-            + (f"; it has {close}" if close else "; see open_clip.list_models()")
+            f"{nearest(name, open_clip.list_models()) or '; see open_clip.list_models()'}"
         )
     elif path.is_file():
         options["pretrained"] = str(path) if weights != "random" else None

@@ -20,6 +20,9 @@ __all__ = ["loading", "new_weights", "require"]
 # Some of the oldest have no owner.
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
+# How names of files with weights end, and no hub id does.
+FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
 
 def require(library: str, model: str) -> Any:
     """Import a library that a plain install does not bring; raises MissingExtra without it."""
@@ -44,7 +47,7 @@ def loading(
         The hub id of a tag; empty if the hub does not have it.
     """
     there = Path(source).expanduser().exists()
-    if source.startswith(("/", ".", "~")) and not there:
+    if not there and (source.startswith(("/", ".", "~")) or source.endswith(FILES)):
         raise ConfigError(
             f"{key} names '{source}', which does not exist; give a folder, a file or a hub id"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import threading
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -69,6 +70,9 @@ class RunFolder(Observer):
         self.config = config
         self.engine = engine
         self._lock: FileLock | None = None
+        # Who stops a run may be another thread than the one that writes, or a signal handler in it.
+        self._writing = threading.RLock()
+        self._ended = False
         self._began = time.monotonic()
         self._before = 0.0
         self._initial: float | None = None
@@ -108,8 +112,8 @@ class RunFolder(Observer):
             except FileExistsError:
                 if config.run.name:
                     raise ConfigError(
-                        f"run.name = '{name}': {path} exists already; choose another name, or "
-                        "remove that folder"
+                        f"run.name = '{name}': {path} exists already; go on with that run "
+                        f"(--resume {path}), or choose another name"
                     ) from None
                 path = root / f"{name}-{attempt}"
             except (OSError, NotWritten) as error:
@@ -187,15 +191,25 @@ class RunFolder(Observer):
         """Record how the run ended."""
         try:
             if isinstance(error, KeyboardInterrupt):
-                self._summarise("interrupted")
+                self.stop("interrupted")
+            elif isinstance(error, SystemExit):
+                self.stop()
             elif error is not None:
-                self._summarise("failed", error=f"{type(error).__name__}: {error}")
-        except NotWritten as another:
-            # Most likely what the run failed of; that must not take the place of the reason.
-            log(WARNING, "the run folder cannot say how the run ended: %s", another)
+                self.stop("failed", error=f"{type(error).__name__}: {error}")
         finally:
+            self._ended = True
             if self._lock is not None:
                 self._lock.release()
+
+    def stop(self, status: str = "stopped", **more: Any) -> None:
+        """Record that the run is over; what its rounds would still report is not written any more."""
+        with self._writing:
+            try:
+                self._summarise(status, **more)
+            except NotWritten as error:
+                # Most likely what the run failed of; that must not take the place of the reason.
+                log(WARNING, "the run folder cannot say how the run ended: %s", error)
+            self._ended = True
 
     def asked(self) -> list[tuple[int, list[int]]]:
         """Return the rounds so far, each with the clients (partition ids) that were asked in it."""
@@ -286,32 +300,35 @@ class RunFolder(Observer):
         self._summarise("completed")
 
     def _summarise(self, status: str, **more: Any) -> None:
-        config, scored = self.config, [a for a in self._accuracies if a is not None]
-        write_json(
-            self.path / "summary.json",
-            {
-                "task": config.task.name,
-                "strategy": config.strategy.name,
-                "seed": config.run.seed,
-                "engine": self.engine,
-                "rounds": len(self._accuracies),
-                "initial_accuracy": self._initial,
-                "accuracy": scored[-1] if scored else None,
-                "best_accuracy": max(scored, default=None),
-                "seconds": self._before + time.monotonic() - self._began,
-                **self._totals,
-                "failures": self._failures,
-                **self._epsilon,
-                "delta": config.privacy.delta if config.privacy.mode != "none" else None,
-                "repeated_rounds": self.repeated_rounds,
-                "status": status,
-                **more,
-                "versions": {
-                    "python": platform.python_version(),
-                    **{package: found for package in PACKAGES if (found := _version(package))},
+        with self._writing:
+            if self._ended:
+                return
+            config, scored = self.config, [a for a in self._accuracies if a is not None]
+            write_json(
+                self.path / "summary.json",
+                {
+                    "task": config.task.name,
+                    "strategy": config.strategy.name,
+                    "seed": config.run.seed,
+                    "engine": self.engine,
+                    "rounds": len(self._accuracies),
+                    "initial_accuracy": self._initial,
+                    "accuracy": scored[-1] if scored else None,
+                    "best_accuracy": max(scored, default=None),
+                    "seconds": self._before + time.monotonic() - self._began,
+                    **self._totals,
+                    "failures": self._failures,
+                    **self._epsilon,
+                    "delta": config.privacy.delta if config.privacy.mode != "none" else None,
+                    "repeated_rounds": self.repeated_rounds,
+                    "status": status,
+                    **more,
+                    "versions": {
+                        "python": platform.python_version(),
+                        **{p: found for p in PACKAGES if (found := _version(p))},
+                    },
                 },
-            },
-        )
+            )
 
 
 def _version(package: str) -> str | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from logging import INFO, WARNING
+from logging import DEBUG, INFO, WARNING
 
 import numpy as np
 from flwr.common.logger import log
@@ -12,6 +13,7 @@ from flwr.serverapp import Grid
 
 from layerfed.config import ConfigError
 from layerfed.exchange import (
+    WRONG_SETTINGS,
     Description,
     Manifest,
     RefusedReply,
@@ -25,7 +27,7 @@ from layerfed.seeding import Stream, generator
 from layerfed.server.holdings import Holdings
 from layerfed.server.transport import exchange
 
-__all__ = ["Population", "RoundFailed"]
+__all__ = ["Population", "RoundFailed", "federation_size"]
 
 POLL_SECONDS = 1.0
 # What a node gets to say who it is, and how often it is asked: one that is silent must not hold up a
@@ -75,6 +77,7 @@ class Population:
         self._refused: dict[int, str] = {}
         self._errors: dict[int, list[str]] = {}
         self._misfits: list[str] = []
+        self._warned: set[str] = set()
         self.nodes: dict[int, int] = {}
         """Connected clients: node id by partition id."""
 
@@ -97,11 +100,12 @@ class Population:
             hopeless = {n for n in connected if n in self._refused or self._gave_up(n)}
             if connected and hopeless == connected:
                 reasons = [*self._refused.values(), *(e[-1] for e in self._errors.values())]
-                raise RoundFailed(f"no node could describe itself: {'; '.join(reasons[:3])}")
+                distinct = "; ".join(list(dict.fromkeys(reasons))[:3])
+                raise RoundFailed(f"no node could describe itself: {distinct}")
             if time.monotonic() > deadline:
                 raise RoundFailed(
-                    f"{len(self.nodes)} clients after {timeout:g} s, "
-                    f"federation.clients-per-round = {self.at_least} are needed"
+                    f"{len(self.nodes)} clients after {timeout:g} s, {self.at_least} are needed "
+                    "(federation.clients-per-round)"
                     + "".join(f"; left out: {reason}" for reason in self._misfits[:3])
                 )
             if len(self.nodes) != said:
@@ -135,6 +139,10 @@ class Population:
         for node, reply in exchange(grid, questions.values(), patience):
             if reply is None or reply.has_error():
                 reason = "no reply in time" if reply is None else printable(str(reply.error.reason))
+                if reply is not None and reply.error.code == WRONG_SETTINGS:
+                    self._refused[node] = reason
+                    self._warn("node %d is left out: %s", node, reason)
+                    continue
                 self._errors.setdefault(node, []).append(reason)
                 log(WARNING, "node %d did not describe itself: %s", node, reason)
                 continue
@@ -155,14 +163,19 @@ class Population:
                 self._place(node, self._described[node])
         return self.nodes
 
+    def _warn(self, text: str, node: int, reason: str) -> None:
+        """Warn of what a node's or the run's settings lead to; of one reason once, not for each node."""
+        log(DEBUG if reason in self._warned else WARNING, text, node, reason)
+        self._warned.add(reason)
+
     def _gave_up(self, node: int) -> bool:
         return len(self._errors.get(node, ())) >= ATTEMPTS
 
     def _place(self, node: int, description: Description) -> None:
         if misfit := self._misfit(description):
+            self._warn("node %d is left out: %s", node, misfit)
             self._misfits.append(misfit)
             self._refused[node] = misfit
-            log(WARNING, "node %d is left out: %s", node, misfit)
             return
         other = self.nodes.setdefault(description.partition, node)
         if other != node:
@@ -186,8 +199,7 @@ class Population:
             return (
                 f"federation.clients = {self.expected}, but the federation has "
                 f"{description.partitions} SuperNodes; start it with --federation-config "
-                f'"num-supernodes={self.expected}", or set federation.clients='
-                f"{description.partitions}"
+                f'"num-supernodes={self.expected}", or set federation.clients=0 to take it as it is'
             )
         if description.partition >= self.expected:
             return (
@@ -206,3 +218,25 @@ class Population:
         rng = generator(seed, Stream.SAMPLING, server_round)
         chosen = rng.choice(np.array(present), size=min(count, len(present)), replace=False)
         return sorted(int(p) for p in chosen)
+
+
+def federation_size(grid: Grid, timeout: float) -> int:
+    """Ask the nodes into how many parts the data is cut, and return what most of them say.
+
+    Raises
+    ------
+    ConfigError
+        If none of them says so.
+    RoundFailed
+        If no node is connected within `timeout` seconds, or none can describe itself.
+    """
+    population = Population(None, at_least=1)
+    population.wait(grid, timeout)
+    stated = [population.description(partition).partitions for partition in population.nodes]
+    sizes = Counter(size for size in stated if size is not None)
+    if not sizes:
+        raise ConfigError(
+            "federation.clients = 0 takes the number of clients from the nodes' num-partitions, and no "
+            "node states it; set federation.clients"
+        )
+    return sizes.most_common(1)[0][0]

@@ -38,7 +38,8 @@ def load_task(config: RunConfig) -> Task:
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"task.name = '{asked}' cannot be imported: {error}; its module must be installed, or lie "
-            "in a folder of PYTHONPATH, on the server and on every client"
+            "in the current folder of `layerfed` or a folder of PYTHONPATH, on the server and on every "
+            "client"
         ) from None
     with naming_extras(f"task.name = '{asked}'"):
         task = found(config)

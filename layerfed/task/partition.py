@@ -50,7 +50,7 @@ def partition_indices(
         If there are more clients than examples, fewer than groups, or no draw leaves every client
         enough of them.
     """
-    clients = config.federation.clients
+    clients = config.federation.population
     if clients > len(labels):
         raise ConfigError(
             f"federation.clients = {clients} is above the {len(labels)} training examples; lower it"
@@ -89,7 +89,7 @@ def _drawn(
     # Imported late: with `datasets` behind it, it takes seconds, which most processes need not spend.
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
-    clients, seed = config.federation.clients, torch_seed(config.run.seed, Stream.PARTITION)
+    clients, seed = config.federation.population, torch_seed(config.run.seed, Stream.PARTITION)
     if config.task.partition == "by-column":
         return _by_group(groups, group_names, config, seed)
     partitioner: Partitioner
@@ -133,7 +133,7 @@ def _by_group(
 ) -> list[np.ndarray]:
     from flwr_datasets.partitioner import IidPartitioner
 
-    clients = config.federation.clients
+    clients = config.federation.population
     if groups is None:
         raise ConfigError(
             f"task.partition = 'by-column', but the examples of task.name = '{config.task.name}' have "

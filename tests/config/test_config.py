@@ -41,22 +41,25 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("strategy.name=ilpp", ["strategy.name", "'ilpp'", "'ilp'", "'bottom'"]),
+        ("strategy.name=ilpp", ["strategy.name", "'ilpp'", "'bottom'", "did you mean ilp?"]),
         ("strategy.nam=ilp", ["strategy.nam", "strategy.name"]),
-        ("stratgy.name=ilp", ["stratgy.name", "strategy"]),
-        ("rounds=3", ["rounds", "federation"]),
+        ("stratgy.name=ilp", ["stratgy.name", "did you mean strategy.name?"]),
+        ("trian.lr=1", ["trian.lr", "did you mean train.lr?"]),
+        ("train.momentun=1", ["train.momentun", "did you mean train.momentum?"]),
+        ("rounds=3", ["rounds", "did you mean federation.rounds?"]),
         ("federation.rounds=many", ["federation.rounds", "'many'", "integer"]),
         ("federation.rounds=0", ["federation.rounds", "0", "greater than or equal to 1"]),
         ("federation.rounds=2.5", ["federation.rounds", "2.5", "integer"]),
-        ("federation.clients-per-round=11", ["clients-per-round = 11", "clients = 10"]),
-        ("federation.min-replies=11", ["min-replies = 11", "clients-per-round = 10"]),
+        ("federation.clients=-1", ["federation.clients", "-1", "greater than or equal to 0"]),
+        ("task.name=digit", ["task.name", "'digit'", "did you mean digits?"]),
+        ("model.name=tim/resnet50", ["model.name", "'tim/resnet50'", "did you mean timm?"]),
         ("strategy.period=0", ["strategy.period", "0", "greater than or equal to 1"]),
         ("strategy.fraction=0", ["strategy.fraction", "0", "greater than 0"]),
         ("strategy.fraction=1.5", ["strategy.fraction", "1.5", "less than or equal to 1"]),
         ("strategy.norm=l3", ["strategy.norm", "'l3'", "'l1'", "'l2'"]),
         ("strategy.side=both", ["strategy.side", "'both'", "'server'", "'client'"]),
         ("strategy.resample-steps=-1", ["strategy.resample-steps", "-1"]),
-        ("strategy.theory=1", ["strategy.theory", "1", "boolean"]),
+        ("strategy.theory=2", ["strategy.theory", "2", "boolean"]),
         ("train.lr=-1", ["train.lr", "-1", "greater than 0"]),
         ("train.lr=nan", ["train.lr", "finite"]),
         ("train.local-epochs=1", ["train.local-steps = 5", "train.local-epochs = 1"]),
@@ -74,8 +77,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("server.clip=inf", ["server.clip", "finite"]),
         ("federation.max-examples=-1", ["federation.max-examples", "-1", "greater than or equal"]),
         ("federation.max-examples=0.5", ["federation.max-examples", "0.5", "integer"]),
-        ("run.name=../x", ["run.name", "'../x'"]),
-        ("run.device=gpu", ["run.device", "'gpu'"]),
+        ("run.name=../x", ["run.name", "'../x'", "letters, digits"]),
+        ("run.device=tpu", ["run.device", "'tpu'", "auto, cpu, mps, cuda"]),
         ("noequals", ["noequals", "key=value"]),
     ],
 )
@@ -90,9 +93,54 @@ def test_wrong_settings_give_one_clear_line(override: str, says: list[str]) -> N
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        (["federation.clients-per-round=11"], ["clients-per-round = 11", "the 10 clients"]),
+        (["federation.min-replies=11"], ["min-replies = 11", "clients-per-round = 10"]),
+        (["federation.clients=4", "federation.clients-per-round=5"], ["clients = 4"]),
+        (["federation.clients=4", "federation.min-replies=5"], ["min-replies = 5", "clients = 4"]),
+        (["privacy.mode=central", "privacy.delta=0.1"], ["1 / federation.clients = 0.1"]),
+        (["secagg.enabled=yes", "strategy.name=top", "federation.clients=2"], ["at least 3"]),
+    ],
+)
+def test_what_does_not_fit_a_simulated_federation_is_refused(
+    settings: list[str], says: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, settings).simulated()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [text for text in says if text not in message] == []
+
+
+def test_a_federation_takes_the_size_it_is_given() -> None:
+    config = load_config(None, [])
+    assert (config.federation.clients, config.federation.clients_per_round) == (0, 0)
+    for size, sized in ((2, config.of_size(2)), (10, config.simulated())):
+        assert (sized.federation.clients, sized.federation.clients_per_round) == (size, size)
+    assert load_config(None, ["federation.clients=4"]).simulated().federation.cohort == 4
+    assert load_config(None, ["federation.clients-per-round=3"]).of_size(5).federation.cohort == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "means"), [("yes", True), ("1", True), ("on", True), ("no", False), ("0", False)]
+)
+def test_a_boolean_may_be_said_in_other_words(word: str, means: bool) -> None:
+    assert load_config(None, [f"strategy.theory={word}"]).strategy.theory is means
+
+
+def test_a_gpu_is_a_cuda_device() -> None:
+    found = [load_config(None, [f"run.device={name}"]).run.device for name in ("gpu", "gpu:1")]
+    assert found == ["cuda", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
         (["privacy.statistics-clip=1.0"], ["statistics-noise = 0", "set both"]),
         (["privacy.statistics-noise=1.0"], ["statistics-clip = 0", "set both"]),
-        (["privacy.delta=0.1"], ["privacy.delta = 0.1", "1 / federation.clients = 0.1"]),
+        (
+            ["privacy.delta=0.1", "federation.clients=10"],
+            ["privacy.delta = 0.1", "1 / federation.clients = 0.1"],
+        ),
         (
             ["strategy.name=fedtlu", "strategy.side=client"],
             ["strategy.side = 'client'", "side=server"],

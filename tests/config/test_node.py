@@ -41,7 +41,7 @@ def test_only_the_partition_is_needed() -> None:
         ({"budget": 2, "budget-unit": "watts"}, "budget-unit = 'watts'"),
         ({"budget": "auto", "budget-unit": "bytes"}, "budget-unit = 'bytes' goes with a number"),
         ({"budget-unit": "bytes"}, "budget-unit = 'bytes' goes with a number"),
-        ({"device": "gpu"}, "device = 'gpu'"),
+        ({"device": "tpu"}, "device = 'tpu'"),
         ({"data": ""}, "data = ''"),
         ({"own-data": ""}, "own-data = ''"),
         ({"data": "a", "own-data": "b"}, "data = 'a' and own-data = 'b': give data where"),
@@ -52,6 +52,7 @@ def test_only_the_partition_is_needed() -> None:
         ({"privacy-statistics-clip": 1}, "privacy-statistics-noise = 0 protects nothing"),
         ({"privacy-statistics-noise": 1}, "privacy-statistics-clip = 0 with"),
         ({"bugdet": 2}, "unknown key 'bugdet'; known keys: partition-id"),
+        ({"bugdet": 2}, "did you mean budget?"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, object], told: str) -> None:
@@ -64,7 +65,13 @@ def test_a_wrong_setting_is_named(settings: dict[str, object], told: str) -> Non
 
 def test_a_node_decides_for_itself_what_it_runs_on_and_where_its_data_are() -> None:
     config = RunConfig.from_flat(
-        {"run.device": "cuda", "run.threads": 1, "run.seed": 3, "task.data": "owner/name"}
+        {
+            "federation.clients": 2,
+            "run.device": "cuda",
+            "run.threads": 1,
+            "run.seed": 3,
+            "task.data": "owner/name",
+        }
     )
     settings = {"partition-id": 0, "device": "cpu", "threads": 2, "data": "/srv/rows.csv"}
     found = NodeConfig.read(settings).applied_to(config)
@@ -73,3 +80,12 @@ def test_a_node_decides_for_itself_what_it_runs_on_and_where_its_data_are() -> N
     assert NodeConfig.read({"partition-id": 0}).applied_to(config) == config
     own = NodeConfig.read({"partition-id": 0, "own-data": "/srv/own"}).applied_to(config)
     assert own.task.data == "/srv/own"
+
+
+def test_a_federation_without_a_size_is_cut_as_the_node_says() -> None:
+    config = RunConfig()
+    settings = {"partition-id": 0, "num-partitions": 3}
+    assert NodeConfig.read(settings).applied_to(config).federation.clients == 3
+    assert NodeConfig.read(settings).applied_to(config.of_size(4)).federation.clients == 4
+    with pytest.raises(ConfigError, match="this node has no num-partitions"):
+        NodeConfig.read({"partition-id": 0}).applied_to(config)

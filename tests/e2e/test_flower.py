@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +148,7 @@ def test_flwr_run_works_from_the_app_bundle(tmp_path: Path, flower: dict[str, st
     try:
         output = flwr(str(run_config))
         refused = flwr("strategy.name='ilpp'")
+        misfit = flwr("federation.clients=11")
         listing = subprocess.run(
             [BIN / "flwr", "list", "--format", "json"],
             env=flower,
@@ -163,6 +166,49 @@ def test_flwr_run_works_from_the_app_bundle(tmp_path: Path, flower: dict[str, st
     assert "[round 3/3] accuracy" in output
     # Flower's own exit status does not tell; its list does, with our one line.
     assert "strategy.name = 'ilpp' is not allowed" in refused
+    assert "federation.clients = 11, but the federation has 10 SuperNodes" in misfit
+    for said in (refused, misfit):
+        assert len([line for line in said.splitlines() if "error: " in line]) == 1
+        assert "Traceback" not in said
     runs = {run["status"]: run["status-details"] for run in json.loads(listing.stdout)["runs"]}
     assert set(runs) == {"finished:completed", "finished:failed"}
-    assert "strategy.name = 'ilpp' is not allowed" in runs["finished:failed"]
+    assert "is not allowed" in runs["finished:failed"] or "11" in runs["finished:failed"]
+
+
+def test_a_bare_flwr_run_takes_the_federation_as_it_is_and_can_be_stopped(
+    tmp_path: Path, flower: dict[str, str]
+) -> None:
+    """Flower gives an app two SuperNodes; the run's folder lies where the user stands."""
+
+    def flwr(*words: str) -> str:
+        return subprocess.run(
+            [BIN / "flwr", *words],
+            env=flower,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=True,
+            cwd=tmp_path,
+        ).stdout
+
+    def wait(ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 100
+        while not ready():
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+    try:
+        started = flwr("run", str(ROOT), "--run-config", "federation.rounds=300 run.name='x'")
+        found = re.search(r"started run (\d+)", started)
+        assert found is not None
+        folder = tmp_path / "runs/x"
+        wait((folder / "metrics.jsonl").exists)
+        assert json.loads((folder / "config.json").read_text())["federation.clients"] == 2
+        flwr("stop", found.group(1))
+        summary = folder / "summary.json"
+        wait(lambda: json.loads(summary.read_text())["status"] == "stopped")
+        rounds = len(read_lines(folder / "metrics.jsonl"))
+        time.sleep(10)
+        assert len(read_lines(folder / "metrics.jsonl")) <= rounds + 4
+    finally:
+        stop_superlink(flower["FLWR_HOME"])

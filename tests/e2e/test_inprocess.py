@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
@@ -19,7 +19,7 @@ from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import encode
 from layerfed.runs import read_lines
 from layerfed.server.population import RoundFailed
-from layerfed.server_app import build_strategy
+from layerfed.server_app import build_strategy, run
 
 QUICK = [
     *("federation.rounds=3", "strategy.probe-batches=1", "federation.clients-per-round=6"),
@@ -28,7 +28,7 @@ QUICK = [
 
 
 def configured(directory: Path, *overrides: str) -> RunConfig:
-    return load_config(None, [*QUICK, f"run.dir={directory}", *overrides])
+    return load_config(None, [*QUICK, f"run.dir={directory}", *overrides]).simulated()
 
 
 class Recorded(InProcessGrid):
@@ -294,3 +294,40 @@ def test_the_test_set_is_evaluated_every_so_many_rounds_and_at_the_end(tmp_path:
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["initial_accuracy"] is not None
     assert summary["accuracy"] == scores[-1]
+
+
+# --------------------------------------------------------------------------- the federation as it is
+def serve(nodes: int, config: RunConfig) -> Path:
+    """Run the ServerApp on a federation of so many nodes, as Flower does; return the run folder."""
+    grid = InProcessGrid(client_app, nodes, config.to_flat())
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config.to_flat()
+    )
+    return run(grid, context, [], lambda folder: None)
+
+
+def test_a_run_takes_the_federation_as_it_is(tmp_path: Path) -> None:
+    quick = ["strategy.name=top", "federation.rounds=1", f"run.dir={tmp_path}"]
+    folder = serve(3, load_config(None, [*quick, "run.name=as-it-is"]))
+    stated = run_on("inprocess", load_config(None, [*quick, "federation.clients=3"]))
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["federation.clients"], written["federation.clients-per-round"]) == (3, 3)
+    ours, theirs = (load_file(f / "model.safetensors") for f in (folder, stated))
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("federation.clients=4", "federation.clients = 4, but the federation has 3 SuperNodes"),
+        ("federation.clients-per-round=4", "is above the 3 clients of the federation"),
+        ("federation.min-replies=4", "federation.min-replies = 4 is above"),
+    ],
+)
+def test_a_number_that_does_not_fit_the_federation_is_refused(
+    setting: str, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        serve(3, load_config(None, [setting, f"run.dir={tmp_path}/runs"]))
+    assert not (tmp_path / "runs").exists()

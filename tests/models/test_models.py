@@ -147,6 +147,10 @@ def test_a_safetensors_file_will_do_for_timm(tmp_path: Path) -> None:
     save_file(trained.state_dict(), file)
     model = image("timm/vit_tiny_patch16_224", file)
     assert torch.equal(model.net.blocks[0].mlp.fc1.weight, trained.blocks[0].mlp.fc1.weight)
+    skeleton = image("timm/vit_tiny_patch16_224", file, skeleton=True)
+    LayerMap.from_model(model).check(skeleton)
+    with pytest.raises(ConfigError, match="which does not exist; give a folder, a file"):
+        image("timm/vit_tiny_patch16_224", "gone.safetensors", skeleton=True)
     with pytest.raises(ConfigError, match=r"should be a \.safetensors file"):
         image("timm/vit_tiny_patch16_224", Path(__file__))
 
@@ -251,7 +255,7 @@ def test_a_pickle_that_holds_more_than_weights_is_not_run(
             ["model.weights names '/nowhere/clip'", "not exist"],
         ),
         ("timm/vit_tiny_patch16_224", "~/nowhere", ["model.weights names '~/nowhere'"]),
-        ("timm/vit_tinny", "pretrained", ["vit_tinny", "timm has no"]),
+        ("timm/vit_tinny", "pretrained", ["timm has no 'vit_tinny'; did you mean"]),
         ("timm/vit_tiny_patch16_224", "timm/none", ["hf download timm/none "]),
         (
             "timm/vit_tiny_patch16_224",

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,3 +142,32 @@ def test_a_folder_that_cannot_say_how_it_ended_hides_no_reason(
     with pytest.raises(ZeroDivisionError), folder:
         raise ZeroDivisionError
     assert json.loads((tmp_path / "a/summary.json").read_text())["status"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), "interrupted"), (SystemExit(0), "stopped"), (OSError("x"), "failed")],
+)
+def test_a_folder_says_how_its_run_ended(error: BaseException, status: str, tmp_path: Path) -> None:
+    config = load_config(None, [f"run.dir={tmp_path}", "run.name=a"])
+    with pytest.raises(type(error)), RunFolder.create(config, "x"):
+        raise error
+    assert json.loads((tmp_path / "a/summary.json").read_text())["status"] == status
+
+
+def test_a_run_that_is_stopped_from_another_thread_stays_stopped(tmp_path: Path) -> None:
+    folder = RunFolder.create(load_config(None, [f"run.dir={tmp_path}", "run.name=a"]), "x")
+    with folder:
+        stopping = threading.Thread(target=folder.stop)
+        stopping.start()
+        stopping.join()
+        folder.finish({})
+    assert json.loads((tmp_path / "a/summary.json").read_text())["status"] == "stopped"
+
+
+def test_a_run_that_is_over_cannot_be_stopped(tmp_path: Path) -> None:
+    folder = RunFolder.create(load_config(None, [f"run.dir={tmp_path}", "run.name=a"]), "x")
+    with folder:
+        folder.finish({})
+    folder.stop()
+    assert json.loads((tmp_path / "a/summary.json").read_text())["status"] == "completed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from flwr.serverapp import Grid
 
 from layerfed.config import BudgetConfig, ConfigError
 from layerfed.exchange import (
+    WRONG_SETTINGS,
     Description,
     Manifest,
     describe_reply,
@@ -21,7 +23,7 @@ from layerfed.exchange.messages import state_held
 from layerfed.server import population as module
 from layerfed.server.budgets import Budgets
 from layerfed.server.holdings import Holdings
-from layerfed.server.population import Population, RoundFailed
+from layerfed.server.population import Population, RoundFailed, federation_size
 from layerfed.server.transport import exchange
 
 Answer = Callable[[Message], Message | None]
@@ -124,7 +126,7 @@ def test_nobody_who_can_describe_itself_ends_the_wait_with_the_reason() -> None:
 
 
 def test_too_few_clients_end_the_wait_at_its_timeout() -> None:
-    with pytest.raises(RoundFailed, match=r"1 clients after 0\.1 s, .* = 2 are needed"):
+    with pytest.raises(RoundFailed, match=r"1 clients after 0\.1 s, 2 are needed"):
         Population(2, at_least=2).wait(FakeGrid({5: says(0)}), 0.1)
 
 
@@ -137,6 +139,27 @@ def test_another_federation_than_configured_is_refused_before_the_run(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Population(3, at_least=1).wait(FakeGrid({5: answer}), 5)
+
+
+def test_the_size_of_a_federation_is_what_most_nodes_say() -> None:
+    grid = FakeGrid({5: says(0, 3), 6: says(1, 3), 7: says(2, 10**6), 8: says(3)})
+    assert federation_size(grid, 5) == 3
+    with pytest.raises(ConfigError, match=r"no node states it; set federation\.clients"):
+        federation_size(FakeGrid({5: says(0)}), 5)
+
+
+def test_wrong_settings_are_said_once_and_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
+    monkeypatch.setattr(module, "log", lambda level, *rest: levels.append(level))
+
+    def wrong(message: Message) -> Message:
+        return Message(Error(WRONG_SETTINGS, "too many clients"), reply_to=message)
+
+    grid = FakeGrid({5: wrong, 6: wrong, 7: wrong})
+    with pytest.raises(RoundFailed, match=r"itself: too many clients$"):
+        Population(None, at_least=1).wait(grid, 5)
+    assert sorted(grid.asked) == [5, 6, 7]
+    assert levels == [logging.WARNING, logging.DEBUG, logging.DEBUG]
 
 
 @pytest.mark.parametrize("misfit", [says(1, 5), says(9)])
