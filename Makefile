@@ -16,7 +16,8 @@ help: ## list the targets
 
 # One stamp a set of extras: `make run` need not install what only the tests use. Versions are those that
 # were tested with this Python, where it has a file of them.
-TESTED = $(wildcard requirements/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt)
+MADE_BY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+TESTED = $(wildcard requirements/py$(shell $(MADE_BY) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt)
 INSTALL = $(BIN)/python -m pip install --quiet $(TESTED:%=--constraint %) --editable
 
 $(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
