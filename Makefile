@@ -9,21 +9,26 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench table deploy-demo faults kills clean
+.PHONY: help setup run test test-slow lint lock bench table deploy-demo faults kills mutants clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-# One stamp a set of extras: `make run` need not install what only the tests use.
-$(VENV)/.installed: pyproject.toml
+# One stamp a set of extras: `make run` need not install what only the tests use. Versions are those that
+# were tested with this Python, where it has a file of them.
+MADE_BY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+TESTED = $(wildcard requirements/py$(shell $(MADE_BY) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt)
+INSTALL = $(BIN)/python -m pip install --quiet $(TESTED:%=--constraint %) --editable
+
+$(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "LayerFed needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(INSTALL) ".[deploy,simulation]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
+	$(INSTALL) ".[test,lint]"
 	@touch $@
 
 setup: $(VENV)/.installed ## create .venv with the layerfed command
@@ -31,13 +36,25 @@ setup: $(VENV)/.installed ## create .venv with the layerfed command
 run: $(VENV)/.installed ## the main job: ten simulated clients fine-tune a pretrained ViT on digits
 	$(BIN)/layerfed run conf/default.toml --engine ray
 
-test: $(VENV)/.installed-dev ## set up and pass all tests
-	$(BIN)/python -m pytest -q
+# Tests of a module share what they set up, and stay in one process.
+test: $(VENV)/.installed-dev ## set up and pass the tests, on all cores
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadscope
 
-lint: $(VENV)/.installed-dev ## ruff and mypy --strict
+test-slow: $(VENV)/.installed-dev ## pass the tests that start deployments, Ray or many processes, or kill
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.installed-dev ## ruff, mypy --strict, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock: $(VENV)/.installed ## write requirements/ from pyproject.toml (newest versions: UPGRADE=--upgrade)
+	for version in 3.11 3.12 3.13; do \
+		$(BIN)/uv pip compile --quiet $(UPGRADE) --no-python-downloads --python-version $$version --all-extras --no-annotate \
+			--custom-compile-command "make lock" pyproject.toml \
+			--output-file requirements/py$$(echo $$version | tr -d .).txt || exit; \
+	done
 
 generate: $(VENV)/.installed ## renew what follows from the typed configuration: pyproject.toml, docs/configuration.md
 	$(BIN)/python -m scripts.generate
@@ -57,5 +74,10 @@ faults: $(VENV)/.installed ## what faults do to real processes on loopback (half
 kills: $(VENV)/.installed ## kill the server of a real run twenty times, resume it, and compare (half an hour)
 	$(BIN)/python benchmarks/kills.py
 
+mutants: $(VENV)/.installed-dev ## changes to the code that no test notices (hours; one part: MUTANTS='layerfed.server.aggregation*')
+	$(BIN)/python -m pip install --quiet "mutmut>=3.8"
+	$(BIN)/mutmut run $(if $(MUTANTS),'$(MUTANTS)')
+	$(BIN)/mutmut results
+
 clean: ## remove the environment and caches (never your runs)
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants

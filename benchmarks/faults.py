@@ -30,9 +30,9 @@ from scene import FAULTY, NODES, Scene, changed_app, verdict
 
 from layerfed.config import Scalar
 from layerfed.deploy.federation import RunStatus
-from layerfed.deploy.processes import clean_up_on_sigterm
 from layerfed.deploy.rehearsal import on_loopback
 from layerfed.runs import read_lines
+from layerfed.runs.signals import clean_up_on_sigterm
 from layerfed_assets import BACKBONE
 
 GARBAGE = """

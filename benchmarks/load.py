@@ -25,10 +25,11 @@ from sampling import Usage, command, descendants, disk, growth, of_processes
 from scene import Scene
 
 from layerfed.config import Scalar, load_config
-from layerfed.deploy.processes import clean_up_on_sigterm, commands
+from layerfed.deploy.processes import commands
 from layerfed.deploy.rehearsal import Loopback, on_loopback
 from layerfed.engine import run_on
 from layerfed.runs.records import Observer, RoundRecord
+from layerfed.runs.signals import clean_up_on_sigterm
 
 ENGINES = ("inprocess", "ray", "superlink")
 # Below this, what a process holds is the same: pages come and go.

@@ -29,8 +29,8 @@ if not sys.stderr.isatty():
 import layerfed
 from layerfed.config import ConfigError, RunConfig, nearest, parse_override
 from layerfed.config.command_line import App, complete_setting, read_settings
+from layerfed.config.errors import one_line_errors
 from layerfed.deploy.cli import app as deploy
-from layerfed.errors import one_line_errors
 
 EngineName = Literal["auto", "inprocess", "ray"]
 ENGINES = get_args(EngineName)
@@ -102,7 +102,7 @@ def run(
     verbose: Annotated[bool, typer.Option(help="Show Flower's and Ray's own logs.")] = False,
 ) -> None:
     """Run one federated fine-tuning on this machine, or go on with one that was interrupted."""
-    from layerfed.deploy.processes import clean_up_on_sigterm
+    from layerfed.runs.signals import clean_up_on_sigterm
 
     clean_up_on_sigterm()
     config = read_settings(settings, resume).simulated()
@@ -200,7 +200,7 @@ def compare(
 ) -> None:
     """Compare strategies: run what is missing, write tables and pictures; interrupted, it goes on."""
     from layerfed.compare import compare as carry_out
-    from layerfed.deploy.processes import clean_up_on_sigterm
+    from layerfed.runs.signals import clean_up_on_sigterm
 
     clean_up_on_sigterm()
     plan, place = _plan(settings, strategies, budgets, seeds, only)

@@ -26,6 +26,7 @@ from layerfed.client.steps import ClientStep, Departure, steps_of
 from layerfed.client.training import OptimizerFn, evaluate, train_update
 from layerfed.client.workbench import Node, node_store
 from layerfed.config import ConfigError, TrainConfig
+from layerfed.config.seeding import Stream, generator, torch_seed
 from layerfed.exchange import (
     WRONG_SETTINGS,
     Description,
@@ -39,7 +40,6 @@ from layerfed.exchange import (
     train_reply,
 )
 from layerfed.secure.client import add_secure_sums
-from layerfed.seeding import Stream, generator, torch_seed
 from layerfed.task import Batch
 
 __all__ = ["build_client_app", "client_app"]

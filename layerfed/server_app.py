@@ -15,7 +15,7 @@ from layerfed.client.statistics import load_statistic
 from layerfed.client.training import evaluate
 from layerfed.client.workbench import node_store, workbench
 from layerfed.config import ConfigError, RunConfig
-from layerfed.errors import EXPECTED
+from layerfed.config.errors import EXPECTED
 from layerfed.exchange import LayerStore, record_of
 from layerfed.flower_compat import add_exit_handler, engine_of, in_one_line
 from layerfed.models.layers import LayerMap, layer_costs

@@ -1,4 +1,4 @@
-"""Data that ships with LayerFed: a small pretrained ViT.
+"""Data that ships with LayerFed: a small pretrained ViT, and handwritten digits.
 
 A package of its own because Flower's app bundle (FAB) leaves out every binary file and then shadows
 the installed `layerfed` package with the bundled one; weights beside that code would not be found.
@@ -11,9 +11,10 @@ from pathlib import Path
 
 from layerfed_assets.vit import VisionTransformer
 
-__all__ = ["BACKBONE", "backbone"]
+__all__ = ["BACKBONE", "DIGITS", "backbone"]
 
 BACKBONE = Path(__file__).with_name("vit_cifar100.safetensors")
+DIGITS = Path(__file__).with_name("digits.npz")
 
 
 def backbone(num_classes: int) -> VisionTransformer:

@@ -16,7 +16,10 @@ from layerfed.config.command_line import complete_setting
 from layerfed.runs import ProgressLine
 
 cli = CliRunner()
-QUICK = ["federation.rounds=2", "federation.clients-per-round=3", "strategy.probe-batches=1"]
+QUICK = [
+    *("federation.rounds=2", "federation.clients-per-round=3", "strategy.probe-batches=1"),
+    *("train.local-steps=1", "train.batch-size=8"),
+]
 
 
 @pytest.mark.parametrize(
@@ -217,9 +220,10 @@ def test_solve_prints_the_masks(tmp_path: Path) -> None:
     assert "budgets" in refused.stderr
 
 
-COMPARE = [*QUICK, "train.local-steps=1", "train.batch-size=8", "federation.clients=4"]
+COMPARE = [*QUICK, "federation.clients=4"]
 
 
+@pytest.mark.slow
 def test_compare_goes_on_with_what_was_interrupted_and_runs_the_rest(tmp_path: Path) -> None:
     """Two processes at a time; one resumes a run whose second round was lost."""
     arguments = ["compare", *COMPARE, "--strategies", "top,bottom,both", "--budgets", "1"]

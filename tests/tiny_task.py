@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from layerfed.client.workbench import workbench
 from layerfed.client_app import client_app
 from layerfed.config import RunConfig, Scalar, load_config
+from layerfed.config.seeding import Stream, generator
 from layerfed.engine import InProcessGrid
 from layerfed.exchange import record_of
 from layerfed.runs.records import Observer, RoundRecord
-from layerfed.seeding import Stream, generator
 from layerfed.server_app import build_strategy
 from layerfed.task.base import Batch, Examples, Task
 from tests.conftest import CLASSES, TinyNet

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from layerfed.config import ConfigError
-from layerfed.deploy.processes import undisturbed
+from layerfed.runs.signals import undisturbed
 
 __all__ = ["Ended", "Job", "alone_in", "run_jobs"]
 

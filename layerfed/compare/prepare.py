@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from layerfed.config import RunConfig
+from layerfed.config.errors import one_line_errors
 from layerfed.engine import prepare
-from layerfed.errors import one_line_errors
 
 __all__ = ["main"]
 

@@ -11,13 +11,13 @@ from click import Context
 from typer.core import TyperArgument, TyperCommand
 from typer.utils import get_params_from_function
 
+from layerfed.config.errors import one_line_errors
 from layerfed.config.run import (
     ConfigError,
     RunConfig,
     load_config,
     run_keys,
 )
-from layerfed.errors import one_line_errors
 
 __all__ = ["App", "complete_setting", "read_settings"]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
 
-from layerfed.errors import ConfigError
+from layerfed.config.errors import ConfigError
 
 __all__ = ["ConfigError", "DeviceName", "RunName", "Section", "Switch", "nearest"]
 

@@ -186,9 +186,9 @@ def demo(
     """On one machine: rehearse a deployment on loopback, and compare it with the simulation."""
     import layerfed
     from layerfed.deploy.federation import DeploymentFailed
-    from layerfed.deploy.processes import clean_up_on_sigterm
     from layerfed.deploy.rehearsal import Comparison, on_loopback
     from layerfed.engine import run_on
+    from layerfed.runs.signals import clean_up_on_sigterm
 
     began, folder = time.monotonic(), directory.resolve() / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     logging.getLogger("flwr").setLevel(logging.WARNING)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from layerfed.config import ConfigError, Flat, NodeConfig, RunConfig, Scalar
+from layerfed.config.errors import Failed
 from layerfed.deploy.credentials import create_authority, create_server_certificate
-from layerfed.errors import Failed
 from layerfed.files import whole
 
 __all__ = [

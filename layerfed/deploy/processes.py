@@ -11,32 +11,22 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
-from types import FrameType
 from typing import Self
 
 from layerfed.deploy.federation import DeploymentFailed
+from layerfed.runs.signals import undisturbed
 
-__all__ = ["Processes", "clean_up_on_sigterm", "commands", "free_ports", "undisturbed"]
+__all__ = ["Processes", "commands", "free_ports"]
 
 POLL_SECONDS = 0.2
 # Seconds for a process to end by itself after SIGTERM, and for its descendants after that.
 GRACE_SECONDS = 15.0
 LAST_LINES = 15
-
-
-def clean_up_on_sigterm() -> None:
-    """Make SIGTERM end this program as Ctrl-C does, so that contexts are closed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
 
 
 def free_ports(count: int) -> list[int]:
@@ -158,21 +148,6 @@ class Processes:
         # The remaining ones are workers in the middle of a task, and processes started meanwhile.
         _end(family | _family(pid))
         member.process.wait(GRACE_SECONDS)
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ignore a second request to stop, since it would leave processes behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

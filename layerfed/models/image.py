@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ def _shipped(section: ModelConfig, classes: int, weights: str) -> Built:
 
 
 def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
-    timm, data = import_module("timm"), import_module("timm.data")
+    timm, data = require("timm", section.name), require("timm.data", section.name)
 
     name, path = section.architecture, Path(section.weights).expanduser()
     options: dict[str, Any] = {"num_classes": classes, "pretrained": weights != "random"}
@@ -135,7 +134,7 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
 
 
 def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
-    open_clip = require("open_clip", "clip", section.name)
+    open_clip = require("open_clip", section.name)
     name, asked = section.architecture, section.weights
     path, repository = Path(asked).expanduser(), None
     tags = open_clip.list_pretrained_tags_by_model(name)

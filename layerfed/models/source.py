@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from layerfed.config import ConfigError, ModelConfig
-from layerfed.seeding import Stream, torch_seed
+from layerfed.config.errors import naming_extras
+from layerfed.config.seeding import Stream, torch_seed
 
 __all__ = ["loading", "new_weights", "require"]
 
@@ -23,23 +24,16 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-def require(library: str, extra: str, model: str) -> Any:
+def require(library: str, model: str) -> Any:
     """Import a library that a plain installation does not include.
 
     Raises
     ------
-    ConfigError
+    MissingExtra
         If the library is not installed. The message names the extra that includes it.
     """
-    try:
+    with naming_extras(f"model.name = '{model}'"):
         return import_module(library)
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            raise
-        raise ConfigError(
-            f"model.name = '{model}' needs {library}, which is not installed: "
-            f'pip install ".[{extra}]" in the clone of LayerFed'
-        ) from None
 
 
 @contextmanager

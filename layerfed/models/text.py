@@ -35,7 +35,7 @@ def load_tokenizer(section: ModelConfig) -> PreTrainedTokenizerBase:
     ConfigError
         If the tokenizer is missing.
     """
-    transformers = require("transformers", "text", section.name)
+    transformers = require("transformers", section.name)
     source, key = _source(section)
     if section.tokenizer or Path(source).exists():
         source, key = _path(section.tokenizer) or source, "model.tokenizer"
@@ -83,7 +83,7 @@ def build_text_classifier(
     ConfigError
         If the library or the weights are missing. The message says what to do.
     """
-    transformers = require("transformers", "text", section.name)
+    transformers = require("transformers", section.name)
     changes: dict[str, Any] = {"num_labels": classes}
     if pad_token is not None:
         changes["pad_token_id"] = pad_token
@@ -113,7 +113,7 @@ def build_choice_model(
     ConfigError
         If the library or the weights are missing. The message says what to do.
     """
-    transformers = require("transformers", "text", section.name)
+    transformers = require("transformers", section.name)
     with new_weights(seed):
         model = _build(transformers.AutoModelForCausalLM, section, {}, skeleton)
         full: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -163,7 +163,7 @@ def _path(text: str) -> str:
 def _build(
     kind: Any, section: ModelConfig, changes: dict[str, Any], skeleton: bool
 ) -> PreTrainedModel:
-    transformers = require("transformers", "text", section.name)
+    transformers = require("transformers", section.name)
     source, key = _source(section)
     with loading(section, source, key):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)

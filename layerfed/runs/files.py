@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from layerfed.config import ConfigError
-from layerfed.errors import Failed
+from layerfed.config.errors import Failed
 from layerfed.files import save_tensors, whole
 
 __all__ = [

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from logging import WARNING
 from pathlib import Path
 from types import TracebackType
@@ -319,10 +319,18 @@ class RunFolder(Observer):
                     **more,
                     "versions": {
                         "python": platform.python_version(),
-                        **{package: version(package) for package in PACKAGES},
+                        **{p: found for p in PACKAGES if (found := _version(p))},
                     },
                 },
             )
+
+
+def _version(package: str) -> str | None:
+    """Return an installed package's version; a node or a server may do without some."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _finite(epsilon: float | None) -> float | str | None:

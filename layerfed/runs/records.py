@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from layerfed.errors import Failed
+from layerfed.config.errors import Failed
 from layerfed.exchange.metrics import Numbers
 from layerfed.runs.ledger import Ledger
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from layerfed.config import BudgetConfig, ConfigError
+from layerfed.config.seeding import Stream, generator
 from layerfed.exchange import Description
 from layerfed.models.layers import LayerMap, layer_costs
-from layerfed.seeding import Stream, generator
 
 __all__ = ["Budgets"]
 

@@ -12,6 +12,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from layerfed.config import ConfigError
+from layerfed.config.seeding import Stream, generator
 from layerfed.exchange import (
     WRONG_SETTINGS,
     Description,
@@ -24,7 +25,6 @@ from layerfed.exchange import (
 )
 from layerfed.exchange.arrays import printable
 from layerfed.runs.records import RoundFailed
-from layerfed.seeding import Stream, generator
 from layerfed.server.holdings import Holdings
 from layerfed.server.transport import exchange
 

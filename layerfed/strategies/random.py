@@ -9,9 +9,9 @@ import numpy as np
 from pydantic import Field
 
 from layerfed.config import ConfigError, RunConfig, Section
+from layerfed.config.seeding import Stream, generator
 from layerfed.exchange import TrainInstruction
 from layerfed.runs.records import Choice
-from layerfed.seeding import Stream, generator
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
 from layerfed.strategies.ranking import skip_fill

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from layerfed.config.seeding import Stream, generator
 from layerfed.runs.records import Choice
-from layerfed.seeding import Stream, generator
 from layerfed.server.candidates import Candidates
 
 __all__ = ["affordable", "by_order", "by_score", "prefix", "skip_fill"]

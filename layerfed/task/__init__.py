@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from layerfed.config import ConfigError, RunConfig
+from layerfed.config.errors import naming_extras
 from layerfed.task.base import Batch, Examples, Task
 
 __all__ = ["TASKS", "Batch", "Examples", "Task", "load_task"]
@@ -32,13 +33,15 @@ def load_task(config: RunConfig) -> Task:
     asked = config.task.name
     module, _, name = TASKS.get(asked, asked.replace(":", ".")).rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        with naming_extras(f"task.name = '{asked}'"):
+            found = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"task.name = '{asked}' cannot be imported: {error}; install its module on the server and "
             "on every client, or put it in the current folder of `layerfed` or a folder of PYTHONPATH"
         ) from None
-    task = found(config)
+    with naming_extras(f"task.name = '{asked}'"):
+        task = found(config)
     if not isinstance(task, Task):
         raise ConfigError(f"task.name = '{asked}' is no layerfed.task.Task")
     return task

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError, RunConfig, TaskConfig
+from layerfed.config.seeding import Stream, generator
 from layerfed.models.layers import LayerMap, LayerMapError
-from layerfed.seeding import Stream, generator
 
 __all__ = ["Batch", "Examples", "InMemory", "Store", "Task"]
 

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from layerfed.config import RunConfig
 from layerfed.task.base import Task
-from layerfed.task.images import ImageTask
-from layerfed.task.text import TextTask
 
 
 def custom(config: RunConfig) -> Task:
     """Return the task for the kind of data that the model is for."""
-    return TextTask(config) if config.model.family == "transformers" else ImageTask(config)
+    # Imported late: each of the two kinds needs libraries that the other does without.
+    if config.model.family == "transformers":
+        from layerfed.task.text import TextTask
+
+        return TextTask(config)
+    from layerfed.task.images import ImageTask
+
+    return ImageTask(config)

@@ -1,13 +1,12 @@
 """Handwritten digits: the built-in task for a first run, for tests, and for quick comparisons.
 
-1,797 grey 8x8 digits from UCI, bundled with scikit-learn (`sklearn.datasets.load_digits`), enlarged to
-the 32x32 colour input of the shipped ViT, which was pretrained on CIFAR-100 photographs.
+1,797 grey 8x8 digits from UCI, which ship with the package, enlarged to the 32x32 colour input of the
+shipped ViT, which was pretrained on CIFAR-100 photographs.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -15,27 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from layerfed.config import RunConfig
-from layerfed.seeding import Stream, torch_seed
+from layerfed.config.seeding import Stream, torch_seed
 from layerfed.task.base import Batch, Examples, Task
 from layerfed.task.partition import partition_indices
-from layerfed.task.prepared import prepared
-from layerfed_assets import BACKBONE, backbone
+from layerfed_assets import BACKBONE, DIGITS, backbone
 
 CLASSES = 10
-TEST_SHARE = 0.2
-
-
-def _read() -> dict[str, np.ndarray]:
-    # Imported late, and once a machine: scikit-learn takes longer to import than a round on digits.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    raw = load_digits()
-    train, test = train_test_split(
-        np.arange(len(raw.target)), test_size=TEST_SHARE, random_state=0, stratify=raw.target
-    )
-    image = raw.images.astype(np.uint8)  # pixels are whole numbers
-    return {"image": image, "label": raw.target, "train": train, "test": test}
 
 
 class Digits(Task):
@@ -43,15 +27,16 @@ class Digits(Task):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        raw = prepared(
-            {"what": "digits", "test": TEST_SHARE, "sklearn": version("scikit-learn")}, _read
-        )
-        train, test, labels = raw["train"], raw["test"], raw["label"]
-        pixels = torch.from_numpy(raw["image"]).float().unsqueeze(1)
+        with np.load(DIGITS) as raw:
+            images = raw["image"]
+            labels, train, test = (
+                raw[name].astype(np.int64) for name in ("label", "train", "test")
+            )
+        pixels = torch.from_numpy(images).float().unsqueeze(1)
         large = nn.functional.interpolate(pixels, size=32, mode="bilinear", align_corners=False)
         # Pixels run from 0 to 16; the backbone was trained on [-1, 1].
         self._labels = labels[train]
-        everything = Examples.of({"image": large / 8 - 1, "label": torch.from_numpy(labels).long()})
+        everything = Examples.of({"image": large / 8 - 1, "label": torch.from_numpy(labels)})
         self._train, self._test = everything.select(train), everything.select(test)
 
     @cached_property

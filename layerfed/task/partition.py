@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerfed.config import ConfigError, RunConfig
+from layerfed.config.errors import naming_extras
+from layerfed.config.seeding import Stream, torch_seed
 from layerfed.models.block_finder import some
-from layerfed.seeding import Stream, torch_seed
 from layerfed.task.prepared import prepared
 
 if TYPE_CHECKING:
@@ -60,22 +61,26 @@ def partition_indices(
         ends = np.cumsum([len(part) for part in parts])
         return {"indices": np.concatenate(parts), "ends": ends}
 
-    found = prepared(
-        {
-            "what": "partition",
-            "flwr-datasets": version("flwr-datasets"),
-            "kind": config.task.partition,
-            "alpha": config.task.alpha,
-            "clients": clients,
-            "seed": config.run.seed,
-            "least": MIN_EXAMPLES,
-            "labels": labels,
-            "groups": groups,
-            "names": tuple(group_names),
-        },
-        make,
-    )
+    with naming_extras(f"task.partition = '{config.task.partition}'"):
+        found = prepared(_key(labels, config, groups, group_names), make)
     return np.split(found["indices"], found["ends"][:-1])
+
+
+def _key(
+    labels: np.ndarray, config: RunConfig, groups: np.ndarray | None, group_names: Sequence[str]
+) -> dict[str, object]:
+    return {
+        "what": "partition",
+        "flwr-datasets": version("flwr-datasets"),
+        "kind": config.task.partition,
+        "alpha": config.task.alpha,
+        "clients": config.federation.clients,
+        "seed": config.run.seed,
+        "least": MIN_EXAMPLES,
+        "labels": labels,
+        "groups": groups,
+        "names": tuple(group_names),
+    }
 
 
 def _drawn(

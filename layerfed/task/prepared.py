@@ -1,8 +1,8 @@
 """Small arrays that are made once a machine, by libraries that take seconds to import.
 
-On real devices every message starts a new process. A process often needs only a few kilobytes of
-scikit-learn's or `datasets`' results, and they are always the same. They are kept on disk, so the
-library is not imported again.
+On real devices every message starts a new process. A process often needs only a few kilobytes of what
+`datasets` makes, and they are always the same. They are kept on disk, so the library is not imported
+again.
 """
 
 from __future__ import annotations

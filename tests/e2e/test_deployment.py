@@ -28,7 +28,7 @@ BUDGETS: list[dict[str, Scalar]] = [{"budget": 1}, {"budget": 3}]
 WIRES: list[Wire] = []
 CARRIED: list[tuple[dict[str, int], dict[str, float]]] = []
 """In the run of `deployed`, and in as much time without one; both lists by partition id."""
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def alive(folder: Path) -> list[str]:

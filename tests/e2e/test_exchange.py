@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,10 @@ from layerfed.runs.records import Observer, RoundRecord
 from layerfed.server.transport import exchange
 from layerfed.server_app import build_strategy
 
-QUICK = ["federation.clients=4", "federation.clients-per-round=4", "train.local-steps=2"]
+QUICK = [
+    *("federation.clients=4", "federation.clients-per-round=4"),
+    *("train.local-steps=2", "train.batch-size=8"),
+]
 
 
 def configured(*overrides: str) -> RunConfig:
@@ -41,6 +45,7 @@ class Devices(InProcessGrid):
         self.folders = {node: folder / f"store-{node}" for node in self._contexts}
         for node, context in self._contexts.items():
             context.node_config["store"] = str(self.folders[node])
+        self.base = workbench(config.to_flat()).resident._build().state_dict()
         self.asked: list[Message] = []
         self.before: Callable[[Message], None] = lambda message: None
 
@@ -54,9 +59,8 @@ class Devices(InProcessGrid):
         resident = workbench(self.config.to_flat()).resident
         for name in resident.layers.names:
             resident._digests[name] = None  # whatever the process before left in memory
-        with_base = resident._build().state_dict()
         for layer in resident.layers.layers:
-            resident._load(layer.name, {t: with_base[t] for t in layer.tensors})
+            resident._load(layer.name, {t: self.base[t] for t in layer.tensors})
             resident._digests[layer.name] = resident._base[layer.name]
         return super()._work(message)
 
@@ -93,9 +97,26 @@ def start(grid: Grid, config: RunConfig, rounds: int = 3) -> tuple[dict[str, np.
     return strategy.model.tensors, ledgers
 
 
-def shared(config: RunConfig, rounds: int = 3) -> dict[str, np.ndarray]:
+@cache
+def together(config: RunConfig, rounds: int = 3) -> tuple[dict[str, np.ndarray], Ledgers]:
+    """Run with all clients in one process, once for all tests that compare with it."""
     grid = InProcessGrid(client_app, config.federation.clients, config.to_flat())
-    return start(grid, config, rounds)[0]
+    return start(grid, config, rounds)
+
+
+Apart = Callable[[RunConfig], tuple[Devices, dict[str, np.ndarray], Ledgers]]
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Apart:
+    """Run on devices of their own to which nothing happens, once for all tests that compare with it."""
+
+    @cache
+    def run(config: RunConfig) -> tuple[Devices, dict[str, np.ndarray], Ledgers]:
+        grid = Devices(config, tmp_path_factory.mktemp("apart"))
+        return grid, *start(grid, config)
+
+    return run
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -103,11 +124,10 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 # ------------------------------------------------------------------------------ a layer travels once
-def test_a_layer_is_sent_once_to_each_device(tmp_path: Path) -> None:
+def test_a_layer_is_sent_once_to_each_device(apart: Apart) -> None:
     config = configured("strategy.name=ilp")
-    grid = Devices(config, tmp_path)
-    model, ledgers = start(grid, config)
-    assert same(model, shared(config))
+    grid, model, ledgers = apart(config)
+    assert same(model, together(config)[0])
     layers = workbench(config.to_flat()).resident.layers
     probes, trains = grid.sent("query.probe"), grid.sent("train")
     assert probes[:4] == [0] * 4, "the base never travels"
@@ -120,12 +140,10 @@ def test_a_layer_is_sent_once_to_each_device(tmp_path: Path) -> None:
         assert total.moved_down == total.down == sum(probes[4 * number : 4 * number + 4])
 
 
-def test_on_one_machine_nothing_is_sent_and_the_ledger_still_counts(tmp_path: Path) -> None:
+def test_on_one_machine_nothing_is_sent_and_the_ledger_still_counts(apart: Apart) -> None:
     config = configured("strategy.name=ilp")
-    _, apart = start(Devices(config, tmp_path), config)
-    grid = InProcessGrid(client_app, config.federation.clients, config.to_flat())
-    _, together = start(grid, config)
-    for own, common in zip(apart.rounds, together.rounds, strict=True):
+    pairs = zip(apart(config)[2].rounds, together(config)[1].rounds, strict=True)
+    for own, common in pairs:
         assert common.total().moved_down == 0
         assert common.total().moved_up == 4 * 12 * 8, "the statistics"
         assert common.total().down == own.total().down
@@ -138,7 +156,7 @@ def test_a_client_that_was_away_gets_every_layer_it_missed_and_no_other(tmp_path
     )
     grid = Devices(config, tmp_path)
     model, _ = start(grid, config, rounds=5)
-    assert same(model, shared(config, rounds=5))
+    assert same(model, together(config, rounds=5)[0])
     held: dict[int, set[str]] = {node: set() for node in grid.folders}
     for message in grid.asked:
         if "manifest" not in message.content.config_records:
@@ -159,10 +177,12 @@ def test_a_client_that_was_away_gets_every_layer_it_missed_and_no_other(tmp_path
 
 # ------------------------------------------------------------------------------ layers that go missing
 @pytest.mark.parametrize("phase", ["query.probe", "train", "evaluate"])
-def test_a_store_wiped_in_mid_run_changes_nothing_but_bytes(tmp_path: Path, phase: str) -> None:
+def test_a_store_wiped_in_mid_run_changes_nothing_but_bytes(
+    apart: Apart, tmp_path: Path, phase: str
+) -> None:
     config = configured("strategy.name=ilp", "task.local-test=0.2")
-    _, undisturbed = start(Devices(config, tmp_path / "a"), config)
-    grid = Devices(config, tmp_path / "b")
+    undisturbed = apart(config)[2]
+    grid = Devices(config, tmp_path)
     wiped: list[int] = []
 
     def wipe(message: Message) -> None:
@@ -176,7 +196,7 @@ def test_a_store_wiped_in_mid_run_changes_nothing_but_bytes(tmp_path: Path, phas
     grid.before = wipe
     model, ledgers = start(grid, config)
     assert wiped
-    assert same(model, shared(config))
+    assert same(model, together(config)[0])
     assert [len(r.failures) for r in ledgers.records] == [0, 0, 0]
     extra = ledgers.rounds[1].total().down - undisturbed.rounds[1].total().down
     # A probe or evaluation brings new layers with it: there the others alone were lost.
@@ -198,7 +218,7 @@ def test_damaged_layers_are_fetched_again(tmp_path: Path) -> None:
 
     grid.before = damage
     model, ledgers = start(grid, config)
-    assert same(model, shared(config))
+    assert same(model, together(config)[0])
     assert [len(r.failures) for r in ledgers.records] == [0, 0, 0]
 
 
@@ -233,7 +253,7 @@ def test_a_folder_that_vanishes_is_made_up_for(tmp_path: Path) -> None:
 
     grid.before = vanish
     model, ledgers = start(grid, config)
-    assert same(model, shared(config))
+    assert same(model, together(config)[0])
     assert not any(r.failures for r in ledgers.records)
 
 
@@ -242,10 +262,7 @@ def test_a_folder_that_vanishes_is_made_up_for(tmp_path: Path) -> None:
 def test_a_codec_shrinks_the_uplink_and_keeps_the_model_close(codec: str, share: float) -> None:
     exact = configured("strategy.name=top")
     coded = configured("strategy.name=top", f"exchange.codec={codec}")
-    grid = InProcessGrid(client_app, 4, exact.to_flat())
-    model, ledgers = start(grid, exact)
-    grid = InProcessGrid(client_app, 4, coded.to_flat())
-    other, smaller = start(grid, coded)
+    (model, ledgers), (other, smaller) = together(exact), together(coded)
     ratio = smaller.rounds[0].total().up / ledgers.rounds[0].total().up
     assert ratio == pytest.approx(share, abs=0.02)
     base = workbench(exact.to_flat()).resident.base_state()
@@ -268,7 +285,12 @@ def test_the_first_to_answer_count_and_the_rest_are_dropped(tmp_path: Path) -> N
         None,
         [
             *("federation.clients=8", "federation.clients-per-round=4", "federation.rounds=2"),
-            *("federation.over-provision=0.5", "train.local-steps=1", f"run.dir={tmp_path}"),
+            *(
+                "federation.over-provision=0.5",
+                "train.local-steps=1",
+                "train.batch-size=8",
+                f"run.dir={tmp_path}",
+            ),
         ],
     )
     folder = run_on("inprocess", config)

@@ -36,6 +36,8 @@ SETTINGS = {
     "budget.kind": "half-normal",
 }
 
+pytestmark = pytest.mark.slow
+
 
 def left_behind(session: int, patience: float = 10.0) -> list[str]:
     """Command lines of a session's processes that still live after a short while."""

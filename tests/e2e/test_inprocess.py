@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from layerfed.client.workbench import workbench
@@ -21,7 +22,10 @@ from layerfed.runs import read_lines
 from layerfed.runs.records import RoundFailed
 from layerfed.server_app import build_strategy, run
 
-QUICK = ["federation.rounds=3", "strategy.probe-batches=1", "federation.clients-per-round=6"]
+QUICK = [
+    *("federation.rounds=3", "strategy.probe-batches=1", "federation.clients-per-round=6"),
+    "train.batch-size=8",
+]
 
 
 def configured(directory: Path, *overrides: str) -> RunConfig:
@@ -73,7 +77,7 @@ def base_state(config: RunConfig) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
-    config = configured(tmp_path_factory.mktemp("runs"), "run.name=first", "federation.rounds=6")
+    config = configured(tmp_path_factory.mktemp("runs"), "run.name=first", "federation.rounds=4")
     return config, run_on("inprocess", config)
 
 
@@ -144,7 +148,10 @@ def test_a_second_run_repeats_the_first_to_the_bit(
 def test_another_seed_gives_another_sampling(tmp_path: Path) -> None:
     rows = []
     for seed in (0, 1):
-        config = configured(tmp_path, f"run.seed={seed}", f"run.name=s{seed}", "strategy.name=top")
+        config = configured(
+            *(tmp_path, f"run.seed={seed}", f"run.name=s{seed}", "strategy.name=top"),
+            *("federation.rounds=2", "train.local-steps=1"),
+        )
         rows.append(
             [r["clients"] for r in read_lines(run_on("inprocess", config) / "selection.jsonl")]
         )
@@ -199,14 +206,24 @@ def crash(reply: Message) -> None:
     raise MemoryError("out of memory")
 
 
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Recorded]:
+    """One round in which all clients are good."""
+    config = configured(
+        *(tmp_path_factory.mktemp("honest"), "strategy.name=top", "train.local-steps=2"),
+        "federation.clients-per-round=10",
+    )
+    grid = Recorded(config)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    start(grid, config)
+    return config, grid
+
+
 @pytest.mark.parametrize("change", [poison, widen, inflate, crash], ids=lambda f: f.__name__)
 def test_a_bad_client_is_left_out_and_the_round_is_that_of_the_others(
-    change: Callable[[Message], None], tmp_path: Path
+    change: Callable[[Message], None], honest: tuple[RunConfig, Recorded]
 ) -> None:
-    everyone = ["strategy.name=top", "federation.clients-per-round=10"]
-    config = configured(tmp_path, *everyone)
-    good = Recorded(config)
-    start(good, config)
+    config, good = honest
     attacked = start(Recorded(config, tampering(change, {0, 3})), config)
 
     # What the honest clients alone give, by hand.
@@ -245,7 +262,7 @@ def test_a_failed_run_says_so_in_its_folder(
 # --------------------------------------------------------------------------- measured budgets
 def test_budgets_in_flops_keep_clients_near_the_output(tmp_path: Path) -> None:
     """Half of what backward through everything costs: the bottom is out of reach, the top is not."""
-    config = configured(tmp_path, "budget.unit=flops", "budget.layers=6e8", "federation.rounds=2")
+    config = configured(tmp_path, "budget.unit=flops", "budget.layers=1.5e8", "federation.rounds=1")
     rows = read_lines(run_on("inprocess", config) / "selection.jsonl")
     for row in rows:
         masks = np.array(row["masks"], dtype=bool)
@@ -253,7 +270,7 @@ def test_budgets_in_flops_keep_clients_near_the_output(tmp_path: Path) -> None:
         assert (np.diff(depth) < 0).all()
         assert masks.any(axis=1).all()
         for mask in masks:
-            assert costs[mask].sum() + depth[mask.argmax()] <= 6e8
+            assert costs[mask].sum() + depth[mask.argmax()] <= 1.5e8
         assert not masks[:, 0].any()
 
 
@@ -268,7 +285,9 @@ def test_a_budget_that_fits_no_measured_cost_is_refused_before_any_training(
 
 
 def test_the_test_set_is_evaluated_every_so_many_rounds_and_at_the_end(tmp_path: Path) -> None:
-    config = configured(tmp_path, "strategy.name=top", "run.evaluate-every=2")
+    config = configured(
+        tmp_path, "strategy.name=top", "run.evaluate-every=2", "train.local-steps=1"
+    )
     folder = run_on("inprocess", config)
     scores = [row["accuracy"] for row in read_lines(folder / "metrics.jsonl")]
     assert [score is None for score in scores] == [True, False, False]

@@ -14,10 +14,13 @@ from layerfed.engine import run_on
 from layerfed.runs import read_lines
 from tests.e2e.test_inprocess import Recorded, configured, start
 
+TWO = ["federation.clients=2", "federation.clients-per-round=2"]
+
 
 def test_the_server_lowers_a_nodes_budget_and_never_raises_it(tmp_path: Path) -> None:
     settings: list[dict[str, Scalar]] = [{"budget": 1}, {"budget": 5}, {}]
     everyone = ["federation.clients=3", "federation.clients-per-round=3", "federation.rounds=1"]
+    everyone += ["train.local-steps=1"]
     for kind, budgets in {"identical": [1, 3, 3], "per-node": [1, 5, 2]}.items():
         nodes = settings if kind == "identical" else [*settings[:2], {"budget": 2}]
         config = configured(
@@ -37,7 +40,7 @@ def test_a_node_refuses_a_mask_above_its_budget_before_any_work(
         "layerfed.client_app.train_update",
         lambda *a, **k: trained.append(a) or train_update(*a, **k),
     )
-    everyone = ["federation.clients=2", "federation.clients-per-round=2", "federation.rounds=1"]
+    everyone = [*TWO, "federation.rounds=1"]
     config = configured(tmp_path, *everyone, "strategy.name=full", "federation.min-replies=1")
     folder = run_on("inprocess", config, nodes=[{"budget": 2}])
     (row,) = read_lines(folder / "metrics.jsonl")
@@ -50,7 +53,7 @@ def test_a_node_refuses_a_mask_above_its_budget_before_any_work(
 def test_the_refusal_needs_nothing_from_the_server(known: bool, tmp_path: Path) -> None:
     """A budget in another unit than the run's is translated, and holds after a restart too."""
     config = configured(tmp_path, "strategy.name=top", "federation.clients-per-round=1")
-    node = {"budget": 1.2e9, "budget-unit": "flops"}
+    node = {"budget": 3e8, "budget-unit": "flops"}
     grid = Recorded(config, nodes=[node] * config.federation.clients)
     start(grid, config)
     ((question, _),) = grid.trained()
@@ -65,7 +68,10 @@ def test_the_refusal_needs_nothing_from_the_server(known: bool, tmp_path: Path) 
 
 
 def test_auto_measures_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configured(tmp_path, "budget.kind=per-node", "federation.rounds=1")
+    config = configured(
+        *(tmp_path, "budget.kind=per-node", "federation.rounds=1", "train.batch-size=32"),
+        *(*TWO, "train.local-steps=1"),
+    )
     budgets = []
     for free in (4e6, 5e7, 1e12):
         monkeypatch.setattr("layerfed.client_app.free_memory", lambda device, free=free: free)
@@ -77,7 +83,7 @@ def test_auto_measures_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_node_slower_than_it_allows_is_left_out(tmp_path: Path) -> None:
-    config = configured(tmp_path, "strategy.name=top", "federation.clients-per-round=10")
+    config = configured(tmp_path, "strategy.name=top", *TWO)
     grid = Recorded(config, nodes=[{"max-step-seconds": 1e-9}])
     start(grid, config)
     errors = [r.error.reason for _, r in grid.trained() if r.has_error()]

@@ -80,6 +80,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_on("inprocess", configured(tmp_path_factory.mktemp("whole"), "whole"))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_like_the_run_that_was_not(
     whole: Path, tmp_path: Path
 ) -> None:

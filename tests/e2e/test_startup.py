@@ -36,7 +36,7 @@ def imported(message: str, cache: Path) -> set[str]:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A machine's cache, as its first process leaves it."""
     folder = tmp_path_factory.mktemp("cache")
-    assert {"sklearn", "datasets"} <= imported("describe", folder)
+    assert "datasets" in imported("describe", folder)
     return folder
 
 

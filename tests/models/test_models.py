@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -326,9 +327,10 @@ def test_a_gated_model_says_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> Non
         text("pretrained")
 
 
-def test_a_missing_library_names_its_extra() -> None:
+def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ConfigError, match=r'pip install "\.\[clip\]" in the clone'):
-        require("no_such_library", "clip", "open_clip/ViT-B-32")
+        require("open_clip", "open_clip/ViT-B-32")
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ digest = hashlib.blake2b()
 for client in range(10):
     digest.update(task.partition(client).indices.tobytes())
 digest.update(task.test_examples().store.tensors["image"].numpy().tobytes())
-print(json.dumps([digest.hexdigest(), sorted({"sklearn", "datasets"} & set(sys.modules))]))
+print(json.dumps([digest.hexdigest(), "datasets" in sys.modules]))
 """
     found = []
     for _ in range(2):
@@ -119,5 +119,5 @@ print(json.dumps([digest.hexdigest(), sorted({"sklearn", "datasets"} & set(sys.m
             [sys.executable, "-c", script], capture_output=True, text=True, check=True
         )
         found.append(json.loads(done.stdout))
-    assert found[0] == [found[1][0], ["datasets", "sklearn"]]
-    assert found[1][1] == []
+    digest = found[0][0]
+    assert found == [[digest, True], [digest, False]]

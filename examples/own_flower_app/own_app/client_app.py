@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from layerfed.client.probe import probe_layers
 from layerfed.client.resident import ResidentModel, keeping_layers
 from layerfed.client.training import evaluate, train_update
+from layerfed.config.seeding import Stream, torch_seed
 from layerfed.exchange import (
     Description,
     LayerStore,
@@ -25,7 +26,6 @@ from layerfed.exchange import (
     train_reply,
 )
 from layerfed.models.layers import LayerMap
-from layerfed.seeding import Stream, torch_seed
 from own_app.task import Items, build_model, client_items, loader, logits, loss
 
 

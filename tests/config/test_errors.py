@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from layerfed.config import ConfigError
+from layerfed.config.errors import one_line_errors
 from layerfed.deploy.federation import DeploymentFailed
-from layerfed.errors import one_line_errors
 from layerfed.runs import NotWritten
 from layerfed.server.population import RoundFailed
 
