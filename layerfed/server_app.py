@@ -1,4 +1,4 @@
-"""The ServerApp: reads the configuration, builds the strategy, runs it, and closes the run folder."""
+"""The ServerApp: it reads the configuration, builds and runs the strategy, and closes the run folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build_strategy(
 ) -> SelectiveStrategy:
     """Build the strategy that a configuration names, for a model of these layers.
 
-    Clients that see the same layer store as the server are sent no layers.
+    Clients that read the same layer store as the server are sent no layers.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def build_strategy(
 
 
 def _steps(config: RunConfig) -> tuple[ServerStep, ...]:
-    """Return what updates go through on the server, in order."""
+    """Return the steps of updates on the server, in order."""
     privacy = config.privacy
     steps: list[ServerStep] = [SecureSums(config.secagg) if config.secagg.enabled else Decoding()]
     if config.server.clip:
@@ -95,7 +95,7 @@ def _steps(config: RunConfig) -> tuple[ServerStep, ...]:
 
 
 def build_account(config: RunConfig, strategy: SelectiveStrategy) -> PrivacyAccount | None:
-    """Return what accounts for the run's privacy; None where it promises none.
+    """Return the run's privacy account, or None if the run promises no privacy.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def run(
     observers: Sequence[Observer],
     opened: Callable[[RunFolder], None],
 ) -> Path:
-    """Run what the context's run configuration describes; return the run folder.
+    """Run the context's run configuration; return the run folder.
 
     Parameters
     ----------
@@ -131,14 +131,14 @@ def run(
     Raises
     ------
     ConfigError
-        If the configuration cannot be run; nothing is written then, and no client has worked.
+        If the configuration cannot be run. Nothing is written then, and no client has worked.
     RoundFailed
-        If too few clients took part; the run folder says so too.
+        If too few clients took part. The run folder says so too.
     NotWritten
-        If the run folder cannot be written any more; what it holds is whole, and can be resumed.
+        If the run folder cannot be written any more. Its content is whole, and the run can be resumed.
     """
     config = RunConfig.from_flat(context.run_config)
-    # Before it is read how far it got: the process that wrote it may still be at it.
+    # The folder is locked before its checkpoint is read: another process may still write it.
     held = lock(Path(config.run.resume)) if config.run.resume else None
     try:
         return _run(config, grid, context, observers, opened)
@@ -165,7 +165,7 @@ def _run(
     def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if server_round % config.run.evaluate_every and server_round != config.federation.rounds:
             return None
-        # Read from the strategy's own tensors: only layers that changed are copied to the device.
+        # From the strategy's own tensors, so that only changed layers are copied to the device.
         bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
         batches = test.in_order(256, bench.device)
         accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
@@ -178,9 +178,9 @@ def _run(
         if resumed is None:
             raise ConfigError(
                 f"run.resume = '{config.run.resume}' holds no checkpoint that can be used; start the "
-                "run anew, under another run.name"
+                "run again, under another run.name"
             )
-        # Before anything of the run folder is touched.
+        # Checked before anything in the run folder is changed.
         check_base(resumed, bench.resident.base)
         strategy.resume(resumed)
     strategy.connect(grid, config.federation.timeout)
@@ -227,7 +227,7 @@ def _run(
 def build_server_app(
     observers: Sequence[Observer], opened: Callable[[RunFolder], None]
 ) -> ServerApp:
-    """Return a ServerApp that also tells `observers`, and `opened` the run folder."""
+    """Return a ServerApp with observers; it calls `opened` with the run folder."""
     app = ServerApp()
 
     @app.main()
@@ -242,7 +242,7 @@ server_app = ServerApp()
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run in a process of Flower's, as `flwr run` and a SuperLink start it."""
+    """Run in Flower's own process, which `flwr run` or a SuperLink started."""
     try:
         folder = run(grid, context, [LogLines()], _opened)
     except EXPECTED as error:
@@ -254,5 +254,5 @@ def main(grid: Grid, context: Context) -> None:
 def _opened(folder: RunFolder) -> None:
     # `flwr stop` reaches this process as a signal, while the ServerApp works in another thread.
     add_exit_handler(folder.stop)
-    # Where that is depends on where the SuperLink was started, unless run.dir is an absolute path.
+    # Unless run.dir is absolute, the path depends on the folder in which the SuperLink was started.
     log(INFO, "run folder: %s", folder.path)

@@ -1,7 +1,7 @@
 """The probe: statistics of each layer's gradient at θ^t, without ever holding a whole gradient.
 
-As soon as backward has produced the gradients of one block, they are reduced to a number a statistic and
-freed. So the probe's memory is one block's gradients beside the activations, and no gradient is left for
+As soon as backward has the gradients of one block, they are reduced to one number for each statistic and
+freed. So the probe's memory is one block's gradients and the activations, and no gradient is left for
 the next batch or the next client.
 """
 

@@ -1,4 +1,4 @@
-"""One typed configuration: sections, the rules between them, a node's own settings, files."""
+"""The typed configuration: its sections, the rules between them, a node's own settings, and files."""
 
 from layerfed.config.node import NodeConfig
 from layerfed.config.privacy import PrivacyConfig

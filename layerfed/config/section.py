@@ -1,4 +1,4 @@
-"""What all tables of settings share: how strictly they are read, and the error on a wrong one."""
+"""The base of all sections of settings: strict reading, and helpers for clear errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ConfigError", "DeviceName", "RunName", "Section", "Switch", "nearest
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean …?" with the known word nearest to one that is unknown, or nothing."""
+    """Return "; did you mean …?" with the known word nearest to an unknown one, or an empty text."""
     found = get_close_matches(word, list(known), 1)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -43,15 +43,15 @@ def _run_name(value: Any) -> Any:
 
 
 Switch = Annotated[bool, BeforeValidator(_switch)]
-"""True or false; yes, no, on, off, 1 and 0 are read as these."""
+"""True or false; yes, no, on, off, 1 and 0 are accepted too."""
 DeviceName = Annotated[str, BeforeValidator(_device)]
-"""What torch calls a device, or auto; gpu is read as cuda."""
+"""torch's name of a device, or auto; gpu means cuda."""
 RunName = Annotated[str, BeforeValidator(_run_name)]
 """The name of a run folder."""
 
 
 class Section(BaseModel):
-    """A table of settings: no unknown keys, no infinities, and no "3" or true for a number."""
+    """A section of settings. Unknown keys, infinities, and "3" or true for a number are refused."""
 
     model_config = ConfigDict(
         extra="forbid",
