@@ -1,4 +1,4 @@
-"""A federation whose clients exist only as replies: rounds in milliseconds, any reply forged."""
+"""A federation whose clients exist only as replies: rounds are fast, and replies can be forged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from layerfed.runs.records import Observer, RoundRecord
 from layerfed.strategies import ILP, RoundSettings, SelectiveStrategy
 from tests.conftest import TinyNet
 
-# What is made of an honest reply; it may raise, as Flower does where it cannot build a reply.
+# Changes an honest reply; it may raise, as Flower does if it cannot build a reply.
 Forge = Callable[[Message], Message]
 
 
@@ -125,7 +125,7 @@ def drawn(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Outcome(Observer):
-    """What a run left."""
+    """The results of a run."""
 
     model: dict[str, np.ndarray] = field(default_factory=dict)
     rounds: list[RoundRecord] = field(default_factory=list)

@@ -32,7 +32,7 @@ QUICK = [
 
 
 class TinyTask(Task):
-    """Each client's points lie elsewhere, and no two have as many."""
+    """A task in which each client has other points, and no two clients have the same number."""
 
     def build_model(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -97,7 +97,7 @@ class Messages(InProcessGrid):
 
 @dataclass
 class Run(Observer):
-    """What a run left: the tensors before and after, and its rounds."""
+    """The results of a run: the tensors before and after, and its rounds."""
 
     before: dict[str, np.ndarray] = field(default_factory=dict)
     after: dict[str, np.ndarray] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Which runs a comparison comes to, and what is refused before any of them."""
+"""The runs of a comparison, and the refusals before any of them."""
 
 from __future__ import annotations
 

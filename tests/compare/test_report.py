@@ -190,7 +190,7 @@ def test_the_terms_of_the_theory_are_means_over_the_rounds_that_have_them(tmp_pa
 
 
 def test_runs_of_another_make_are_pointed_out(tmp_path: Path, section: Section) -> None:
-    """They count as done, and their costs would be averaged without a word."""
+    """They count as done, and their costs would otherwise be averaged without notice."""
     assert differences([section]) == ""
     ray, newer = tmp_path / "ray", tmp_path / "newer"
     write_run(ray, RunConfig(), engine="ray")
@@ -201,7 +201,7 @@ def test_runs_of_another_make_are_pointed_out(tmp_path: Path, section: Section) 
 
 
 def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """What it did not write is not known; it need not be run again."""
+    """Its missing figures stay unknown, and it need not run again."""
     figures(tmp_path, 0.5)
     file = tmp_path / "run-0/metrics.jsonl"
     line = json.loads(file.read_text())

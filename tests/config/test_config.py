@@ -22,7 +22,7 @@ def test_defaults_stand_the_same_everywhere() -> None:
 
 
 def test_no_two_strategies_share_an_option() -> None:
-    """A key has one default, whoever reads it."""
+    """A key has the same default for every reader."""
     fields = [f for strategy in STRATEGIES.values() for f in strategy.Options.model_fields]
     assert len(fields) == len(set(fields))
 

@@ -1,4 +1,4 @@
-"""What a node says of itself is checked when it is read."""
+"""A node's settings are checked when they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels in whole runs: each layer once, what is missing again, and always the same model."""
+"""Layers in whole runs: each is sent once, missing ones again, and the model is always the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs through real ServerApp, strategy and ClientApp, with the messages looked at."""
+"""Whole runs with the real ServerApp, strategy and ClientApp, and checks of their messages."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_a_failed_run_says_so_in_its_folder(
 
 # --------------------------------------------------------------------------- measured budgets
 def test_budgets_in_flops_keep_clients_near_the_output(tmp_path: Path) -> None:
-    """Half of what backward through everything costs: the bottom is out of reach, the top is not."""
+    """With half of the cost of full backward, the lowest layers are out of reach and the top is not."""
     config = configured(tmp_path, "budget.unit=flops", "budget.layers=1.5e8", "federation.rounds=1")
     rows = read_lines(run_on("inprocess", config) / "selection.jsonl")
     for row in rows:
@@ -298,7 +298,7 @@ def test_the_test_set_is_evaluated_every_so_many_rounds_and_at_the_end(tmp_path:
 
 # --------------------------------------------------------------------------- the federation as it is
 def serve(nodes: int, config: RunConfig) -> Path:
-    """Run the ServerApp on a federation of so many nodes, as Flower does; return the run folder."""
+    """Run the ServerApp on a federation of some nodes, as Flower does; return the run folder."""
     grid = InProcessGrid(client_app, nodes, config.to_flat())
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config.to_flat()

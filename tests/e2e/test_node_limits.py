@@ -34,7 +34,7 @@ def test_the_server_lowers_a_nodes_budget_and_never_raises_it(tmp_path: Path) ->
 def test_a_node_refuses_a_mask_above_its_budget_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`full` asks everyone for everything; the node that allows two layers trains none."""
+    """`full` asks every client for all layers; a node that allows two layers trains none."""
     trained: list[object] = []
     monkeypatch.setattr(
         "layerfed.client_app.train_update",

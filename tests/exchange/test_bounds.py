@@ -1,4 +1,4 @@
-"""Nothing oversize, from elsewhere, or of another kind is read."""
+"""Replies that are too large, of another kind, or from another node are not read."""
 
 from __future__ import annotations
 

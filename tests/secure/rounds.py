@@ -64,7 +64,7 @@ class Round:
                 self.sum.take_shares(client, shares)
 
     def exact_mean(self) -> np.ndarray:
-        """The mean of the survivors' updates, without any of this."""
+        """The mean of the survivors' updates, computed in the clear."""
         kept = self.sum.survivors
         clipped = [np.clip(self.updates[c].astype(float), -LIMIT, LIMIT) for c in kept]
         weights = [self.examples[c] for c in kept]

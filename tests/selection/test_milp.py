@@ -1,4 +1,4 @@
-"""The integer program: its outcomes other than a plain optimum, and what else it must not do."""
+"""The integer program: results other than a plain optimum, and side effects that it must not have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HARD = random_problem(1, 60, 30, relative=0.6)
 
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let writing the program down take as long as it takes: on a busy machine, seconds."""
+    """Give building the program any time, since it takes seconds on a busy machine."""
     monkeypatch.setattr(milp, "BUILD_SHARE", np.inf)
 
 

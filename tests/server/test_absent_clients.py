@@ -1,4 +1,4 @@
-"""A round goes on with whoever answers, and what nobody trained stays as it was."""
+"""A round goes on with the clients that answer, and layers that no client trained stay the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("tiny_task")
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "yogi"])
 def test_a_layer_whose_clients_are_all_gone_stays_bit_identical(optimizer: str) -> None:
-    """Also where the server's optimiser remembers how it moved in the round before."""
+    """This holds also if the server's optimiser has momentum from the round before."""
     config = configured(
         "strategy.name=random",
         "federation.clients-per-round=6",
@@ -61,7 +61,7 @@ def test_a_layer_whose_clients_are_all_gone_stays_bit_identical(optimizer: str) 
 
 # -------------------------------------------------------------------------------------- the clock
 class Silent(Messages):
-    """Nobody answers."""
+    """A grid on which no client answers."""
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return []

@@ -1,4 +1,4 @@
-"""Who is asked: nodes that come, go, err, stay silent or claim what is not theirs."""
+"""The clients that are asked, if nodes come, go, fail, stay silent or make false claims."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def silent(message: Message) -> None:
 
 
 class FakeGrid(Grid):
-    """Nodes by id, each with what it answers."""
+    """Nodes by id, each with its answer."""
 
     def __init__(self, nodes: dict[int, Answer]) -> None:
         self.nodes = nodes

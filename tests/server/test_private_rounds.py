@@ -1,4 +1,4 @@
-"""Differential privacy in whole rounds: what clients send, what becomes of it, and who decides."""
+"""Differential privacy in whole rounds: clients' replies, the model, and the node's own settings."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_every_codec_works_and_none_remembers(codec: str) -> None:
 
 
 def remembered(grid: Messages) -> int:
-    """Clients whose node keeps an error of its head's update."""
+    """Return the number of clients whose node keeps an error of its head's update."""
     store = open_store("memory", 1.0)
     (token,) = {m.content.config_records["config"]["run"] for m, _ in grid.trained()}
     return sum(store.recall(f"{token}/{client}/head") is not None for client in range(6))
@@ -214,7 +214,7 @@ OWN: dict[str, Scalar] = {
 
 
 def test_a_node_protects_itself_whatever_the_run_says() -> None:
-    """The others go on as they were, and the server needs nothing for it."""
+    """Other clients do not change, and the server needs no setting for it."""
     everyone = ["federation.clients-per-round=6", "budget.layers=2"]
     plain, _ = rounds_of(*everyone)
     grid, result = rounds_of(*everyone, nodes=[OWN])
@@ -255,7 +255,7 @@ def test_a_model_with_buffers_is_refused_before_anybody_works(
         with pytest.raises(ConfigError, match="num_batches_tracked"):
             build_strategy(config, layers)
         build_strategy(configured(), layers)
-        # A node that protects itself has nobody to refuse for it.
+        # If only a node asks for privacy, the server does not refuse anything in its place.
         config = configured("federation.clients-per-round=6", "federation.min-replies=1")
         grid: InProcessGrid = Messages(config, nodes=[OWN])
         (record,) = run(config, 1, grid).rounds

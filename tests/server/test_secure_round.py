@@ -43,7 +43,7 @@ def plain(*overrides: str) -> RunConfig:
 
 
 class Leaving(Messages):
-    """Some clients raise when they are asked for something, a message each."""
+    """A grid on which some clients raise an error at a given message."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ def assert_close(found: Run, expected: Run, error: float) -> None:
 
 
 def error_of(grid: Messages, record_examples: int) -> float:
-    """What the docs promise: n / (2 s D)."""
+    """Return the error bound in the docs: n / (2 s D)."""
     trained = [m.content.config_records["secure"] for m, _ in grid.trained()]
     scale = {record["scale"] for record in trained}
     assert len(scale) == 1
@@ -245,7 +245,7 @@ def test_clients_forget_their_secrets_once_they_have_unmasked() -> None:
 
 
 def test_secrets_go_from_process_to_process_in_flowers_context() -> None:
-    """As on a SuperNode, where each message starts a process that is handed the node's context."""
+    """A SuperNode starts a process for each message, and gives it the node's context."""
     config = secure("strategy.name=top")
 
     class Processes(Messages):
@@ -312,7 +312,7 @@ def test_ilp_with_little_consistency_is_refused_in_the_round() -> None:
 
 
 def tampering(change: Callable[[Message, Message], None], kind: str, victim: int) -> ClientApp:
-    """A ClientApp one of whose clients answers one kind of message wrongly."""
+    """Return a ClientApp in which one client answers one kind of message wrongly."""
     app = build_client_app()
 
     class Tampered(ClientApp):

@@ -1,4 +1,4 @@
-"""The error floor's two terms, as whole rounds log them."""
+"""The error floor's two terms in the log of whole rounds."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_without_a_probe_of_norms_the_first_term_is_unknown(name: str) -> None:
 
 @pytest.mark.parametrize("clients", [4, 6])
 def test_full_fine_tuning_of_all_clients_has_neither_term(clients: int) -> None:
-    """Of some, it has the second one, which its masks are not to blame for."""
+    """With a part of the clients it has the second term, which does not come from its masks."""
     settings = ["strategy.theory=true", f"federation.clients-per-round={clients}"]
     (record,) = run(configured("strategy.name=full", *settings)).rounds
     assert record.e1 == record.e2_masks == 0.0

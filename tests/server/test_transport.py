@@ -1,4 +1,4 @@
-"""One node's reply, however forged, takes no other with it."""
+"""One node's forged reply never loses another node's reply."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from layerfed.server.transport import exchange
 
 
 class Builds(Grid):
-    """Like Flower's grid over HTTP: what a pull returns is built first, and counts as delivered then."""
+    """Like Flower's grid over HTTP: a pull builds all its replies, which then count as delivered."""
 
     def __init__(self, unbuildable: dict[int, Exception]) -> None:
         self.unbuildable = unbuildable
@@ -83,7 +83,7 @@ def test_a_late_reply_that_cannot_be_built_is_forgotten() -> None:
 
 
 def test_what_a_reply_says_it_answers_is_not_believed() -> None:
-    """The SuperLink knows by itself to which message a reply belongs."""
+    """The SuperLink knows to which message a reply belongs; the reply's own statement does not count."""
 
     class Forging(Builds):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

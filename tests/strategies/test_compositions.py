@@ -1,4 +1,4 @@
-"""Every strategy with every kind of budget and every codec: whole rounds, and what must hold in each."""
+"""Every strategy with every kind of budget and every codec, in whole rounds."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_keeps_to_no_budget_runs_whatever_it_is(way: str, unit: str) -> Non
 
 
 class Wire(Messages):
-    """Has every message written and read again, as between processes and machines."""
+    """A grid that writes and reads every message, as between processes and machines."""
 
     def _work(self, message: Message) -> Message:
         return _over_the_wire(super()._work(_over_the_wire(message)))
@@ -89,7 +89,7 @@ def test_every_strategy_works_with_every_unit(way: str, unit: str) -> None:
 
 
 def check(way: str, budget: str, codec: str, settings: list[str]) -> None:
-    """Two rounds: nothing fails, nothing moves that was not trained, and budgets hold."""
+    """In two rounds nothing fails, only trained layers move, and budgets hold."""
     few = ["federation.clients-per-round=3", f"exchange.codec={codec}"]
     config = configured(*few, *WAYS[way], *settings)
     # `full` ignores budgets, and what a node itself states is never exceeded.

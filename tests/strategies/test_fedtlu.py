@@ -1,4 +1,4 @@
-"""FedTLU in whole rounds: which layers move, what travels, and what a client may not send."""
+"""FedTLU in whole rounds: the layers that move, the layers that are sent, and refused replies."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_node_that_affords_less_trains_and_sends_less() -> None:
 
 # ------------------------------------------------------------------------------------- forgeries
 def tampered(change: Callable[[Any, LayerMap], None], codec: str) -> list[str]:
-    """Why the server refuses replies that were changed on their way, client by client."""
+    """Return the reasons for which the server refuses changed replies, by client."""
     config = configured(
         "strategy.name=fedtlu",
         "strategy.side=client",
@@ -178,7 +178,7 @@ def without(kind: str) -> Callable[[Any, LayerMap], None]:
 
 
 def add_layer(arrays: Any, layers: LayerMap) -> None:
-    """One block more than was asked for."""
+    """Send one block more than asked for."""
     codec = CODECS["float32"]
     absent = next(b for b in layers.blocks if not set(b.tensors) & set(arrays))
     for name in absent.tensors:

@@ -1,4 +1,4 @@
-"""Layers that take turns: from round to round (cyclic), and within one (random, resampled)."""
+"""Layers that change: from round to round (cyclic), and within a round (random, resampled)."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_epochs_give_each_client_its_own_number_of_draws() -> None:
 
 @pytest.mark.usefixtures("tiny_task")
 def test_a_node_checks_every_draw_against_its_own_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws that fit one by one are trained, though together they would not; a larger one is refused."""
+    """Draws that each fit are trained, also if their union does not fit; a larger draw is refused."""
     config = configured("strategy.name=random", "strategy.resample-steps=1", "budget.kind=per-node")
     grid = Messages(config, nodes=[{"budget": 1}] * 6)
     result = run(config, 1, grid)

@@ -1,4 +1,4 @@
-"""Digits: every client has its own share of the data, always the same, and the backbone loads."""
+"""Digits: every client always has the same share of the data, and the backbone loads."""
 
 from __future__ import annotations
 
