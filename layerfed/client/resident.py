@@ -187,7 +187,7 @@ class ResidentModel:
             dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
             value = decode(value, tuple(like.shape), dtype)
         with warnings.catch_warnings():
-            # Received bytes are read-only, of which torch warns; `_load` only reads them.
+            # torch warns that received bytes are read-only; `_load` only reads them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(value)
 

@@ -179,17 +179,17 @@ class Node:
 
     @property
     def store(self) -> LayerStore:
-        """Where the node keeps layers between messages."""
+        """The node's store for layers between messages."""
         return node_store(self.context)
 
     def stated(self, examples: int) -> int:
-        """Return the number of examples that the client states: the same for all where it is private."""
+        """Return the number of examples that the client states; a private client always states one."""
         hidden = self.protection is not None and self.protection.hides_examples
         return 1 if hidden else examples
 
     def allowance(self, *, again: bool = False) -> Allowance | None:
-        """Return what this node affords in the run; it is worked out once, or `again`."""
-        # The workbench does not know the budget's unit: runs that differ in it share one.
+        """Return this node's budget in the run. It is computed once, unless `again` is set."""
+        # Runs with different budget units share a workbench, so the unit comes from the run.
         unit, bench = self.run.budget.unit, self.bench
         if not again and (known := Allowance.recall(self.context.state, unit)) is not None:
             return known

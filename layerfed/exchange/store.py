@@ -51,7 +51,7 @@ class LayerStore(ABC):
 
     @abstractmethod
     def has(self, name: str) -> bool:
-        """Say whether a layer of that digest is kept."""
+        """Return whether a layer of that digest is kept."""
 
     @abstractmethod
     def get(self, name: str) -> dict[str, np.ndarray] | None:
@@ -91,7 +91,7 @@ class MemoryStore(LayerStore):
         self._own: dict[str, dict[str, np.ndarray]] = {}
 
     def has(self, name: str) -> bool:
-        """Say whether a layer of that digest is kept."""
+        """Return whether a layer of that digest is kept."""
         return name in self._layers
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
@@ -163,7 +163,7 @@ class FolderStore(LayerStore):
         return self.folder / f"{name}.safetensors"
 
     def has(self, name: str) -> bool:
-        """Say whether a file of that digest is kept. It is not read, so `get` may find it damaged."""
+        """Return whether a file of that digest is kept. It is not read, so `get` may find it damaged."""
         return self._file(name).exists()
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:

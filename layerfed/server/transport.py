@@ -86,7 +86,7 @@ def exchange(
         for asked in [*waiting.values(), *unsent]:
             yield _error("no reply in time", asked)
     finally:
-        # Also where the caller has enough and asks for no more.
+        # This also runs if the caller has enough replies and asks for no more.
         if not withdraw(grid, waiting):
             late.update(waiting)
 
