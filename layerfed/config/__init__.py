@@ -24,6 +24,7 @@ from layerfed.config.run import (
     parse_override,
     run_keys,
     section_keys,
+    shipped,
 )
 from layerfed.config.secagg import SecAggConfig, refuse_different_masks, refuse_with_secagg
 from layerfed.config.section import ConfigError, Section
@@ -57,4 +58,5 @@ __all__ = [
     "refuse_with_secagg",
     "run_keys",
     "section_keys",
+    "shipped",
 ]

@@ -41,6 +41,7 @@ __all__ = [
     "nearest",
     "parse_override",
     "run_keys",
+    "shipped",
 ]
 
 Scalar = str | int | float | bool
@@ -191,11 +192,13 @@ class StrategyConfig(Section):
     period: Positive = 1
     theory: Switch = False
     probe_batches: Annotated[int, Field(ge=0)] = 1
+    options: str = ""
 
     @property
-    def options(self) -> dict[str, Scalar]:
-        """The options of single strategies, by key."""
-        return dict(self.__pydantic_extra__ or {})
+    def given(self) -> dict[str, Scalar]:
+        """The options of single strategies, by key: further keys of the section, and `options`."""
+        own = dict(parse_override(word) for word in self.options.split())
+        return {**(self.__pydantic_extra__ or {}), **own}
 
     @field_validator("name")
     @classmethod
@@ -441,10 +444,22 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
+def shipped(file: Path) -> Path:
+    """Return a file, or the configuration of that name that comes with the package (`cifar10`)."""
+    if file.suffix or file.exists():
+        return file
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (found := folder / f"{file}.toml").exists():
+            return found
+    return file
+
+
 def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a configuration file (or none: the defaults) and apply `key=value` overrides."""
     flat: dict[str, Any] = {}
     if file is not None:
+        file = shipped(file)
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:

@@ -161,7 +161,9 @@ def run(
     ] = Path(),
 ) -> None:
     """On the server: run on the connected nodes, show the log, and exit 0 only if the run completed."""
-    federation, config = _federation(folder), read_settings(settings, resume)
+    from layerfed.strategies import checked
+
+    federation, config = _federation(folder), checked(read_settings(settings, resume))
     identity = federation.start_run(app_folder, config)
     console.print(f"run {identity}; Ctrl-C leaves it running", highlight=False)
     status = federation.follow(identity)

@@ -218,6 +218,11 @@ class SelectiveStrategy(Strategy):
     def refuse(cls, options: Any, config: RunConfig) -> None:
         """Refuse settings of a run that this strategy cannot work with, before any client does."""
 
+    @classmethod
+    def exists(cls, config: RunConfig) -> bool:
+        """Say whether the strategy is defined for a run; a comparison leaves out those that are not."""
+        return True
+
     def check(self) -> None:
         """Refuse budgets that this strategy cannot work with, before any client does."""
 

@@ -350,10 +350,11 @@ def questions(*nodes: int) -> list[Message]:
 def test_replies_nobody_waits_for_are_fetched_and_dropped_with_the_next_exchange() -> None:
     grid, late = Slow({1: 1, 2: 1, 3: 3}), {}
     first = exchange(grid, questions(1, 2, 3), timeout=30, late=late)
-    assert [next(first)[0], next(first)[0]] == [1, 2]
+    assert [next(first).metadata.src_node_id for _ in range(2)] == [1, 2]
     first.close()
     assert len(late) == 1
-    nodes = [node for node, _ in exchange(grid, questions(1, 3), timeout=30, late=late)]
+    again = exchange(grid, questions(1, 3), timeout=30, late=late)
+    nodes = [reply.metadata.src_node_id for reply in again]
     assert sorted(nodes) == [1, 3], "the late reply of node 3 was not taken for its new one"
     assert late == {}
     assert len(grid.pulled) == 5
@@ -361,7 +362,8 @@ def test_replies_nobody_waits_for_are_fetched_and_dropped_with_the_next_exchange
 
 def test_what_times_out_is_late_too() -> None:
     grid, late = Slow({1: 1, 2: 10**9}), {}
-    found = dict(exchange(grid, questions(1, 2), timeout=0.05, late=late))
+    replies = exchange(grid, questions(1, 2), timeout=0.05, late=late)
+    found = {reply.metadata.src_node_id: reply for reply in replies}
     assert found[1] is not None
     assert found[2] is None
     assert len(late) == 1
