@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import layerfed
 from layerfed.cli import app
-from layerfed.config import complete_setting
+from layerfed.config.command_line import complete_setting
 from layerfed.runs import ProgressLine
 
 cli = CliRunner()
