@@ -3,7 +3,6 @@
 from layerfed.config.node import NodeConfig
 from layerfed.config.privacy import PrivacyConfig
 from layerfed.config.run import (
-    TASK_NAMES,
     BudgetConfig,
     BudgetUnit,
     DeviceName,
@@ -30,7 +29,6 @@ from layerfed.config.secagg import SecAggConfig, refuse_different_masks, refuse_
 from layerfed.config.section import ConfigError, Section
 
 __all__ = [
-    "TASK_NAMES",
     "BudgetConfig",
     "BudgetUnit",
     "ConfigError",
