@@ -19,12 +19,12 @@ from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import instruction, open_store, record_of
 from layerfed.exchange.arrays import carried_bytes
 from layerfed.exchange.messages import missing_reply
-from layerfed.flower_compat import stamp
 from layerfed.runs import read_lines
 from layerfed.runs.ledger import Ledger
 from layerfed.runs.records import Observer, RoundRecord
 from layerfed.server.transport import exchange
 from layerfed.server_app import build_strategy
+from tests.fakes import PlayedGrid
 
 QUICK = [
     *("federation.clients=4", "federation.clients-per-round=4"),
@@ -304,43 +304,23 @@ def test_the_first_to_answer_count_and_the_rest_are_dropped(tmp_path: Path) -> N
     assert asked == [6, 6]
 
 
-class Slow(Grid):
+class Slow(PlayedGrid):
     """A grid on which some nodes answer only from a given pull on."""
 
     def __init__(self, ready: dict[int, int]) -> None:
-        self.ready, self.pulls, self.sent = ready, 0, {}
-        self.pulled: list[str] = []
+        super().__init__(ready)
+        self.ready, self.pulls = ready, 0
+        self.pulled: list[Message] = []
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        for message in messages:
-            identity = f"m{len(self.sent)}"
-            stamp(message, message_id=identity)
-            self.sent[identity] = message
-            yield identity
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         self.pulls += 1
-        found = []
-        for identity in message_ids:
-            message = self.sent[identity]
-            if (
-                self.pulls >= self.ready[message.metadata.dst_node_id]
-                and identity not in self.pulled
-            ):
-                self.pulled.append(identity)
-                found.append(Message(RecordDict(), reply_to=message))
-        return found
+        return super().pull_messages(message_ids)
 
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.ready)
-
-    def set_run(self, run: object) -> None: ...
-
-    def run(self) -> object: ...  # type: ignore[override]
-
-    def create_message(self, *args: object) -> Message: ...  # type: ignore[override]
-
-    def send_and_receive(self, *args: object, **kwargs: object) -> list[Message]: ...  # type: ignore[override]
+    def answer(self, message: Message) -> Message | None:
+        if self.pulls < self.ready[message.metadata.dst_node_id]:
+            return None
+        self.pulled.append(message)
+        return Message(RecordDict(), reply_to=message)
 
 
 def questions(*nodes: int) -> list[Message]:

@@ -20,8 +20,9 @@ from layerfed.runs.records import RoundRecord
 from layerfed.server.candidates import check_choice
 from layerfed.strategies import SelectiveStrategy, checked, load_strategy
 from tests.candidates import candidates
+from tests.fakes import Recorded
 from tests.strategies.own_strategy import Greedy, Middle
-from tests.tiny_task import Messages, configured, run
+from tests.tiny_task import configured, run
 
 HERE = "tests.strategies.own_strategy"
 OWN = f"strategy.name={HERE}:Middle"
@@ -102,7 +103,7 @@ def test_what_is_no_strategy_is_one_line(name: str, says: list[str]) -> None:
 )
 def test_wrong_masks_are_refused_before_any_client_trains(name: str, says: str) -> None:
     config = configured(f"strategy.name={HERE}:{name}")
-    grid = Messages(config)
+    grid = Recorded(config)
     with pytest.raises(ConfigError, match=says):
         run(config, 1, grid)
     assert not grid.trained()
@@ -134,7 +135,7 @@ def test_a_run_stops_after_a_round_when_asked() -> None:
     strategy = load_strategy("top")(resident.layers)
     assert isinstance(strategy, SelectiveStrategy)
     strategy.start(
-        Messages(config),
+        Recorded(config),
         record_of(resident.base_state()),
         5,
         timeout=60,
