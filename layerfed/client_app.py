@@ -100,7 +100,7 @@ def probe(message: Message, context: Context) -> Message:
 
 
 def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) -> Message:
-    """Train the masked blocks and the head, and send back their updates only."""
+    """Train the selected blocks and the head, and reply with their updates only."""
     node = Node.of(context)
     bench, layers = node.bench, node.bench.resident.layers
     settings = bench.config.train
@@ -152,7 +152,7 @@ def _batches(node: Node, instruction: TrainInstruction, settings: TrainConfig) -
 
 
 def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
-    """Return what builds the local optimiser from the parameters to train."""
+    """Return a function that builds the local optimiser from the parameters to train."""
     if train.optimizer == "adamw":
         return lambda parameters: torch.optim.AdamW(
             parameters, lr=lr, weight_decay=train.weight_decay
@@ -182,9 +182,9 @@ def build_client_app(
     Parameters
     ----------
     mods : list[Mod], optional
-        Flower mods of your own; what they see is a finished reply.
+        Flower mods of your own; they see a finished reply.
     steps : tuple[ClientStep, ...]
-        Steps of your own, which see an update before it is encoded and masked.
+        Steps of your own; they see an update before it is encoded and padded.
     """
     app = ClientApp(mods=[*(mods or ()), keeping_layers(node_store)])
     app.query("describe")(describe)

@@ -44,7 +44,7 @@ def probe_layers(
         Each gives one stochastic gradient g_{i,l}.
     loss : LossFn
     statistics : Iterable[str]
-        Names, see `layerfed.client.statistics`.
+        Their names; see `layerfed.client.statistics`.
     precision : {"float32", "bfloat16"}
 
     Returns
@@ -60,7 +60,7 @@ def probe_layers(
     wanted = {name: load_statistic(name) for name in statistics}
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
-    # Row: a block's numbers, a column a statistic. On the device, so that hooks do not wait for it.
+    # A row for each block, a column for each statistic. It is on the device, so hooks do not wait.
     table = torch.zeros(layers.num_blocks, len(wanted), dtype=torch.float64, device=device)
     rows: list[np.ndarray] = []
     total_flops = 0.0

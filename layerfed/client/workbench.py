@@ -1,7 +1,8 @@
-"""What a process keeps between messages, and what a node makes of a message.
+"""The state that a client's process keeps between messages, and a node's view of a run.
 
-A `Workbench` holds the task's data and one resident model. It is built once a process and configuration,
-since building and loading a foundation model costs far more than a round of work on a few of its layers.
+A `Workbench` holds the task's data and one resident model. It is built once for each process and
+configuration, because building and loading a foundation model costs far more than a round of work on a
+few of its layers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["Node", "Workbench", "node_store", "run_config_of", "workbench"]
 
 
 class Workbench:
-    """What a process keeps between messages: the task's data and one resident model."""
+    """The task's data and one resident model, which a process keeps between messages."""
 
     def __init__(self, config: RunConfig, *, own_data: bool = False) -> None:
         self.config = config
@@ -45,7 +46,7 @@ class Workbench:
         return self._examples[partition]
 
     def costs(self, partition: int, unit: MeasuredUnit) -> tuple[np.ndarray, np.ndarray]:
-        """Return c_l and D_l as measured on this device, shape (L,) each; once a batch size."""
+        """Return c_l and D_l, measured on this device once for each batch size; shape (L,) each."""
         batch = self._batch(partition)
         key = unit, len(next(iter(batch.values())))
         if key not in self._costs:
@@ -60,7 +61,7 @@ class Workbench:
         return self._costs[key]
 
     def head_memory(self, partition: int) -> float:
-        """Return the bytes that a step of training the head alone takes on this device."""
+        """Return the bytes of a training step on the head alone, on this device."""
         return step_cost(
             self.resident.model,
             self.resident.layers,
@@ -82,8 +83,8 @@ def _parsed(items: tuple[tuple[str, type, Scalar], ...]) -> RunConfig:
 
 
 def run_config_of(flat: Flat) -> RunConfig:
-    """Return a run configuration, checked once a process: every message brings the same."""
-    # With types, or True would be found where 1 was checked.
+    """Return a checked run configuration. It is checked once, since every message brings the same."""
+    # The cache key has types, since True and 1 are equal as keys.
     return _parsed(tuple([(key, type(value), value) for key, value in flat.items()]))
 
 
@@ -93,9 +94,9 @@ def _workbench(config: RunConfig, own_data: bool) -> Workbench:
 
 
 def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
-    """Return the process's workbench for a run configuration, and a node's own settings.
+    """Return the process's workbench for a run configuration and a node's own settings.
 
-    Runs that differ only in strategy, budget or the run's name share one, so a sweep in one process
+    Runs that differ only in strategy, budget or name share one workbench, so a sweep in one process
     loads data and model once.
     """
     config = run_config_of(flat)
@@ -129,7 +130,7 @@ def _device(name: str) -> torch.device:
 
 
 def node_store(context: Context) -> LayerStore:
-    """Return the layer store of a node, or of the server: its own setting, or else the run's."""
+    """Return the layer store of a node or of the server, from its own settings or else the run's."""
     section = run_config_of(context.run_config).exchange
     store = context.node_config.get("store") or section.store
     size = context.node_config.get("store-size") or section.store_size
@@ -138,16 +139,16 @@ def node_store(context: Context) -> LayerStore:
 
 @dataclass(frozen=True)
 class Node:
-    """One node in one run: its own settings, the run's, and what it works with.
+    """One node in one run: its own settings, the run's settings, and its workbench.
 
     Attributes
     ----------
     settings : NodeConfig
     run : RunConfig
-        As the server sent it; `bench.config` has this node's own choices in it.
+        The configuration that the server sent. In `bench.config` the node's own settings replace some.
     bench : Workbench
     protection : Protection | None
-        What the node does to all that it sends; None where nothing is private.
+        The clipping and noise on everything that the node sends; None if nothing is private.
     context : flwr.app.Context
     """
 

@@ -20,7 +20,7 @@ from layerfed.exchange import encode, record_of
 from layerfed.runs.checkpoint import Checkpoint
 from layerfed.runs.records import Observer, RoundFailed, RoundRecord
 from layerfed.secure import client as secure_client
-from layerfed.secure.messages import MASKED
+from layerfed.secure.messages import PADDED
 from layerfed.server_app import build_strategy
 from layerfed.strategies import SelectiveStrategy
 from tests.fakes import Recorded
@@ -179,7 +179,7 @@ def test_below_the_threshold_the_round_fails_and_the_model_stays(kind: str, says
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_a_late_update_is_dropped_and_its_common_masks_are_taken_off() -> None:
+def test_a_late_update_is_dropped_and_its_common_pads_are_removed() -> None:
     """A round ends with the first four of six; the other two count as dropped out."""
     options = ["strategy.name=top", "federation.clients-per-round=4"]
     config = configured("secagg.enabled=true", *options, "federation.over-provision=0.5")
@@ -189,7 +189,7 @@ def test_a_late_update_is_dropped_and_its_common_masks_are_taken_off() -> None:
     assert_close(found, expected, 1e-6)
 
 
-def test_a_client_that_never_agreed_on_masks_is_a_failure_and_not_late() -> None:
+def test_a_client_that_never_agreed_on_pads_is_a_failure_and_not_late() -> None:
     options = ["federation.clients-per-round=4", "federation.over-provision=0.5"]
     config = configured("secagg.enabled=true", "strategy.name=top", *options)
     record = run(config, 1, Leaving(config, {"query.keys": [3]})).rounds[0]
@@ -197,7 +197,7 @@ def test_a_client_that_never_agreed_on_masks_is_a_failure_and_not_late() -> None
 
 
 # --------------------------------------------------------------------------- what the server sees
-def test_replies_hold_one_masked_vector_and_no_number_of_examples() -> None:
+def test_replies_hold_one_padded_vector_and_no_number_of_examples() -> None:
     config = secure("strategy.name=top")
     grid = Recorded(config)
     found = run(config, 1, grid)
@@ -206,8 +206,8 @@ def test_replies_hold_one_masked_vector_and_no_number_of_examples() -> None:
     assert len(grid.trained()) == 5
     for _, reply in grid.trained():
         arrays = reply.content.array_records["arrays"]
-        assert set(arrays) == {MASKED}
-        vector = arrays[MASKED].numpy()
+        assert set(arrays) == {PADDED}
+        vector = arrays[PADDED].numpy()
         assert vector.shape == (size + 1,)
         # Uniform 32-bit integers: the mean is at the middle, up to six standard deviations.
         assert abs(vector.mean() / 2**32 - 0.5) < 6 / np.sqrt(12 * vector.size)
@@ -220,11 +220,11 @@ def test_what_needs_single_norms_is_unknown() -> None:
     assert record.e1 is not None
 
 
-def test_bytes_of_masks_keys_and_shares_are_counted() -> None:
+def test_bytes_of_pads_keys_and_shares_are_counted() -> None:
     config = secure("strategy.name=top")
     grid = Recorded(config)
     found = run(config, 1, grid)
-    size = next(iter(grid.trained()))[1].content.array_records["arrays"][MASKED].numpy().size
+    size = next(iter(grid.trained()))[1].content.array_records["arrays"][PADDED].numpy().size
     total = found.rounds[0].ledger.total()
     kinds = [m.metadata.message_type for m, _ in grid.replies]
     up = [kind for kind in kinds if kind in QUERIES]
@@ -336,7 +336,7 @@ def in_the_clear(message: Message, reply: Message) -> None:
 
 def of_another_type(message: Message, reply: Message) -> None:
     arrays = reply.content.array_records["arrays"]
-    arrays[MASKED] = encode(arrays[MASKED].numpy().astype(np.int64))
+    arrays[PADDED] = encode(arrays[PADDED].numpy().astype(np.int64))
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def of_another_type(message: Message, reply: Message) -> None:
     [
         ("query.keys", shorter, "'sealing' is not the 1 × 32 bytes"),
         ("query.shares", shorter, "'sealed' is not the 5 × 60 bytes"),
-        ("train", in_the_clear, "not masked"),
+        ("train", in_the_clear, "not one padded vector"),
         ("train", of_another_type, "'masked' is an array of int64"),
     ],
 )
@@ -363,9 +363,9 @@ def test_a_malformed_answer_is_refused_and_the_round_goes_on(
 def test_a_sum_that_makes_no_sense_fails_the_round() -> None:
     def overflow(message: Message, reply: Message) -> None:
         arrays = reply.content.array_records["arrays"]
-        vector = arrays[MASKED].numpy()
+        vector = arrays[PADDED].numpy()
         vector[-1] += np.uint32(2**30)
-        arrays[MASKED] = encode(vector)
+        arrays[PADDED] = encode(vector)
 
     config = secure("strategy.name=top")
     victim = min(run(plain("strategy.name=top"), 1).masks(1))
