@@ -27,7 +27,7 @@ if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import layerfed
-from layerfed.config import ConfigError, RunConfig, nearest, parse_override
+from layerfed.config import ConfigError, RunConfig, nearest, parse_override, shipped
 from layerfed.config.command_line import App, complete_setting, read_settings
 from layerfed.config.errors import one_line_errors
 from layerfed.deploy.cli import app as deploy
@@ -105,7 +105,9 @@ def run(
     from layerfed.runs.signals import clean_up_on_sigterm
 
     clean_up_on_sigterm()
-    config = read_settings(settings, resume).simulated()
+    from layerfed.strategies import checked
+
+    config = checked(read_settings(settings, resume).simulated())
     wanted = _engine(engine)
     if directory is not None:
         config = config.model_copy(
@@ -241,7 +243,7 @@ def _plan(
     words = list(settings or [])
     overrides = [word for word in words if "=" in word]
     refuse_grid_keys((parse_override(word)[0] for word in overrides), "command line")
-    file = Path(words[0]) if words and "=" not in words[0] else None
+    file = shipped(Path(words[0])) if words and "=" not in words[0] else None
     if file is not None and is_table_file(file):
         for option, value in (("--strategies", strategies), ("--budgets", budgets)):
             if value:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from layerfed.client.flops import forward_flops
 from layerfed.client.statistics import load_statistic
 from layerfed.client.training import evaluate
-from layerfed.client.workbench import node_store, workbench
+from layerfed.client.workbench import Workbench, node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.errors import EXPECTED
 from layerfed.exchange import LayerStore, record_of
@@ -22,7 +22,7 @@ from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
 from layerfed.privacy.protection import refuse_buffers
 from layerfed.report import draw_run
-from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
+from layerfed.runs import Checkpoint, Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
 from layerfed.runs.records import Observer
 from layerfed.server.aggregation import Aggregation
 from layerfed.server.budgets import Budgets
@@ -33,6 +33,7 @@ from layerfed.server.resuming import check_base
 from layerfed.server.secure_sums import SecureSums
 from layerfed.server.steps import CappedWeights, Clipping, Decoding, ServerStep
 from layerfed.strategies import RoundSettings, SelectiveStrategy, checked, options_of
+from layerfed.task import Examples
 
 __all__ = ["build_account", "build_server_app", "build_strategy", "run", "server_app"]
 
@@ -161,28 +162,10 @@ def _run(
     config = checked(config)
     strategy = build_strategy(config, bench.resident.layers, node_store(context))
     account = build_account(config, strategy)
-
-    def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if server_round % config.run.evaluate_every and server_round != config.federation.rounds:
-            return None
-        # From the strategy's own tensors, so that only changed layers are copied to the device.
-        bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
-        batches = test.in_order(256, bench.device)
-        accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
-        return MetricRecord({"accuracy": accuracy, "loss": loss})
-
-    strategy.observers = tuple(observers)
-    resumed = None
-    if config.run.resume:
-        resumed = latest_checkpoint(Path(config.run.resume))
-        if resumed is None:
-            raise ConfigError(
-                f"run.resume = '{config.run.resume}' holds no checkpoint that can be used; start the "
-                "run again, under another run.name"
-            )
-        # Checked before anything in the run folder is changed.
-        check_base(resumed, bench.resident.base)
+    resumed = _to_resume(config, bench)
+    if resumed is not None:
         strategy.resume(resumed)
+    strategy.observers = tuple(observers)
     strategy.connect(grid, config.federation.timeout)
     engine = engine_of(grid)
     if resumed is None:
@@ -199,22 +182,16 @@ def _run(
             account.recall(folder.asked(), folder.repeated_rounds)
             account.announce()
             strategy.add_step(Accounting(account))
-        if config.run.checkpoint_every:
-            strategy.observers += (
-                Checkpoints(
-                    folder.path,
-                    strategy.checkpoint,
-                    config.run.checkpoint_every,
-                    config.run.checkpoints,
-                ),
-            )
+        if every := config.run.checkpoint_every:
+            kept = Checkpoints(folder.path, strategy.checkpoint, every, config.run.checkpoints)
+            strategy.observers += (kept,)
         strategy.start(
             grid,
             record_of(bench.resident.base_state()),
             num_rounds=config.federation.rounds,
             timeout=config.federation.timeout,
             train_config=ConfigRecord({"lr": config.train.lr}),
-            evaluate_fn=evaluate_globally,
+            evaluate_fn=_evaluation(config, strategy, bench, test),
         )
         folder.finish(strategy.model.tensors)
     try:
@@ -222,6 +199,37 @@ def _run(
     except OSError as error:
         log(WARNING, "no pictures: %s; `layerfed report %s` draws them", error, folder.path)
     return folder.path
+
+
+def _to_resume(config: RunConfig, bench: Workbench) -> Checkpoint | None:
+    """Return the checkpoint that a run continues from; None for a new run."""
+    if not config.run.resume:
+        return None
+    found = latest_checkpoint(Path(config.run.resume))
+    if found is None:
+        raise ConfigError(
+            f"run.resume = '{config.run.resume}' holds no checkpoint that can be used; start the run "
+            "from the beginning, under another run.name"
+        )
+    check_base(found, bench.resident.base)
+    return found
+
+
+def _evaluation(
+    config: RunConfig, strategy: SelectiveStrategy, bench: Workbench, test: Examples
+) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+    """Return a function that evaluates the global model on the server's test set."""
+
+    def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round % config.run.evaluate_every and server_round != config.federation.rounds:
+            return None
+        # From the strategy's own tensors, so that only changed layers are copied to the device.
+        bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
+        batches = test.in_order(256, bench.device)
+        accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
+        return MetricRecord({"accuracy": accuracy, "loss": loss})
+
+    return evaluate_globally
 
 
 def build_server_app(

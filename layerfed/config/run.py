@@ -15,13 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from layerfed.config.privacy import PrivacyConfig, check_private
 from layerfed.config.secagg import SecAggConfig, refuse_with_secagg
 from layerfed.config.section import (
     ConfigError,
     DeviceName,
+    PlugIn,
     RunName,
     Section,
     Switch,
@@ -41,13 +42,13 @@ __all__ = [
     "nearest",
     "parse_override",
     "run_keys",
+    "shipped",
 ]
 
 Scalar = str | int | float | bool
 Flat = dict[str, Scalar]
 
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
-TASK_NAMES = ("digits", "cifar10", "domainnet", "xglue_nc", "qa", "custom")
 # Libraries of models; in `model.name` a slash and the model's name follow.
 MODEL_FAMILIES = ("layerfed", "open_clip", "timm", "transformers")
 Positive = Annotated[int, Field(ge=1)]
@@ -58,7 +59,7 @@ SIMULATED_CLIENTS = 10
 class TaskConfig(Section):
     """The task: its data, and how they are split over the clients."""
 
-    name: str = "digits"
+    name: PlugIn = "digits"
     data: str = ""
     partition: Literal["dirichlet", "by-column", "iid"] = "dirichlet"
     alpha: Annotated[float, Field(gt=0)] = 0.5
@@ -73,16 +74,6 @@ class TaskConfig(Section):
     image_size: Annotated[int, Field(ge=0)] = 0
     max_tokens: Annotated[int, Field(ge=8)] = 128
     local_test: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in TASK_NAMES and not re.fullmatch(r"[\w.]+:\w+", name):
-            raise ConfigError(
-                f"task.name = '{name}' is not allowed: it should be one of {', '.join(TASK_NAMES)}, or "
-                f"a task of your own as module:Class{nearest(name, TASK_NAMES)}"
-            )
-        return name
 
 
 class ModelConfig(Section):
@@ -187,25 +178,17 @@ class StrategyConfig(Section):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Scalar]
 
-    name: str = "ilp"
+    name: PlugIn = "ilp"
     period: Positive = 1
     theory: Switch = False
     probe_batches: Annotated[int, Field(ge=0)] = 1
+    options: str = ""
 
     @property
-    def options(self) -> dict[str, Scalar]:
-        """The options of single strategies, by key."""
-        return dict(self.__pydantic_extra__ or {})
-
-    @field_validator("name")
-    @classmethod
-    def _a_name(cls, name: str) -> str:
-        if not re.fullmatch(r"\w+|[\w.]+:\w+", name):
-            raise ConfigError(
-                f"strategy.name = '{name}' is not allowed: it should be the name of a strategy, or one "
-                "of your own as module:Class"
-            )
-        return name
+    def given(self) -> dict[str, Scalar]:
+        """The options of single strategies, by key: further keys of the section, and `options`."""
+        own = dict(parse_override(word) for word in self.options.split())
+        return {**(self.__pydantic_extra__ or {}), **own}
 
 
 class BudgetConfig(Section):
@@ -441,10 +424,22 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
+def shipped(file: Path) -> Path:
+    """Return a file, or the configuration of that name that comes with the package (`cifar10`)."""
+    if file.suffix or file.exists():
+        return file
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (found := folder / f"{file}.toml").exists():
+            return found
+    return file
+
+
 def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a configuration file, or the defaults, and apply `key=value` overrides."""
     flat: dict[str, Any] = {}
     if file is not None:
+        file = shipped(file)
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
+from layerfed.config.errors import ConfigError
 from layerfed.config.run import RunConfig
 
 __all__ = ["differing"]
@@ -32,6 +34,10 @@ def differing(mine: RunConfig, theirs: Mapping[str, object], *, goes_on: bool = 
         The keys; an empty list means the same run.
     """
     free = {FREE, ROUNDS} if goes_on else {FREE}
+    # Where a setting is gone, or means something else by now, what was written is compared.
+    with suppress(ConfigError):
+        # A setting that was not there when the run began had the effect of its default.
+        theirs = {**RunConfig.from_flat(theirs).to_flat(), **theirs}
     return [
         key
         for key, value in mine.to_flat().items()

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from layerfed.config.errors import ConfigError
 
-__all__ = ["ConfigError", "DeviceName", "RunName", "Section", "Switch", "nearest"]
+__all__ = ["ConfigError", "DeviceName", "PlugIn", "RunName", "Section", "Switch", "nearest"]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -42,6 +42,14 @@ def _run_name(value: Any) -> Any:
     return value
 
 
+def _plug_in(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"\w+|[\w.]+:\w+", value):
+        raise PydanticCustomError("name", "a name, or one of your own as module:Class")
+    return value
+
+
+PlugIn = Annotated[str, BeforeValidator(_plug_in)]
+"""The name of a task or strategy, or where one of the user's own is: `module:Class`."""
 Switch = Annotated[bool, BeforeValidator(_switch)]
 """True or false; yes, no, on, off, 1 and 0 are accepted too."""
 DeviceName = Annotated[str, BeforeValidator(_device)]

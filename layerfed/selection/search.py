@@ -13,8 +13,10 @@ import numpy as np
 from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
 
-#: Joint best responses from one start. More would improve the masks, but cost steps of the bound.
-SETTLING_ROUNDS = 3
+#: Joint best responses from one start. More settle further; where each is a knapsack and no sort,
+#: they take the time of steps of the bound.
+SORTED_ROUNDS = 12
+KNAPSACK_ROUNDS = 3
 
 
 class PrimalSearch:
@@ -29,6 +31,7 @@ class PrimalSearch:
         self._problem = problem
         self._oracle = oracle
         self.deadline = deadline
+        self._rounds = KNAPSACK_ROUNDS if oracle.room is None else SORTED_ROUNDS
         self.masks = np.zeros(problem.values.shape, dtype=bool)
         self.objective = problem.objective(self.masks)
 
@@ -58,7 +61,7 @@ class PrimalSearch:
         reached = self.offer(masks)
         if problem.consistency < 0:
             return self._respond_in_turn(masks)
-        for _ in range(SETTLING_ROUNDS):
+        for _ in range(self._rounds):
             if self.late:
                 break
             following = self._oracle.best(problem.values + self.slopes(masks.sum(axis=0)))

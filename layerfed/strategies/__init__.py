@@ -114,7 +114,7 @@ def options_of(config: RunConfig) -> tuple[type[SelectiveStrategy], Any]:
     """
     strategy = load_strategy(config.strategy.name)
     own = section_keys(strategy.Options)
-    given = config.strategy.options
+    given = config.strategy.given
     known = [*section_keys(StrategyConfig, "strategy."), *option_keys()]
     known += [f"strategy.{key}" for key in own]
     if unknown := [key for key in given if f"strategy.{key}" not in known]:

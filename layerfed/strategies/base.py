@@ -219,6 +219,11 @@ class SelectiveStrategy(Strategy):
     def refuse(cls, options: Any, config: RunConfig) -> None:
         """Refuse settings that this strategy cannot work with; called before anything starts."""
 
+    @classmethod
+    def exists(cls, config: RunConfig) -> bool:
+        """Say whether the strategy is defined for a run; a comparison leaves out those that are not."""
+        return True
+
     def check(self) -> None:
         """Refuse budgets or settings that this strategy cannot work with; called once it is built."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerfed.config import ConfigError
+from layerfed.config import ConfigError, RunConfig
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
@@ -24,6 +24,12 @@ class Both(SelectiveStrategy):
     """
 
     name = "both"
+
+    @classmethod
+    def exists(cls, config: RunConfig) -> bool:
+        """Say that one layer for everyone is not enough."""
+        budget = config.budget
+        return not (budget.kind == "identical" and budget.unit == "layers" and budget.layers < 2)
 
     def check(self) -> None:
         """Refuse budgets with which no client has room for two layers."""

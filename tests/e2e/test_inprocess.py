@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 
 from layerfed.client.workbench import workbench
 from layerfed.client_app import build_client_app, client_app
-from layerfed.config import ConfigError, RunConfig, Scalar, load_config
+from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import encode
 from layerfed.runs import read_lines
 from layerfed.runs.records import RoundFailed
 from layerfed.server_app import build_strategy, run
+from tests.fakes import Recorded
 
 QUICK = [
     *("federation.rounds=3", "strategy.probe-batches=1", "federation.clients-per-round=6"),
@@ -30,34 +31,6 @@ QUICK = [
 
 def configured(directory: Path, *overrides: str) -> RunConfig:
     return load_config(None, [*QUICK, f"run.dir={directory}", *overrides]).simulated()
-
-
-class Recorded(InProcessGrid):
-    """Keeps every training instruction and every reply."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        app: ClientApp = client_app,
-        nodes: Sequence[Mapping[str, Scalar]] = (),
-    ) -> None:
-        super().__init__(app, config.federation.clients, config.to_flat(), nodes)
-        self.asked: list[Message] = []
-        self.replies: list[tuple[Message, Message]] = []
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        held = list(messages)
-        self.asked += held
-        return super().push_messages(held)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        by_id = {message.metadata.message_id: message for message in self.asked}
-        replies = list(super().pull_messages(message_ids))
-        self.replies += [(by_id[r.metadata.reply_to_message_id], r) for r in replies]
-        return replies
-
-    def trained(self) -> list[tuple[Message, Message]]:
-        return [(m, r) for m, r in self.replies if m.metadata.message_type == "train"]
 
 
 def start(grid: InProcessGrid, config: RunConfig, rounds: int = 1) -> dict[str, np.ndarray]:

@@ -74,7 +74,7 @@ def test_auto_measures_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     budgets = []
     for free in (4e6, 5e7, 1e12):
-        monkeypatch.setattr("layerfed.client_app.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("layerfed.client.workbench.free_memory", lambda device, free=free: free)
         nodes: list[dict[str, Scalar]] = [{"budget": "auto"}] * config.federation.clients
         (row,) = read_lines(run_on("inprocess", config, nodes=nodes) / "selection.jsonl")
         assert len(set(row["budgets"])) == 1

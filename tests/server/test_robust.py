@@ -18,6 +18,7 @@ from layerfed.runs import read_lines
 from layerfed.server.aggregation import AGGREGATIONS, Aggregation
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
 from layerfed.server.steps import CappedWeights, Clipping, ServerStep
+from tests.fakes import Recorded
 from tests.made_up import (
     BASE,
     LAYERS,
@@ -27,7 +28,7 @@ from tests.made_up import (
     strategy_for,
 )
 from tests.strategies.test_compositions import WAYS
-from tests.tiny_task import Messages, Run, configured
+from tests.tiny_task import Run, configured
 from tests.tiny_task import run as run_tiny
 
 CLIENTS = 7
@@ -178,7 +179,7 @@ def test_a_forged_count_decides_no_longer() -> None:
 def test_every_strategy_works_with_every_rule(way: str, rule: str) -> None:
     few = ["federation.clients-per-round=3", "budget.layers=2", "server.clip=0.05"]
     config = configured(*few, *WAYS[way], f"server.aggregation={rule}", "server.trim=0.34")
-    found = run_tiny(config, 2, Messages(config))
+    found = run_tiny(config, 2, Recorded(config))
     for record in found.rounds:
         assert record.failures == []
         assert record.clipped > 0

@@ -23,12 +23,8 @@ from layerfed.secure import client as secure_client
 from layerfed.secure.messages import PADDED
 from layerfed.server_app import build_strategy
 from layerfed.strategies import SelectiveStrategy
-from tests.tiny_task import (
-    Messages,
-    Run,
-    configured,
-    run,
-)
+from tests.fakes import Recorded
+from tests.tiny_task import Run, configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 QUERIES = ("query.keys", "query.shares", "query.unmask")
@@ -42,7 +38,7 @@ def plain(*overrides: str) -> RunConfig:
     return configured("federation.clients-per-round=5", *overrides)
 
 
-class Leaving(Messages):
+class Leaving(Recorded):
     """A grid on which some clients raise an error at a given message."""
 
     def __init__(
@@ -74,7 +70,7 @@ def assert_close(found: Run, expected: Run, error: float) -> None:
         np.testing.assert_allclose(found.after[name], values, rtol=1e-6, atol=error, err_msg=name)
 
 
-def error_of(grid: Messages, record_examples: int) -> float:
+def error_of(grid: Recorded, record_examples: int) -> float:
     """Return the error bound in the docs: n / (2 s D)."""
     trained = [m.content.config_records["secure"] for m, _ in grid.trained()]
     scale = {record["scale"] for record in trained}
@@ -90,7 +86,7 @@ def examples(clients: Iterable[int]) -> int:
 @pytest.mark.parametrize("strategy", ["top", "both", "cyclic", "full", "fedtlu"])
 def test_the_model_is_that_of_the_plain_run(strategy: str) -> None:
     options = [f"strategy.name={strategy}", "budget.layers=2"]
-    grid = Messages(secure(*options))
+    grid = Recorded(secure(*options))
     found, expected = run(secure(*options), 2, grid), run(plain(*options), 2)
     assert [r.replies for r in found.rounds] == [5, 5]
     assert_close(found, expected, 4 * error_of(grid, 5 * 10))
@@ -135,7 +131,7 @@ def test_a_resumed_run_ends_with_the_same_model_to_the_bit() -> None:
             strategy.resume(checkpoint)
         lr = ConfigRecord({"lr": config.train.lr})
         base = record_of(resident.base_state())
-        strategy.start(Messages(config), base, 4, timeout=60, train_config=lr)
+        strategy.start(Recorded(config), base, 4, timeout=60, train_config=lr)
         return strategy.model.tensors, kept
 
     whole, kept = rounds(None)
@@ -203,7 +199,7 @@ def test_a_client_that_never_agreed_on_pads_is_a_failure_and_not_late() -> None:
 # --------------------------------------------------------------------------- what the server sees
 def test_replies_hold_one_padded_vector_and_no_number_of_examples() -> None:
     config = secure("strategy.name=top")
-    grid = Messages(config)
+    grid = Recorded(config)
     found = run(config, 1, grid)
     layers = workbench(config.to_flat()).resident.layers
     size = sum(found.before[t].size for x in (layers.blocks[-1], layers.head) for t in x.tensors)
@@ -226,7 +222,7 @@ def test_what_needs_single_norms_is_unknown() -> None:
 
 def test_bytes_of_pads_keys_and_shares_are_counted() -> None:
     config = secure("strategy.name=top")
-    grid = Messages(config)
+    grid = Recorded(config)
     found = run(config, 1, grid)
     size = next(iter(grid.trained()))[1].content.array_records["arrays"][PADDED].numpy().size
     total = found.rounds[0].ledger.total()
@@ -239,7 +235,7 @@ def test_bytes_of_pads_keys_and_shares_are_counted() -> None:
 
 def test_clients_forget_their_secrets_once_they_have_unmasked() -> None:
     config = secure("strategy.name=top", "secagg.threshold=1")
-    grid = Messages(config)
+    grid = Recorded(config)
     run(config, 1, grid)
     assert all(secure_client.STATE not in c.state for c in grid._contexts.values())
 
@@ -248,7 +244,7 @@ def test_secrets_go_from_process_to_process_in_flowers_context() -> None:
     """A SuperNode starts a process for each message, and gives it the node's context."""
     config = secure("strategy.name=top")
 
-    class Processes(Messages):
+    class Processes(Recorded):
         def _work(self, message: Message) -> Message:
             node = message.metadata.dst_node_id
             stored = context_to_proto(self._contexts[node]).SerializeToString()
@@ -263,7 +259,7 @@ def test_a_client_that_was_restarted_between_two_messages_is_left_out() -> None:
     config = secure("strategy.name=top")
     victim = min(run(plain("strategy.name=top"), 1).masks(1))
 
-    class Forgetful(Messages):
+    class Forgetful(Recorded):
         def _work(self, message: Message) -> Message:
             node = message.metadata.dst_node_id
             if (message.metadata.message_type, node) == ("train", victim + 2):
@@ -278,7 +274,7 @@ def test_a_client_that_was_restarted_between_two_messages_is_left_out() -> None:
 
 def test_a_question_of_an_earlier_round_is_not_answered_with_this_rounds_secrets() -> None:
     config = secure("strategy.name=top")
-    grid = Messages(config)
+    grid = Recorded(config)
     run(config, 1, grid)
     stale = next(m for m in grid.asked.values() if m.metadata.message_type == "query.unmask")
     again = next(m for m in grid.asked.values() if m.metadata.message_type == "query.keys")
@@ -294,7 +290,7 @@ def test_a_question_of_an_earlier_round_is_not_answered_with_this_rounds_secrets
 def test_clients_that_get_different_layers_are_named_before_anybody_trains() -> None:
     config = secure("strategy.name=top", "budget.layers=2")
     nodes = [{"budget": 1.0}, {"budget": 1.0}]
-    grid = Messages(config, nodes=nodes)
+    grid = Recorded(config, nodes=nodes)
     with pytest.raises(RoundFailed) as caught:
         run(config, 1, grid)
     message = str(caught.value)
@@ -357,7 +353,7 @@ def test_a_malformed_answer_is_refused_and_the_round_goes_on(
 ) -> None:
     config = secure("strategy.name=top")
     victim = min(run(plain("strategy.name=top"), 1).masks(1))
-    found = run(config, 1, Messages(config, tampering(change, kind, victim)))
+    found = run(config, 1, Recorded(config, tampering(change, kind, victim)))
     (failure,) = found.rounds[0].failures
     assert says in failure.reason
     assert failure.partition == victim
@@ -374,13 +370,13 @@ def test_a_sum_that_makes_no_sense_fails_the_round() -> None:
     config = secure("strategy.name=top")
     victim = min(run(plain("strategy.name=top"), 1).masks(1))
     with pytest.raises(RoundFailed, match="broke the protocol: it states"):
-        run(config, 1, Messages(config, tampering(overflow, "train", victim)))
+        run(config, 1, Recorded(config, tampering(overflow, "train", victim)))
 
 
 def test_an_update_is_not_sent_in_the_clear_where_the_run_is_secure() -> None:
     config = secure("strategy.name=top")
 
-    class Careless(Messages):
+    class Careless(Recorded):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
             held = list(messages)
             for message in held:

@@ -7,7 +7,8 @@ import pytest
 
 from layerfed.client.workbench import workbench
 from layerfed.strategies import STRATEGIES
-from tests.tiny_task import Messages, configured, run
+from tests.fakes import Recorded
+from tests.tiny_task import configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("tiny_task")
 def test_both_terms_are_those_of_the_messages(settings: list[str]) -> None:
     """From the replies as they travelled: nothing the strategy kept."""
     config = configured("strategy.theory=true", *settings)
-    grid = Messages(config)
+    grid = Recorded(config)
     (record,) = run(config, 1, grid).rounds
     bench = workbench(config.to_flat())
     layers = bench.resident.layers
@@ -121,7 +122,7 @@ def test_layers_that_agree_lower_one_term_and_layers_that_differ_the_other() -> 
 
 def test_steps_that_nobody_makes_are_refused() -> None:
     config = configured("strategy.name=top", "federation.min-replies=1")
-    grid = Messages(config)
+    grid = Recorded(config)
     work = grid._work
 
     def lying(message):  # type: ignore[no-untyped-def]

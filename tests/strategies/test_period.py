@@ -16,13 +16,9 @@ from layerfed.server.memory import HELD, Memory
 from layerfed.strategies import ILP, STRATEGIES
 from tests.candidates import any_candidates, candidates, within_budgets
 from tests.conftest import TinyNet
+from tests.fakes import Recorded
 from tests.strategies.test_ilp import objective
-from tests.tiny_task import (
-    Messages,
-    Run,
-    configured,
-    run,
-)
+from tests.tiny_task import Run, configured, run
 
 LAYERS = LayerMap.from_model(TinyNet())
 UNIT = [1.0] * 4
@@ -51,7 +47,7 @@ def test_masks_are_kept_between_selections_and_newcomers_get_theirs(name: str) -
         "budget.kind=half-normal",
         "budget.max=3",
     )
-    grid = Messages(config)
+    grid = Recorded(config)
     result = run(config, 6, grid)
 
     newcomers = 0
