@@ -144,7 +144,7 @@ class ResidentModel:
                 "both must load the same weights, with the same seed for the new head"
             )
         if manifest.digests.keys() != self._digests.keys():
-            raise ValueError("the server's model falls into other layers than this client's")
+            raise ValueError("the server's model is split into other layers than this client's")
         keep = manifest.digests.values()
         found: dict[str, dict[str, Tensor]] = {}
         back: list[str] = []

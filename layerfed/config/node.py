@@ -121,8 +121,8 @@ class NodeConfig(Section):
     def _one_place_of_data(self) -> NodeConfig:
         if self.data is not None and self.own_data is not None:
             raise ConfigError(
-                f"data = '{self.data}' and own-data = '{self.own_data}': give data where the node takes "
-                "its partition of the run's data, own-data where it trains on all that is there"
+                f"data = '{self.data}' and own-data = '{self.own_data}': set data if the node takes its "
+                "partition of the run's data, or own-data if it trains on all data there"
             )
         return self
 

@@ -75,7 +75,7 @@ def check_private(config: RunConfig) -> None:
     if clients and section.delta >= 1 / clients:
         raise ConfigError(
             f"privacy.delta = {section.delta:g} is not below 1 / federation.clients = {1 / clients:g}: "
-            "so large a δ allows giving one client's data away in full; lower it"
+            "such a δ would allow revealing one client's data in full; lower it"
         )
     server = config.server
     if section.mode == "central" and server.aggregation != "mean":
@@ -87,7 +87,7 @@ def check_private(config: RunConfig) -> None:
     if section.mode == "central" and server.clip > 0:
         raise ConfigError(
             f"server.clip = {server.clip:g} does not go with {mode}: privacy.clip bounds updates "
-            "already, and how many were scaled down would be recorded without noise; set it to 0"
+            "already, and the number of clipped updates would be recorded without noise; set it to 0"
         )
     if config.task.local_test > 0:
         raise ConfigError(

@@ -70,7 +70,7 @@ def check_reply(reply: Message, asked: Message) -> None:
     if theirs.src_node_id != ours.dst_node_id:
         raise RefusedReply(f"it was sent by node {theirs.src_node_id}, which was not asked")
     if theirs.message_type != ours.message_type:
-        raise RefusedReply(f"it answers '{theirs.message_type}', asked was '{ours.message_type}'")
+        raise RefusedReply(f"it answers '{theirs.message_type}' and not '{ours.message_type}'")
     if theirs.group_id != ours.group_id:
         raise RefusedReply(f"it belongs to round '{theirs.group_id}', not to {ours.group_id}")
     allowed = RECORDS[ours.message_type] | {LAYERS}
@@ -124,7 +124,7 @@ def row_of(value: Any, num_blocks: int, what: str) -> np.ndarray:
     if not np.isfinite(row).all() or (row < 0).any():
         raise RefusedReply(f"its {what} holds negative or non-finite numbers")
     if (row > MAX_STATISTIC).any():
-        raise RefusedReply(f"its {what} holds {row.max():g}, which none can be")
+        raise RefusedReply(f"its {what} holds {row.max():g}, which is too large")
     return row
 
 

@@ -224,7 +224,7 @@ def read_metrics(message: Message, *, required: Iterable[str]) -> dict[str, floa
     if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
         raise RefusedReply(f"its metrics are not finite: {', '.join(bad)}")
     if bad := [name for name, value in numbers.items() if abs(value) > MAX_STATISTIC]:
-        raise RefusedReply(f"its metrics hold what none can be: {', '.join(bad)}")
+        raise RefusedReply(f"its metrics are too large: {', '.join(bad)}")
     for name, value in numbers.items():
         if name in METRICS and value < METRICS[name].least:
             raise RefusedReply(

@@ -154,7 +154,7 @@ class PrivacyAccount:
         if self.covers == "updates":
             log(
                 WARNING,
-                "ε covers updates, not the choice of layers: it rests on statistics of clients' data "
+                "ε covers updates, not the choice of layers, which uses statistics of clients' data "
                 "that are sent without noise; set privacy.statistics-clip and "
                 "privacy.statistics-noise, or choose a strategy without a probe",
             )

@@ -63,8 +63,8 @@ def refuse_buffers(layers: LayerMap) -> None:
             raise ConfigError(
                 f"differential privacy does not go with this model: '{buffers[0]}' of layer "
                 f"'{layer.name}' is no parameter but a buffer (BatchNorm's statistics, a counter), "
-                "which noise would spoil and which says something of the data without; use a model "
-                "with LayerNorm or GroupNorm, or privacy.mode=none"
+                "which noise would spoil, and which reveals something of the data without noise; use a "
+                "model with LayerNorm or GroupNorm, or privacy.mode=none"
             )
 
 

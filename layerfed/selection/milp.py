@@ -105,7 +105,7 @@ def _run(model: _Model, time_limit: float, gap: float) -> tuple[bool, float]:
     status, info = highs.getModelStatus().name, highs.getInfo()
     if "Infeasible" in status or "Unbounded" in status or "Error" in status:
         raise SelectionError(
-            f"HiGHS ends with {status}, which cannot be: selecting nothing is always possible; "
+            f"HiGHS ends with {status}, which is wrong: selecting nothing is always possible; "
             "check the magnitudes of values and costs"
         )
     return info.primal_solution_status == FEASIBLE, model.unscaled(float(info.mip_dual_bound))
@@ -194,7 +194,7 @@ class _Model:
             problem = self._problem
             raise SelectionError(
                 f"the integer program of {problem.clients} clients x {problem.layers} layers is too "
-                "large to write down in time: raise the time limit, or use the solver 'lagrangian'"
+                "large to build in time: raise the time limit, or use the solver 'lagrangian'"
             )
 
     def _add_budget(self, client: int) -> None:

@@ -116,10 +116,10 @@ class SecureSums(ServerStep):
             mean, examples = self._sum.open()
             stated = sum(round.examples[client] for client in survivors)
             if examples > stated:
-                raise ValueError(f"it states {examples} examples, on joining they were {stated}")
+                raise ValueError(f"it states {examples} examples, and its clients had {stated}")
         except ValueError as error:
             raise RoundFailed(
-                f"round {record.round}: the secure sum is of no use, one of clients "
+                f"round {record.round}: the secure sum cannot be used, since one of clients "
                 f"{', '.join(map(str, survivors))} broke the protocol: {error}"
             ) from None
         layers = record.updated[survivors[0]]

@@ -44,7 +44,7 @@ def test_only_the_partition_is_needed() -> None:
         ({"device": "tpu"}, "device = 'tpu'"),
         ({"data": ""}, "data = ''"),
         ({"own-data": ""}, "own-data = ''"),
-        ({"data": "a", "own-data": "b"}, "data = 'a' and own-data = 'b': give data where"),
+        ({"data": "a", "own-data": "b"}, "data = 'a' and own-data = 'b': set data if"),
         ({"threads": 0}, "threads = 0"),
         ({"max-step-seconds": 0}, "max-step-seconds = 0"),
         ({"privacy-clip": -1}, "privacy-clip = -1"),
