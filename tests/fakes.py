@@ -1,4 +1,4 @@
-"""Grids that stand in for Flower's: one that plays its nodes, and one that keeps what passes through."""
+"""Grids that replace Flower's: one that plays its nodes, and one that records its messages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from layerfed.flower_compat import stamp
 
 
 class PlayedGrid(Grid):
-    """A grid whose nodes are played by `answer`, when their reply is pulled.
+    """A grid whose nodes exist only as `answer`, which is called when a reply is pulled.
 
     Attributes
     ----------
     asked : list[Message]
-        Every message, in the order in which they were sent.
+        Every message, in the order of sending.
     """
 
     def __init__(self, nodes: Iterable[int] = ()) -> None:
@@ -30,7 +30,7 @@ class PlayedGrid(Grid):
         self.waiting: dict[str, Message] = {}
 
     def answer(self, message: Message) -> Message | None:
-        """Return a node's reply; None for none yet."""
+        """Return a node's reply, or None if there is none yet."""
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
@@ -66,7 +66,7 @@ class PlayedGrid(Grid):
 
 
 class Recorded(InProcessGrid):
-    """Real clients in this process; every instruction and every reply is kept."""
+    """A grid with real clients in this process, which keeps every instruction and every reply."""
 
     def __init__(
         self,

@@ -34,9 +34,9 @@ def differing(mine: RunConfig, theirs: Mapping[str, object], *, goes_on: bool = 
         The keys; an empty list means the same run.
     """
     free = {FREE, ROUNDS} if goes_on else {FREE}
-    # Where a setting is gone, or means something else by now, what was written is compared.
+    # If a setting is gone or has another meaning now, the written values are compared.
     with suppress(ConfigError):
-        # A setting that was not there when the run began had the effect of its default.
+        # A setting that did not exist when the run began had the effect of its default.
         theirs = {**RunConfig.from_flat(theirs).to_flat(), **theirs}
     return [
         key

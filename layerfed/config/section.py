@@ -49,7 +49,7 @@ def _plug_in(value: Any) -> Any:
 
 
 PlugIn = Annotated[str, BeforeValidator(_plug_in)]
-"""The name of a task or strategy, or where one of the user's own is: `module:Class`."""
+"""The name of a task or strategy, or the place of a user's own one: `module:Class`."""
 Switch = Annotated[bool, BeforeValidator(_switch)]
 """True or false; yes, no, on, off, 1 and 0 are accepted too."""
 DeviceName = Annotated[str, BeforeValidator(_device)]

@@ -13,8 +13,8 @@ import numpy as np
 from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
 
-#: Joint best responses from one start. More settle further; where each is a knapsack and no sort,
-#: they take the time of steps of the bound.
+#: Most joint best responses from one start. More would improve the masks. But if each one needs a
+#: knapsack and not only a sort, they take the time of steps of the bound.
 SORTED_ROUNDS = 12
 KNAPSACK_ROUNDS = 3
 

@@ -221,7 +221,7 @@ class SelectiveStrategy(Strategy):
 
     @classmethod
     def exists(cls, config: RunConfig) -> bool:
-        """Say whether the strategy is defined for a run; a comparison leaves out those that are not."""
+        """Return whether the strategy is defined for a run; a comparison leaves out other runs."""
         return True
 
     def check(self) -> None:

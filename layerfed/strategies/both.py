@@ -27,7 +27,7 @@ class Both(SelectiveStrategy):
 
     @classmethod
     def exists(cls, config: RunConfig) -> bool:
-        """Say that one layer for everyone is not enough."""
+        """Return False if every client has a budget below two layers."""
         budget = config.budget
         return not (budget.kind == "identical" and budget.unit == "layers" and budget.layers < 2)
 

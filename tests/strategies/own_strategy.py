@@ -1,4 +1,4 @@
-"""A strategy of one's own, as a user would write it, and things that are none."""
+"""A user's own strategy, and classes that are not usable as strategies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Middle(SelectiveStrategy):
     masks = "shared"
 
     class Options(Section):
-        """Where."""
+        """The place of the block."""
 
         shift: int = 0
 
@@ -29,36 +29,36 @@ class Middle(SelectiveStrategy):
 
 
 class Silent(SelectiveStrategy):
-    """Answers nothing."""
+    """Its `select` returns None."""
 
     def select(self, candidates: Candidates) -> Choice:
         return None  # type: ignore[return-value]
 
 
 class Greedy(SelectiveStrategy):
-    """Trains everything, whatever the budget."""
+    """Its masks have all blocks, above every budget."""
 
     def select(self, candidates: Candidates) -> Choice:
         return Choice(np.ones(candidates.costs.shape, dtype=bool))
 
 
 class Numbers(SelectiveStrategy):
-    """Answers masks of the wrong type."""
+    """Its masks have the wrong type."""
 
     def select(self, candidates: Candidates) -> Choice:
         return Choice(np.ones(candidates.costs.shape))
 
 
 class Fewer(SelectiveStrategy):
-    """Answers masks for fewer clients than there are."""
+    """Its masks are for fewer clients than there are."""
 
     def select(self, candidates: Candidates) -> Choice:
         return Choice(np.zeros((1, candidates.costs.shape[1]), dtype=bool))
 
 
 class Undecided(SelectiveStrategy):
-    """Does not say how it selects."""
+    """It has no `select`."""
 
 
 class Stranger:
-    """Is no strategy."""
+    """It is not a strategy."""

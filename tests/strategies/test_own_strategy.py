@@ -1,4 +1,4 @@
-"""A strategy of one's own plugs in by module:Class; one that is none is one line."""
+"""A user's own strategy is named by module:Class; anything else is refused in one line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_its_options_are_filled_in_and_checked() -> None:
         checked(configured(OWN, "strategy.shift=far"))
     with pytest.raises(ConfigError, match=r"'strategy.shfit'; .*did you mean strategy.shift"):
         checked(configured(OWN, "strategy.shfit=1"))
-    # In `flwr run --run-config`, where keys of one's own are unknown.
+    # `flwr run --run-config` does not know the keys of a user's own strategy.
     assert checked(configured(OWN, "strategy.options=shift=1")).to_flat()["strategy.shift"] == 1
 
 
@@ -110,7 +110,7 @@ def test_wrong_masks_are_refused_before_any_client_trains(name: str, says: str) 
 
 
 def test_masks_are_held_against_budgets_and_costs_of_depth() -> None:
-    """The released code's defects 5 and 8: budgets of others, and filled beyond the brim."""
+    """Defects 5 and 8 of the released code: it used other clients' budgets, and exceeded budgets."""
     case = candidates([2, 1], [1.0, 1.0, 1.0], depth=[1.0, 0.5, 0.0])
     choice = Greedy.select(None, case)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="spends 4 of a client's budget of 1"):
@@ -121,7 +121,7 @@ def test_masks_are_held_against_budgets_and_costs_of_depth() -> None:
         check_choice("x", exact, case, bounded=True)
     fits = replace(choice, masks=choice.masks & [[False, False, True], [False, False, True]])
     check_choice("x", fits, case, bounded=True)
-    # Each of the masks that a client trains in turn is held against its budget.
+    # Each of the masks that a client trains in turn is checked against its budget.
     turns = [fits.masks[:1], exact.masks[:1]]
     with pytest.raises(ConfigError, match=r"spends 2.5 of a client's budget of 1"):
         check_choice("x", replace(fits, schedules=turns), case, bounded=True)
