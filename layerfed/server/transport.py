@@ -42,7 +42,7 @@ def exchange(
     timeout : float
         Seconds to wait, from the first message on.
     again : Callable[[Message], Message | None], optional
-        Given a reply; what it returns is sent to that node and awaited instead.
+        Gets a reply. A message that it returns is sent to that node, and its reply replaces the first.
     late : dict[str, flwr.app.Message], optional
         Messages of earlier exchanges whose replies are no longer awaited, by id. Replies to them are
         fetched and dropped. Messages that this exchange stops waiting for are added.
