@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from logging import ERROR
 
 import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
+from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
 
 from layerfed.client.costs import MEASURED_UNITS
 from layerfed.client.limits import paced
@@ -24,8 +27,8 @@ from layerfed.client.resident import keeping_layers
 from layerfed.client.statistics import load_statistic
 from layerfed.client.steps import ClientStep, Departure, steps_of
 from layerfed.client.training import OptimizerFn, evaluate, train_update
-from layerfed.client.workbench import Node, node_store
-from layerfed.config import ConfigError, TrainConfig
+from layerfed.client.workbench import Node, node_store, run_config_of
+from layerfed.config import ConfigError, NodeConfig, TrainConfig
 from layerfed.config.seeding import Stream, generator, torch_seed
 from layerfed.exchange import (
     WRONG_SETTINGS,
@@ -47,11 +50,16 @@ __all__ = ["build_client_app", "client_app"]
 
 def describe(message: Message, context: Context) -> Message:
     """Answer with this node's partition, its number of examples, and its budget."""
+    code = WRONG_SETTINGS
     try:
+        NodeConfig.read(context.node_config).applied_to(run_config_of(context.run_config))
+        # What is wrong from here on may be mended while the run waits: the node is asked again.
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
         return describe_reply(message, _description(Node.of(context)))
     except ConfigError as error:
         # A reply and not an error, for which Flower would log a traceback for each client.
-        return Message(Error(WRONG_SETTINGS, str(error)), reply_to=message)
+        log(ERROR, "this node cannot take part: %s", error)
+        return Message(Error(code, str(error)), reply_to=message)
 
 
 def _description(node: Node) -> Description:

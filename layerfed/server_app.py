@@ -32,7 +32,13 @@ from layerfed.server.private import Accounting, CentralNoise
 from layerfed.server.resuming import check_base
 from layerfed.server.secure_sums import SecureSums
 from layerfed.server.steps import CappedWeights, Clipping, Decoding, ServerStep
-from layerfed.strategies import RoundSettings, SelectiveStrategy, checked, options_of
+from layerfed.strategies import (
+    RoundSettings,
+    SelectiveStrategy,
+    checked,
+    option_defaults,
+    options_of,
+)
 from layerfed.task import Examples
 
 __all__ = ["build_account", "build_server_app", "build_strategy", "run", "server_app"]
@@ -54,6 +60,8 @@ def build_strategy(
         refuse_buffers(layers)
     section, server = config.strategy, config.server
     strategy, options = options_of(config)
+    for name in strategy.statistics:
+        load_statistic(name)
     costs = layer_costs(layers, config.budget.unit)
     return strategy(
         layers,
@@ -171,7 +179,8 @@ def _run(
     if resumed is None:
         entered = RunFolder.create(config, engine)
     else:
-        entered = RunFolder.reopen(Path(config.run.resume), config, engine, resumed.round)
+        defaults = option_defaults(config.strategy.name)
+        entered = RunFolder.reopen(Path(config.run.resume), config, engine, resumed.round, defaults)
     with entered as folder:
         opened(folder)
         example = next(iter(test.in_order(1, bench.device)))

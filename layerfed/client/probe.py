@@ -61,20 +61,26 @@ def probe_layers(
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
     # A row for each block, a column for each statistic. It is on the device, so hooks do not wait.
-    table = torch.zeros(layers.num_blocks, len(wanted), dtype=torch.float64, device=device)
+    of_data = {name: statistic for name, statistic in wanted.items() if not statistic.public}
+    table = torch.zeros(layers.num_blocks, len(of_data), dtype=torch.float64, device=device)
     rows: list[np.ndarray] = []
     total_flops = 0.0
     with selected_layers(model, layers, [block.name for block in layers.blocks]):
         model.eval()  # θ^t itself is probed: no dropout, no drift of BatchNorm's statistics
         for batch in batches:
-            with _measuring(table, layers.blocks, parameters, list(wanted.values())):
+            with _measuring(table, layers.blocks, parameters, list(of_data.values())):
                 backward = partial(_backward, model, batch, loss, device, precision)
                 total_flops += counted(model, "probe", batch, backward)[1]
             rows.append(table.cpu().numpy().copy())
     if not rows:
         raise ValueError("there is no batch to probe on")
     means = np.mean(rows, axis=0)
-    return {name: means[:, i].tolist() for i, name in enumerate(wanted)}, total_flops
+    found = {name: means[:, column].tolist() for column, name in enumerate(of_data)}
+    for name, statistic in wanted.items():
+        if statistic.public:
+            own = ([parameters[p].detach() for p in block.parameters] for block in layers.blocks)
+            found[name] = [float(statistic([], weights)) for weights in own]
+    return {name: found[name] for name in wanted}, total_flops
 
 
 @contextmanager

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 
 import torch
 from torch import Tensor
+
+from layerfed.config import imported
 
 __all__ = ["STATISTICS", "Statistic", "load_statistic", "statistic"]
 
@@ -28,7 +29,6 @@ class Statistic:
 
     Attributes
     ----------
-    name : str
     measure : Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
         Turns the gradients and weights of one layer's parameters into one number, 0 or more.
     public : bool
@@ -36,7 +36,6 @@ class Statistic:
         data. A private client sends it without noise.
     """
 
-    name: str
     measure: Measure
     public: bool = False
 
@@ -53,7 +52,7 @@ def statistic(*, public: bool = False) -> Callable[[Measure], Statistic]:
 
     def register(measure: Measure) -> Statistic:
         name = str(getattr(measure, "__name__", measure))
-        found = Statistic(name, measure, public)
+        found = Statistic(measure, public)
         if measure.__module__ == __name__:
             STATISTICS[name] = found
         return found
@@ -71,8 +70,7 @@ def load_statistic(name: str) -> Statistic:
     """
     if name in STATISTICS:
         return STATISTICS[name]
-    module, colon, attribute = name.partition(":")
-    found = getattr(import_module(module), attribute, None) if colon else None
+    found = imported(name, "statistic") if ":" in name else None
     if not isinstance(found, Statistic):
         raise ValueError(f"unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 from flwr.app import Message
@@ -45,18 +44,19 @@ class Departure:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
-class ClientStep(Protocol):
+class ClientStep:
     """One step: it takes a departure and returns it changed."""
 
     def check(self, layers: LayerMap) -> None:
         """Refuse an instruction or a model that this step cannot work with, before training."""
 
     def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
-        """Change the update."""
+        """Return the update as it is to be sent on; by default unchanged."""
+        return departure
 
 
 @dataclass(frozen=True)
-class Protect:
+class Protect(ClientStep):
     """Clips the update and adds noise to it, as the run and the node's owner ask."""
 
     node: Node
@@ -78,13 +78,10 @@ class Protect:
 
 
 @dataclass(frozen=True)
-class Choose:
+class Choose(ClientStep):
     """Keeps the layers that the instruction asks for: all, or those that changed most."""
 
     instruction: TrainInstruction
-
-    def check(self, layers: LayerMap) -> None:
-        """Nothing to refuse."""
 
     def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
         """Leave the other layers out."""
@@ -92,14 +89,11 @@ class Choose:
 
 
 @dataclass(frozen=True)
-class Encode:
+class Encode(ClientStep):
     """Writes the update in the codec that the server asked for."""
 
     node: Node
     instruction: TrainInstruction
-
-    def check(self, layers: LayerMap) -> None:
-        """Nothing to refuse."""
 
     def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
         """Encode layer by layer, with error feedback if the codec has it."""
@@ -117,7 +111,7 @@ class Encode:
 
 
 @dataclass(frozen=True)
-class Pad:
+class Pad(ClientStep):
     """Hides the update under the pads of a secure sum."""
 
     node: Node

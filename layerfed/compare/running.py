@@ -20,6 +20,7 @@ from layerfed.config import ConfigError
 from layerfed.config.same import differing
 from layerfed.runs import latest_checkpoint
 from layerfed.runs.files import read_json
+from layerfed.strategies import option_defaults
 
 __all__ = ["Standing", "compare", "standing"]
 
@@ -46,7 +47,7 @@ def standing(cell: Cell) -> Standing:
     theirs = _known(cell.folder / "config.json")
     if theirs is None:
         return Standing.BROKEN if cell.folder.exists() else Standing.ABSENT
-    if changed := differing(cell.config, theirs):
+    if changed := differing(cell.config, theirs, option_defaults(cell.config.strategy.name)):
         raise ConfigError(
             f"{cell.folder} holds a run of another configuration ({', '.join(changed)} differ); compare "
             "into another --dir, or remove that folder"

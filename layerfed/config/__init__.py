@@ -26,7 +26,7 @@ from layerfed.config.run import (
     shipped,
 )
 from layerfed.config.secagg import SecAggConfig, refuse_different_masks, refuse_with_secagg
-from layerfed.config.section import ConfigError, Section
+from layerfed.config.section import ConfigError, Section, imported
 
 __all__ = [
     "BudgetConfig",
@@ -48,6 +48,7 @@ __all__ = [
     "TrainConfig",
     "explain",
     "flatten",
+    "imported",
     "load_config",
     "nearest",
     "nearest_key",

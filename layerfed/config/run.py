@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -185,10 +186,14 @@ class StrategyConfig(Section):
     options: str = ""
 
     @property
-    def given(self) -> dict[str, Scalar]:
-        """The options of single strategies, by key: further keys of the section, and `options`."""
-        own = dict(parse_override(word) for word in self.options.split())
-        return {**(self.__pydantic_extra__ or {}), **own}
+    def keys(self) -> dict[str, Scalar]:
+        """Options of strategies that were given as keys of this section."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def own(self) -> dict[str, Scalar]:
+        """Options that were given in `options`."""
+        return dict(parse_override(word) for word in shlex.split(self.options))
 
 
 class BudgetConfig(Section):

@@ -12,11 +12,18 @@ __all__ = ["differing"]
 
 # The result does not depend on the place and speed of the computation, or on the timeout.
 FREE_SECTION, BUT = "run.", "run.seed"
-FREE = "federation.timeout"
+# Options that came in `strategy.options` stand under keys of their own as well.
+FREE = {"federation.timeout", "strategy.options"}
 ROUNDS = "federation.rounds"
 
 
-def differing(mine: RunConfig, theirs: Mapping[str, object], *, goes_on: bool = False) -> list[str]:
+def differing(
+    mine: RunConfig,
+    theirs: Mapping[str, object],
+    defaults: Mapping[str, object],
+    *,
+    goes_on: bool = False,
+) -> list[str]:
     """Return the keys whose values make a configuration belong to another run than a written one.
 
     Parameters
@@ -24,6 +31,8 @@ def differing(mine: RunConfig, theirs: Mapping[str, object], *, goes_on: bool = 
     mine : RunConfig
     theirs : Mapping[str, object]
         The content of a run folder's `config.json`.
+    defaults : Mapping[str, object]
+        Those of the strategy's options (`strategies.option_defaults`).
     goes_on : bool (default: False)
         Whether the run is continued, and may then have more rounds than before. Otherwise the number of
         rounds must be equal.
@@ -33,11 +42,11 @@ def differing(mine: RunConfig, theirs: Mapping[str, object], *, goes_on: bool = 
     list[str]
         The keys; an empty list means the same run.
     """
-    free = {FREE, ROUNDS} if goes_on else {FREE}
+    free = {*FREE, ROUNDS} if goes_on else FREE
     # If a setting is gone or has another meaning now, the written values are compared.
     with suppress(ConfigError):
         # A setting that did not exist when the run began had the effect of its default.
-        theirs = {**RunConfig.from_flat(theirs).to_flat(), **theirs}
+        theirs = {**defaults, **RunConfig.from_flat(theirs).to_flat(), **theirs}
     return [
         key
         for key, value in mine.to_flat().items()

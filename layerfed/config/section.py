@@ -5,14 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
 
-from layerfed.config.errors import ConfigError
+from layerfed.config.errors import ConfigError, naming_extras
 
-__all__ = ["ConfigError", "DeviceName", "PlugIn", "RunName", "Section", "Switch", "nearest"]
+__all__ = [
+    "ConfigError",
+    "DeviceName",
+    "PlugIn",
+    "RunName",
+    "Section",
+    "Switch",
+    "imported",
+    "nearest",
+]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -43,9 +53,34 @@ def _run_name(value: Any) -> Any:
 
 
 def _plug_in(value: Any) -> Any:
-    if not isinstance(value, str) or not re.fullmatch(r"\w+|[\w.]+:\w+", value):
+    if not isinstance(value, str) or not re.fullmatch(r"\w+|\w+(\.\w+)*:\w+", value):
         raise PydanticCustomError("name", "a name, or one of your own as module:Class")
     return value
+
+
+def imported(name: str, key: str) -> Any:
+    """Return what `module:attribute` names.
+
+    Parameters
+    ----------
+    name : str
+    key : str
+        The setting that has this value, for the message.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such module, or it has no such attribute.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        with naming_extras(f"{key} = '{name}'"):
+            return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{key} = '{name}' cannot be imported: {error}; install its module on the server and on "
+            "every client, or put it in the current folder of `layerfed` or a folder of PYTHONPATH"
+        ) from None
 
 
 PlugIn = Annotated[str, BeforeValidator(_plug_in)]

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -137,8 +138,8 @@ def known_to_flower(config: RunConfig) -> Flat:
     """
     declared = {*run_keys(), *option_keys()}
     own = {k: v for k, v in config.to_flat().items() if k not in declared}
-    words = [f"{k.removeprefix('strategy.')}={json.dumps(v)}" for k, v in own.items()]
-    options = " ".join([config.strategy.options, *words]).strip()
+    words = (f"{k.removeprefix('strategy.')}={json.dumps(v)}" for k, v in own.items())
+    options = shlex.join(words)
     known = {k: v for k, v in config.to_flat().items() if k in declared}
     return known | {"strategy.options": options}
 

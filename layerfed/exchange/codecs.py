@@ -37,7 +37,6 @@ Spec = tuple[tuple[int, ...], np.dtype[Any]]
 class Codec(ABC):
     """Writes an update's tensors as arrays for a message, and reads them back."""
 
-    lossy = True
     feedback = False
     """Whether the client keeps the error for its next update (error feedback)."""
 
@@ -73,8 +72,6 @@ def _coded(dtype: np.dtype[Any]) -> bool:
 
 
 class _Float32(Codec):
-    lossy = False
-
     def _write(self, name: str, values: np.ndarray) -> Parts:
         return {name: values}
 

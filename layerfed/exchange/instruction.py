@@ -8,13 +8,15 @@ changed most and the head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
-from flwr.app import ConfigRecord, Message
+from flwr.app import Message
 
+from layerfed.config import ConfigError
 from layerfed.exchange.change_score import Norm, change_score, highest
 from layerfed.exchange.codecs import CODECS, Codec
 from layerfed.models.layers import LayerMap
@@ -65,6 +67,17 @@ class TrainInstruction:
     upload: Upload | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse an instruction that no client could follow.
+
+        Raises
+        ------
+        ValueError
+            If there is no mask, or masks have different lengths.
+        """
+        if not self.masks or len({len(mask) for mask in self.masks}) > 1:
+            raise ValueError("an instruction needs masks over the same layers")
+
     @property
     def mask(self) -> Mask:
         """The blocks that the client trains in the round, L booleans."""
@@ -77,7 +90,18 @@ class TrainInstruction:
 
     # ------------------------------------------------------------------------------- on the wire
     def to_config(self) -> dict[str, Any]:
-        """Return the entries of the message's `config` record, without the round."""
+        """Return the entries of the message's `config` record, without the round.
+
+        Raises
+        ------
+        ConfigError
+            If a strategy gave several masks and no steps on each.
+        """
+        if len(self.masks) > 1 and self.steps_each < 1:
+            raise ConfigError(
+                f"{len(self.masks)} masks to train in turn need steps_each of 1 or more; it is "
+                f"{self.steps_each} (set it in `instruct`)"
+            )
         entries = {**self.config, "run": self.run, "codec": self.codec}
         entries["mask"] = [int(on) for on in self.mask]
         if self.lr is not None:
@@ -102,11 +126,11 @@ class TrainInstruction:
         Raises
         ------
         ValueError
-            If the masks are not over L layers, the schedule's union is not the mask, or the codec is
-            unknown.
+            If an entry is missing or has a value that none can have, the masks are not over L layers, or
+            the schedule's union is not the mask.
         """
         entries: dict[str, Any] = dict(message.content.config_records["config"])
-        mask = tuple(bool(on) for on in entries["mask"])
+        mask = _bits(entries.get("mask"), "mask")
         if len(mask) != num_blocks:
             raise ValueError(
                 f"the server sent a mask over {len(mask)} layers, this model has {num_blocks}"
@@ -114,26 +138,33 @@ class TrainInstruction:
         masks: tuple[Mask, ...] = (mask,)
         each = 0
         if "schedule" in entries:
-            flat, each = entries["schedule"], int(entries["schedule-steps"])
+            flat, each = _bits(entries["schedule"], "schedule"), entries.get("schedule-steps", 0)
             if each < 1 or not flat or len(flat) % num_blocks:
                 raise ValueError(
                     f"the server sent a schedule of {len(flat)} entries, one mask every {each} steps; "
                     f"a model of {num_blocks} layers needs another"
                 )
-            rows = range(0, len(flat), num_blocks)
-            masks = tuple(tuple(bool(on) for on in flat[r : r + num_blocks]) for r in rows)
+            masks = tuple(flat[r : r + num_blocks] for r in range(0, len(flat), num_blocks))
         codec = str(entries.get("codec", "float32"))
         if codec not in CODECS:
             raise ValueError(f"the server asks for codec '{codec}'; known are {', '.join(CODECS)}")
         upload = None
         if "upload" in entries:
-            upload = Upload(int(entries["upload"]), entries["upload-norm"])
+            count, norm = entries["upload"], entries.get("upload-norm")
+            if norm not in get_args(Norm) or not 1 <= count <= sum(mask):
+                raise ValueError(
+                    f"the server asks for {count} of {sum(mask)} trained blocks by norm '{norm}'"
+                )
+            upload = Upload(int(count), cast(Norm, norm))
+        lr = entries.get("lr")
+        if lr is not None and not (isinstance(lr, int | float) and 0 < lr < math.inf):
+            raise ValueError(f"the server sent a learning rate of {lr!r}")
         found = cls(
             round=int(entries["round"]),
             masks=masks,
             steps_each=each,
             run=str(entries.get("run", "")),
-            lr=entries.get("lr"),
+            lr=lr,
             codec=codec,
             upload=upload,
             config={key: value for key, value in entries.items() if key not in OWN},
@@ -194,11 +225,27 @@ class TrainInstruction:
         return {block.name: float(n) for block, n in zip(layers.blocks, moved, strict=True)}
 
 
-def train_config(config: ConfigRecord | Mapping[str, Any]) -> tuple[float | None, dict[str, Any]]:
-    """Split Flower's train config into η and the rest."""
+def _bits(entry: Any, name: str) -> Mask:
+    """Return an entry as booleans: it must be a list of zeros and ones."""
+    if not isinstance(entry, list) or not all(bit in (0, 1) for bit in entry):
+        raise ValueError(f"the server sent no '{name}' of zeros and ones")
+    return tuple(bool(bit) for bit in entry)
+
+
+def train_config(config: Mapping[str, Any]) -> tuple[float | None, dict[str, Any]]:
+    """Split Flower's train config into η, None if it has none, and the rest.
+
+    Raises
+    ------
+    ConfigError
+        If `lr` is no number above 0.
+    """
     rest = {key: value for key, value in config.items() if key not in OWN}
     lr = config.get("lr")
-    return (float(lr) if isinstance(lr, int | float) else None), rest
+    number = isinstance(lr, int | float) and not isinstance(lr, bool)
+    if lr is not None and not (number and 0 < lr < math.inf):
+        raise ConfigError(f"the train config's lr = {lr!r} is not allowed: a number above 0 is")
+    return (None if lr is None else float(lr)), rest
 
 
 def as_masks(rows: np.ndarray | Sequence[Sequence[bool]]) -> tuple[Mask, ...]:

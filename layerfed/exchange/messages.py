@@ -117,10 +117,10 @@ def instruction(
     timeout: float,
     manifest: Manifest | None = None,
     arrays: ArrayRecord | None = None,
-    **config: Any,
+    config: Mapping[str, Any] | None = None,
 ) -> Message:
     """Build a message to one node; `config` values must fit a `ConfigRecord`."""
-    content = RecordDict({"config": ConfigRecord({"round": server_round, **config})})
+    content = RecordDict({"config": ConfigRecord({**(config or {}), "round": server_round})})
     if manifest is not None:
         content["manifest"] = ConfigRecord({"base": manifest.base, **manifest.digests})
     if arrays is not None:
@@ -226,10 +226,12 @@ def read_metrics(message: Message, *, required: Iterable[str]) -> dict[str, floa
     if bad := [name for name, value in numbers.items() if abs(value) > MAX_STATISTIC]:
         raise RefusedReply(f"its metrics are too large: {', '.join(bad)}")
     for name, value in numbers.items():
-        if name in METRICS and value < METRICS[name].least:
-            raise RefusedReply(
-                f"it states {name} = {value:g}; {METRICS[name].least:g} or more is allowed"
-            )
+        if name not in METRICS:
+            continue
+        least, most = METRICS[name].least, METRICS[name].most
+        if not least <= value <= most:
+            bound = f"{least:g} or more" if value < least else f"{most:g} or less"
+            raise RefusedReply(f"it states {name} = {value:g}; {bound} is allowed")
     return numbers
 
 
@@ -337,7 +339,7 @@ def read_train_reply(
 
 def read_evaluation(message: Message) -> tuple[int, dict[str, float]]:
     """Read the answer to `evaluate`: the number of examples and the metrics over them."""
-    names = [metric.name for metric in metrics_of("evaluate")]
+    names = [metric.name for metric in metrics_of("evaluate") if metric.required]
     metrics = read_metrics(message, required=("examples", *names))
     return _examples(metrics), metrics
 

@@ -78,8 +78,12 @@ class Metric:
     measure : Callable[[Work], float]
     least : float
         The smallest allowed value; a reply with a smaller one is refused.
+    most : float
+        A reply with a larger value is refused.
+    required : bool
+        Whether a reply without it is refused.
     public : bool
-        Whether clients state it also in private replies. It must not depend on their data.
+        Whether clients state it even if their replies are private.
     total : bool
         Whether `summary.json` has its sum over rounds.
     """
@@ -89,6 +93,8 @@ class Metric:
     combine: Literal["sum", "max", "mean"]
     measure: Callable[[Work], float]
     least: float = 0.0
+    most: float = math.inf
+    required: bool = False
     public: bool = False
     total: bool = False
 
@@ -105,8 +111,22 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("train_loss", "train", "mean", lambda work: work.loss, least=-math.inf),
-        Metric("client_accuracy", "evaluate", "mean", lambda work: work.accuracy),
-        Metric("client_loss", "evaluate", "mean", lambda work: work.loss, least=-math.inf),
+        Metric(
+            "client_accuracy",
+            "evaluate",
+            "mean",
+            lambda work: work.accuracy,
+            most=1.0,
+            required=True,
+        ),
+        Metric(
+            "client_loss",
+            "evaluate",
+            "mean",
+            lambda work: work.loss,
+            least=-math.inf,
+            required=True,
+        ),
         Metric("flops", "train", "sum", lambda work: work.flops, public=True, total=True),
         Metric("flops_probe", "probe", "sum", lambda work: work.flops, public=True, total=True),
         Metric("steps", "train", "sum", lambda work: work.steps, least=1.0),

@@ -126,7 +126,14 @@ class RunFolder(Observer):
         raise ConfigError(f"run.dir = '{root}' is full of runs named {name}")
 
     @classmethod
-    def reopen(cls, path: Path, config: RunConfig, engine: str, last_round: int) -> RunFolder:
+    def reopen(
+        cls,
+        path: Path,
+        config: RunConfig,
+        engine: str,
+        last_round: int,
+        defaults: Mapping[str, object],
+    ) -> RunFolder:
         """Go on with a run's folder after a round; what was written of later rounds is dropped.
 
         Parameters
@@ -137,7 +144,9 @@ class RunFolder(Observer):
             That of the run, as `layerfed.config.same` has it.
         engine : str
         last_round : int
-            The round of the checkpoint that the run goes on from.
+            The round of the checkpoint that the run continues from.
+        defaults : Mapping[str, object]
+            Those of the strategy's options, which an earlier version may not have written down.
 
         Raises
         ------
@@ -145,7 +154,7 @@ class RunFolder(Observer):
             If the folder's run had another configuration.
         """
         theirs = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if other := differing(config, theirs, goes_on=True):
+        if other := differing(config, theirs, defaults, goes_on=True):
             raise ConfigError(
                 f"run.resume = '{path}' had another configuration ({', '.join(other)}); resume with "
                 "its own config.json"

@@ -137,6 +137,8 @@ def check_choice(name: str, choice: Choice, candidates: Candidates, *, bounded: 
             f"strategy '{name}' gave masks of {masks.dtype}{masks.shape}; booleans of shape {shape} "
             "are due: a row for each client, a column for each layer"
         )
+    if choice.schedules is not None:
+        _check_schedules(name, choice)
     if not bounded:
         return
     schedules = [choice.schedule(row) for row in range(len(masks))]
@@ -149,3 +151,23 @@ def check_choice(name: str, choice: Choice, candidates: Candidates, *, bounded: 
             f"strategy '{name}' spends {spent[worst]:g} of a client's budget of "
             f"{problem.budgets[worst]:g}"
         )
+
+
+def _check_schedules(name: str, choice: Choice) -> None:
+    """Refuse schedules that are not one for each client, of masks whose union is the client's mask."""
+    schedules, masks = choice.schedules or (), choice.masks
+    if len(schedules) != len(masks):
+        raise ConfigError(
+            f"strategy '{name}' gave {len(schedules)} schedules; {len(masks)} are due, one a client"
+        )
+    for schedule, mask in zip(schedules, masks, strict=True):
+        shape, dtype = np.shape(schedule), np.asarray(schedule).dtype
+        if len(shape) != 2 or not shape[0] or shape[1] != len(mask) or dtype != np.bool_:
+            raise ConfigError(
+                f"strategy '{name}' gave a schedule of {dtype}{shape}; booleans of shape "
+                f"(S, {len(mask)}) are due: a row for each mask that the client trains"
+            )
+        if (np.any(schedule, axis=0) != mask).any():
+            raise ConfigError(
+                f"strategy '{name}' gave a schedule whose masks together are not the client's mask"
+            )

@@ -218,22 +218,40 @@ class Population:
 
 
 def federation_size(grid: Grid, timeout: float) -> int:
-    """Ask the nodes for the number of partitions of the data, and return the most common answer.
+    """Return the number of clients of a federation that is to be taken as it is.
+
+    That is the number of partitions that more than half of the nodes that state one agree on, once as
+    many nodes are connected. So no single node decides it.
 
     Raises
     ------
     ConfigError
         If no node states it.
     RoundFailed
-        If no node is connected within `timeout` seconds, or none can describe itself.
+        If the nodes do not agree, or too few are connected, within `timeout` seconds; or if none can
+        describe itself.
     """
-    population = Population(None, at_least=1)
-    population.wait(grid, timeout)
-    stated = [population.description(partition).partitions for partition in population.nodes]
-    sizes = Counter(size for size in stated if size is not None)
-    if not sizes:
-        raise ConfigError(
-            "federation.clients = 0 takes the number of clients from the nodes' num-partitions, and no "
-            "node states it; set federation.clients"
+    population, deadline, said = Population(None, at_least=1), time.monotonic() + timeout, ""
+    while True:
+        population.wait(grid, max(0.0, deadline - time.monotonic()))
+        stated = [population.description(partition).partitions for partition in population.nodes]
+        sizes = Counter(size for size in stated if size is not None)
+        if not sizes:
+            raise ConfigError(
+                "federation.clients = 0 takes the number of clients from the nodes' num-partitions, and "
+                "no node states it; set federation.clients"
+            )
+        size, votes = sizes.most_common(1)[0]
+        if 2 * votes > sum(sizes.values()) and len(stated) >= size:
+            return size
+        waits = (
+            f"{len(stated)} nodes are connected, and {votes} of them state num-partitions = {size}"
         )
-    return sizes.most_common(1)[0][0]
+        if time.monotonic() > deadline:
+            raise RoundFailed(
+                f"federation.clients = 0: {waits}; start the others, or set federation.clients"
+            )
+        if waits != said:
+            said = waits
+            log(INFO, "waiting for the whole federation: %s", waits)
+        time.sleep(POLL_SECONDS)

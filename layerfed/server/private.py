@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -36,6 +37,8 @@ class CentralNoise(ServerStep):
         The source of the noise.
     """
 
+    single: ClassVar[bool] = True
+    last: ClassVar[bool] = True
     clip: float
     noise: float
     entropy: Entropy = os.urandom

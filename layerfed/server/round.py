@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import INFO, WARNING
 from typing import Any, Protocol
@@ -148,7 +148,7 @@ class Round:
                 timeout=self.timeout,
                 manifest=manifest,
                 arrays=payloads[sent],
-                **config,
+                config=config,
             )
             self._asked[node] = message
             built.append(message)
@@ -215,6 +215,8 @@ class Round:
             if self.record.replies == enough:
                 self.record.late = max(0, asked - answered)
                 break
+        if isinstance(replies, Generator):
+            replies.close()  # takes back what is still to be answered, before other exchanges begin
         for step in self._steps:
             step.after_training(self)
 

@@ -8,7 +8,7 @@ secure sums (`secure_sums.py`) are steps like reading and clipping.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import INFO
 from typing import TYPE_CHECKING, ClassVar
@@ -17,6 +17,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Message
 from flwr.common.logger import log
 
+from layerfed.config import ConfigError
 from layerfed.exchange import RefusedReply, TrainInstruction, read_train_reply
 from layerfed.exchange.clipping import clipped
 from layerfed.runs.records import RoundRecord
@@ -24,7 +25,7 @@ from layerfed.runs.records import RoundRecord
 if TYPE_CHECKING:
     from layerfed.server.round import Round
 
-__all__ = ["Arrival", "CappedWeights", "Clipping", "Decoding", "ServerStep"]
+__all__ = ["Arrival", "CappedWeights", "Clipping", "Decoding", "ServerStep", "check_steps"]
 
 Layers = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -73,6 +74,11 @@ class ServerStep:
     reads: ClassVar[bool] = False
     """Whether `receive` reads the reply; exactly one step of a list does."""
 
+    single: ClassVar[bool] = False
+    """Whether it needs single updates: it changes them, or their weights."""
+    last: ClassVar[bool] = False
+    """Whether no step may follow that changes updates or weights, and updates must be summed."""
+
     def before_training(self, round: Round, messages: list[Message]) -> list[Message]:
         """Prepare the round before anyone trains; return the instructions that are to be sent."""
         return messages
@@ -98,6 +104,37 @@ class ServerStep:
 
     def record(self, record: RoundRecord) -> None:
         """Add to the record of a finished round, before observers see it."""
+
+
+def check_steps(steps: Sequence[ServerStep], rule: str) -> None:
+    """Refuse a list of steps that would not do what they promise.
+
+    Parameters
+    ----------
+    steps : Sequence[ServerStep]
+    rule : str
+        The aggregation's.
+
+    Raises
+    ------
+    ConfigError
+        Naming the steps.
+    """
+    names = [type(step).__name__ for step in steps]
+    readers = [name for name, step in zip(names, steps, strict=True) if step.reads]
+    if readers != names[:1]:
+        raise ConfigError(f"steps = {', '.join(names)}: one step reads replies, and it comes first")
+    if not isinstance(steps[0], Decoding) and (single := [s for s in steps if s.single]):
+        raise ConfigError(
+            f"{type(single[0]).__name__} does not go with {names[0]}, which sees no single update"
+        )
+    for place, step in enumerate(steps):
+        after = [type(s).__name__ for s in steps[place + 1 :] if s.single]
+        if step.last and (after or rule != "mean"):
+            raise ConfigError(
+                f"{names[place]} bounds what one client adds to a sum: "
+                + (f"{after[0]} must not come after it" if after else f"'{rule}' has no sums")
+            )
 
 
 class Decoding(ServerStep):
@@ -148,6 +185,7 @@ def _sent(arrival: Arrival) -> Layers:
 class Clipping(ServerStep):
     """Scales an update down if its norm, over all sent layers, exceeds a bound (`server.clip`)."""
 
+    single: ClassVar[bool] = True
     bound: float
 
     def receive(self, arrival: Arrival, record: RoundRecord) -> None:
@@ -172,6 +210,7 @@ class Clipping(ServerStep):
 class CappedWeights(ServerStep):
     """Limits the number of examples that a client counts as (`federation.max-examples`)."""
 
+    single: ClassVar[bool] = True
     most: int
 
     def weigh(self, examples: int) -> int:

@@ -5,13 +5,14 @@ A strategy of your own can be in any module: `strategy.name = "my_package.my_mod
 
 from __future__ import annotations
 
-from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from layerfed.config import (
     ConfigError,
     RunConfig,
     StrategyConfig,
+    imported,
     nearest,
     nearest_key,
     refuse_different_masks,
@@ -46,6 +47,7 @@ __all__ = [
     "Top",
     "checked",
     "load_strategy",
+    "option_defaults",
     "option_keys",
     "options_of",
 ]
@@ -66,19 +68,12 @@ def load_strategy(name: str) -> type[SelectiveStrategy]:
     """
     if name in STRATEGIES:
         return STRATEGIES[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ConfigError(
             f"strategy.name = '{name}' is not allowed: it should be one of {', '.join(STRATEGIES)}, or "
             f"a strategy of your own as module:Class{nearest(name, STRATEGIES)}"
         )
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"strategy.name = '{name}' cannot be imported: {error}; its module must be installed where "
-            "the server runs, or lie in the current folder"
-        ) from None
+    found = imported(name, "strategy.name")
     if not (isinstance(found, type) and issubclass(found, SelectiveStrategy)):
         raise ConfigError(
             f"strategy.name = '{name}' is not a subclass of layerfed.strategies.SelectiveStrategy"
@@ -87,9 +82,29 @@ def load_strategy(name: str) -> type[SelectiveStrategy]:
         raise ConfigError(
             f"strategy.name = '{name}' does not say how it selects: override `select`"
         )
-    if not hasattr(found, "name"):
-        found.name = attribute
+    if "name" not in vars(found):
+        found.name = found.__name__
+    _refuse_options(found)
     return found
+
+
+def _refuse_options(strategy: type[SelectiveStrategy]) -> None:
+    """Refuse options of a user's strategy whose keys mean something else already."""
+    taken = {*StrategyConfig.model_fields, *signature(SelectiveStrategy).parameters}
+    ours = {k: f for other in STRATEGIES.values() for k, f in other.Options.model_fields.items()}
+    for name, field in strategy.Options.model_fields.items():
+        if name in taken:
+            raise ConfigError(f"{strategy.name}: no option can be called '{name}'; it is taken")
+        if name in ours and field.default != ours[name].default:
+            raise ConfigError(
+                f"{strategy.name}: the option '{name}' is another strategy's, with the default "
+                f"{ours[name].default!r}, which `flwr run` fills in; call yours something else"
+            )
+        if field.default is not None and not isinstance(field.default, str | int | float | bool):
+            raise ConfigError(
+                f"{strategy.name}: the option '{name}' needs a default that is a text, a number or a "
+                f"boolean, or None; it is {field.default!r}"
+            )
 
 
 def option_keys() -> dict[str, str]:
@@ -99,6 +114,12 @@ def option_keys() -> dict[str, str]:
         for name, strategy in STRATEGIES.items()
         for key in section_keys(strategy.Options, "strategy.")
     }
+
+
+def option_defaults(name: str) -> dict[str, Any]:
+    """Return the defaults of one strategy's options, by key."""
+    fields = load_strategy(name).Options.model_fields
+    return {f"strategy.{k.replace('_', '-')}": field.default for k, field in fields.items()}
 
 
 def options_of(config: RunConfig) -> tuple[type[SelectiveStrategy], Any]:
@@ -113,19 +134,25 @@ def options_of(config: RunConfig) -> tuple[type[SelectiveStrategy], Any]:
         If the strategy or a key is unknown, or a value is not allowed.
     """
     strategy = load_strategy(config.strategy.name)
-    own = section_keys(strategy.Options)
-    given = config.strategy.given
-    known = [*section_keys(StrategyConfig, "strategy."), *option_keys()]
-    known += [f"strategy.{key}" for key in own]
-    if unknown := [key for key in given if f"strategy.{key}" not in known]:
-        key = f"strategy.{unknown[0]}"
+    own, section = section_keys(strategy.Options), config.strategy
+    common = [*section_keys(StrategyConfig, "strategy."), *option_keys()]
+    known = [*common, *(f"strategy.{key}" for key in own)]
+    for words, allowed in ((section.keys, known), (section.own, known[len(common) :])):
+        for key in (f"strategy.{word}" for word in words):
+            if key not in allowed:
+                raise ConfigError(
+                    f"unknown key '{key}'; strategy.name = '{section.name}' reads "
+                    f"{', '.join(own) or 'no options'}{nearest_key(key, known)}"
+                )
+    if twice := [k for k, v in section.own.items() if section.keys.get(k, v) != v and k in own]:
         raise ConfigError(
-            f"unknown key '{key}'; strategy.name = '{config.strategy.name}' reads "
-            f"{', '.join(own) or 'no options'}{nearest_key(key, known)}"
+            f"strategy.{twice[0]} = {section.keys[twice[0]]!r}, and strategy.options says "
+            f"{section.own[twice[0]]!r}; give it once"
         )
     for other in STRATEGIES.values():
         names = set(section_keys(other.Options)) - set(own)
-        other.read_options({k: v for k, v in given.items() if k in names})
+        other.read_options({k: v for k, v in section.keys.items() if k in names})
+    given = {**section.keys, **section.own}
     return strategy, strategy.read_options({k: v for k, v in given.items() if k in own})
 
 
@@ -139,7 +166,8 @@ def checked(config: RunConfig) -> RunConfig:
     """
     strategy, options = options_of(config)
     strategy.refuse(options, config)
-    filled = {f"strategy.{k}": v for k, v in options.model_dump(by_alias=True).items()}
-    flat = config.to_flat() | filled
+    filled = options.model_dump(by_alias=True, exclude_none=True)
+    flat = config.to_flat() | {f"strategy.{k}": v for k, v in filled.items()}
+    flat["strategy.options"] = ""
     refuse_different_masks(flat, strategy.masks_with(options))
     return RunConfig.from_flat(flat)

@@ -40,7 +40,7 @@ from layerfed.server.optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from layerfed.server.population import Population
 from layerfed.server.resuming import restore, take
 from layerfed.server.round import Round
-from layerfed.server.steps import Decoding, ServerStep
+from layerfed.server.steps import Decoding, ServerStep, check_steps
 from layerfed.server.transport import exchange
 
 __all__ = ["Masks", "RoundSettings", "SelectiveStrategy"]
@@ -106,6 +106,17 @@ class RoundSettings:
     steps: tuple[ServerStep, ...] = ()
     aggregation: Aggregation = WEIGHTED_MEAN
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse steps that would not do what they promise.
+
+        Raises
+        ------
+        ConfigError
+            If several steps read replies, one reads after another step, or a step that needs the sums of
+            single updates would not see them.
+        """
+        check_steps(self.all_steps, self.aggregation.rule)
 
     @property
     def all_steps(self) -> tuple[ServerStep, ...]:
@@ -183,6 +194,8 @@ class SelectiveStrategy(Strategy):
         """The round in progress; round 0 is the initial model."""
         self.run_token = uuid4().hex
         """A name of this run, under which clients keep state between rounds (error feedback)."""
+        self.timeout = 3600.0
+        """Seconds to wait for replies, in each phase; `start` sets it."""
         self._model: GlobalModel | None = None
         self._memory = Memory()
         self._late: dict[str, Message] = {}
@@ -284,6 +297,7 @@ class SelectiveStrategy(Strategy):
         """
         train_config = train_config or ConfigRecord()
         evaluate_config = evaluate_config or ConfigRecord()
+        self.timeout = timeout
         self._model = model = GlobalModel(self.layers, initial_arrays)
         done = 0
         if self._resumed is not None:
@@ -300,7 +314,6 @@ class SelectiveStrategy(Strategy):
 
         for server_round in range(done + 1, num_rounds + 1):
             began = time.monotonic()
-            self._timeout = timeout
             # 1-3. sample, probe, select
             messages = self.configure_train(server_round, model.record(), train_config, grid)
             # 4-5. train, and aggregate as replies arrive
@@ -332,9 +345,9 @@ class SelectiveStrategy(Strategy):
         if self._model is None:  # Flower's steps without `start`
             self._model = GlobalModel(self.layers, arrays)
         settings = self.settings
-        if not self.population.refresh(grid, self._timeout, self.model.manifest()):
+        if not self.population.refresh(grid, self.timeout, self.model.manifest()):
             raise RoundFailed(f"round {server_round}: no client is connected any more")
-        self.round = self._new_round(server_round, grid, self._timeout, self.population.nodes)
+        self.round = self._new_round(server_round, grid, self.timeout, self.population.nodes)
         record = self.round.record
         with self._phase("sample"):
             wanted = settings.clients_per_round or len(self.population.nodes)
@@ -365,7 +378,10 @@ class SelectiveStrategy(Strategy):
                     config=rest,
                 )
             )
-        return self.round.ask_to_train(instructions)
+            if instructions[client].mask != tuple(selection.choice.masks[row].tolist()):
+                raise ConfigError(f"strategy '{self.name}': `instruct` must not change the mask")
+        with self._phase("train"):  # steps may exchange messages before the training
+            return self.round.ask_to_train(instructions)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -481,8 +497,6 @@ class SelectiveStrategy(Strategy):
         return choice
 
     # ------------------------------------------------------------- the model, clients and resuming
-    _timeout = 3600.0
-
     @property
     def model(self) -> GlobalModel:
         """The global model.
@@ -565,4 +579,5 @@ class SelectiveStrategy(Strategy):
             observer.on_phase(record.round, name)
         began = time.monotonic()
         yield
-        record.seconds_by_phase[name] = time.monotonic() - began
+        passed = record.seconds_by_phase.get(name, 0.0) + time.monotonic() - began
+        record.seconds_by_phase[name] = passed

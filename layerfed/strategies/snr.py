@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from layerfed.config import Section
-from layerfed.models.layers import LayerMap
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
@@ -29,8 +28,8 @@ class SNR(SelectiveStrategy):
     masks = "own"
     options: Options
 
-    def __init__(self, layers: LayerMap, **kwargs: Any) -> None:
-        super().__init__(layers, **kwargs)
+    def check(self) -> None:
+        """Probe the ratio that the options name."""
         if self.options.form == "code":
             self.statistics = ("snr_code",)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
-from layerfed.config import ConfigError, RunConfig, nearest
+from layerfed.config import ConfigError, RunConfig, imported, nearest
 from layerfed.config.errors import naming_extras
 from layerfed.task.base import Batch, Examples, Task
 
@@ -15,12 +14,12 @@ __all__ = ["TASKS", "Batch", "Examples", "Task", "load_task", "task_named"]
 # Each task by the name of its class (or of a function that returns one). It is imported when it is used,
 # since a task's libraries take seconds to import and on real devices every message starts a new process.
 TASKS: dict[str, str] = {
-    "digits": "layerfed.task.digits.Digits",
-    "cifar10": "layerfed.task.cifar10.Cifar10",
-    "domainnet": "layerfed.task.domainnet.DomainNet",
-    "xglue_nc": "layerfed.task.xglue_nc.XglueNc",
-    "qa": "layerfed.task.qa.QuestionAnswering",
-    "custom": "layerfed.task.custom.custom",
+    "digits": "layerfed.task.digits:Digits",
+    "cifar10": "layerfed.task.cifar10:Cifar10",
+    "domainnet": "layerfed.task.domainnet:DomainNet",
+    "xglue_nc": "layerfed.task.xglue_nc:XglueNc",
+    "qa": "layerfed.task.qa:QuestionAnswering",
+    "custom": "layerfed.task.custom:custom",
 }
 
 
@@ -37,15 +36,7 @@ def task_named(asked: str) -> Callable[[RunConfig], Any]:
             f"task.name = '{asked}' is not allowed: it should be one of {', '.join(TASKS)}, or a task "
             f"of your own as module:Class{nearest(asked, TASKS)}"
         )
-    module, _, name = TASKS.get(asked, asked.replace(":", ".")).rpartition(".")
-    try:
-        with naming_extras(f"task.name = '{asked}'"):
-            found: Callable[[RunConfig], Any] = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"task.name = '{asked}' cannot be imported: {error}; install its module on the server and "
-            "on every client, or put it in the current folder of `layerfed` or a folder of PYTHONPATH"
-        ) from None
+    found: Callable[[RunConfig], Any] = imported(TASKS.get(asked, asked), "task.name")
     return found
 
 

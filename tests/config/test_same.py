@@ -6,6 +6,9 @@ import pytest
 
 from layerfed.config import RunConfig, load_config
 from layerfed.config.same import differing
+from layerfed.strategies import checked, option_defaults
+
+DEFAULTS = option_defaults("ilp")
 
 
 @pytest.mark.parametrize(
@@ -21,13 +24,21 @@ from layerfed.config.same import differing
 )
 def test_what_may_differ(setting: str, to_be_done: list[str], to_go_on: list[str]) -> None:
     mine, theirs = load_config(None), load_config(None, [setting]).to_flat()
-    assert differing(mine, theirs) == to_be_done
-    assert differing(mine, theirs, goes_on=True) == to_go_on
+    assert differing(mine, theirs, DEFAULTS) == to_be_done
+    assert differing(mine, theirs, DEFAULTS, goes_on=True) == to_go_on
 
 
 def test_a_setting_that_an_older_run_did_not_have_counts_as_its_default() -> None:
-    config = RunConfig()
-    theirs = {k: v for k, v in config.to_flat().items() if k != "strategy.options"}
-    assert differing(config, theirs) == []
-    changed = RunConfig.from_flat({"strategy.options": "shift=1"})
-    assert differing(changed, theirs) == ["strategy.options"]
+    config = checked(RunConfig())
+    theirs = config.to_flat()
+    del theirs["train.lr"], theirs["strategy.solver-gap"]
+    assert differing(config, theirs, DEFAULTS) == []
+    changed = load_config(None, ["train.lr=1", "strategy.solver-gap=0.5"])
+    assert differing(changed, theirs, DEFAULTS) == ["strategy.solver-gap", "train.lr"]
+
+
+def test_an_option_counts_under_its_key_however_it_was_given() -> None:
+    """Where only declared keys pass, `strategy.options` carries it."""
+    config = checked(load_config(None, ["strategy.consistency=2"]))
+    theirs = config.to_flat() | {"strategy.options": "consistency=2"}
+    assert differing(config, theirs, DEFAULTS) == []

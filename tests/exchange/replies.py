@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 
-from layerfed.exchange import RefusedReply, encode, instruction, read_train_reply
+from layerfed.exchange import Manifest, RefusedReply, encode, instruction, read_train_reply
 
 SHAPE, DTYPE = (3, 4), np.dtype(np.float32)
 EXPECTED: dict[str, np.ndarray] = {
@@ -21,8 +21,15 @@ EXPECTED: dict[str, np.ndarray] = {
 }
 
 
-def ask(kind: str = "train", **config: Any) -> Message:
-    return instruction(kind, 7, server_round=3, timeout=60.0, **config)
+def ask(
+    kind: str = "train",
+    manifest: Manifest | None = None,
+    arrays: ArrayRecord | None = None,
+    **config: Any,
+) -> Message:
+    return instruction(
+        kind, 7, server_round=3, timeout=60.0, manifest=manifest, arrays=arrays, config=config
+    )
 
 
 def update(**changes: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerfed.config import ConfigError
 from layerfed.exchange import TrainInstruction, Upload
-from layerfed.exchange.instruction import as_masks
+from layerfed.exchange.instruction import as_masks, train_config
 from layerfed.models.layers import LayerMap
 from tests.exchange.replies import ask, over_the_wire
 
@@ -38,6 +39,8 @@ def test_what_is_written_is_read(
     upload: Upload | None,
 ) -> None:
     steps = each if len(masks) > 1 else 0
+    trained = sum(map(any, zip(*masks, strict=True)))
+    upload = Upload(min(upload.count, trained), upload.norm) if upload and trained else None
     own = {"weight-decay": 0.1, "name": "mine"}
     instruction = TrainInstruction(3, tuple(masks), steps, "run", lr, codec, upload, own)
     assert sent(instruction) == instruction
@@ -62,8 +65,10 @@ def test_a_schedule_for_other_steps_is_refused(steps: int, says: str) -> None:
 
 @pytest.mark.parametrize("each", [0, -2])
 def test_a_schedule_without_steps_is_refused(each: int) -> None:
+    with pytest.raises(ConfigError, match=f"3 masks to train in turn .* it is {each}"):
+        replace(SCHEDULED, steps_each=each).to_config()
     with pytest.raises(ValueError, match=f"a schedule of 12 entries, one mask every {each} steps"):
-        sent(replace(SCHEDULED, steps_each=each))
+        TrainInstruction.read(ask(**SCHEDULED.to_config() | {"schedule-steps": each}), 4)
 
 
 def test_a_schedule_over_another_number_of_layers_is_refused() -> None:
@@ -103,3 +108,38 @@ def test_all_that_was_trained_is_sent_or_what_changed_most(layers: LayerMap) -> 
 def test_a_block_moves_in_the_steps_of_its_masks_and_in_one_at_least(layers: LayerMap) -> None:
     found = SCHEDULED.layer_steps(layers, 5)
     assert found == {"blocks.0": 3.0, "blocks.1": 1.0, "blocks.2": 2.0, "blocks.3": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "says"),
+    [
+        ("mask", None, "no 'mask' of zeros and ones"),
+        ("mask", 3, "no 'mask' of zeros and ones"),
+        ("mask", "0101", "no 'mask' of zeros and ones"),
+        ("mask", [2.5, -1.0, 0.0, 0.0], "no 'mask' of zeros and ones"),
+        ("schedule", [1, 0, 0, 0], "every 0 steps"),
+        ("lr", "high", "a learning rate of 'high'"),
+        ("lr", float("nan"), "a learning rate of nan"),
+        ("lr", 0.0, "a learning rate of 0.0"),
+        ("upload", 1, "by norm 'None'"),
+        ("upload", -1, "-1 of 3 trained blocks"),
+        ("upload", 4, "4 of 3 trained blocks"),
+    ],
+)
+def test_entries_that_none_can_be_are_refused(entry: str, value: object, says: str) -> None:
+    config = {"mask": UNION, entry: value}
+    message = ask(**{k: v for k, v in config.items() if v is not None})
+    with pytest.raises(ValueError, match=says):
+        TrainInstruction.read(message, 4)
+
+
+@pytest.mark.parametrize("lr", ["0.1", True, 0, float("inf")])
+def test_a_train_config_without_a_number_for_the_rate_is_refused(lr: object) -> None:
+    with pytest.raises(ConfigError, match="the train config's lr"):
+        train_config({"lr": lr})
+
+
+def test_masks_must_be_there_and_over_the_same_layers() -> None:
+    for masks in ((), ((True,), (True, False))):
+        with pytest.raises(ValueError, match="masks over the same layers"):
+            TrainInstruction(1, masks)

@@ -128,6 +128,16 @@ def test_the_size_of_a_federation_is_what_most_nodes_say() -> None:
         federation_size(FakeGrid({5: says(0)}), 5)
 
 
+def test_no_single_node_decides_the_size_of_a_federation() -> None:
+    """The first to connect may be mistaken, or lie: the others are waited for."""
+    with pytest.raises(
+        RoundFailed, match="1 nodes are connected, and 1 of them state num-partitions"
+    ):
+        federation_size(FakeGrid({5: says(0, 2**31)}), 0.01)
+    with pytest.raises(RoundFailed, match="start the others"):
+        federation_size(FakeGrid({5: says(0, 3), 6: says(1, 3)}), 0.01)
+
+
 def test_wrong_settings_are_said_once_and_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     levels = []
     monkeypatch.setattr(module, "log", lambda level, *rest: levels.append(level))

@@ -40,7 +40,7 @@ def update(layers: list[str], value: float) -> dict[str, np.ndarray]:
 
 def arrived(step: CentralNoise, layers: list[str], value: float, examples: int) -> Arrival:
     asked: Any = {layer: {} for layer in layers}
-    found = Arrival(0, None, TrainInstruction(1, ()), asked, examples)  # type: ignore[arg-type]
+    found = Arrival(0, None, TrainInstruction(1, ((True,),)), asked, examples)  # type: ignore[arg-type]
     found.update, found.examples = update(layers, value), examples
     step.receive(found, RECORD)
     found.examples = step.weigh(found.examples)

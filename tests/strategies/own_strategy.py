@@ -19,6 +19,7 @@ class Middle(SelectiveStrategy):
         """The place of the block."""
 
         shift: int = 0
+        note: str | None = None
 
     options: Options
 
@@ -62,3 +63,24 @@ class Undecided(SelectiveStrategy):
 
 class Stranger:
     """It is not a strategy."""
+
+
+class Takes(Middle):
+    """Has an option whose name the section has."""
+
+    class Options(Section):
+        period: int = 7
+
+
+class Shadows(Middle):
+    """Has an option that a built-in strategy has, with another default."""
+
+    class Options(Section):
+        fraction: float = 0.9
+
+
+class Lists(Middle):
+    """Has an option that no file can hold."""
+
+    class Options(Section):
+        layers_wanted: tuple[int, ...] = (1, 2)

@@ -111,7 +111,7 @@ def check(way: str, budget: str, codec: str, settings: list[str]) -> None:
         assert selection is not None
         limits = selection.budgets
         if not STRATEGIES[config.strategy.name].within_budget or (
-            record.round <= config.strategy.given.get("warmup-rounds", 0)
+            record.round <= config.strategy.keys.get("warmup-rounds", 0)
         ):
             # Whatever the run's budget, a node's own holds.
             limits = limits if budget == "per-node" else np.full(len(limits), np.inf)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord
 from typer.testing import CliRunner
@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from layerfed.cli import app
 from layerfed.client.workbench import workbench
 from layerfed.compare import load_plan
-from layerfed.config import ConfigError, load_config
+from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.deploy.federation import known_to_flower
 from layerfed.exchange import record_of
 from layerfed.runs.records import RoundRecord
@@ -54,10 +54,33 @@ def test_its_options_are_filled_in_and_checked() -> None:
 
 
 def test_a_deployment_hands_its_options_over_under_keys_that_flower_knows() -> None:
-    handed = known_to_flower(checked(configured(OWN, "strategy.shift=1")))
+    config = checked(configured(OWN, "strategy.shift=1", "strategy.note=a b 'c'"))
+    handed = known_to_flower(config)
     assert "strategy.shift" not in handed
-    words = [f"{k}={json.dumps(v)}" for k, v in handed.items() if v != ""]
-    assert checked(configured(*words)).to_flat()["strategy.shift"] == 1
+    arrived = checked(RunConfig.from_flat(handed))
+    assert arrived == config
+    assert known_to_flower(arrived) == handed, "a resumed run hands over the same"
+
+
+def test_an_option_is_given_once_and_is_one() -> None:
+    with pytest.raises(ConfigError, match=r"strategy.shift = 2, and strategy.options says 1"):
+        checked(configured(OWN, "strategy.shift=2", "strategy.options=shift=1"))
+    for word in ("period=3", "name=top", "fraction=0.3"):
+        with pytest.raises(ConfigError, match=f"unknown key 'strategy.{word.partition('=')[0]}'"):
+            checked(configured(OWN, f"strategy.options={word}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Takes", "no option can be called 'period'"),
+        ("Shadows", "another strategy's, with the default 0.5"),
+        ("Lists", "needs a default that is a text"),
+    ],
+)
+def test_options_that_cannot_be_told_apart_are_refused(name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_strategy(f"{HERE}:{name}")
 
 
 def test_a_row_of_a_table_file_may_be_one(tmp_path: Path) -> None:
@@ -121,10 +144,21 @@ def test_masks_are_held_against_budgets_and_costs_of_depth() -> None:
         check_choice("x", exact, case, bounded=True)
     fits = replace(choice, masks=choice.masks & [[False, False, True], [False, False, True]])
     check_choice("x", fits, case, bounded=True)
-    # Each of the masks that a client trains in turn is checked against its budget.
-    turns = [fits.masks[:1], exact.masks[:1]]
-    with pytest.raises(ConfigError, match=r"spends 2.5 of a client's budget of 1"):
-        check_choice("x", replace(fits, schedules=turns), case, bounded=True)
+    # Each of the masks that a client trains in turn is held against its budget.
+    union = replace(choice, masks=choice.masks & [[False, True, True], [False, False, True]])
+    turns = [np.array([[False, True, False], [False, False, True]]), union.masks[1:]]
+    check_choice("x", replace(union, schedules=turns), case, bounded=True)
+    turns = [np.array([[False, True, True], [False, False, True]]), union.masks[1:]]
+    with pytest.raises(ConfigError, match=r"spends 2.5 of a client's budget of 2"):
+        check_choice("x", replace(union, schedules=turns), case, bounded=True)
+    for wrong, says in (
+        (turns[:1], "1 schedules; 2 are due"),
+        ([turns[0][:0], turns[1]], r"a schedule of bool\(0, 3\)"),
+        ([turns[0].astype(int), turns[1]], "a schedule of int64"),
+        ([turns[1], turns[1]], "together are not the client's mask"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            check_choice("x", replace(union, schedules=wrong), case, bounded=True)
 
 
 @pytest.mark.usefixtures("tiny_task")
