@@ -70,10 +70,9 @@ class TrainInstruction:
         """All that the client trains in the round, L booleans."""
         return tuple(map(any, zip(*self.masks, strict=True)))
 
-    @property
-    def codec_used(self) -> Codec:
-        """The codec of that name."""
-        return CODECS[self.codec]
+    def codec_for(self, layers: LayerMap) -> Codec:
+        """Return the codec of that name, which leaves the model's buffers as they are."""
+        return CODECS[self.codec].sparing(b for layer in layers.layers for b in layer.buffers)
 
     # ------------------------------------------------------------------------------- on the wire
     def to_config(self) -> dict[str, Any]:

@@ -227,7 +227,9 @@ class Round:
             own = self._instructions[partition]
             names = self.model.layers.trained(own.mask)
             asked = {name: self.model.layer(name) for name in names}
-            arrival = Arrival(partition, answer, own, asked, self.examples.get(partition, 2**62))
+            stated = self.examples.get(partition, 2**62)
+            codec = own.codec_for(self.model.layers)
+            arrival = Arrival(partition, answer, own, asked, stated, codec)
             for step in self._steps:
                 step.receive(arrival, record)
             arrival.examples = self.weight(arrival.examples)
