@@ -22,7 +22,10 @@ from layerfed.models.layers import LayerMap
 __all__ = ["Mask", "TrainInstruction", "Upload"]
 
 Mask = tuple[bool, ...]
-OWN = ("round", "run", "codec", "lr", "mask", "schedule", "schedule-steps", "upload", "upload-norm")
+OWN = (
+    *("round", "client", "examples", "run", "codec", "lr"),
+    *("mask", "schedule", "schedule-steps", "upload", "upload-norm"),
+)
 
 
 @dataclass(frozen=True)
