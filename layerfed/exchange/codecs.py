@@ -214,8 +214,8 @@ def compress(
         for name, values in update.items():
             try:
                 check_values(name, values)
-            except RefusedReply as error:
-                raise ValueError(f"the update is of no use: {error}; lower train.lr") from None
+            except RefusedReply as reason:
+                raise ValueError(f"the update is of no use: {reason}; lower train.lr") from None
     for layer, update in layers.items():
         if store is None or not codec.feedback:
             parts.update(codec.encode(update))

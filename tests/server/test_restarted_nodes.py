@@ -1,4 +1,4 @@
-"""A node may be restarted in the middle of a run, with another budget, other data or another partition."""
+"""A node may be restarted during a run, with another budget, other data or another partition."""
 
 from __future__ import annotations
 
