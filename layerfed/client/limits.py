@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from flwr.app import MetricRecord, RecordDict
 
+from layerfed.client.devices import synchronize
 from layerfed.config import BudgetUnit, ConfigError, NodeConfig
 from layerfed.task.base import Batch
 
@@ -286,8 +287,7 @@ def paced(batches: Iterable[Batch], most: float, device: torch.device) -> Iterat
             _refuse_slow(step, seconds, most)
         began = time.monotonic()
         yield batch
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         step, seconds = step + 1, time.monotonic() - began
     _refuse_slow(step, seconds, most)
 
