@@ -15,7 +15,7 @@ from layerfed.config import ConfigError, ModelConfig
 from layerfed.config.errors import naming_extras
 from layerfed.config.seeding import Stream, torch_seed
 
-__all__ = ["loading", "new_weights", "require"]
+__all__ = ["FILES", "loading", "new_weights", "require"]
 
 # Some of the oldest repositories have no owner.
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
