@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from layerfed.config import ConfigError
 
-__all__ = ["choose_device", "synchronize"]
+__all__ = ["choose_device", "synchronize", "wide"]
 
 
 def choose_device(name: str) -> torch.device:
     """Return the device that `run.device` names, with its number.
+
+    Ray shows each client's process only the card that it was given, as number 0. `cuda:1` is then this
+    card if it is the machine's number 1.
 
     Raises
     ------
@@ -29,11 +34,20 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"run.device = '{name}', but there is no CUDA device; use auto or cpu")
     index = device.index or 0
     if index >= there:
-        raise ConfigError(
-            f"run.device = '{name}', but this process sees {there} CUDA devices, cuda:0 to "
-            f"cuda:{there - 1}; use auto"
-        )
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if str(index) not in visible[:there]:
+            raise ConfigError(
+                f"run.device = '{name}', but this process sees {there} CUDA devices"
+                f"{f' (number {visible[0]} of the machine)' if visible[0] else ''}; use run.device=cuda "
+                f"and start the run with CUDA_VISIBLE_DEVICES={index}"
+            )
+        index = visible.index(str(index))
     return torch.device("cuda", index)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """Return the type for sums of many numbers: float64, or float32 where a device has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def synchronize(device: torch.device) -> None:

@@ -130,7 +130,7 @@ def _convolution_back(
     wanted: Sequence[bool],
     **_: Any,
 ) -> float:
-    """Return the FLOPs of a convolution's gradients: by input and by weights, each as many as forward."""
+    """Return the FLOPs of a convolution's gradients, each of which takes as many as forward."""
     positions = prod((source if transposed else grad)[2:])
     return 2.0 * source[0] * positions * prod(weight) * sum(wanted[:2])
 

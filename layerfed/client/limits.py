@@ -241,6 +241,8 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     try:
         fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
         available = float(fields["MemAvailable"].split()[0]) * 1024

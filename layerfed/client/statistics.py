@@ -14,6 +14,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from layerfed.client.devices import wide
+
 __all__ = ["STATISTICS", "Statistic", "load_statistic", "statistic"]
 
 Measure = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -87,7 +89,7 @@ def grad_norm_sq(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tens
 @statistic(public=True)
 def param_norm_sq(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """Return ‖θ_l‖²."""
-    return torch.stack([weight.double().square().sum() for weight in weights]).sum()
+    return torch.stack([w.to(wide(w.device)).square().sum() for w in weights]).sum()
 
 
 @statistic()
@@ -111,7 +113,7 @@ def snr_code(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def _sums(gradients: Sequence[Tensor]) -> Tensor:
-    """Return ‖g‖² and Σ g of each tensor, shape (P, 2), float64 from float32 reductions."""
+    """Return ‖g‖² and Σ g of each tensor, shape (P, 2), summed in float32 and returned wide."""
     rows = [
         torch.stack(
             [
@@ -121,7 +123,7 @@ def _sums(gradients: Sequence[Tensor]) -> Tensor:
         )
         for gradient in gradients
     ]
-    return torch.stack(rows).double()
+    return torch.stack(rows).to(wide(rows[0].device))
 
 
 def _moments(squares: Tensor, total: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:

@@ -94,5 +94,6 @@ def _advice(section: ModelConfig, repository: str, key: str, error: str) -> str:
 def new_weights(seed: int) -> Iterator[None]:
     """Draw new weights from the run's seed, and leave the global generator unchanged."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(seed, Stream.HEAD))
+        # Not torch.manual_seed, which would also seed all GPUs.
+        torch.default_generator.manual_seed(torch_seed(seed, Stream.HEAD))
         yield
