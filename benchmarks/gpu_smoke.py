@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from layerfed.client.costs import MEASURED_UNITS
 from layerfed.client.devices import synchronize
 from layerfed.client.training import selected_layers
 from layerfed.client.workbench import Workbench, workbench
@@ -40,9 +41,9 @@ CASES: dict[str, tuple[str, ...]] = {
     "momentum": ("train.momentum=0.9",),
     "int8": ("exchange.codec=int8",),
     "privacy": ("privacy.mode=central", "privacy.noise=0.1", "strategy.name=top"),
-    "budget in flops": ("budget.unit=flops", "budget.layers=6e8"),
-    "budget in seconds": ("budget.unit=seconds", "budget.layers=10"),
-    "budget in memory": ("budget.unit=memory", "budget.layers=1e9"),
+    "budget in flops": ("budget.unit=flops",),
+    "budget in seconds": ("budget.unit=seconds",),
+    "budget in memory": ("budget.unit=memory",),
     "budget=auto": ("budget.kind=per-node",),
 }
 # Rounding differs between devices; two rounds of two steps carry it little further.
@@ -54,14 +55,18 @@ def configured(folder: str, device: str, *overrides: str) -> RunConfig:
 
 
 def losses(folder: str, device: str, *overrides: str) -> list[float]:
-    """Run, and return the training loss of each round."""
+    """Run, and return the loss of each round, of training where it is not private."""
     auto = "budget.kind=per-node" in overrides
     config = configured(folder, device, *overrides)
+    if config.budget.unit in MEASURED_UNITS:
+        own, depth = workbench(config.to_flat()).costs(0, config.budget.unit)
+        half = float(own.sum() + depth[0]) / 2
+        config = configured(folder, device, *overrides, f"budget.layers={half}")
     path = run_on("inprocess", config, nodes=[{"budget": "auto"}] * 4 if auto else ())
     rows = [row for row in read_lines(path / "metrics.jsonl") if row["round"]]
     if failed := [row["failures"] for row in rows if row.get("failures")]:
         raise RuntimeError(f"clients failed: {failed}")
-    found = [float(row["train_loss"]) for row in rows]
+    found = [float(row["train_loss"] or row["loss"]) for row in rows]
     if not all(map(math.isfinite, found)):
         raise RuntimeError(f"losses {found}")
     return found
