@@ -204,6 +204,18 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path: Path) -> None:
             image("timm/vit_tiny_patch16_224", file)
 
 
+def test_a_folder_that_lacks_weights_is_refused_too(saved: dict[str, Path], tmp_path: Path) -> None:
+    state = load_file(saved["timm"] / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((saved["timm"] / "config.json").read_bytes())
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    model = image("timm/vit_tiny_patch16_224", tmp_path)
+    assert torch.equal(model.net.cls_token, state["cls_token"])
+    del state["blocks.1.mlp.fc1.weight"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"no weights of the right size for blocks\.1\.mlp"):
+        image("timm/vit_tiny_patch16_224", tmp_path)
+
+
 def test_a_file_with_code_is_not_run(tmp_path: Path) -> None:
     file = tmp_path / "own.pth"
     torch.save(timm.create_model("resnet10t"), file)
