@@ -1,7 +1,7 @@
-"""Ways to run the same rounds: ours, the bare loop, and peers written as their documentation has it.
+"""Ways to run the same rounds: LayerFed, the bare loop, and peers written as in their documentation.
 
-Each function runs a workload and returns the seconds of each round. Each is called in a process of its
-own, so that nothing of one weighs on another.
+Each function runs a workload and returns the seconds of each round. It is called in a process of its
+own, so that it does not affect the others.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def bare(workload: Workload, rounds: int) -> list[float]:
 
 
 def bare_all_cores(workload: Workload, rounds: int) -> list[float]:
-    """The bare loop with one torch thread a core."""
+    """The bare loop with one torch thread for each core."""
     torch.set_num_threads(torch.multiprocessing.cpu_count())
     return bare(workload, rounds)
 
@@ -156,7 +156,7 @@ def _stock(
 
 
 def stock_flower(workload: Workload, rounds: int) -> list[float]:
-    """Flower's FedAvg as its tutorial has it: each message builds a model and loads the weights sent."""
+    """Flower's FedAvg as in its tutorial: each message builds a model and loads its weights."""
     return _stock(workload, rounds, lambda task: task.build_model())
 
 
@@ -170,7 +170,7 @@ def _built_once(task: Task) -> torch.nn.Module:
 
 
 def stock_flower_cached(workload: Workload, rounds: int) -> list[float]:
-    """The same, kinder: each process builds its model once."""
+    """The same in a faster form: each process builds its model once."""
     return _stock(workload, rounds, _built_once)
 
 

@@ -1,10 +1,10 @@
-"""What faults do to a federation of real processes: SuperLink, gateway, two SuperNodes, on loopback.
+"""Faults in a federation of real processes: SuperLink, gateway and two SuperNodes on loopback.
 
     python benchmarks/faults.py                                 # all, about half an hour
     python benchmarks/faults.py --fault killed-in-training --json faults.json
 
-Each fault gets a federation of its own, and is played in the first of two rounds. "model" tells whether
-the final model is, to 1e-5, that of a simulation in which the faulty node is silent where it was.
+Each fault gets a federation of its own, and happens in the first of two rounds. "model" says whether the
+final model equals, to 1e-5, that of a simulation in which the faulty node is silent in the same places.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SLOW = f"""
     if config["round"] == 1:
         time.sleep({SLOW_SECONDS})
 """
-# As the kernel ends a process for want of memory.
+# The signal with which the kernel ends a process that is out of memory.
 KILLED = """
     if config["round"] == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -74,13 +74,13 @@ def killed_between_rounds(scene: Scene) -> RunStatus:
 
 
 def out_of_memory(scene: Scene) -> RunStatus:
-    """The process of its ClientApp is killed in the first round's training, the SuperNode is not."""
+    """Kill the node's ClientApp process in the first round's training, but not its SuperNode."""
     scene.app = changed_app(scene, KILLED)
     return scene.finish(scene.start())
 
 
 def layer_without_nodes(scene: Scene) -> RunStatus:
-    """Each node trains a block of its own, and one node is killed: nobody trains its block then."""
+    """Each node trains a block of its own. One node is killed, so no node trains its block."""
     scene.overrides |= {"strategy.name": "random", "run.seed": 1, "federation.rounds": 1}
     run = scene.start()
     scene.wait_for_message("train")
@@ -100,8 +100,8 @@ def layer_without_nodes(scene: Scene) -> RunStatus:
 
 
 def empty_cache(scene: Scene) -> RunStatus:
-    """Its layer store is wiped between rounds: it must be sent again what the server thinks it has."""
-    # Other layers in every round, so that it also loses some that nobody sends in the next.
+    """Empty the node's layer store between rounds, so that the server must send its layers again."""
+    # Each round trains other layers, so the node also loses some that the next round does not send.
     scene.overrides |= {"strategy.name": "random", "federation.rounds": 3}
     run = scene.start()
     scene.wait_for_round(2)
@@ -123,7 +123,7 @@ def joins_late(scene: Scene) -> RunStatus:
 
 
 def hangs(scene: Scene) -> RunStatus:
-    """The whole node stops in the first round's training, and goes on once the round has."""
+    """Stop the whole node in the first round's training, and let it continue after that round."""
     run = scene.start()
     scene.wait_for_message("train")
     scene.loopback.processes.signal(scene.nodes[FAULTY], signal.SIGSTOP)
@@ -133,25 +133,25 @@ def hangs(scene: Scene) -> RunStatus:
 
 
 def slower_than_the_timeout(scene: Scene) -> RunStatus:
-    """It is alive, and still at the first round's training when the server waits no longer."""
+    """Make the node's training so slow that the server stops waiting in the first round."""
     scene.overrides |= {"federation.timeout": PATIENCE_SECONDS}
     scene.app = changed_app(scene, SLOW)
     return scene.finish(scene.start())
 
 
 def client_raises(scene: Scene) -> RunStatus:
-    """Its own limit on the seconds of a step makes it raise in every round."""
+    """Make the client raise in every round, by its own limit on the seconds of a step."""
     return scene.finish(scene.start())
 
 
 def garbage_reply(scene: Scene) -> RunStatus:
-    """Its updates are NaN in every round."""
+    """Make the node's updates NaN in every round."""
     scene.app = changed_app(scene, GARBAGE)
     return scene.finish(scene.start())
 
 
 def superlink_restarted(scene: Scene) -> RunStatus:
-    """The run in progress is lost; the next one needs nothing done to the nodes."""
+    """Restart the SuperLink: the present run is lost, and the nodes serve the next one unchanged."""
     lost = scene.start("lost")
     scene.wait_for_message("train")
     scene.loopback.processes.kill(scene.loopback.server)
@@ -169,7 +169,7 @@ def read_only_run_folder(scene: Scene) -> RunStatus:
 
 
 def full_disk(scene: Scene) -> RunStatus:
-    """The run folder's disk fills up after the first round; there is room again for the resumed run."""
+    """Fill the run folder's disk after the first round, and make room again for the resumed run."""
     with small_disk(scene.runs):
         run = scene.start()
         scene.wait("a checkpoint", (scene.folder / "checkpoint/round-000001").exists)
@@ -189,7 +189,7 @@ def full_disk(scene: Scene) -> RunStatus:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """Mount a disk of 16 MB, in memory."""
+    """Mount a disk of 16 MB in memory."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
     subprocess.run(mount, check=True, timeout=30)
@@ -200,7 +200,7 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 def fill(file: Path) -> None:
-    """Write until nothing fits any more."""
+    """Write until the disk is full."""
     size = 1 << 20
     with file.open("wb", buffering=0) as stream:
         while size:
@@ -227,7 +227,7 @@ FAULTS: dict[str, Callable[[Scene], RunStatus]] = {
     "full-disk": full_disk,
 }
 SETTINGS: Mapping[str, Mapping[str, Scalar]] = {"client-raises": {"max-step-seconds": 1e-9}}
-# What cannot be played everywhere, and why.
+# Faults that cannot be run everywhere, and why.
 IMPOSSIBLE = {"full-disk": "only root can mount a disk" if os.geteuid() else ""}
 
 

@@ -1,12 +1,12 @@
-"""Accuracy on digits while some clients send the opposite of what they learnt, by how it is averaged.
+"""Accuracy on digits, by aggregation rule, if some clients send the opposite of their updates.
 
     python benchmarks/hostile.py --json hostile.json            # 16 runs of 10 rounds
     python benchmarks/hostile.py --hostile 1 --rounds 5 federation.clients-per-round=5
 
-Ten clients, one layer each, as in conf/default.toml. A hostile client answers probes honestly, trains
-like the others, and sends its update times -10. "clip" is the mean of updates that are scaled down to a
-norm of `--clip`; the trimmed mean leaves out 30% at either end. Settings at the end are those of
-`layerfed run`.
+There are ten clients with one layer each, as in conf/default.toml. A hostile client answers probes
+honestly, trains like the others, and sends its update times -10. "clip" is the mean of updates that are
+scaled down to a norm of `--clip`. The trimmed mean leaves out 30% at either end. Settings at the end are
+those of `layerfed run`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ console = Console()
 
 
 def opposite(hostile: int, factor: float) -> Mod:
-    """Have the clients of the first so many partitions send their updates times -factor."""
+    """Let the clients of the first partitions send their updates times -factor."""
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         reply = call_next(message, context)
@@ -60,14 +60,14 @@ def opposite(hostile: int, factor: float) -> Mod:
 
 
 def work(hostile: int, factor: float, settings: list[str]) -> dict[str, Any]:
-    """Run once; return what matters of the run's summary and last round."""
+    """Run once; return the figures of the run's summary and last round."""
     with tempfile.TemporaryDirectory() as runs:
         config = load_config(None, [*settings, f"run.dir={runs}", "run.name=run"])
         flat = config.to_flat()
         clients = config.federation.clients
         grid = InProcessGrid(build_client_app([opposite(hostile, factor)]), clients, flat)
         context = Context(1, SUPERLINK_NODE_ID, dict(HERE), RecordDict(), flat)
-        # Clients whose model has become NaN give nothing usable; what was reached until then counts.
+        # Clients whose model has become NaN give nothing usable. The accuracy until then counts.
         with suppress(RoundFailed):
             build_server_app([], lambda path: None)(grid, context)
         summary = json.loads((Path(runs) / "run/summary.json").read_text(encoding="utf-8"))

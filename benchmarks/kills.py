@@ -1,11 +1,11 @@
-"""A run on real processes whose server is killed again and again, and that is resumed each time.
+"""A run on real processes whose server is killed many times, and resumed each time.
 
     python benchmarks/kills.py --kills 20 --json kills.json     # three quarters of an hour
 
-At random moments the ServerApp, the SuperLink, or all of the server (both, and the gateway) get a
-kill -9. A run that is ahead of its kills gets the next one at once, so that all of them come before its
-end. What was killed is started again, and the run goes on from its last checkpoint, as `layerfed deploy
-run --resume` has it. In the end masks and weights are compared with an undisturbed simulation.
+At random moments the ServerApp, the SuperLink, or the whole server (both, and the gateway) gets a
+kill -9. A run that is ahead of its kills gets the next one at once, so that all kills come before its
+end. The killed processes are started again, and `layerfed deploy run --resume` continues the run from
+its last checkpoint. In the end masks and weights are compared with an undisturbed simulation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from layerfed.runs import read_lines
 from layerfed.runs.signals import clean_up_on_sigterm
 
 VICTIMS = ("serverapp", "superlink", "server")
-# Masks that differ by round, no probe, and a server optimiser with something to remember.
+# Masks that differ by round, no probe, and a server optimiser with a state.
 SETTINGS: dict[str, Scalar] = {
     "strategy.name": "random",
     "server.optimizer": "momentum",
@@ -42,26 +42,26 @@ SETTINGS: dict[str, Scalar] = {
     "federation.min-replies": NODES,
 }
 LONGEST_WAIT = 600.0
-# Asking the SuperLink how the run stands costs seconds of a core.
+# Each look at the run's status through the SuperLink costs seconds of a core.
 LOOK_SECONDS = 45.0
 
 
 @dataclass
 class Kill:
-    """One kill, and what it cost.
+    """One kill and its cost.
 
     Attributes
     ----------
     number : int
     victim : str
     life : float
-        Seconds the run had had since it was started or resumed.
+        Seconds since the run was started or resumed.
     in_flight : int
         The round that was cut off.
     lost : int
-        Rounds that the run folder had lines of, and that were done again for want of a checkpoint.
+        Rounds that were in the run folder and had to be repeated, since no checkpoint had them.
     seconds : float or None
-        Until the resumed run finished a round; None if the next kill came first.
+        Seconds until the resumed run finished a round; None if the next kill came first.
     """
 
     number: int
@@ -73,20 +73,20 @@ class Kill:
 
 
 class Server:
-    """The server of a scene, parts of which are killed and brought back."""
+    """The server of a scene, whose parts are killed and started again."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self.run = 0
         self.failed: list[str] = []
-        """How runs ended that nobody killed: none should."""
+        """The ends of runs that were not killed; there should be none."""
 
     def go_on(self) -> None:
-        """Start the run, or resume it where it has a checkpoint."""
+        """Start the run, or resume it if it has a checkpoint."""
         self.run = self.scene.resume()
 
     def kill(self, victim: str) -> None:
-        """Kill, start what was killed, and wait until nobody writes the run folder any more."""
+        """Kill a part, start it again, and wait until no process writes the run folder any more."""
         loopback = self.scene.loopback
         apps = self._server_apps()
         if victim == "serverapp":
@@ -100,7 +100,7 @@ class Server:
             loopback.start_gateway()
         if victim != "serverapp":
             loopback.start_superlink()
-        # A ServerApp that lost its SuperLink has to notice; until then the folder is its own.
+        # A ServerApp that lost its SuperLink keeps the folder until it notices.
         self.scene.wait(
             "the ServerApp is gone",
             lambda: not any(map(lives, apps)),
@@ -127,7 +127,7 @@ class Server:
 
 
 def lives(pid: int) -> bool:
-    """Say whether a process is there, and not only waits for its parent to notice its end."""
+    """Return whether a process is alive, and not a zombie."""
     with suppress(OSError):
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
         return stat.rpartition(")")[2].split()[0] != "Z"
@@ -146,7 +146,7 @@ def run_among_kills(
     seed: int,
     note: Callable[[list[Kill]], None],
 ) -> list[Kill]:
-    """Run to the end, with `kills` kills on the way."""
+    """Run to the end, with a number of kills on the way."""
     draws, done, scene = random.Random(seed), list[Kill](), server.scene
     rounds = scene.configured("planned").federation.rounds
     killed = time.monotonic()

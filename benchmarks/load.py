@@ -1,4 +1,4 @@
-"""Does anything grow? Memory, descriptors, threads and files, round by round, after a warm-up.
+"""Growth of memory, descriptors, threads and files over the rounds of a long run.
 
     python benchmarks/load.py --json load.json                    # all three, half an hour
     python benchmarks/load.py --engine inprocess --rounds 100
@@ -32,9 +32,9 @@ from layerfed.runs.records import Observer, RoundRecord
 from layerfed.runs.signals import clean_up_on_sigterm
 
 ENGINES = ("inprocess", "ray", "superlink")
-# Below this, what a process holds is the same: pages come and go.
+# A smaller growth counts as none, since pages come and go.
 STEADY = {"MB": 0.05, "descriptors": 0.1, "threads": 0.1, "files": 0.1}
-# One step on a few examples, and no probe: what counts is the number of messages.
+# One step on a few examples and no probe, since only the number of messages matters.
 TINY: dict[str, Scalar] = {
     "task.partition": "iid",
     "strategy.name": "random",
@@ -71,7 +71,7 @@ def stored(what: str, folder: Path) -> Sample:
 
 
 def simulated(engine: str, clients: int, rounds: int) -> list[Sample]:
-    """Run a simulation, and sample this process and those it started."""
+    """Run a simulation, and sample this process and its descendants."""
     with tempfile.TemporaryDirectory(prefix="layerfed-load-") as private:
         folder = Path(private)
         settings: dict[str, Scalar] = {
@@ -81,7 +81,7 @@ def simulated(engine: str, clients: int, rounds: int) -> list[Sample]:
             "federation.rounds": rounds,
             "run.dir": private,
             "run.name": "load",
-            # Given, or the Ray engine makes one that this does not know of.
+            # Given here, since the Ray engine would otherwise make a store at an unknown place.
             "exchange.store": str(folder / "layers"),
         }
         # Room for two versions of the model, as the Ray engine's own store has.
@@ -134,7 +134,7 @@ def deployed(nodes: int, rounds: int, note: Callable[[list[Sample]], None]) -> l
 
 
 def of_federation(loopback: Loopback, scene: Scene) -> Sample:
-    """Return what the federation's processes hold, and what it keeps on disk."""
+    """Return the usage of the federation's processes, and of its files on disk."""
     server = loopback.server.pid
     started = loopback.processes.by_name
     nodes = [process.pid for name, process in started.items() if name.startswith("node-")]
@@ -154,7 +154,7 @@ def of_federation(loopback: Loopback, scene: Scene) -> Sample:
 
 
 def summary(samples: list[Sample], warm_up: int) -> Iterator[dict[str, Any]]:
-    """Yield for each quantity what it was after the warm-up and at the end, and its growth."""
+    """Yield each quantity after the warm-up and at the end, and its growth."""
     for name in samples[-1] if samples else ():
         values = [sample.get(name, 0.0) for sample in samples]
         slope = growth(values, warm_up)

@@ -1,9 +1,9 @@
-"""CPU time and memory to get at a task's examples: the first time on a machine, and in the next process.
+"""CPU time and memory of loading a task's examples, first on a new machine and then in a new process.
 
     python benchmarks/loading.py task.name=cifar10 task.data=path/to/cifar10 federation.clients=100
 
-Settings are those of `layerfed run`. Each row is a process of its own, with a cache that is new to the
-first; `private_mb` is memory that is not of a memory-mapped file, imports aside.
+Settings are those of `layerfed run`. Each row is a process of its own, and the first one has an empty
+cache. `private_mb` is the memory that is not of a memory-mapped file, without that of imports.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def measure(settings: list[str]) -> dict[str, float]:
 
 
 def _private() -> int:
-    """Return bytes of this process that no file backs, and so no other process shares (Linux)."""
+    """Return this process's bytes that no file backs and no other process shares (Linux)."""
     fields = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in fields if line.startswith("Anonymous:")) * 1024
 

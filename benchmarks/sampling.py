@@ -1,4 +1,4 @@
-"""What processes hold: memory, descriptors, threads; and whether any of it grows."""
+"""Samples of processes' memory, descriptors and threads, and their growth."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["Usage", "command", "descendants", "disk", "growth", "of_processes"]
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process holds, or several together: bytes, open descriptors, threads.
+    """The usage of one process or of several together: bytes, open descriptors, threads.
 
-    Bytes are resident and its own: what is shared, such as Ray's object store, fills up as it is used.
+    Bytes are resident and private. Shared memory does not count: Ray's object store fills up with use.
     """
 
     memory: int = 0
@@ -29,7 +29,7 @@ class Usage:
 
 
 def of_processes(pids: Iterable[int]) -> Usage:
-    """Return what processes hold together; one that has just ended holds nothing."""
+    """Return the usage of processes together; a process that has just ended counts as 0."""
     total = Usage()
     for pid in pids:
         with suppress(OSError):
@@ -49,7 +49,7 @@ def descendants(root: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            # After the name, which may hold anything, in parentheses: state and parent.
+            # State and parent come after the name, which is in parentheses and may hold any character.
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
             children.setdefault(int(parent), []).append(int(folder.name))
     found, unseen = list[int](), [root]
@@ -60,7 +60,7 @@ def descendants(root: int) -> list[int]:
 
 
 def command(pid: int) -> str:
-    """Return a process's command line; empty where it has ended."""
+    """Return a process's command line; empty if it has ended."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     return ""
@@ -78,7 +78,7 @@ def disk(folder: Path) -> tuple[int, int]:
 
 
 def growth(values: Sequence[float], warm_up: int) -> float:
-    """Return the slope of a least-squares line through what comes after the warm-up, a round."""
+    """Return the growth in each round: the slope of a least-squares line after the warm-up."""
     rest = np.asarray(values[warm_up:], dtype=np.float64)
     if len(rest) < 2:
         return float("nan")

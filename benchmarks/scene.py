@@ -1,4 +1,4 @@
-"""A run on real processes to which something happens, and what should have come of it."""
+"""Scenes: runs on real processes with a fault, and the check of their results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NODES = 2
 WAIT_SECONDS = 900.0
 FAULTY = 1  # the partition whose node goes wrong
 
-# A client that is not what it should be, in place of the app's own.
+# A faulty client, which replaces the app's own.
 CHANGED_CLIENT = '''
 """A client that goes wrong on purpose."""
 
@@ -64,7 +64,7 @@ client_app = build_client_app([wrong])
 
 @dataclass
 class Scene:
-    """One federation, and the runs that it is given."""
+    """One federation and its runs."""
 
     loopback: Loopback
     runs: Path
@@ -72,7 +72,7 @@ class Scene:
     overrides: dict[str, Scalar] = field(default_factory=dict)
     app: Path = ROOT
     found: list[str] = field(default_factory=list)
-    """What a fault's function saw itself, beside what the run folder says."""
+    """Observations of the fault's function, beside those in the run folder."""
 
     def configured(self, name: str = "faulty") -> RunConfig:
         settings: dict[str, Scalar] = {
@@ -96,7 +96,7 @@ class Scene:
         return self.loopback.start_run(self.app, self.configured(name))
 
     def resume(self) -> int:
-        """Go on with the run, or start it anew where it has no checkpoint yet."""
+        """Resume the run, or start it again if it has no checkpoint yet."""
         if latest_checkpoint(self.folder) is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             return self.start()
@@ -121,7 +121,7 @@ class Scene:
             time.sleep(every)
 
     def wait_for_message(self, kind: str) -> None:
-        """Wait until the faulty node has a message in hand."""
+        """Wait until the faulty node works on a message."""
         log = self.loopback.processes.logs / f"node-{FAULTY}.log"
         self.wait(kind, lambda: f"Receiving: {kind} message" in log.read_text(errors="replace"))
 
@@ -133,7 +133,7 @@ class Scene:
         self.wait(f"round {number}", lambda: self.rounds() >= number)
 
     def wait_for_nodes(self, count: int = NODES) -> None:
-        """Wait until so many nodes are connected; the SuperLink may have to come back first."""
+        """Wait until a number of nodes are connected; the SuperLink may be restarting."""
 
         def online() -> bool:
             try:
@@ -148,7 +148,7 @@ class Scene:
 
 
 def changed_app(scene: Scene, change: str) -> Path:
-    """Return a copy of the app in which the faulty node's client does something else."""
+    """Return a copy of the app with a changed client for the faulty node."""
     copy = scene.loopback.folder / "app"
     shutil.copytree(ROOT / "layerfed", copy / "layerfed")
     for name in ("README.md", "LICENSE", "conf/default.toml"):
@@ -164,7 +164,7 @@ def changed_app(scene: Scene, change: str) -> Path:
 
 # ----------------------------------------------------------------------------------- the verdict
 def replayed(folder: Path, flat: Flat) -> dict[str, np.ndarray]:
-    """Run in one process what a run folder tells; whoever did not answer there does not here."""
+    """Repeat a run folder's run in one process; clients that did not answer there are silent here."""
     absent: set[tuple[str, int, int]] = set()
     for row in read_lines(folder / "selection.jsonl"):
         everyone = range(int(flat["federation.clients"]))
@@ -181,7 +181,7 @@ def replayed(folder: Path, flat: Flat) -> dict[str, np.ndarray]:
             raise TimeoutError("silent")
         return call_next(message, context)
 
-    # Whoever was not sampled is silent too, so everyone can be asked.
+    # Clients that were not sampled are silent too, so all can be asked.
     flat = {**flat, "federation.clients-per-round": flat["federation.clients"]}
     grid = InProcessGrid(build_client_app([silent]), int(flat["federation.clients"]), flat)
     with tempfile.TemporaryDirectory() as runs:

@@ -1,10 +1,11 @@
-"""What a secure sum takes, by number of clients: CPU seconds of a client and the server, and bytes.
+"""The cost of a secure sum by number of clients: CPU seconds of a client and of the server, and bytes.
 
     python benchmarks/secure_sum.py --json secure_sum.json
 
-The protocol alone, between objects of one process: all clients agree on masks and mask a vector, a
-tenth of them drop out with theirs, two thirds of all reveal their shares. The mean is checked against
-the plain one. Seconds of a client are the mean over all; what is sent beside the vector is counted.
+It measures the protocol alone, between objects of one process. All clients agree on pads and pad a
+vector. Then a tenth of the clients drop out, and two thirds of all reveal their shares. The mean is
+checked against the plain mean. A client's seconds are the mean over all clients; bytes are those sent
+beside the vector.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from layerfed.secure.crypto import KEY_BYTES, SEALED_BYTES, SECRET_BYTES
 from layerfed.secure.participant import Participant
 from layerfed.secure.secure_sum import SecureSum
 
-COLUMNS = ("clients", "agree", "mask", "unmask", "server", "extra_kb_up", "extra_kb_down")
+COLUMNS = ("clients", "agree", "pad", "unmask", "server", "extra_kb_up", "extra_kb_down")
 console = Console()
 
 
@@ -52,19 +53,19 @@ def measure(clients: int, elements: int) -> dict[str, float]:
         keys = [member.keys() for member in members]
     total = SecureSum("run/1", needed)
     total.keys = dict(enumerate(keys))
-    sealing, masking = [k.sealing for k in keys], [k.masking for k in keys]
+    sealing, padding = [k.sealing for k in keys], [k.masking for k in keys]
     for member in members:
         with seconds("agree"):
-            sealed = member.share_secrets(needed, range(clients), sealing, masking)
+            sealed = member.share_secrets(needed, range(clients), sealing, padding)
         total.take_sealed(member.own, sealed)
     point = total.begin(SecAggConfig().range, dict.fromkeys(range(clients), 100))
     exact, survivors = np.zeros(elements), clients - clients // 10
     for member in members:
         update = rng.standard_normal(elements, dtype=np.float32) / 100
         sealed = total.sealed_for(member.own)
-        with seconds("mask"):
+        with seconds("pad"):
             vector, _ = point.encode([update], 100)
-            member.mask(vector, total.peers, sealed)
+            member.pad(vector, total.peers, sealed)
         if member.own < survivors:
             total.add(member.own, vector)
             exact += update / survivors
@@ -79,7 +80,7 @@ def measure(clients: int, elements: int) -> dict[str, float]:
     down = clients * (2 * KEY_BYTES + SEALED_BYTES + 8 + 8 + 8)
     return {
         "clients": clients,
-        **{part: seconds.of[part] / clients for part in ("agree", "mask")},
+        **{part: seconds.of[part] / clients for part in ("agree", "pad")},
         "unmask": seconds.of["unmask"] / needed,
         "server": seconds.of["server"],
         "extra_kb_up": up / 1e3,
@@ -96,7 +97,7 @@ def main(
     rows = [measure(count, elements) for count in clients or [5, 10, 20, 50]]
     table = Table(
         "clients",
-        *(f"{who}, s" for who in ("client: agree", "client: mask", "client: unmask", "server")),
+        *(f"{who}, s" for who in ("client: agree", "client: pad", "client: unmask", "server")),
         "more up, kB",
         "more down, kB",
         title=f"{elements:,} elements",

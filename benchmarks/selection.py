@@ -4,19 +4,21 @@
     python benchmarks/selection.py --part compare --time-limit 20
     python benchmarks/selection.py --quick
 
-Same instances, one thread (set OMP_NUM_THREADS=1): ours; PuLP on the pairwise form of the paper (CBC and
-HiGHS); PuLP on the count form (HiGHS); and cvxpy with ECOS_BB on the pairwise form, with squared
-differences of scalar variables as the paper's released code poses it, and with the 1-norm, which cvxpy
-handles much better. The last two need `pip install cvxpy ecos` and are skipped, saying so, where that is
-missing.
+All get the same instances and one thread (set OMP_NUM_THREADS=1):
 
-Each peer runs in a process of its own that is ended --time-limit seconds (and 5 s for starting it)
-after it began, so `compare` takes at most 18 instances x 5 peers x that long; about a quarter of an
-hour at 20 s. A peer that was ended, ran out of memory or would need millions of variables is reported
-as that. It counts with the time it took, so its ratio is a lower bound (marked ≥).
+- LayerFed's solver;
+- PuLP on the pairwise form of the paper (CBC and HiGHS), and on the count form (HiGHS);
+- cvxpy with ECOS_BB on the pairwise form, with squared differences of scalar variables (as in the
+  paper's released code), and with the 1-norm, which cvxpy handles much better. These two need
+  `pip install cvxpy ecos`; without it they are skipped with a note.
 
-Values are log-normal, with one factor per layer and one per client and layer; budgets are the same
-for all clients or a half-normal on 1..4; λ is scale-free.
+Each peer runs in a process of its own, which is ended after --time-limit seconds (plus 5 s for its
+start). So `compare` takes at most 18 instances x 5 peers x that time: about a quarter of an hour at
+20 s. A peer that was ended, ran out of memory or would need millions of variables is reported as such.
+It counts with the time it took, so its ratio is a lower bound (marked ≥).
+
+Values are log-normal, with one factor for each layer and one for each client and layer. Budgets are the
+same for all clients, or a half-normal on 1..4. λ is scale-free.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Part(StrEnum):
 
 @dataclass(frozen=True)
 class Row:
-    """One solver on one instance (or a group of instances, `count` of them)."""
+    """One solver on one instance, or on a group of `count` instances."""
 
     part: str
     solver: str
@@ -86,7 +88,7 @@ def instance(
     *,
     largest_cost: int = 1,
 ) -> SelectionProblem:
-    """Draw one round. Costs are whole numbers in 1..`largest_cost`, budgets scale along."""
+    """Draw one round. Costs are whole numbers in 1..`largest_cost`, and budgets scale with them."""
     values = rng.lognormal(size=(1, layers)) * rng.lognormal(sigma=0.7, size=(n, layers))
     if budgets == "identical":
         room = np.full(n, float(rng.integers(1, 5)))
@@ -99,7 +101,7 @@ def instance(
 
 
 def random_instances(rng: np.random.Generator, count: int, sample: int, limit: float) -> list[Row]:
-    """Unit costs, n and L up to 40, λ from 0.01 to 10: certificates, and agreement with MILP."""
+    """Check certificates and agreement with MILP: unit costs, n and L up to 40, λ from 0.01 to 10."""
     answers: list[Answer] = []
     worst_difference, proved, milp_seconds = 0.0, 0, []
     for index in range(count):
@@ -139,7 +141,7 @@ def random_instances(rng: np.random.Generator, count: int, sample: int, limit: f
 
 
 def parameter_costs(rng: np.random.Generator, count: int, limit: float) -> list[Row]:
-    """Whole costs 1..50 at n=20, L=12: the knapsack case."""
+    """Check the knapsack case: whole costs 1..50 at n=20, L=12."""
     answers = [
         ours(
             instance(
@@ -168,7 +170,7 @@ def compare(
     limit: float,
     peers: list[str],
 ) -> Iterator[Row]:
-    """Ours and every peer, on the same instances."""
+    """Run LayerFed's solver and every peer on the same instances."""
     for n, layers in sizes:
         for budgets in BUDGETS:
             for relative in lambdas:
@@ -182,7 +184,7 @@ def compare(
 
 
 def _difference(mine: Answer, other: Answer) -> float | None:
-    """By how much ours is better, relative to ours."""
+    """Return by how much LayerFed's objective is better, relative to itself."""
     if mine.objective is None or other.objective is None:
         return None
     return (mine.objective - other.objective) / max(abs(mine.objective), 1e-300)
@@ -219,9 +221,9 @@ def _row(place: tuple[str, int, int, str, float], name: str, answer: Answer, min
 def scaling(
     rng: np.random.Generator, counts: list[int], limit: float, peers: list[str]
 ) -> Iterator[Row]:
-    """Time over the number of clients: ours at three depths of model, the peers at the first.
+    """Measure time over the number of clients: LayerFed at three depths, the peers at the first.
 
-    A peer is not tried on more clients than it first reached its limit with.
+    A peer that reached its limit is not tried on more clients.
     """
     for layers in DEPTHS:
         for n in counts:
@@ -293,7 +295,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Time over clients, log-log; a cross marks where a limit ended a peer."""
+    """Draw time over clients, log-log; a cross marks a peer that a limit ended."""
     figure, axes = plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
     scaled = [row for row in rows if row.part == "scaling"]
     lines = sorted({(row.solver != "ours", row.solver, row.layers or 0) for row in scaled})

@@ -1,8 +1,8 @@
-"""Ways to solve (P1) that `benchmarks/selection.py` compares: ours, PuLP's and cvxpy's.
+"""The solvers of (P1) that `benchmarks/selection.py` compares: LayerFed's, PuLP's and cvxpy's.
 
-Peers run in a child process each, bounded by wall clock and memory: CBC looks at its time limit every
-few minutes, ECOS_BB has none, and models of pairs outgrow any memory. What a bound ended is said so.
-The child is this file, with the instance on stdin and the answer on stdout:
+Each peer runs in a child process with bounds on wall clock and memory, since CBC checks its time limit
+only every few minutes, ECOS_BB has none, and models of pairs outgrow any memory. The result says if a
+bound ended it. The child is this file, with the instance on stdin and the answer on stdout:
 
     python benchmarks/selection_peers.py "pulp count highs" 20 < instance.json
 """
@@ -32,19 +32,19 @@ import pulp
 from layerfed.selection import SelectionError, SelectionProblem, solve, solve_milp
 from layerfed.selection.milp import weighted_sum
 
-#: Bytes of address space of a peer, its own child processes included.
+#: Largest address space of a peer in bytes, with its own child processes.
 MEMORY = 6 * 2**30
 
-#: Models of more variables are not written down: PuLP takes about a kilobyte for each.
+#: Largest number of variables of a model; PuLP takes about a kilobyte for each.
 MOST_VARIABLES = 3_000_000
 
-#: Seconds on top of the limit for starting Python, writing the model and reading the answer.
+#: Seconds added to the limit, for starting Python, building the model and reading the answer.
 GRACE = 5.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a solver says about one instance; `note` says what ended it early, if anything did."""
+    """A solver's answer on one instance; `note` says what ended it early, if anything did."""
 
     objective: float | None
     seconds: float
@@ -73,7 +73,7 @@ def count_form(problem: SelectionProblem, limit: float) -> Answer:
         selection = solve_milp(problem, time_limit=limit)
     except SelectionError as error:
         elapsed = time.perf_counter() - started
-        # Giving up early, on a model too large, is no time that a solver took.
+        # The time in which a solver gives up on a large model does not count.
         return Answer(None, elapsed if elapsed > limit / 2 else 0.0, limited=True, note=str(error))
     return Answer(
         selection.objective, selection.seconds, selection.gap, limited=selection.gap > 1e-6
@@ -81,7 +81,7 @@ def count_form(problem: SelectionProblem, limit: float) -> Answer:
 
 
 def pairwise(backend: str) -> Peer:
-    """PuLP on (P1) as the paper writes it: a variable for each pair's dissent on each layer."""
+    """Solve (P1) with PuLP in the paper's form: a variable for each pair's dissent on each layer."""
 
     def run(problem: SelectionProblem, limit: float) -> Answer:
         started = time.perf_counter()
@@ -114,7 +114,7 @@ def pairwise(backend: str) -> Peer:
 
 
 def cvxpy_form(squares: bool) -> Peer:
-    """(P1) in cvxpy with ECOS_BB, which takes no time limit; no usable masks, no objective."""
+    """Solve (P1) with cvxpy and ECOS_BB, which has no time limit; without usable masks, no objective."""
 
     def run(problem: SelectionProblem, _limit: float) -> Answer:
         cp: Any = import_module("cvxpy")
@@ -165,7 +165,7 @@ def present_peers() -> list[str]:
 
 
 def bounded(name: str, problem: SelectionProblem, limit: float) -> Answer:
-    """Run a peer in a process of its own, for at most `limit` + `GRACE` seconds."""
+    """Run a peer in a process of its own for at most `limit` + `GRACE` seconds."""
     n, layers = problem.values.shape
     variables = n * layers + (0 if name == "pulp count highs" else n * (n - 1) // 2 * layers)
     if variables > MOST_VARIABLES:

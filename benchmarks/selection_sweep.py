@@ -1,4 +1,4 @@
-"""How often selection is proved optimal, over many kinds of rounds: gains, costs, budgets, λ, sizes.
+"""How often selection is proved optimal, by kind of gains, costs, budgets and λ, and by size.
 
     OMP_NUM_THREADS=1 python benchmarks/selection_sweep.py --size 1000x80 --count 150 --time-limit 5
     OMP_NUM_THREADS=1 python benchmarks/selection_sweep.py --costs measured --size 100x32 --count 40
@@ -10,13 +10,13 @@ five groups of clients; uniform; Pareto (1.5); and `ties`, whole numbers 0..5, o
 Budgets: 1, 2, 4 or 8 layers for all, a half-normal on 1..4, or anything up to half of the model.
 Relative λ from 0.01 to 10.
 
-Costs: `unit`; `integer`, whole numbers 1..50 for each layer; `measured`, seconds with 5% noise by client
-and layer on devices of different speed, with the cost of reaching down to a layer in every second
-instance (`depth`: in all), rounded as the `ilp` strategy does (2% of a budget).
+Kinds of costs: `unit`; `integer`, whole numbers 1..50 for each layer; and `measured`, seconds with 5%
+noise by client and layer on devices of different speed. Every second `measured` instance has depth costs
+too (with `depth` all have), and they are rounded as in the `ilp` strategy (2% of a budget).
 
 --table takes the sizes and costs of `TABLE` in turn. --without switches one mechanism of the solver off,
-to see what it buys. --cpu-clock counts this thread's CPU seconds, for limits as well: on a machine with
-other work, wall clock measures that work.
+to show its effect. --cpu-clock counts this thread's CPU seconds, also for limits, since on a busy
+machine wall clock measures the other work too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LAMBDAS = [0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 3.0, 10.0]
 
 
 class Costs(StrEnum):
-    """What a layer costs."""
+    """The kinds of costs."""
 
     UNIT = "unit"
     INTEGER = "integer"
@@ -74,7 +74,7 @@ TABLE = [
 
 @dataclass(frozen=True)
 class Result:
-    """One instance and how it was solved."""
+    """The result on one instance."""
 
     clients: int
     layers: int
@@ -117,7 +117,7 @@ def rooms(rng: np.random.Generator, budgets: str, n: int, layers: int) -> np.nda
 def additive(
     rng: np.random.Generator, n: int, layers: int, count: int, largest_cost: int
 ) -> Iterator[tuple[SelectionProblem, str, str, float]]:
-    """Whole costs 1..`largest_cost`: every combination in a random order."""
+    """Yield instances with whole costs 1..`largest_cost`: every combination, in a random order."""
     combinations = list(itertools.product(KINDS, BUDGETS, LAMBDAS))
     rng.shuffle(combinations)
     for kind, budgets, relative in itertools.islice(itertools.cycle(combinations), count):
@@ -134,7 +134,7 @@ def additive(
 def measured(
     rng: np.random.Generator, n: int, layers: int, count: int, always_depth: bool
 ) -> Iterator[tuple[SelectionProblem, str, str, float]]:
-    """Noisy seconds, with the cost of reaching down to a layer in half of the instances or all."""
+    """Yield instances with noisy seconds as costs, and depth costs in half of them or in all."""
     for index in range(count):
         values = gains(rng, "layer", n, layers)
         speed = rng.lognormal(sigma=0.3, size=(n, 1))
@@ -163,7 +163,7 @@ def instances(
 
 # ------------------------------------------------------------------------- mechanisms, switched off
 class Mechanism(StrEnum):
-    """What --without switches off."""
+    """The mechanisms that --without can switch off."""
 
     NOTHING = "nothing"
     BRANCHING = "branching"
@@ -175,7 +175,7 @@ class Mechanism(StrEnum):
 
 
 def switch_off(mechanism: Mechanism) -> None:
-    """Replace one mechanism of the solver, for the rest of this process, by what does without it."""
+    """Switch one mechanism of the solver off for the rest of this process."""
     if mechanism == Mechanism.BRANCHING:
         lagrangian.branch = lambda problem, oracle, search, parts: parts
     elif mechanism == Mechanism.MULTIPLIERS:
@@ -206,7 +206,7 @@ def solved(
 
 
 def summary(results: list[Result]) -> None:
-    """Print one line a kind, and every instance that was not proved in 3 seconds."""
+    """Print one line for each kind, and every instance that was not proved in 3 seconds."""
     for kind in sorted({result.kind for result in results}):
         group = [result for result in results if result.kind == kind]
         seconds = [result.seconds for result in group]
@@ -223,7 +223,7 @@ def summary(results: list[Result]) -> None:
 
 
 def cell(results: list[Result]) -> str:
-    """One cell of the table: proved of all, largest gap, median and mean seconds."""
+    """Return one cell of the table: proved of all, largest gap, median and mean seconds."""
     proved = sum(result.gap <= 1e-6 for result in results)
     seconds = [result.seconds for result in results]
     return (
@@ -243,7 +243,7 @@ def main(
     cpu_clock: Annotated[bool, typer.Option(help="Count CPU seconds.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
 ) -> None:
-    """Solve the instances one by one and say how that went."""
+    """Solve the instances one by one, and print the results."""
     logging.getLogger("layerfed").setLevel(logging.ERROR)
     switch_off(without)
     if cpu_clock:

@@ -1,11 +1,11 @@
-"""Peak memory of the server in one round, by number of clients: ours, and Flower's FedAvg.
+"""Peak memory of the server in one round, by number of clients: LayerFed and Flower's FedAvg.
 
     python benchmarks/server_memory.py --json server_memory.json
 
-A transformer's arrays (12 blocks, 10 million parameters, 41 MB), and replies as a network brings them:
-serialised. Each client trains one block and the head; FedAvg's replies hold the whole model, as its
-tutorial has it. A reply exists from when it is pulled; FedAvg's start() pulls all before it aggregates.
-Each number is the peak of a process of its own, less what it held before the round.
+The model is a transformer's arrays (12 blocks, 10 million parameters, 41 MB). Replies are serialised, as
+from a network. Each of LayerFed's clients trains one block and the head; FedAvg's replies hold the whole
+model, as in its tutorial. A reply is made when it is pulled, and FedAvg's start() pulls all before it
+aggregates. Each number is the peak of a process of its own, less its memory before the round.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ console = Console()
 
 
 class Who(StrEnum):
-    """Whose round it is."""
+    """The two servers."""
 
     LAYERFED = "layerfed"
     FEDAVG = "fedavg"
 
 
 class Net(nn.Module):
-    """Embeddings, blocks and head of a small transformer; nobody runs it here."""
+    """Embeddings, blocks and head of a small transformer; it is never run here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Net(nn.Module):
 
 
 class Replies(Grid):
-    """Clients that exist only as replies, made when they are pulled."""
+    """Clients that exist only as replies, which are made when they are pulled."""
 
     def __init__(self, clients: int, arrays: dict[str, np.ndarray], layers: LayerMap) -> None:
         enter_run()

@@ -1,12 +1,12 @@
-"""Seconds a round: the bare PyTorch loop, our two engines, stock Flower, and pfl-research.
+"""Seconds a round of the bare PyTorch loop, LayerFed's two engines, stock Flower, and pfl-research.
 
     python benchmarks/simulation.py --json simulation.json
     python benchmarks/simulation.py --workload cnn --contender bare --contender in-process --repeats 5
 
-Same model, data and local work for everyone, one thread a worker; each contender in a process of its
-own, all of them in turn, several times over. The first rounds of each process are left out, since it
-builds models and loads data there. Printed are the median of the rest, and its ratio to the bare loop.
-pfl-research (`pip install pfl`) is skipped, saying so, where it is missing.
+All contenders have the same model, data and local work, and one thread for each worker. Each runs in a
+process of its own, all of them in turn and several times. The first rounds of each process are left out,
+since they build models and load data. The table has the median of the rest, and its ratio to the bare
+loop. pfl-research (`pip install pfl`) is skipped with a note if it is not installed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Row:
 
 
 def measure(contender: str, workload: str, rounds: int) -> tuple[list[float], float]:
-    """Run a contender in a process of its own; return seconds a round and its peak memory in GB."""
+    """Run a contender in a process of its own; return its seconds a round and peak memory in GB."""
     done = subprocess.run(
         [
             sys.executable,
@@ -89,7 +89,7 @@ def measure(contender: str, workload: str, rounds: int) -> tuple[list[float], fl
 
 
 def work(contender: str, workload: str, rounds: int) -> None:
-    """Run a contender in this process and print what was measured as JSON."""
+    """Run a contender in this process and print its figures as JSON."""
     import torch
     from contenders import CONTENDERS
     from workloads import WORKLOADS

@@ -1,10 +1,10 @@
-"""What it takes to start a ClientApp: CPU seconds of a fresh process, since each message gets one.
+"""CPU seconds of starting a ClientApp in a new process, as each message on real devices does.
 
     python benchmarks/startup.py --json startup.json
 
-Stages, each in processes of its own: torch alone; Flower's ClientApp with torch, the floor of what any
-app takes; this app's import; and import plus the first message of each kind, on the digits job. The
-first process of a machine, which fills caches, runs before and is not counted.
+Each stage runs in processes of its own: torch alone; Flower's ClientApp with torch, which is the least
+that any app takes; the import of this app; and the import with the first message of each kind, on
+digits. The first process of a machine fills caches; it runs before and does not count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SETTINGS = ["federation.clients=4", "federation.clients-per-round=4", "run.devic
 
 
 def stage(name: str) -> None:
-    """Do what a ClientApp's process does up to some point."""
+    """Run a ClientApp's process up to some stage."""
     import torch
 
     torch.set_num_threads(1)
@@ -48,7 +48,7 @@ def stage(name: str) -> None:
 
 
 def first_message(client_app: object, name: str) -> None:
-    """Answer one message as a node does that holds nothing but the pretrained base."""
+    """Answer one message like a node that has only the pretrained base."""
     from flwr.app import ArrayRecord, Context, RecordDict
 
     from layerfed.client.workbench import workbench
@@ -79,7 +79,7 @@ def first_message(client_app: object, name: str) -> None:
 
 
 def cpu_seconds(name: str) -> float:
-    """Return user and system time of a process that goes through a stage."""
+    """Return the user and system time of a process that runs up to a stage."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
     process = subprocess.Popen([sys.executable, __file__, "--stage", name], env=variables)
     _, status, used = os.wait4(process.pid, 0)

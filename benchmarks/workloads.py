@@ -1,6 +1,6 @@
-"""The models and data that the benchmarks work on, each a task of LayerFed's and plain torch for peers.
+"""The models and data of the benchmarks, each as a task of LayerFed and as plain torch for peers.
 
-Data are random: what is measured is time and memory, and the same for everyone.
+Data are random, since the benchmarks measure time and memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMAGES_OF_A_USER = 50
 class SmallCNN(nn.Module):
     """The net of pfl-research's CIFAR-10 benchmark: two convolutions and two dense layers, 1.6 M.
 
-    In four parts, of which all but the last are selectable layers.
+    It has four parts; all but the last are selectable layers.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class SmallCNN(nn.Module):
 
 
 class Random(Task):
-    """Random images and labels; a client's are drawn from its partition id."""
+    """Random images and labels, which depend on the client's partition id."""
 
     size, examples, classes = 32, IMAGES_OF_A_USER, 10
 
@@ -90,8 +90,8 @@ class ViTB32(Random):
 class Workload:
     """One round's work, the same for every contender.
 
-    `trains` is the strategy: `full` trains everything, `top` the last block and the head. Users are
-    sampled by each contender in its own way; all hold the same number of examples.
+    `trains` is the strategy: `full` trains everything, and `top` the last block and the head. Each
+    contender samples users in its own way; all users have the same number of examples.
     """
 
     name: str
@@ -152,7 +152,7 @@ def local_sgd(
     lr: float,
     steps: int,
 ) -> float:
-    """Train some parameters of a model in place, in the plainest way; return the last loss."""
+    """Train some parameters of a model in place, in the simplest way; return the last loss."""
     parameters = dict(model.named_parameters())
     chosen = set(trained)
     for name, parameter in parameters.items():

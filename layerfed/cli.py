@@ -1,4 +1,4 @@
-"""`layerfed`: run, compare, report, layers, solve, deploy."""
+"""The command `layerfed`: run, compare, report, layers, solve, deploy."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# Before anything imports Flower or Ray: a run neither phones home nor looks for updates.
+# Set before anything imports Flower or Ray: a run sends no telemetry and does not look for updates.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Nor do the bars of Hugging Face's libraries fill logs, of this process or of those it starts.
+# In a log, of this process or of those it starts, Hugging Face's libraries draw no progress bars.
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import layerfed
-from layerfed.config import ConfigError, RunConfig, nearest, parse_override
+from layerfed.config import ConfigError, RunConfig, nearest, parse_override, shipped
 from layerfed.config.command_line import App, complete_setting, read_settings
 from layerfed.config.errors import one_line_errors
 from layerfed.deploy.cli import app as deploy
@@ -74,7 +74,7 @@ def _begin(
         ),
     ] = False,
 ) -> None:
-    # A task of the user's, `module:Class`, may lie where the user stands.
+    # A user's own task, `module:Class`, may be in the current folder.
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
 
@@ -97,21 +97,23 @@ def run(
         Path | None, typer.Option("--dir", help="Where run folders go", show_default="./runs")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="A run folder to go on with, with its own configuration.")
+        Path | None, typer.Option(help="A run folder to continue, with its own configuration.")
     ] = None,
     verbose: Annotated[bool, typer.Option(help="Show Flower's and Ray's own logs.")] = False,
 ) -> None:
-    """Run one federated fine-tuning on this machine, or go on with one that was interrupted."""
+    """Run one federated fine-tuning on this machine, or continue an interrupted one."""
     from layerfed.runs.signals import clean_up_on_sigterm
 
     clean_up_on_sigterm()
-    config = read_settings(settings, resume).simulated()
+    from layerfed.strategies import checked
+
+    config = checked(read_settings(settings, resume).simulated())
     wanted = _engine(engine)
     if directory is not None:
         config = config.model_copy(
             update={"run": config.run.model_copy(update={"dir": str(directory)})}
         )
-    # Imported late, so that `--help` and a wrong configuration answer at once.
+    # Imported late, so that `--help` and errors in a configuration answer at once.
     from layerfed.engine import choose_engine, run_on
     from layerfed.runs import ProgressLine
 
@@ -130,14 +132,14 @@ def run(
     except KeyboardInterrupt:
         _say_how_to_resume([folder.path for folder in folders])
         if chosen == "ray":
-            # Threads that wait for clients which are gone would keep the process for ever.
+            # Threads that wait for clients which are gone would keep the process alive for ever.
             os._exit(130)
         raise typer.Exit(130) from None
     _print_summary(folders[0].path)
 
 
 def _say_how_to_resume(folders: Sequence[Path]) -> None:
-    """Say what an interrupted run leaves, and the command that goes on with it."""
+    """Print what an interrupted run has left, and the command that continues it."""
     from layerfed.runs import latest_checkpoint
 
     if not folders:
@@ -198,7 +200,7 @@ def compare(
         str, typer.Option(help="auto, inprocess or ray; auto with --jobs is inprocess")
     ] = "auto",
 ) -> None:
-    """Compare strategies: run what is missing, write tables and pictures; interrupted, it goes on."""
+    """Compare strategies: run what is missing, write tables and pictures. Run it again to continue."""
     from layerfed.compare import compare as carry_out
     from layerfed.runs.signals import clean_up_on_sigterm
 
@@ -225,7 +227,7 @@ def compare(
 def _plan(
     settings: list[str] | None, strategies: str, budgets: str, seeds: str, only: str
 ) -> tuple[Plan, Path]:
-    """Return the comparison that a command line describes, and where it goes by default."""
+    """Return the comparison that a command line describes, and its default folder."""
     from layerfed.compare import (
         Budget,
         Experiment,
@@ -241,7 +243,7 @@ def _plan(
     words = list(settings or [])
     overrides = [word for word in words if "=" in word]
     refuse_grid_keys((parse_override(word)[0] for word in overrides), "command line")
-    file = Path(words[0]) if words and "=" not in words[0] else None
+    file = shipped(Path(words[0])) if words and "=" not in words[0] else None
     if file is not None and is_table_file(file):
         for option, value in (("--strategies", strategies), ("--budgets", budgets)):
             if value:
@@ -277,10 +279,10 @@ def report(
         ),
     ],
 ) -> None:
-    """Draw a run folder's pictures anew and print its figures; print a comparison's tables."""
+    """Draw a run folder's pictures again and print its figures, or print a comparison's tables."""
     from layerfed.report import draw_run
 
-    # `layerfed compare` writes its tables anew after each run: they are what there is.
+    # `layerfed compare` writes its tables after each run, so they are up to date.
     tables = [file for file in sorted(folder.glob("*.md")) if file.with_suffix(".csv").exists()]
     if tables and not (folder / "config.json").exists():
         for table in tables:
@@ -300,7 +302,7 @@ def report(
 
 @app.command()
 def layers(settings: Settings = None) -> None:
-    """Print how a configuration's model falls into layers."""
+    """Print how a configuration's model is split into layers."""
     config = read_settings(settings)
     from layerfed.task import load_task
 
@@ -335,7 +337,7 @@ def layers(settings: Settings = None) -> None:
 
 
 def _measured(config: RunConfig) -> dict[str, tuple[str, str]]:
-    """Measure here what the clients will measure on their devices: c_l, and c_l + D_l."""
+    """Measure c_l and c_l + D_l here, as the clients will on their devices."""
     from layerfed.client.workbench import workbench
 
     bench = workbench(config.to_flat())
@@ -347,7 +349,7 @@ def _measured(config: RunConfig) -> dict[str, tuple[str, str]]:
 
 
 def _with_tensors(layer: Layer) -> list[str]:
-    """Return the modules that hold tensors (and loose parameters), not dropouts and activations."""
+    """Return a layer's modules with tensors, and its loose parameters; no dropouts or activations."""
     inside = [m for m in layer.modules if any(t.startswith(m + ".") for t in layer.tensors)]
     loose = [t for t in layer.tensors if not any(t.startswith(m + ".") for m in inside)]
     return [*loose, *inside]

@@ -1,8 +1,8 @@
 """The ClientApp: one client's side of a round.
 
-`client_app` is what Flower loads; `build_client_app` makes another, with mods or steps of your own. All
-state between messages is the resident workbench: task, model and optimiser settings, built once per
-process and configuration.
+Flower loads `client_app`. `build_client_app` makes another one, with mods or steps of your own. The only
+state between messages is the resident workbench: task and model, built once for each process and
+configuration.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ __all__ = ["build_client_app", "client_app"]
 
 
 def describe(message: Message, context: Context) -> Message:
-    """Say which partition this node holds, how many examples, and what it can afford."""
+    """Answer with this node's partition, its number of examples, and its budget."""
     try:
         return describe_reply(message, _description(Node.of(context)))
     except ConfigError as error:
-        # As a reply, not raised: Flower would log a traceback for each client.
+        # A reply and not an error, for which Flower would log a traceback for each client.
         return Message(Error(WRONG_SETTINGS, str(error)), reply_to=message)
 
 
 def _description(node: Node) -> Description:
-    # A partition that is not there is refused by the server, in words a user can act on.
+    # The server refuses a partition that does not exist, with a message that says what to do.
     clients = node.run.federation.clients
     exists = not clients or node.partition < clients
     unit = node.run.budget.unit
@@ -122,7 +122,7 @@ def probe(message: Message, context: Context) -> Message:
 
 
 def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) -> Message:
-    """Train the masked blocks and the head, and send back their updates only."""
+    """Train the selected blocks and the head, and reply with their updates only."""
     node = _as_asked(message, context)
     bench, layers = node.bench, node.bench.resident.layers
     settings = bench.config.train
@@ -174,7 +174,7 @@ def _batches(node: Node, instruction: TrainInstruction, settings: TrainConfig) -
 
 
 def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
-    """Return what builds the local optimiser from the parameters to train."""
+    """Return a function that builds the local optimiser from the parameters to train."""
     if train.optimizer == "adamw":
         return lambda parameters: torch.optim.AdamW(
             parameters, lr=lr, weight_decay=train.weight_decay
@@ -204,9 +204,9 @@ def build_client_app(
     Parameters
     ----------
     mods : list[Mod], optional
-        Flower mods of your own; what they see is a finished reply.
+        Flower mods of your own; they see a finished reply.
     steps : tuple[ClientStep, ...]
-        Steps of your own, which see an update before it is encoded and masked.
+        Steps of your own; they see an update before it is encoded and padded.
     """
     app = ClientApp(mods=[*(mods or ()), keeping_layers(node_store)])
     app.query("describe")(describe)

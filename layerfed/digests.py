@@ -1,7 +1,7 @@
-"""Digests: the names of layers, of a pretrained base, and of what is kept on a disk.
+"""Digests: the names of layers, of a pretrained base, and of files in stores and caches.
 
-All are BLAKE2b of 16 bytes, written as 32 hex digits. Stores, caches and checkpoints lie under these
-names for years: a digest of given content never changes.
+All are BLAKE2b of 16 bytes, written as 32 hex digits. The digest of a given content must never change,
+because stores, caches and checkpoints keep these names for years.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["content_digest", "digest", "fingerprint"]
 
 
 def content_digest(*parts: str | bytes | memoryview) -> str:
-    """Return the digest of some text or bytes, the same whether in one part or in many."""
+    """Return the digest of text or bytes; it does not depend on how they are split into parts."""
     return _digest(parts)
 
 
 def digest(tensors: Mapping[str, np.ndarray | Tensor]) -> str:
     """Return the content digest of a layer, over names, dtypes, shapes and bytes.
 
-    The same for a torch tensor and a numpy array of equal content, in any order of the mapping, of
-    memory, or of bytes in a number.
+    A torch tensor and a numpy array of equal content have the same digest. It does not depend on the
+    order of the mapping, of memory, or of the bytes in a number.
     """
     return _digest(_parts(tensors))
 
@@ -49,7 +49,7 @@ def _parts(tensors: Mapping[str, np.ndarray | Tensor]) -> Iterator[str | memoryv
 
             kind = str(value.dtype).removeprefix("torch.")
             flat = value.detach().cpu().contiguous().view(-1)
-            # As bytes, since numpy lacks bfloat16 and others.
+            # As bytes, since numpy lacks bfloat16 and other types.
             content = flat.view(torch.uint8).numpy()
         yield f"{name}:{kind}:{tuple(value.shape)};"
         yield content.data

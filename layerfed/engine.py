@@ -1,4 +1,4 @@
-"""Running the apps on one machine: in this process, or in Flower's Ray simulation."""
+"""The engines that run both apps on one machine: in this process, or in Flower's Ray simulation."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ __all__ = ["Engine", "EngineName", "InProcessGrid", "choose_engine", "prepare", 
 Engine = Literal["inprocess", "ray"]
 EngineName = Literal["auto", "inprocess", "ray"]
 
-# Ray takes about ten seconds to start and ten milliseconds a message, which a model smaller than this
-# never earns back on its clients' parallel work.
+# Ray takes about ten seconds to start and ten milliseconds a message. For a smaller model, clients that
+# work in parallel never save as much time.
 SMALL_MODEL = 20_000_000
 
 
@@ -54,19 +54,19 @@ HERE = {"store": "memory"}
 
 
 class InProcessGrid(Grid):
-    """A Grid whose nodes are this process: clients work one after another, nothing is serialised.
+    """A Grid whose nodes are this process: clients work one after another, without serialisation.
 
-    A reply is made when it is pulled, one at a time, so there is never more than one in memory.
+    A client works when its reply is pulled, so there is never more than one reply in memory.
 
     Parameters
     ----------
     client_app : flwr.clientapp.ClientApp
     num_supernodes : int
-        Clients; node i holds partition i.
+        The number of clients; node i holds partition i.
     run_config : Flat
-        What each client's context says.
+        The run configuration in each client's context.
     nodes : Sequence[Mapping[str, Scalar]] (default: ())
-        Further settings of the first so many nodes, as in `flower-supernode --node-config`.
+        More settings for the first nodes, one entry for each, as in `flower-supernode --node-config`.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class InProcessGrid(Grid):
         return []
 
     def withdraw(self, message_ids: Iterable[str]) -> None:
-        """Take messages back that no client has worked on yet."""
+        """Withdraw messages that no client has worked on yet."""
         unwanted = set(message_ids)
         self._queue = deque(m for m in self._queue if m.metadata.message_id not in unwanted)
 
@@ -154,14 +154,14 @@ class InProcessGrid(Grid):
     def _work(self, message: Message) -> Message:
         try:
             return self._app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:  # any error of a client is that client's reply
+        except Exception as error:  # every error of a client becomes that client's reply
             log(DEBUG, "a client raised", exc_info=error)
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 def choose_engine(config: RunConfig, engine: EngineName) -> tuple[Engine, str]:
-    """Resolve `auto`; return the engine and why."""
+    """Return the engine, with `auto` resolved, and the reason for it."""
     if engine != "auto":
         return engine, "as asked"
     elements = sum(x.elements for x in workbench(config.to_flat()).resident.layers.layers)
@@ -181,13 +181,13 @@ def _clients_abreast(config: RunConfig) -> int:
 
 
 def _gpu_share(config: RunConfig) -> float:
-    """Return the share of a GPU each client gets: none where the run stays on the CPU."""
+    """Return the share of a GPU that each client gets; 0 if the run is on the CPU."""
     on_gpu = config.run.device == "auto" or config.run.device.startswith("cuda")
     return config.run.client_gpus if on_gpu and torch.cuda.is_available() else 0.0
 
 
 def prepare(config: RunConfig) -> Workbench:
-    """Load a configuration's data and model, and build its strategy, as a run on this machine will.
+    """Load a configuration's data and model, and build its strategy, as a run on this machine would.
 
     Raises
     ------
@@ -218,22 +218,22 @@ def run_on(
     config : RunConfig
     observers : Sequence[Observer] (default: ())
     nodes : Sequence[Mapping[str, Scalar]] (default: ())
-        Settings that nodes of the in-process engine state of themselves, such as a budget each.
+        Own settings of the in-process engine's nodes, such as a budget for each.
     verbose : bool (default: False)
-        Whether Ray's own log is shown.
+        Whether to show Ray's own log.
     opened : Callable[[RunFolder], None]
         Called with the run folder once it exists, before the first round.
 
     Raises
     ------
     ConfigError
-        If the configuration cannot be run; nothing is written then, and no client has worked.
+        If the configuration cannot be run. Nothing is written then, and no client has worked.
     RoundFailed
         If too few clients took part.
     """
     config = config.simulated()
     flat = config.to_flat()
-    # Built here first, so that impossible settings are refused before Ray takes its time to start.
+    # Built here first, so that impossible settings are refused before Ray starts, which takes seconds.
     bench = prepare(config)
     if nodes and engine != "inprocess":
         raise ConfigError(
@@ -263,7 +263,7 @@ def run_on(
                 f"run.client-cpus = {config.run.client_cpus:g}, but this machine has {cores}: no "
                 "client could ever run"
             )
-        # Unless one is named, a store for this run alone: the version in use and the one before.
+        # By default this run gets a store of its own, for the present version and the one before.
         bytes_ = sum(layer.bytes for layer in bench.resident.layers.layers)
         with TemporaryDirectory(prefix="layerfed-", ignore_cleanup_errors=True) as folder:
             own: Flat = {"store": folder, "store-size": 3e-9 * bytes_}
@@ -278,13 +278,13 @@ def run_on(
 
 @without_deprecation()
 def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbose: bool) -> None:
-    # Imported late: Ray takes seconds to import, and the in-process engine does without.
+    # Imported late: Ray takes seconds to import, and the in-process engine does not need it.
     import ray
     from flwr.simulation import run_simulation
 
     def configured(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        # Outside `flwr run`, Flower hands clients an empty run configuration, and insists that the
-        # context it handed over stays as it was: the client gets another, of the same state.
+        # Outside `flwr run`, Flower gives clients an empty run configuration, and its context must not
+        # change. So the client gets another context with the same state.
         mine = Context(
             run_id=context.run_id,
             node_id=context.node_id,
@@ -302,7 +302,7 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbo
 
         def pull_unless_stopped(message_ids: Iterable[str]) -> Iterable[Message]:
             if stopped.is_set():
-                sys.exit()  # ends this thread, which would wait for clients that are gone
+                sys.exit()  # ends this thread, which would otherwise wait for clients that are gone
             return pull(message_ids)
 
         grid.pull_messages = pull_unless_stopped  # type: ignore[method-assign]
@@ -311,7 +311,8 @@ def _run_ray(server: ServerApp, config: RunConfig, flat: Flat, node: Flat, verbo
 
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        # Started here rather than by Flower, since Ray takes SIGTERM for itself, and ends the process.
+        # Started here and not by Flower, because Ray installs its own SIGTERM handler, which ends the
+        # process.
         ray.init(
             include_dashboard=False,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},

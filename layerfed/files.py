@@ -1,4 +1,4 @@
-"""Files and folders that are whole or untouched, whatever happens while they are written."""
+"""Writing files and folders so that they are either complete or unchanged, whatever happens."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ __all__ = ["create", "save_tensors", "whole"]
 
 @contextmanager
 def whole(place: Path, *, shared: bool = False, flush: bool = False) -> Iterator[Path]:
-    """Yield a path beside `place` to write a file or a folder at, then rename it to `place`.
+    """Yield a path beside `place` for a file or a folder, and rename it to `place` afterwards.
 
-    Nothing is left beside `place` if an error is raised: on a full disk, half a file would take the room
-    that the next one needs. Half a file of a killed process goes with the next one of that name.
+    If an error is raised, the temporary file is removed: on a full disk it would take the room that the
+    next file needs. The temporary file of a killed process is removed by the next write of that name.
 
     Parameters
     ----------
     place : Path
-        Its folder exists. What lies there is replaced, a folder with all its content.
+        The final path, in a folder that exists. A file there is replaced, and so is a folder with all
+        its content.
     shared : bool (default: False)
-        Whether several processes may write `place` at once. Each then writes a file of its own name, and
-        the caller clears away what killed ones leave.
+        Whether several processes may write `place` at once. Each then uses a temporary name of its own,
+        and the caller removes the files of killed processes.
     flush : bool (default: False)
-        Whether the content and the rename are on the disk when this ends.
+        Whether the content and the rename must be on the disk at the end of the context.
     """
     beside = place.with_name(f".{place.name}{f'.{uuid4().hex}' if shared else ''}.tmp")
     _remove(beside)
@@ -50,12 +51,12 @@ def whole(place: Path, *, shared: bool = False, flush: bool = False) -> Iterator
 
 
 def create(file: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a new file that has its final mode from the first moment.
+    """Write a new file with its final mode from the first moment.
 
     Raises
     ------
     FileExistsError
-        If there is one already; it is untouched.
+        If the file exists already; it stays unchanged.
     """
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:

@@ -1,7 +1,8 @@
-"""All that this package does with Flower beyond its documented interface, each with its reason.
+"""All uses of Flower beyond its documented interface, each with its reason.
 
-Written for flwr 1.42. A test for each, in `tests/test_flower_compat.py`, fails where a version differs.
-Every process of a client imports this, so it imports nothing that Flower's messages do not.
+They are written for flwr 1.42. Each has a test in `tests/test_flower_compat.py`, which fails if a
+version differs. Every process of a client imports this module, so it imports nothing that Flower's
+messages do not import too.
 """
 
 from __future__ import annotations
@@ -38,23 +39,23 @@ __all__ = [
 
 A = TypeVar("A", bound=type[Array])
 
-# What a run's clients work on, by the class of the grid that the ServerApp is given. The first is this
-# package's own; the second is not exported by Flower, and only made inside its simulation.
+# The engine of a run's clients, by the class of the ServerApp's grid. The first class is LayerFed's own.
+# Flower does not export the second one; it exists only inside its simulation.
 ENGINES = {"InProcessGrid": "inprocess", "InMemoryGrid": "ray"}
 
 
 def enter_run() -> None:
-    """Say that this process is the server of a run: outside of one, no message can be made."""
+    """Mark this process as the server of a run, since Flower makes messages only inside a run."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
 
 
 def empty_run() -> Run:
-    """Return what a grid states of the run of `enter_run`: Flower reads none of it back."""
+    """Return the run that a grid of `enter_run` states; Flower reads none of its fields."""
     return Run.create_empty(1)
 
 
 def stamp(message: Message, **fields: object) -> None:
-    """Set fields of a message's metadata, as Flower's own grids do: a message has no id until then.
+    """Set fields of a message's metadata, such as its id, as Flower's own grids do.
 
     Raises
     ------
@@ -69,20 +70,20 @@ def stamp(message: Message, **fields: object) -> None:
 
 
 def passes_as_array(kind: A) -> A:
-    """Let a subclass of `Array` travel as one: Flower reads objects back by the name of their class."""
+    """Let a subclass of `Array` be sent as `Array`: Flower reads objects back by their class name."""
     kind.__qualname__ = Array.__qualname__
     return kind
 
 
 def engine_of(grid: Grid) -> str:
-    """Return what the clients behind a grid run on: `inprocess`, `ray` or `superlink`."""
+    """Return the engine of the clients behind a grid: `inprocess`, `ray` or `superlink`."""
     return ENGINES.get(type(grid).__name__, "superlink")
 
 
 def withdraw(grid: Grid, message_ids: Iterable[str]) -> bool:
-    """Take back messages that no client has worked on; return whether the grid can do that.
+    """Withdraw messages that no client has worked on; return whether the grid can do that.
 
-    Flower's grids cannot: a client that is late goes on, and its reply has to be fetched and dropped.
+    Flower's grids cannot. A late client goes on there, and its reply must be fetched and dropped.
     """
     take_back = getattr(grid, "withdraw", None)
     if take_back is not None:
@@ -94,8 +95,8 @@ def withdraw(grid: Grid, message_ids: Iterable[str]) -> bool:
 def without_deprecation() -> Iterator[None]:
     """Keep Flower's notes on deprecated entry points out of its log.
 
-    `run_simulation` is one, in favour of `flwr run`: that starts a SuperLink which outlives the run, and
-    here nothing may be left behind.
+    Flower calls `run_simulation` deprecated, in favour of `flwr run`. That command starts a SuperLink
+    which outlives the run, and LayerFed must leave no process behind.
     """
 
     def quiet(record: logging.LogRecord) -> bool:
@@ -109,9 +110,9 @@ def without_deprecation() -> Iterator[None]:
 
 
 def in_one_line(error: Exception) -> None:
-    """Show an error that is about to reach Flower in one line of its log, without a traceback.
+    """Make Flower's log show an error in one line, without a traceback.
 
-    It has to be raised all the same: only then does Flower's list of runs say that this one failed.
+    The error must still be raised, since only then does Flower's list of runs say that the run failed.
     """
 
     def shortened(record: logging.LogRecord) -> bool:

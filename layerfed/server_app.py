@@ -1,4 +1,4 @@
-"""The ServerApp: reads the configuration, builds the strategy, runs it, and closes the run folder."""
+"""The ServerApp: it reads the configuration, builds and runs the strategy, and closes the run folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from layerfed.client.flops import forward_flops
 from layerfed.client.statistics import load_statistic
 from layerfed.client.training import evaluate
-from layerfed.client.workbench import node_store, workbench
+from layerfed.client.workbench import Workbench, node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.errors import EXPECTED
 from layerfed.exchange import LayerStore, record_of
@@ -22,7 +22,7 @@ from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
 from layerfed.privacy.protection import refuse_buffers
 from layerfed.report import draw_run
-from layerfed.runs import Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
+from layerfed.runs import Checkpoint, Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
 from layerfed.runs.records import Observer
 from layerfed.server.aggregation import Aggregation
 from layerfed.server.budgets import Budgets
@@ -33,6 +33,7 @@ from layerfed.server.resuming import check_base
 from layerfed.server.secure_sums import SecureSums
 from layerfed.server.steps import CappedWeights, Clipping, Decoding, ServerStep
 from layerfed.strategies import RoundSettings, SelectiveStrategy, checked, options_of
+from layerfed.task import Examples
 
 __all__ = ["build_account", "build_server_app", "build_strategy", "run", "server_app"]
 
@@ -42,7 +43,7 @@ def build_strategy(
 ) -> SelectiveStrategy:
     """Build the strategy that a configuration names, for a model of these layers.
 
-    Clients that see the same layer store as the server are sent no layers.
+    Clients that read the same layer store as the server are sent no layers.
 
     Raises
     ------
@@ -82,7 +83,7 @@ def build_strategy(
 
 
 def _steps(config: RunConfig) -> tuple[ServerStep, ...]:
-    """Return what updates go through on the server, in order."""
+    """Return the steps of updates on the server, in order."""
     privacy = config.privacy
     steps: list[ServerStep] = [SecureSums(config.secagg) if config.secagg.enabled else Decoding()]
     if config.server.clip:
@@ -95,7 +96,7 @@ def _steps(config: RunConfig) -> tuple[ServerStep, ...]:
 
 
 def build_account(config: RunConfig, strategy: SelectiveStrategy) -> PrivacyAccount | None:
-    """Return what accounts for the run's privacy; None where it promises none.
+    """Return the run's privacy account, or None if the run promises no privacy.
 
     Raises
     ------
@@ -118,7 +119,7 @@ def run(
     observers: Sequence[Observer],
     opened: Callable[[RunFolder], None],
 ) -> Path:
-    """Run what the context's run configuration describes; return the run folder.
+    """Run the context's run configuration; return the run folder.
 
     Parameters
     ----------
@@ -131,14 +132,14 @@ def run(
     Raises
     ------
     ConfigError
-        If the configuration cannot be run; nothing is written then, and no client has worked.
+        If the configuration cannot be run. Nothing is written then, and no client has worked.
     RoundFailed
-        If too few clients took part; the run folder says so too.
+        If too few clients took part. The run folder says so too.
     NotWritten
-        If the run folder cannot be written any more; what it holds is whole, and can be resumed.
+        If the run folder cannot be written any more. Its content is whole, and the run can be resumed.
     """
     config = RunConfig.from_flat(context.run_config)
-    # Before it is read how far it got: the process that wrote it may still be at it.
+    # The folder is locked before its checkpoint is read: another process may still write it.
     held = lock(Path(config.run.resume)) if config.run.resume else None
     try:
         return _run(config, grid, context, observers, opened)
@@ -161,28 +162,10 @@ def _run(
     config = checked(config)
     strategy = build_strategy(config, bench.resident.layers, node_store(context))
     account = build_account(config, strategy)
-
-    def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if server_round % config.run.evaluate_every and server_round != config.federation.rounds:
-            return None
-        # Read from the strategy's own tensors: only layers that changed are copied to the device.
-        bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
-        batches = test.in_order(256, bench.device)
-        accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
-        return MetricRecord({"accuracy": accuracy, "loss": loss})
-
-    strategy.observers = tuple(observers)
-    resumed = None
-    if config.run.resume:
-        resumed = latest_checkpoint(Path(config.run.resume))
-        if resumed is None:
-            raise ConfigError(
-                f"run.resume = '{config.run.resume}' holds no checkpoint that can be used; start the "
-                "run anew, under another run.name"
-            )
-        # Before anything of the run folder is touched.
-        check_base(resumed, bench.resident.base)
+    resumed = _to_resume(config, bench)
+    if resumed is not None:
         strategy.resume(resumed)
+    strategy.observers = tuple(observers)
     strategy.connect(grid, config.federation.timeout)
     engine = engine_of(grid)
     if resumed is None:
@@ -199,22 +182,16 @@ def _run(
             account.recall(folder.asked(), folder.repeated_rounds)
             account.announce()
             strategy.add_step(Accounting(account))
-        if config.run.checkpoint_every:
-            strategy.observers += (
-                Checkpoints(
-                    folder.path,
-                    strategy.checkpoint,
-                    config.run.checkpoint_every,
-                    config.run.checkpoints,
-                ),
-            )
+        if every := config.run.checkpoint_every:
+            kept = Checkpoints(folder.path, strategy.checkpoint, every, config.run.checkpoints)
+            strategy.observers += (kept,)
         strategy.start(
             grid,
             record_of(bench.resident.base_state()),
             num_rounds=config.federation.rounds,
             timeout=config.federation.timeout,
             train_config=ConfigRecord({"lr": config.train.lr}),
-            evaluate_fn=evaluate_globally,
+            evaluate_fn=_evaluation(config, strategy, bench, test),
         )
         folder.finish(strategy.model.tensors)
     try:
@@ -224,10 +201,41 @@ def _run(
     return folder.path
 
 
+def _to_resume(config: RunConfig, bench: Workbench) -> Checkpoint | None:
+    """Return the checkpoint that a run continues from; None for a new run."""
+    if not config.run.resume:
+        return None
+    found = latest_checkpoint(Path(config.run.resume))
+    if found is None:
+        raise ConfigError(
+            f"run.resume = '{config.run.resume}' holds no checkpoint that can be used; start the run "
+            "from the beginning, under another run.name"
+        )
+    check_base(found, bench.resident.base)
+    return found
+
+
+def _evaluation(
+    config: RunConfig, strategy: SelectiveStrategy, bench: Workbench, test: Examples
+) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+    """Return a function that evaluates the global model on the server's test set."""
+
+    def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round % config.run.evaluate_every and server_round != config.federation.rounds:
+            return None
+        # From the strategy's own tensors, so that only changed layers are copied to the device.
+        bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
+        batches = test.in_order(256, bench.device)
+        accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
+        return MetricRecord({"accuracy": accuracy, "loss": loss})
+
+    return evaluate_globally
+
+
 def build_server_app(
     observers: Sequence[Observer], opened: Callable[[RunFolder], None]
 ) -> ServerApp:
-    """Return a ServerApp that also tells `observers`, and `opened` the run folder."""
+    """Return a ServerApp with observers; it calls `opened` with the run folder."""
     app = ServerApp()
 
     @app.main()
@@ -242,7 +250,7 @@ server_app = ServerApp()
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run in a process of Flower's, as `flwr run` and a SuperLink start it."""
+    """Run in Flower's own process, which `flwr run` or a SuperLink started."""
     try:
         folder = run(grid, context, [LogLines()], _opened)
     except EXPECTED as error:
@@ -254,5 +262,5 @@ def main(grid: Grid, context: Context) -> None:
 def _opened(folder: RunFolder) -> None:
     # `flwr stop` reaches this process as a signal, while the ServerApp works in another thread.
     add_exit_handler(folder.stop)
-    # Where that is depends on where the SuperLink was started, unless run.dir is an absolute path.
+    # Unless run.dir is absolute, the path depends on the folder in which the SuperLink was started.
     log(INFO, "run folder: %s", folder.path)

@@ -1,4 +1,4 @@
-"""Leave one newline at the end of each file named; exit with status 1 where one had to be changed.
+"""Leave one newline at the end of each named file; exit with status 1 if a file had to be changed.
 
 python scripts/end_of_file.py FILE...     # what .pre-commit-config.yaml runs
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def mend(file: Path) -> bool:
-    """Return whether a file had to be changed."""
+    """Correct the end of a file; return whether it had to be changed."""
     content = file.read_bytes()
     mended = content.rstrip(b"\r\n") + b"\n" if content.strip() else b""
     if mended == content:

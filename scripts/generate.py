@@ -1,11 +1,11 @@
-"""Write what follows from the typed configuration.
+"""Write the files that are generated from the typed configuration.
 
     python -m scripts.generate      # or: make generate
 
-Flower wants every key with its default in pyproject.toml, and readers want a table of all keys in
+Flower needs every key with its default in pyproject.toml, and readers need a table of all keys in
 docs/configuration.md. Keys and defaults come from the sections of `layerfed.config` and from the
-strategies' options, the words from the comments of conf/default.toml. A test fails where a file is
-stale.
+strategies' options. The words come from the comments of conf/default.toml. A test fails if a file is out
+of date.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def defaults() -> dict[str, Any]:
 
 
 def words() -> dict[str, str]:
-    """Return what the comments of conf/default.toml say of each key."""
+    """Return the comment of each key in conf/default.toml."""
     said: dict[str, list[str]] = {}
     section = key = ""
     for line in (ROOT / "conf/default.toml").read_text(encoding="utf-8").splitlines():
@@ -93,7 +93,7 @@ def _table() -> str:
 
 
 def generated() -> dict[Path, str]:
-    """Return the files that are made, with what they should hold."""
+    """Return the generated files with their right content."""
     pyproject = ROOT / "pyproject.toml"
     return {
         pyproject: _pyproject(pyproject.read_text(encoding="utf-8")),

@@ -3,10 +3,11 @@
     python scripts/pretrain_backbone.py PARQUET_FOLDER --epochs 48 --threads 2
 
 PARQUET_FOLDER holds CIFAR-100 in the hub's layout (`uoft-cs/cifar100`: columns `img`, `fine_label`;
-files named `train-*.parquet`). Writes `layerfed_assets/vit_cifar100.safetensors` (backbone without its
-classifier) and prints the figures that the model card beside it quotes. Restarts from its last epoch.
+files named `train-*.parquet`). The script writes `layerfed_assets/vit_cifar100.safetensors` (the
+backbone without its classifier) and prints the figures of the model card beside it. A second call
+continues after the last epoch.
 
-The last 5,000 training images are held out, so the accuracy printed is on images never trained on.
+The last 5,000 training images are held out, so the printed accuracy is on images never trained on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ HELD_OUT = 5_000
 
 
 def load_images(folder: Path) -> tuple[Tensor, Tensor]:
-    """Decode every training image: uint8 pixels (N, 3, 32, 32) and int64 fine labels (N,)."""
+    """Return every training image: uint8 pixels (N, 3, 32, 32) and int64 fine labels (N,)."""
     pixels, labels = [], []
     for file in sorted(folder.rglob("train-*.parquet")):
         table = pq.read_table(file, columns=["img", "fine_label"])
@@ -56,7 +57,7 @@ def normalise(pixels: Tensor) -> Tensor:
 def augment(pixels: Tensor, rng: torch.Generator) -> Tensor:
     """Crop (4 pixels of padding), flip, change contrast, and turn one image in five grey.
 
-    Grey and contrast changes are there because the backbone's first use is on grey digits.
+    Grey images and changes of contrast prepare the backbone for grey digits, its first use.
     """
     n = len(pixels)
     x = nn.functional.pad(normalise(pixels), (4, 4, 4, 4))
@@ -75,7 +76,7 @@ def augment(pixels: Tensor, rng: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy in [0, 1]."""
+    """Return the top-1 accuracy in [0, 1]."""
     model.eval()
     hits = sum(
         int((model(normalise(x)).argmax(1) == y).sum())
@@ -128,7 +129,7 @@ def main(
             batch_size
         ):
             x, y = augment(train_x[index], rng), train_y[index]
-            # Mixup with a weak Beta(0.2, 0.2): a model of this size overfits CIFAR-100 without it.
+            # Mixup with a weak Beta(0.2, 0.2); without it a model of this size overfits CIFAR-100.
             share = float(np.random.default_rng((seed, epoch, int(index[0]))).beta(0.2, 0.2))
             other = torch.randperm(len(x), generator=rng)
             scores = model(share * x + (1 - share) * x[other])

@@ -1,10 +1,10 @@
-"""Make a small tokenizer for a small language model that comes without one.
+"""Train a small tokenizer for a small language model that comes without one.
 
     python scripts/small_tokenizer.py path/to/qa path/to/tokenizer
 
-A byte-level BPE of 512 tokens, trained on the questions of the data sets that `task.name=qa` reads. A
-model trained with another tokenizer knows nothing of these tokens: good for trying the task, not
-for scores.
+It is a byte-level BPE of 512 tokens, trained on the questions of the data sets that `task.name=qa`
+reads. A model that was trained with another tokenizer does not know these tokens. So this one is good
+for trying the task, but not for scores.
 """
 
 from __future__ import annotations

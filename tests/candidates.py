@@ -1,4 +1,4 @@
-"""Rounds to select from."""
+"""Candidates for the tests of strategies."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def candidates(
 
 @st.composite
 def any_candidates(draw: st.DrawFn) -> Candidates:
-    """Any budgets and costs, zero budgets and decimal fractions included.
+    """Draw any budgets and costs, with zero budgets and decimal fractions.
 
-    Layers cost one each, or differ, or differ from client to client too and have a depth to pay for.
+    Costs are one for each layer; or they differ by layer; or they differ by layer and client, with depth
+    costs.
     """
     n, layers = draw(st.integers(1, 5)), draw(st.integers(1, 8))
     tenths = st.integers(1, 40).map(lambda x: x / 10)
@@ -62,7 +63,7 @@ def any_candidates(draw: st.DrawFn) -> Candidates:
 
 
 def spent(case: Candidates, masks: np.ndarray) -> np.ndarray:
-    """What each client spends, added layer by layer, and on reaching down to its lowest one."""
+    """Return each client's costs, added layer by layer, with the depth cost of its lowest layer."""
     totals = []
     for row, costs, depth in zip(masks, case.costs, case.depth_costs, strict=True):
         chosen = np.flatnonzero(row)

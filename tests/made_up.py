@@ -1,15 +1,14 @@
-"""A federation whose clients exist only as replies: rounds in milliseconds, any reply forged."""
+"""A federation whose clients exist only as replies: rounds are fast, and replies can be forged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
 
 from layerfed.exchange import (
     Description,
@@ -23,13 +22,13 @@ from layerfed.exchange import (
     train_reply,
 )
 from layerfed.exchange.messages import state_held
-from layerfed.flower_compat import stamp
 from layerfed.models.layers import LayerMap
 from layerfed.runs.records import Observer, RoundRecord
 from layerfed.strategies import ILP, RoundSettings, SelectiveStrategy
 from tests.conftest import TinyNet
+from tests.fakes import PlayedGrid
 
-# What is made of an honest reply; it may raise, as Flower does where it cannot build a reply.
+# Changes an honest reply; it may raise, as Flower does if it cannot build a reply.
 Forge = Callable[[Message], Message]
 
 
@@ -43,7 +42,7 @@ BASE = _base()
 LAYERS = LayerMap.from_model(TinyNet())
 
 
-class Federation(Grid):
+class Federation(PlayedGrid):
     """Node p + 2 holds partition p; a reply is made when it is pulled.
 
     Parameters
@@ -54,41 +53,15 @@ class Federation(Grid):
     """
 
     def __init__(self, clients: int, forged: Mapping[tuple[int, str], Forge] | None = None) -> None:
+        super().__init__(range(2, 2 + clients))
         self.clients = clients
         self.forged = forged or {}
-        self.asked: list[Message] = []
-        self._waiting: dict[str, Message] = {}
-
-    def get_node_ids(self) -> Iterable[int]:
-        return range(2, 2 + self.clients)
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        identities = []
-        for message in messages:
-            identity = f"m{len(self.asked)}"
-            stamp(message, message_id=identity)
-            self.asked.append(message)
-            self._waiting[identity] = message
-            identities.append(identity)
-        return identities
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        there = [self._waiting.pop(i) for i in list(message_ids) if i in self._waiting]
-        return [self.answer(message) for message in there]
 
     def answer(self, message: Message) -> Message:
         partition, kind = message.metadata.dst_node_id - 2, message.metadata.message_type
         reply = honest(message, partition, self.clients)
         forge = self.forged.get((partition, kind))
         return reply if forge is None else forge(reply)
-
-    def set_run(self, run: Any) -> None: ...
-
-    def run(self) -> Any: ...  # type: ignore[override]
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def send_and_receive(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def honest(message: Message, partition: int, clients: int) -> Message:
@@ -124,7 +97,7 @@ def drawn(rng: np.random.Generator, like: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Outcome(Observer):
-    """What a run left."""
+    """The results of a run."""
 
     model: dict[str, np.ndarray] = field(default_factory=dict)
     rounds: list[RoundRecord] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Small models of every shape, for tests of how a model falls into layers."""
+"""Small models of every shape, for tests of the split into layers."""
 
 from __future__ import annotations
 

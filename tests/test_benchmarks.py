@@ -1,4 +1,4 @@
-"""The benchmark scripts' command lines: an unknown name is refused, and figures go where asked."""
+"""The benchmarks' command lines refuse an unknown name, and write figures to the given file."""
 
 from __future__ import annotations
 

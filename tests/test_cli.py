@@ -1,4 +1,4 @@
-"""The command line: exit status, one clear line for what a user can mend, and the files it leaves."""
+"""The command line: its exit status, one clear line for a user's mistake, and its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optional libraries: errors name the extra that brings one, and a node does without them."""
+"""Optional libraries: errors name the extra with the library, and a node does not need any."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flower is still as `layerfed.flower_compat` takes it to be."""
+"""Flower still behaves as `layerfed.flower_compat` assumes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PACKAGE = Path(layerfed.__file__).parent
 
 
 class Lines(logging.Handler):
-    """Keeps what Flower's log shows."""
+    """Keeps the lines of Flower's log."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message
-from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord
 from torch import Tensor, nn
 
 from layerfed.client.workbench import workbench
-from layerfed.client_app import client_app
-from layerfed.config import RunConfig, Scalar, load_config
+from layerfed.config import RunConfig, load_config
 from layerfed.config.seeding import Stream, generator
 from layerfed.engine import InProcessGrid
 from layerfed.exchange import record_of
@@ -21,6 +18,7 @@ from layerfed.runs.records import Observer, RoundRecord
 from layerfed.server_app import build_strategy
 from layerfed.task.base import Batch, Examples, Task
 from tests.conftest import CLASSES, TinyNet
+from tests.fakes import Recorded
 
 QUICK = [
     "federation.clients=6",
@@ -32,7 +30,7 @@ QUICK = [
 
 
 class TinyTask(Task):
-    """Each client's points lie elsewhere, and no two have as many."""
+    """A task in which each client has other points, and no two clients have the same number."""
 
     def build_model(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -59,45 +57,9 @@ def configured(*overrides: str) -> RunConfig:
     return load_config(None, [*QUICK, *overrides])
 
 
-class Messages(InProcessGrid):
-    """Keeps every instruction and every reply."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        app: ClientApp = client_app,
-        nodes: Sequence[Mapping[str, Scalar]] = (),
-    ) -> None:
-        super().__init__(app, config.federation.clients, config.to_flat(), nodes)
-        self.asked: dict[str, Message] = {}
-        self.replies: list[tuple[Message, Message]] = []
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        held = list(messages)
-        identities = list(super().push_messages(held))
-        self.asked.update(zip(identities, held, strict=True))
-        return identities
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        replies = list(super().pull_messages(message_ids))
-        self.replies += [(self.asked[r.metadata.reply_to_message_id], r) for r in replies]
-        return replies
-
-    def kinds(self) -> list[tuple[int, str]]:
-        """Round and type of every instruction but the first questions."""
-        found = {
-            (int(m.content.config_records["config"]["round"]), m.metadata.message_type)
-            for m in self.asked.values()
-        }
-        return sorted(f for f in found if f[1] != "query.describe")
-
-    def trained(self) -> list[tuple[Message, Message]]:
-        return [(m, r) for m, r in self.replies if m.metadata.message_type == "train"]
-
-
 @dataclass
 class Run(Observer):
-    """What a run left: the tensors before and after, and its rounds."""
+    """The results of a run: the tensors before and after, and its rounds."""
 
     before: dict[str, np.ndarray] = field(default_factory=dict)
     after: dict[str, np.ndarray] = field(default_factory=dict)
@@ -120,7 +82,7 @@ def run(config: RunConfig, rounds: int = 1, grid: InProcessGrid | None = None) -
     strategy.observers = (found,)
     found.before = bench.resident.base_state()
     strategy.start(
-        grid if grid is not None else Messages(config),
+        grid if grid is not None else Recorded(config),
         record_of(found.before),
         rounds,
         timeout=60,

@@ -1,1 +1,1 @@
-"""The client's half of a round: a resident model, training, the probe, what a node affords."""
+"""The client's half of a round: a resident model, training, the probe, and a node's limits."""

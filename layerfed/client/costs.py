@@ -1,4 +1,4 @@
-"""Measure on this device what training a layer costs: FLOPs, seconds or memory of a step.
+"""Measurement of the cost of training a layer on this device: FLOPs, seconds or memory of a step.
 
 Backward runs from the loss down to the lowest trained layer, so a layer costs more than its own share:
 all layers above it pass the gradient down. A step over the layers m costs

@@ -1,7 +1,7 @@
 """The probe: statistics of each layer's gradient at θ^t, without ever holding a whole gradient.
 
-As soon as backward has produced the gradients of one block, they are reduced to a number a statistic and
-freed. So the probe's memory is one block's gradients beside the activations, and no gradient is left for
+As soon as backward has the gradients of one block, they are reduced to one number for each statistic and
+freed. So the probe's memory is one block's gradients and the activations, and no gradient is left for
 the next batch or the next client.
 """
 
@@ -45,7 +45,7 @@ def probe_layers(
         Each gives one stochastic gradient g_{i,l}.
     loss : LossFn
     statistics : Iterable[str]
-        Names, see `layerfed.client.statistics`.
+        Their names; see `layerfed.client.statistics`.
     precision : {"float32", "bfloat16"}
 
     Returns
@@ -61,7 +61,7 @@ def probe_layers(
     wanted = {name: load_statistic(name) for name in statistics}
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
-    # Row: a block's numbers, a column a statistic. On the device, so that hooks do not wait for it.
+    # A row for each block, a column for each statistic. It is on the device, so hooks do not wait.
     table = torch.zeros(layers.num_blocks, len(wanted), dtype=wide(device), device=device)
     rows: list[np.ndarray] = []
     total_flops = 0.0

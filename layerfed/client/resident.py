@@ -149,7 +149,7 @@ class ResidentModel:
                 "both must load the same weights, with the same seed for the new head"
             )
         if manifest.digests.keys() != self._digests.keys():
-            raise ValueError("the server's model falls into other layers than this client's")
+            raise ValueError("the server's model is split into other layers than this client's")
         keep = manifest.digests.values()
         found: dict[str, dict[str, Tensor]] = {}
         back: list[str] = []
@@ -192,7 +192,7 @@ class ResidentModel:
             dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
             value = decode(value, tuple(like.shape), dtype)
         with warnings.catch_warnings():
-            # Received bytes are read-only, of which torch warns; `_load` only reads them.
+            # torch warns that received bytes are read-only; `_load` only reads them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(value)
 

@@ -1,8 +1,8 @@
-"""What a probe measures of each layer: one function a statistic, from gradients and weights to a number.
+"""Statistics of a probe: functions that turn one layer's gradients and weights into one number.
 
-A statistic is a function of a layer's gradients and weights, one tensor each a parameter, on the device.
-Its result is one number, on the device as well. To add one, decorate a function with `statistic`; a
-strategy names it in its `statistics`, by its name here or as `my_package.my_module:function`.
+A statistic gets two lists of tensors on the device, a gradient and a weight for each of the layer's
+parameters. It returns one number, also on the device. To add a statistic, decorate a function with
+`statistic`. A strategy names it in `statistics`, as `grad_norm_sq` or as `my_module:my_function`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["STATISTICS", "Statistic", "load_statistic", "statistic"]
 
 Measure = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
-# E[g²] − E[g]² of float32 sums is known to this share of E[g²]; a variance below it is none.
+# The error of E[g²] − E[g]² from float32 sums, relative to E[g²]; a smaller variance counts as 0.
 ROUNDING = 1e-6
 
 
@@ -32,10 +32,10 @@ class Statistic:
     ----------
     name : str
     measure : Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-        From the gradients and the weights of one layer's parameters to one number, not negative.
+        Turns the gradients and weights of one layer's parameters into one number, 0 or more.
     public : bool
-        Whether it depends on the global model alone, so that it says nothing of a client's data. It is
-        measured once then, not once a batch.
+        Whether the statistic depends on the global model alone, and so reveals nothing of a client's
+        data. A private client sends it without noise.
     """
 
     name: str
@@ -51,7 +51,7 @@ STATISTICS: dict[str, Statistic] = {}
 
 
 def statistic(*, public: bool = False) -> Callable[[Measure], Statistic]:
-    """Make a function a statistic of its name."""
+    """Return a decorator that makes a function a statistic of the same name."""
 
     def register(measure: Measure) -> Statistic:
         name = str(getattr(measure, "__name__", measure))
@@ -64,12 +64,12 @@ def statistic(*, public: bool = False) -> Callable[[Measure], Statistic]:
 
 
 def load_statistic(name: str) -> Statistic:
-    """Return the statistic of a name, in `STATISTICS` or as `module:function`.
+    """Return the statistic of a name, from `STATISTICS` or as `module:function`.
 
     Raises
     ------
     ValueError
-        If there is none of that name, or it is not decorated as one.
+        If there is no such function, or it is not decorated with `statistic`.
     """
     if name in STATISTICS:
         return STATISTICS[name]
@@ -94,7 +94,7 @@ def param_norm_sq(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Ten
 
 @statistic()
 def snr(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Return |mean(g)| / var(g) over all elements of the layer's gradient [S]; 0 without a variance."""
+    """Return |mean(g)| / var(g) over all elements of the layer's gradient [S]; 0 for variance 0."""
     squares, total = _sums(gradients).sum(dim=0)
     count = sum(gradient.numel() for gradient in gradients)
     mean, variance = _moments(squares, total, count)
@@ -103,11 +103,11 @@ def snr(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 @statistic()
 def snr_code(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Return mean(g)² / std(g) of each tensor, summed over the layer [C]; 0 without a variance."""
+    """Return mean(g)² / std(g) of each tensor, summed over the layer [C]; 0 for variance 0."""
     sums = _sums(gradients)
     counts = torch.tensor([g.numel() for g in gradients], dtype=sums.dtype, device=sums.device)
     mean, variance = _moments(sums[:, 0], sums[:, 1], counts)
-    # torch.std, as the released code has it, divides by the number of elements less one.
+    # The released code uses torch.std, which divides by the number of elements less one.
     deviation = (variance * counts / (counts - 1).clamp(min=1)).sqrt()
     return torch.where(variance > 0, mean.square() / deviation, 0.0).sum()
 
@@ -127,7 +127,7 @@ def _sums(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _moments(squares: Tensor, total: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of elements from their sums; 0 for a variance that is only rounding."""
+    """Return mean and variance of elements from their sums; a variance within rounding is 0."""
     mean, square = total / count, squares / count
     variance = square - mean.square()
     return mean, torch.where(variance > ROUNDING * square, variance, 0.0)

@@ -1,7 +1,7 @@
-"""What an update goes through on the client, one step after the other, before it is sent.
+"""The steps of an update on the client, one after the other, between training and sending.
 
-The server's steps (`server/steps.py`) undo or continue these: what is encoded here is decoded there,
-what is masked here is summed there.
+The server's steps (`server/steps.py`) undo or continue these. An update that is encoded here is decoded
+there; an update that is padded here is added to a secure sum there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from layerfed.client.workbench import Node
 from layerfed.exchange import TrainInstruction, compress
 from layerfed.models.layers import LayerMap
 from layerfed.privacy.protection import refuse_buffers
-from layerfed.secure.client import mask_update
+from layerfed.secure.client import pad_update
 from layerfed.secure.messages import read_secure
 
 __all__ = ["ClientStep", "Departure", "steps_of"]
@@ -32,11 +32,11 @@ class Departure:
     tensors : Mapping[str, numpy.ndarray]
         Δ_i by tensor; after encoding, the arrays to be sent, by name.
     layers : tuple[str, ...]
-        The layers it holds, the head last.
+        The layers that the update holds, the head last.
     examples : int | None
-        d_i as stated; None where it is part of the masked vector.
+        d_i as stated; None if it is part of a padded vector.
     numbers : Mapping[str, float]
-        The metrics that go with it.
+        The metrics that are sent with it.
     """
 
     tensors: Mapping[str, np.ndarray]
@@ -46,10 +46,10 @@ class Departure:
 
 
 class ClientStep(Protocol):
-    """One step: takes a departure and returns it changed."""
+    """One step: it takes a departure and returns it changed."""
 
     def check(self, layers: LayerMap) -> None:
-        """Refuse what this step cannot work with, before anything is trained."""
+        """Refuse an instruction or a model that this step cannot work with, before training."""
 
     def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
         """Change the update."""
@@ -63,23 +63,23 @@ class Protect:
     instruction: TrainInstruction
 
     def check(self, layers: LayerMap) -> None:
-        """Refuse instructions that would have the client say more than the noise covers."""
+        """Refuse instructions under which the client would reveal more than the noise covers."""
         refuse_buffers(layers)
         if self.instruction.upload is not None:
             raise ValueError(
-                "the server asks for the layers that changed most; which they are would follow from "
-                "this client's data, and its updates are private"
+                "the server asks for the layers that changed most; that choice depends on this "
+                "client's data, and its updates are private"
             )
 
     def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
-        """Clip over all that the update holds, and add the noise."""
+        """Clip the whole update to one norm, and add the noise."""
         assert self.node.protection is not None
         return replace(departure, tensors=self.node.protection.update(departure.tensors))
 
 
 @dataclass(frozen=True)
 class Choose:
-    """Keeps the layers that the instruction wants sent: all, or those that changed most."""
+    """Keeps the layers that the instruction asks for: all, or those that changed most."""
 
     instruction: TrainInstruction
 
@@ -102,13 +102,13 @@ class Encode:
         """Nothing to refuse."""
 
     def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
-        """Encode layer by layer, with error feedback where the codec has it."""
+        """Encode layer by layer, with error feedback if the codec has it."""
         by_layer = {
             name: {t: departure.tensors[t] for t in layers[name].tensors}
             for name in departure.layers
         }
-        # Without error feedback where updates are private: an error that is remembered would carry
-        # parts of an update into a round that is not counted for them.
+        # Private updates have no error feedback: a remembered error would carry parts of an update
+        # into a later round, whose ε does not count them.
         store = None if self.node.protection is not None else self.node.store
         key = f"{self.instruction.run}/{self.node.partition}"
         return replace(
@@ -117,31 +117,31 @@ class Encode:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """Hides the update in a secure sum."""
+class Pad:
+    """Hides the update under the pads of a secure sum."""
 
     node: Node
     message: Message
 
     def check(self, layers: LayerMap) -> None:
-        """Refuse to send in the clear what the run promises to hide."""
+        """Refuse to send an update in the clear if the run promises to hide it."""
         if self.node.run.secagg.enabled and read_secure(self.message) is None:
             raise ValueError(
                 "secagg.enabled = true, but the server asks for an update in the clear"
             )
 
     def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
-        """Put one masked vector in the place of the update and its number of examples."""
+        """Replace the update and its number of examples by one padded vector."""
         if read_secure(self.message) is None or departure.examples is None:
             return departure
-        vector = mask_update(self.message, self.node.context, departure.tensors, departure.examples)
+        vector = pad_update(self.message, self.node.context, departure.tensors, departure.examples)
         return replace(departure, tensors=vector, examples=None)
 
 
 def steps_of(
     node: Node, instruction: TrainInstruction, message: Message, own: tuple[ClientStep, ...] = ()
 ) -> list[ClientStep]:
-    """Return what one client's update goes through, in order.
+    """Return the steps of one client's update, in order.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def steps_of(
     instruction : TrainInstruction
     message : flwr.app.Message
     own : tuple[ClientStep, ...]
-        Steps of an app of yours; they see the update before it is encoded and masked.
+        Steps of an app of your own; they see the update before it is encoded and padded.
     """
     steps: list[ClientStep] = []
     if node.protection is not None:
@@ -159,5 +159,5 @@ def steps_of(
         Choose(instruction),
         *own,
         Encode(node, instruction),
-        Mask(node, message),
+        Pad(node, message),
     ]

@@ -1,8 +1,8 @@
 """Local training of selected layers (eqs. 2-4), and evaluation.
 
-Frozen layers stay exactly as they are: no gradient, no dropout, no drift of BatchNorm's statistics. And
-below the lowest selected block autograd has nothing to do: no input there requires a gradient, so
-nothing is kept for backward and backward ends at that block.
+Frozen layers stay exactly as they are: they have no gradient, no dropout, and no drift of BatchNorm's
+statistics. Below the lowest selected block no input requires a gradient. So autograd keeps nothing
+there, and backward ends at that block.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ LossFn = Callable[[nn.Module, Batch], Tensor]
 
 
 class LocalOptimizer(Protocol):
-    """What takes a client's local steps: any optimiser of torch does."""
+    """The interface of a local optimiser; every optimiser of torch has it."""
 
     def step(self) -> object:
         """Move the parameters by their gradients."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
 
 
 OptimizerFn = Callable[[list[nn.Parameter]], LocalOptimizer]
@@ -53,7 +53,7 @@ OptimizerFn = Callable[[list[nn.Parameter]], LocalOptimizer]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Mean loss over the steps, their number, and the FLOPs of forward and backward together."""
+    """Mean loss over the steps, number of steps, and FLOPs of forward and backward together."""
 
     loss: float
     steps: int
@@ -61,7 +61,7 @@ class TrainResult:
 
     @classmethod
     def together(cls, results: Sequence[TrainResult]) -> TrainResult:
-        """Return what several stretches of training come to."""
+        """Return the combined result of several stretches of training."""
         steps = sum(result.steps for result in results)
         loss = sum(result.loss * result.steps for result in results) / steps
         return cls(loss, steps, sum(result.flops for result in results))
@@ -69,7 +69,7 @@ class TrainResult:
 
 @contextmanager
 def selected_layers(model: nn.Module, layers: LayerMap, names: Iterable[str]) -> Iterator[None]:
-    """Make some layers trainable and freeze all others, for the time of the context.
+    """Make some layers trainable and freeze all others within the context.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def selected_layers(model: nn.Module, layers: LayerMap, names: Iterable[str]) ->
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context of mixed precision; weights and updates stay float32."""
+    """Return a context for mixed precision; weights and updates stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -112,7 +112,7 @@ def train_layers(
     *,
     precision: str = "float32",
 ) -> TrainResult:
-    """Train the masked blocks and the head, in place, one optimiser step a batch.
+    """Train the selected blocks and the head in place, with one optimiser step for each batch.
 
     Parameters
     ----------
@@ -121,17 +121,17 @@ def train_layers(
     mask : Sequence[bool]
         m_i, length L.
     batches : Iterable[Batch]
-        One optimiser step is made on each; an endless iterable must be cut by the caller.
+        One optimiser step is made on each. The caller must cut an endless iterable.
     loss : LossFn
-        Mean loss of a batch.
+        Returns the mean loss of a batch.
     optimizer : OptimizerFn
-        Builds the optimiser from the parameters to train; new in every round, as in local SGD.
+        Builds the optimiser from the parameters to train. It is new in every round, as in local SGD.
     precision : {"float32", "bfloat16"}
 
     Raises
     ------
     ValueError
-        If there is no batch, or the loss is not finite (the caller's weights are then unusable).
+        If there is no batch, or the loss is not finite. In the second case the weights are unusable.
     """
     chosen = layers.trained(mask)
     parameters = dict(model.named_parameters())
@@ -175,11 +175,10 @@ def train_update(
 ) -> tuple[dict[str, np.ndarray], TrainResult]:
     """Train like `train_layers` and return Δ_i (eq. 4) of the trained layers' tensors, by name.
 
-    With a schedule, of masks and steps on each, they are trained one after the other, each with a new
-    optimiser; `mask` is their union. The last one takes all the batches that are left.
+    A schedule is a list of masks with a number of steps for each. They are trained one after the other,
+    each with a new optimiser, and `mask` is their union. The last mask gets all remaining batches.
 
-    The resident model is back at θ^t afterwards, ready for the next message, even when training
-    raises.
+    The resident model is back at θ^t afterwards, also if training raises.
     """
     stream = iter(batches)
     with resident.borrowed(resident.layers.trained(mask)) as before:
@@ -197,7 +196,7 @@ def train_update(
                 for part, steps in [*schedule[:-1], (schedule[-1][0] if schedule else mask, None)]
             ]
         )
-        # In place: what was trained is a copy that is given up now.
+        # In place, since the trained tensors are copies that are not needed any more.
         update = {
             name: resident.tensors[name].detach().sub_(start).cpu().numpy()
             for name, start in before.items()

@@ -1,7 +1,8 @@
-"""What a process keeps between messages, and what a node makes of a message.
+"""The state that a client's process keeps between messages, and a node's view of a run.
 
-A `Workbench` holds the task's data and one resident model. It is built once a process and configuration,
-since building and loading a foundation model costs far more than a round of work on a few of its layers.
+A `Workbench` holds the task's data and one resident model. It is built once for each process and
+configuration, because building and loading a foundation model costs far more than a round of work on a
+few of its layers.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CUDA_PROCESS = 6e8
 
 
 class Workbench:
-    """What a process keeps between messages: the task's data and one resident model."""
+    """The task's data and one resident model, which a process keeps between messages."""
 
     def __init__(self, config: RunConfig, *, own_data: bool = False) -> None:
         self.config = config
@@ -52,7 +53,7 @@ class Workbench:
         return self._examples[partition]
 
     def costs(self, partition: int, unit: MeasuredUnit) -> tuple[np.ndarray, np.ndarray]:
-        """Return c_l and D_l as measured on this device, shape (L,) each; once a batch size."""
+        """Return c_l and D_l, measured on this device once for each batch size; shape (L,) each."""
         batch = self._batch(partition)
         key = unit, len(next(iter(batch.values())))
         if key not in self._costs:
@@ -67,7 +68,7 @@ class Workbench:
         return self._costs[key]
 
     def head_memory(self, partition: int) -> float:
-        """Return the bytes that a step of training the head alone takes on this device."""
+        """Return the bytes of a training step on the head alone, on this device."""
         return self._step_memory(partition, [])
 
     def memory_needed(self, partition: int, blocks: Iterable[str] | None = None) -> float:
@@ -123,8 +124,8 @@ def _parsed(items: tuple[tuple[str, type, Scalar], ...]) -> RunConfig:
 
 
 def run_config_of(flat: Flat) -> RunConfig:
-    """Return a run configuration, checked once a process: every message brings the same."""
-    # With types, or True would be found where 1 was checked.
+    """Return a checked run configuration. It is checked once, since every message brings the same."""
+    # The cache key has types, since True and 1 are equal as keys.
     return _parsed(tuple([(key, type(value), value) for key, value in flat.items()]))
 
 
@@ -134,9 +135,9 @@ def _workbench(config: RunConfig, own_data: bool) -> Workbench:
 
 
 def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
-    """Return the process's workbench for a run configuration, and a node's own settings.
+    """Return the process's workbench for a run configuration and a node's own settings.
 
-    Runs that differ only in strategy, budget or the run's name share one, so a sweep in one process
+    Runs that differ only in strategy, budget or name share one workbench, so a sweep in one process
     loads data and model once.
     """
     config = run_config_of(flat)
@@ -162,7 +163,7 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
 
 
 def node_store(context: Context) -> LayerStore:
-    """Return the layer store of a node, or of the server: its own setting, or else the run's."""
+    """Return the layer store of a node or of the server, from its own settings or else the run's."""
     section = run_config_of(context.run_config).exchange
     store = context.node_config.get("store") or section.store
     size = context.node_config.get("store-size") or section.store_size
@@ -171,16 +172,16 @@ def node_store(context: Context) -> LayerStore:
 
 @dataclass(frozen=True)
 class Node:
-    """One node in one run: its own settings, the run's, and what it works with.
+    """One node in one run: its own settings, the run's settings, and its workbench.
 
     Attributes
     ----------
     settings : NodeConfig
     run : RunConfig
-        As the server sent it; `bench.config` has this node's own choices in it.
+        The configuration that the server sent. In `bench.config` the node's own settings replace some.
     bench : Workbench
     protection : Protection | None
-        What the node does to all that it sends; None where nothing is private.
+        The clipping and noise on everything that the node sends; None if nothing is private.
     context : flwr.app.Context
     """
 
@@ -211,17 +212,17 @@ class Node:
 
     @property
     def store(self) -> LayerStore:
-        """Where the node keeps layers between messages."""
+        """The node's store for layers between messages."""
         return node_store(self.context)
 
     def stated(self, examples: int) -> int:
-        """Return the number of examples that the client states: the same for all where it is private."""
+        """Return the number of examples that the client states; a private client always states one."""
         hidden = self.protection is not None and self.protection.hides_examples
         return 1 if hidden else examples
 
     def allowance(self, *, again: bool = False) -> Allowance | None:
-        """Return what this node affords in the run; it is worked out once, or `again`."""
-        # The workbench does not know the budget's unit: runs that differ in it share one.
+        """Return this node's budget in the run. It is computed once, unless `again` is set."""
+        # Runs with different budget units share a workbench, so the unit comes from the run.
         unit, bench = self.run.budget.unit, self.bench
         if not again and (known := Allowance.recall(self.context.state, unit)) is not None:
             return known

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from layerfed.config import ConfigError, Flat, RunConfig, nearest
-from layerfed.strategies import STRATEGIES
+from layerfed.config import ConfigError, Flat, RunConfig
+from layerfed.strategies import checked, load_strategy
 
 __all__ = ["Budget", "Cell", "Experiment", "Plan", "Row", "Show", "parse_seeds", "refuse_grid_keys"]
 
@@ -95,7 +95,7 @@ class Row:
     @property
     def within_budget(self) -> bool:
         """Whether the strategy respects budgets; the others run once for each seed."""
-        return STRATEGIES[self.strategy].within_budget
+        return load_strategy(self.strategy).within_budget
 
     @property
     def folder(self) -> str:
@@ -199,11 +199,10 @@ class Plan:
         _distinct("experiment", [experiment.name for experiment in self.experiments])
         _distinct("seed", [str(seed) for seed in self.seeds])
         for row in self.rows:
-            if row.strategy not in STRATEGIES:
-                raise ConfigError(
-                    f"row '{row.name}': there is no strategy '{row.strategy}'; known: "
-                    f"{', '.join(STRATEGIES)}{nearest(row.strategy, STRATEGIES)}"
-                )
+            try:
+                load_strategy(row.strategy)
+            except ConfigError as error:
+                raise ConfigError(f"row '{row.name}': {error}") from None
         if self.reference and self.reference not in [row.name for row in self.rows]:
             raise ConfigError(
                 f"reference = '{self.reference}' is no row; rows: "
@@ -211,7 +210,7 @@ class Plan:
             )
 
     def cells(self, directory: Path) -> list[Cell]:
-        """Return the runs, without those that do not exist: `both` if every client has one layer.
+        """Return the runs, without those that do not exist, such as `both` with one layer a client.
 
         Parameters
         ----------
@@ -246,18 +245,13 @@ def _cell(
         "run.dir": str(directory / experiment.folder),
         "run.name": name,
     }
-    if row.strategy == "both" and _room_for_one(flat):
-        return None
     try:
-        config = RunConfig.from_flat(flat)
+        config = checked(RunConfig.from_flat(flat))
     except ConfigError as error:
         raise ConfigError(f"{experiment.name}/{name}: {error}") from None
+    if not load_strategy(row.strategy).exists(config):
+        return None
     return Cell(experiment.name, row.name, budget.name if budget else None, seed, config)
-
-
-def _room_for_one(flat: Flat) -> bool:
-    identical = flat["budget.kind"] == "identical" and flat["budget.unit"] == "layers"
-    return identical and float(flat["budget.layers"]) < 2
 
 
 def _distinct(kind: str, names: Sequence[str]) -> None:

@@ -39,6 +39,7 @@ from layerfed.config import (
     load_config,
     nearest,
     parse_override,
+    shipped,
 )
 from layerfed.report import PAPER_COSTS
 
@@ -74,7 +75,7 @@ class _Table(_Strict):
 def is_table_file(file: Path) -> bool:
     """Return whether a file is a table file and not a run's configuration."""
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(shipped(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
         return False  # reading it as a configuration gives the error
     return bool({"rows", "experiments"} & table.keys())
@@ -104,6 +105,7 @@ def load_plan(
     ConfigError
         If the file, or a configuration that it names, cannot be run.
     """
+    file = shipped(file)
     try:
         table = _Table.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:

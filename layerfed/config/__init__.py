@@ -1,9 +1,8 @@
-"""One typed configuration: sections, the rules between them, a node's own settings, files."""
+"""The typed configuration: its sections, the rules between them, a node's own settings, and files."""
 
 from layerfed.config.node import NodeConfig
 from layerfed.config.privacy import PrivacyConfig
 from layerfed.config.run import (
-    TASK_NAMES,
     BudgetConfig,
     BudgetUnit,
     DeviceName,
@@ -24,12 +23,12 @@ from layerfed.config.run import (
     parse_override,
     run_keys,
     section_keys,
+    shipped,
 )
 from layerfed.config.secagg import SecAggConfig, refuse_different_masks, refuse_with_secagg
 from layerfed.config.section import ConfigError, Section
 
 __all__ = [
-    "TASK_NAMES",
     "BudgetConfig",
     "BudgetUnit",
     "ConfigError",
@@ -57,4 +56,5 @@ __all__ = [
     "refuse_with_secagg",
     "run_keys",
     "section_keys",
+    "shipped",
 ]

@@ -1,4 +1,4 @@
-"""What the command lines have in common: how they are built, and how a run is described on one."""
+"""The common parts of the command lines: their base class, and the reading of a run's settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["App", "complete_setting", "read_settings"]
 
 
 class App(typer.Typer):
-    """A Typer whose commands show the help of their arguments, and end in one line on an error."""
+    """A Typer whose commands show the help of their arguments, and print an error in one line."""
 
     def command(self, *args: Any, **settings: Any) -> Callable[[Any], Any]:
         """Register a command."""
@@ -32,7 +32,7 @@ class App(typer.Typer):
 
 class _Command(TyperCommand):
     def __init__(self, *args: Any, **settings: Any) -> None:
-        # The help of arguments again: what typer sets, newer versions of click overwrite.
+        # Newer versions of click overwrite the help of arguments that typer sets, so it is set again.
         super().__init__(*args, **settings)
         assert self.callback is not None
         stated = get_params_from_function(self.callback)
@@ -47,7 +47,7 @@ class _Command(TyperCommand):
 
 
 def complete_setting(incomplete: str) -> list[str]:
-    """Return the keys that begin as a word on the command line does, for the shell's completion."""
+    """Return the keys that begin with an incomplete word, for the shell's completion."""
     return [f"{key}=" for key in run_keys() if key.startswith(incomplete)]
 
 
@@ -59,17 +59,17 @@ def read_settings(settings: Sequence[str] | None, resume: Path | None = None) ->
     settings : Sequence[str], optional
         A configuration file, or none for the defaults; then `key=value` settings that override it.
     resume : Path, optional
-        A run folder, whose own configuration takes the place of a file.
+        A run folder, whose own configuration replaces a file.
 
     Raises
     ------
     ConfigError
-        If it cannot be run, or names a file beside `resume`.
+        If the configuration cannot be run, or there are both a file and `resume`.
     """
     words = list(settings or ())
     file = Path(words.pop(0)) if words and "=" not in words[0] else None
     if resume is None:
         return load_config(file, words)
     if file is not None:
-        raise ConfigError(f"--resume goes on with {resume}/config.json; leave out {file}")
+        raise ConfigError(f"--resume uses {resume}/config.json; leave out {file}")
     return load_config(resume / "config.json", [*words, f"run.resume={resume.resolve()}"])

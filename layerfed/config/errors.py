@@ -1,4 +1,4 @@
-"""The errors that a user sees in one line, and the place that turns them into it."""
+"""Errors that a user sees in one line, and the contexts that print them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = [
     "one_line_errors",
 ]
 
-# As Unix commands have it: 2 is a wrong call, 1 a right one that did not work.
+# Exit status, as for other Unix commands: 2 for a wrong call, 1 for a correct call that failed.
 STATUS = {"error": 2, "failed": 1}
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be run; the message names the key, the value and what is allowed."""
+    """Error for a setting that cannot be run; the message names key, value and what is allowed."""
 
 
 class Failed(RuntimeError):
-    """Work that was begun and cannot be finished; the message says why, and what to do."""
+    """Error for work that began and cannot be finished; the message says why, and what to do."""
 
 
 EXPECTED: tuple[type[Exception], ...] = (ConfigError, Failed)
@@ -32,18 +32,18 @@ EXPECTED: tuple[type[Exception], ...] = (ConfigError, Failed)
 
 @contextmanager
 def one_line_errors(*mendable: type[Exception]) -> Iterator[None]:
-    """End the process with one line on standard error in place of a traceback.
+    """Turn an expected error into one line on standard error and an exit status.
 
     Parameters
     ----------
     mendable : type[Exception]
-        Errors that are the user's to mend here, beside `ConfigError`.
+        Errors that the user can correct here, besides `ConfigError`.
 
     Raises
     ------
     SystemExit
-        Of status 2 for what a user can mend, a line that begins with `error:`; of status 1 for what has
-        failed, `failed:`.
+        With status 2 and a line `error: …` if the user can correct the error; with status 1 and a line
+        `failed: …` if work failed.
     """
     try:
         with naming_extras():
@@ -58,7 +58,7 @@ def one_line_errors(*mendable: type[Exception]) -> Iterator[None]:
         raise SystemExit(STATUS[word]) from None
 
 
-# The extra that brings a library, by the name that is imported.
+# The extra that installs a library, by the library's import name.
 EXTRAS = {
     "datasets": "data",
     "dp_accounting": "privacy",
@@ -79,7 +79,7 @@ EXTRAS = {
 
 
 class MissingExtra(ConfigError):
-    """A library that a plain install does not bring; the message names the command that does."""
+    """Error for an optional library that is not installed; the message names the command for it."""
 
 
 @contextmanager
@@ -89,12 +89,12 @@ def naming_extras(what: str = "this") -> Iterator[None]:
     Parameters
     ----------
     what : str
-        What needs the library, as the subject of the message.
+        The subject of the message: the thing that needs the library.
 
     Raises
     ------
     MissingExtra
-        In place of the `ModuleNotFoundError` of a library in `EXTRAS`.
+        If a library in `EXTRAS` is missing, in place of `ModuleNotFoundError`.
     """
     try:
         yield

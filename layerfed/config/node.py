@@ -1,7 +1,7 @@
-"""What a node says of itself: the settings of `flower-supernode --node-config`, checked.
+"""`NodeConfig`: the checked settings of a node, from `flower-supernode --node-config`.
 
-They belong to whoever runs the node, and the server cannot change them. In simulation Flower fills in
-the partition and its number; the rest have defaults.
+The node's owner sets them, and the server cannot change them. In a simulation Flower sets the partition
+and the number of partitions; all others have defaults.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ class NodeConfig(Section):
     Attributes
     ----------
     partition_id : int
-        Which part of the data the node holds.
+        The part of the data that the node holds.
     num_partitions : int, optional
-        Into how many parts the data is cut.
+        The number of parts of the data.
     data : str, optional
-        Where the run's data lie on this node, in place of `task.data`; the node takes its partition of
+        Path of the run's data on this node, in place of `task.data`. The node takes its partition of
         them.
     own_data : str, optional
-        Where the node's own examples lie, in place of the run's data: it trains on all of them, and
-        nothing is cut. `partition_id` is then no more than the node's name in the run.
+        Path of the node's own examples, in place of the run's data. The node trains on all of them, and
+        `partition_id` is only its name in the run.
     budget : float or "auto", optional
-        The most the node trains in a round, in `budget_unit`; the server can ask for less, never for
-        more. "auto" measures how much memory is free.
+        The most that the node trains in a round, in `budget_unit`. The server can ask for less, but not
+        for more. "auto" measures the free memory.
     budget_unit : str, optional
-        Unit of `budget`, one of those of the run's `budget.unit`; layers where it is left out, and
-        then only in a run that counts in layers. A unit other than the run's is translated by what
-        the node measures.
+        Unit of `budget`, one of those of the run's `budget.unit`. Without it the unit is layers, and
+        the run's unit must be layers too. A unit other than the run's is translated with measured costs.
     device : str, optional
-        In place of the run's `run.device`.
+        Replaces the run's `run.device`.
     threads : int, optional
-        In place of the run's `run.threads`.
+        Replaces the run's `run.threads`.
     max_step_seconds : float, optional
-        The node stops training in a round, with an error, once a step takes longer.
+        The slowest step. If a step takes longer, the node stops training in this round with an error.
     privacy_clip, privacy_noise : float
-        What the node's owner demands whatever the run says: updates of at most this L2 norm, C, with
-        N(0, (z·C)²) on each coordinate. Of the run's and these the stricter hold, each by itself.
+        C and z of the node's owner, for every run: updates have at most an L2 norm of C, and N(0,
+        (z·C)²) is added to each coordinate. Of the run's and the node's values the stricter hold, each
+        by itself.
     privacy_statistics_clip, privacy_statistics_noise : float
         The same for each statistic of a probe.
     store : str
-        Folder where the node keeps layers between messages, or `memory` (this process, as long as it
-        lasts); empty takes the run's `exchange.store`.
+        Folder in which the node keeps layers between messages, or `memory` for this process's memory.
+        Empty takes the run's `exchange.store`.
     store_size : float
-        Its limit in GB; 0 takes the run's `exchange.store-size`.
+        Largest size of the store in GB; 0 takes the run's `exchange.store-size`.
     """
 
     partition_id: Annotated[int, Field(ge=0)]
@@ -84,7 +84,7 @@ class NodeConfig(Section):
     @field_validator("budget", mode="plain")
     @classmethod
     def _a_number_or_auto(cls, value: Any) -> Any:
-        # Pydantic's own words for a union name each of its members, which tells nobody what to do.
+        # Pydantic's own message for a union names each of its members, which does not help a user.
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value != "auto" and not (number and 0 <= value < math.inf):
             raise ConfigError(
@@ -103,7 +103,7 @@ class NodeConfig(Section):
 
     @model_validator(mode="after")
     def _bounded_noise(self) -> NodeConfig:
-        # The owner's guarantee must not rest on the run's bound, which the server chooses.
+        # The owner's guarantee must not depend on the run's bound, which the server chooses.
         if self.privacy_noise > 0 and self.privacy_clip == 0:
             raise ConfigError(
                 f"privacy-noise = {self.privacy_noise:g} is a multiple of privacy-clip, which is not "
@@ -121,8 +121,8 @@ class NodeConfig(Section):
     def _one_place_of_data(self) -> NodeConfig:
         if self.data is not None and self.own_data is not None:
             raise ConfigError(
-                f"data = '{self.data}' and own-data = '{self.own_data}': give data where the node takes "
-                "its partition of the run's data, own-data where it trains on all that is there"
+                f"data = '{self.data}' and own-data = '{self.own_data}': set data if the node takes its "
+                "partition of the run's data, or own-data if it trains on all data there"
             )
         return self
 
@@ -133,7 +133,7 @@ class NodeConfig(Section):
         Raises
         ------
         ConfigError
-            Naming the setting, its value, and what is allowed.
+            If a setting is not allowed; the message names it, its value, and what is allowed.
         """
         if "partition-id" not in settings:
             raise ConfigError(
@@ -146,12 +146,12 @@ class NodeConfig(Section):
             raise ConfigError(f"node-config: {explain(error, section_keys(cls))}") from None
 
     def applied_to(self, config: RunConfig) -> RunConfig:
-        """Return the run's configuration with what this node decides for itself in its place.
+        """Return the run's configuration, with this node's own settings in place of the run's.
 
         Raises
         ------
         ConfigError
-            If neither the run nor the node states into how many parts the data is cut.
+            If neither the run nor the node states the number of partitions.
         """
         own = {"device": self.device, "threads": self.threads}
         section = config.run.model_copy(update={k: v for k, v in own.items() if v is not None})

@@ -1,4 +1,4 @@
-"""The settings of differential privacy, and what they do not go with."""
+"""The `[privacy]` section, and the settings that differential privacy cannot work with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["PrivacyConfig", "check_private"]
 
 
 class PrivacyConfig(Section):
-    """What a client's replies may say of its data; `docs/privacy.md` explains each setting.
+    """Differential privacy: the clipping and noise of a run; `docs/privacy.md` explains each setting.
 
     Attributes
     ----------
     mode : {"none", "central", "local"}
-        Nothing; noise on the server's sums; noise on each client's update.
+        No privacy; noise on the server's sums; or noise on each client's update.
     clip : float
-        C, the largest L2 norm of all that a client sends in a training reply, the head included.
+        C, the largest L2 norm of a client's whole update, the head included.
     noise : float
         z: the standard deviation of the noise is z·C in each coordinate. 0 clips only.
     delta : float
@@ -60,22 +60,22 @@ class PrivacyConfig(Section):
 
 
 def check_private(config: RunConfig) -> None:
-    """Refuse what would say more of a client's data than ε accounts for.
+    """Refuse settings that would reveal more of a client's data than ε accounts for.
 
     Raises
     ------
     ConfigError
-        Naming the two settings and why they do not go together.
+        If there is such a setting; the message names it and the reason.
     """
     section, mode = config.privacy, f"privacy.mode = '{config.privacy.mode}'"
     if section.mode == "none":
         return
     clients = config.federation.clients
-    # Where the federation states its size, this is checked once it is known.
+    # If the federation states its size later, this is checked then.
     if clients and section.delta >= 1 / clients:
         raise ConfigError(
             f"privacy.delta = {section.delta:g} is not below 1 / federation.clients = {1 / clients:g}: "
-            "so large a δ allows giving one client's data away in full; lower it"
+            "such a δ would allow revealing one client's data in full; lower it"
         )
     server = config.server
     if section.mode == "central" and server.aggregation != "mean":
@@ -87,7 +87,7 @@ def check_private(config: RunConfig) -> None:
     if section.mode == "central" and server.clip > 0:
         raise ConfigError(
             f"server.clip = {server.clip:g} does not go with {mode}: privacy.clip bounds updates "
-            "already, and how many were scaled down would be recorded without noise; set it to 0"
+            "already, and the number of clipped updates would be recorded without noise; set it to 0"
         )
     if config.task.local_test > 0:
         raise ConfigError(

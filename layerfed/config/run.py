@@ -1,9 +1,9 @@
-"""One typed, validated description of a run.
+"""`RunConfig`: the typed and checked settings of a run.
 
-The same dotted keys everywhere: `[federation] clients-per-round = 5` in a file under `conf/`,
-`federation.clients-per-round=5` on `layerfed`'s command line and in `flwr run --run-config`. Everything
-that can be checked without building the model is checked here; what needs the model (a budget above
-the number of layers, say) is checked by the ServerApp, still before any client works.
+Keys are the same everywhere: `[federation] clients-per-round = 5` in a file under `conf/`, and
+`federation.clients-per-round=5` on `layerfed`'s command line and in `flwr run --run-config`. This module
+checks everything that can be checked without the model. The ServerApp checks the rest, for example a
+budget above the number of layers, before any client works.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from layerfed.config.privacy import PrivacyConfig, check_private
 from layerfed.config.secagg import SecAggConfig, refuse_with_secagg
 from layerfed.config.section import (
     ConfigError,
     DeviceName,
+    PlugIn,
     RunName,
     Section,
     Switch,
@@ -41,24 +42,24 @@ __all__ = [
     "nearest",
     "parse_override",
     "run_keys",
+    "shipped",
 ]
 
 Scalar = str | int | float | bool
 Flat = dict[str, Scalar]
 
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
-TASK_NAMES = ("digits", "cifar10", "domainnet", "xglue_nc", "qa", "custom")
-# Libraries that models come from, with a slash before the model's name there.
+# Libraries of models; in `model.name` a slash and the model's name follow.
 MODEL_FAMILIES = ("layerfed", "open_clip", "timm", "transformers")
 Positive = Annotated[int, Field(ge=1)]
-# Clients of a federation that LayerFed makes itself, where the configuration states no number.
+# Clients of a federation that LayerFed makes itself, if the configuration states no number.
 SIMULATED_CLIENTS = 10
 
 
 class TaskConfig(Section):
-    """Data: what is learnt and how it is spread over the clients."""
+    """The task: its data, and how they are split over the clients."""
 
-    name: str = "digits"
+    name: PlugIn = "digits"
     data: str = ""
     partition: Literal["dirichlet", "by-column", "iid"] = "dirichlet"
     alpha: Annotated[float, Field(gt=0)] = 0.5
@@ -74,19 +75,9 @@ class TaskConfig(Section):
     max_tokens: Annotated[int, Field(ge=8)] = 128
     local_test: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in TASK_NAMES and not re.fullmatch(r"[\w.]+:\w+", name):
-            raise ConfigError(
-                f"task.name = '{name}' is not allowed: it should be one of {', '.join(TASK_NAMES)}, or "
-                f"a task of your own as module:Class{nearest(name, TASK_NAMES)}"
-            )
-        return name
-
 
 class ModelConfig(Section):
-    """The model that is fine-tuned and how it falls into layers."""
+    """The model that is fine-tuned, and its split into layers."""
 
     name: str = "layerfed/vit"
     weights: Annotated[str, Field(min_length=1)] = "embedded"
@@ -96,7 +87,7 @@ class ModelConfig(Section):
 
     @property
     def family(self) -> str:
-        """The library a model comes from: what stands before the first slash of its name."""
+        """The model's library, which is the part of its name before the first slash."""
         return self.name.partition("/")[0]
 
     @property
@@ -135,7 +126,7 @@ class ModelConfig(Section):
 
 
 class FederationConfig(Section):
-    """The population of clients and what a round asks of it."""
+    """The population of clients, and the cohort and replies of a round."""
 
     clients: Annotated[int, Field(ge=0)] = 0
     clients_per_round: Annotated[int, Field(ge=0)] = 0
@@ -163,53 +154,45 @@ class FederationConfig(Section):
 
     @property
     def population(self) -> int:
-        """Number of clients: `clients`, or ten where it is 0 and LayerFed makes the federation."""
+        """Number of clients: `clients`, or ten if it is 0 and LayerFed makes the federation."""
         return self.clients or SIMULATED_CLIENTS
 
     @property
     def cohort(self) -> int:
-        """Clients that take part in a round; `clients-per-round` = 0 means all."""
+        """Number of clients in a round; `clients-per-round` = 0 means all."""
         return self.clients_per_round or self.population
 
     @property
     def needed_replies(self) -> int:
-        """Usable updates a round needs: `min-replies`, or half of the round's clients."""
+        """Number of usable updates that a round needs: `min-replies`, or half of the cohort."""
         return self.min_replies or -(-self.cohort // 2)
 
 
 class StrategyConfig(Section):
-    """Who picks the layers, and how.
+    """The strategy that selects layers, and its settings.
 
-    What is more than this are options of single strategies, which each strategy declares and checks
-    itself (`strategies.checked`), so that one file may hold the options of several.
+    Other keys are options of single strategies. Each strategy declares and checks its own
+    (`strategies.checked`), so one file may hold the options of several strategies.
     """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Scalar]
 
-    name: str = "ilp"
+    name: PlugIn = "ilp"
     period: Positive = 1
     theory: Switch = False
     probe_batches: Annotated[int, Field(ge=0)] = 1
+    options: str = ""
 
     @property
-    def options(self) -> dict[str, Scalar]:
-        """The options of single strategies, by key."""
-        return dict(self.__pydantic_extra__ or {})
-
-    @field_validator("name")
-    @classmethod
-    def _a_name(cls, name: str) -> str:
-        if not re.fullmatch(r"\w+|[\w.]+:\w+", name):
-            raise ConfigError(
-                f"strategy.name = '{name}' is not allowed: it should be the name of a strategy, or one "
-                "of your own as module:Class"
-            )
-        return name
+    def given(self) -> dict[str, Scalar]:
+        """The options of single strategies, by key: further keys of the section, and `options`."""
+        own = dict(parse_override(word) for word in self.options.split())
+        return {**(self.__pydantic_extra__ or {}), **own}
 
 
 class BudgetConfig(Section):
-    """How much each client can afford to train."""
+    """The budget of each client: how much it can train in a round."""
 
     kind: Literal["identical", "half-normal", "per-node"] = "identical"
     unit: BudgetUnit = "layers"
@@ -252,12 +235,12 @@ class TrainConfig(Section):
         return self
 
     def steps(self, examples: int) -> int:
-        """Return τ_i, the optimiser steps of a client with so many examples in one round."""
+        """Return τ_i, the optimiser steps in one round of a client with `examples` examples."""
         return self.local_steps or self.local_epochs * -(-examples // self.batch_size)
 
 
 class ServerConfig(Section):
-    """How the server turns the updates of a layer into its new version."""
+    """The server's aggregation and its optimiser, which turn updates into new layers."""
 
     aggregation: Literal["mean", "median", "trimmed-mean"] = "mean"
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
@@ -270,7 +253,7 @@ class ServerConfig(Section):
 
 
 class ExchangeConfig(Section):
-    """What travels, and where layers are kept between messages."""
+    """The codec of updates, and the store for layers between messages."""
 
     codec: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     store: str = ""
@@ -278,7 +261,7 @@ class ExchangeConfig(Section):
 
 
 class RunSection(Section):
-    """Where the run is kept and what it runs on."""
+    """The run's folder, seed, checkpoints and device."""
 
     name: RunName = ""
     dir: str = ""
@@ -294,12 +277,12 @@ class RunSection(Section):
 
 
 class RunConfig(Section):
-    """Everything a run depends on.
+    """All settings of a run.
 
     Raises
     ------
     ConfigError
-        From `from_flat` and `load_config`, in one line, naming the key, its value and what is allowed.
+        From `from_flat` and `load_config`; one line with the key, its value and what is allowed.
     """
 
     task: TaskConfig = TaskConfig()
@@ -327,7 +310,7 @@ class RunConfig(Section):
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
-        """Build and check a configuration from dotted keys, as Flower hands them over."""
+        """Build and check a configuration from dotted keys, the form in which Flower passes them."""
         nested: dict[str, dict[str, Any]] = {}
         for key, value in flat.items():
             section, dot, name = key.partition(".")
@@ -343,7 +326,7 @@ class RunConfig(Section):
             raise ConfigError(explain(error)) from None
 
     def of_size(self, clients: int) -> RunConfig:
-        """Return this configuration with its two 0s replaced: the population and the cohort.
+        """Return this configuration with the population and the cohort set, where they were 0.
 
         Parameters
         ----------
@@ -376,15 +359,15 @@ class RunConfig(Section):
 
 
 def explain(error: ValidationError, keys: Sequence[str] = (), prefix: str = "") -> str:
-    """Turn pydantic's findings into one line a user can act on.
+    """Turn pydantic's findings into one line that tells the user what to change.
 
     Parameters
     ----------
     error : pydantic.ValidationError
     keys : Sequence[str]
-        The keys there are; by default those of a run's configuration.
+        The known keys; by default those of a run's configuration.
     prefix : str
-        Stands before the keys that were checked, as in `strategy.`.
+        The prefix of the checked keys, for example `strategy.`.
     """
     lines = []
     for finding in error.errors():
@@ -403,12 +386,12 @@ def explain(error: ValidationError, keys: Sequence[str] = (), prefix: str = "") 
 
 
 def section_keys(section: type[Section], prefix: str = "") -> list[str]:
-    """Return the keys of a section, as users write them."""
+    """Return the keys of a section in the form that users write."""
     return [f"{prefix}{name.replace('_', '-')}" for name in section.model_fields]
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """Return "; did you mean …?" with the known key nearest to one that is unknown, or nothing."""
+    """Return "; did you mean …?" with the known key nearest to an unknown one, or an empty text."""
     keys = list(known)
     same = [k for k in keys if k.partition(".")[2] == key]
     return f"; did you mean {same[0]}?" if same else nearest(key, keys)
@@ -431,7 +414,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split `key=value`; the value is read as TOML (`3`, `0.1`, `true`) and else taken as text."""
+    """Split `key=value`. The value is read as TOML (`3`, `0.1`, `true`), or else as text."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"'{text}' is not of the form key=value")
@@ -441,10 +424,22 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
+def shipped(file: Path) -> Path:
+    """Return a file, or the configuration of that name that comes with the package (`cifar10`)."""
+    if file.suffix or file.exists():
+        return file
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (found := folder / f"{file}.toml").exists():
+            return found
+    return file
+
+
 def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a configuration file (or none: the defaults) and apply `key=value` overrides."""
+    """Read a configuration file, or the defaults, and apply `key=value` overrides."""
     flat: dict[str, Any] = {}
     if file is not None:
+        file = shipped(file)
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:

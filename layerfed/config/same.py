@@ -1,21 +1,23 @@
-"""The rule for "the same configuration": which settings two configurations of one run may differ in."""
+"""The rule for "the same run": the settings in which two of its configurations may differ."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
+from layerfed.config.errors import ConfigError
 from layerfed.config.run import RunConfig
 
 __all__ = ["differing"]
 
-# A result does not depend on where and how fast it is computed, or on how long stragglers get.
+# The result does not depend on the place and speed of the computation, or on the timeout.
 FREE_SECTION, BUT = "run.", "run.seed"
 FREE = "federation.timeout"
 ROUNDS = "federation.rounds"
 
 
 def differing(mine: RunConfig, theirs: Mapping[str, object], *, goes_on: bool = False) -> list[str]:
-    """Return the keys by which a configuration is of another run than one that was written down.
+    """Return the keys whose values make a configuration belong to another run than a written one.
 
     Parameters
     ----------
@@ -23,15 +25,19 @@ def differing(mine: RunConfig, theirs: Mapping[str, object], *, goes_on: bool = 
     theirs : Mapping[str, object]
         The content of a run folder's `config.json`.
     goes_on : bool (default: False)
-        Whether the run is continued: it may then have more rounds than before. A run that counts as
-        done must have as many as are asked for.
+        Whether the run is continued, and may then have more rounds than before. Otherwise the number of
+        rounds must be equal.
 
     Returns
     -------
     list[str]
-        Empty for configurations of the same run.
+        The keys; an empty list means the same run.
     """
     free = {FREE, ROUNDS} if goes_on else {FREE}
+    # If a setting is gone or has another meaning now, the written values are compared.
+    with suppress(ConfigError):
+        # A setting that did not exist when the run began had the effect of its default.
+        theirs = {**RunConfig.from_flat(theirs).to_flat(), **theirs}
     return [
         key
         for key, value in mine.to_flat().items()

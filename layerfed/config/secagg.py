@@ -1,4 +1,4 @@
-"""The `[secagg]` section, and which other settings secure aggregation cannot work with."""
+"""The `[secagg]` section, and the settings that secure aggregation cannot work with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["SecAggConfig", "refuse_different_masks", "refuse_with_secagg"]
 
 
 class SecAggConfig(Section):
-    """Whether the server may see sums of updates only."""
+    """Secure aggregation: whether the server sees sums of updates only."""
 
     enabled: Switch = False
     # Above one half: see `Participant.share_secrets`.
@@ -22,16 +22,16 @@ class SecAggConfig(Section):
     range: Annotated[float, Field(gt=0, le=1e6)] = 8.0
 
     def needed(self, clients: int) -> int:
-        """Return t, how many of so many clients must get to the end of a round."""
+        """Return t, the number of `clients` that must reach the end of a round."""
         return math.ceil(self.threshold * clients)
 
 
 OWN_LAYERS = "each client gets layers of its own"
 SINGLE_UPDATES = "it needs single updates, and the server sees their sum only"
-# What each key may be, the value to recommend first, and why another cannot work. A key that a
-# configuration does not have is passed over.
+# For each key the allowed values, the recommended one first, and why another cannot work. A key that a
+# configuration does not have is skipped.
 ALLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "exchange.codec": (("float32",), "updates travel as masked 32-bit integers"),
+    "exchange.codec": (("float32",), "updates travel as padded 32-bit integers"),
     "server.aggregation": (("mean",), SINGLE_UPDATES),
     "server.clip": ((0.0,), SINGLE_UPDATES),
     "federation.max-examples": ((0,), SINGLE_UPDATES),
@@ -40,10 +40,10 @@ ALLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 
 def refuse_with_secagg(flat: Mapping[str, Any]) -> None:
-    """Refuse settings of a run with secure aggregation that no round could work with.
+    """Refuse settings with which no round of a secure sum could work.
 
-    What depends on the clients (their own budgets, what an integer program selects) is seen in the
-    round, see `server/secure_sums.py`.
+    Conflicts that depend on the clients show only in a round, for example their own budgets or the
+    masks of the integer program; `server/secure_sums.py` refuses those.
 
     Parameters
     ----------
@@ -53,14 +53,14 @@ def refuse_with_secagg(flat: Mapping[str, Any]) -> None:
     Raises
     ------
     ConfigError
-        Naming the settings that exclude each other.
+        If two settings exclude each other; the message names them.
     """
     for key, (values, why) in ALLOWED.items():
         if key in flat and flat[key] not in values:
             raise _refused(key, flat[key], why, f"set {key}={values[0]}")
     clients = flat["federation.clients-per-round"] or flat["federation.clients"]
     if not clients:
-        return  # the federation states its size; this is checked once it is known
+        return  # the federation states its size later, and this is checked then
     more = flat["federation.over-provision"]
     if clients < 3:
         raise _refused(
@@ -89,12 +89,12 @@ def refuse_different_masks(flat: Mapping[str, Any], masks: str) -> None:
     flat : Mapping[str, Any]
         All settings of a run, by dotted key.
     masks : {"shared", "within-budget", "own"}
-        What the strategy's masks are like.
+        Whether the strategy's masks agree; see `SelectiveStrategy.masks`.
 
     Raises
     ------
     ConfigError
-        Naming the setting and what to do.
+        If masks can differ; the message names the setting and what to do.
     """
     if not flat["secagg.enabled"] or masks == "shared":
         return

@@ -1,4 +1,4 @@
-"""What all tables of settings share: how strictly they are read, and the error on a wrong one."""
+"""The base of all sections of settings: strict reading, and helpers for clear errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic_core import PydanticCustomError
 
 from layerfed.config.errors import ConfigError
 
-__all__ = ["ConfigError", "DeviceName", "RunName", "Section", "Switch", "nearest"]
+__all__ = ["ConfigError", "DeviceName", "PlugIn", "RunName", "Section", "Switch", "nearest"]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean …?" with the known word nearest to one that is unknown, or nothing."""
+    """Return "; did you mean …?" with the known word nearest to an unknown one, or an empty text."""
     found = get_close_matches(word, list(known), 1)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -42,16 +42,24 @@ def _run_name(value: Any) -> Any:
     return value
 
 
+def _plug_in(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"\w+|[\w.]+:\w+", value):
+        raise PydanticCustomError("name", "a name, or one of your own as module:Class")
+    return value
+
+
+PlugIn = Annotated[str, BeforeValidator(_plug_in)]
+"""The name of a task or strategy, or the place of a user's own one: `module:Class`."""
 Switch = Annotated[bool, BeforeValidator(_switch)]
-"""True or false; yes, no, on, off, 1 and 0 are read as these."""
+"""True or false; yes, no, on, off, 1 and 0 are accepted too."""
 DeviceName = Annotated[str, BeforeValidator(_device)]
-"""What torch calls a device, or auto; gpu is read as cuda."""
+"""torch's name of a device, or auto; gpu means cuda."""
 RunName = Annotated[str, BeforeValidator(_run_name)]
 """The name of a run folder."""
 
 
 class Section(BaseModel):
-    """A table of settings: no unknown keys, no infinities, and no "3" or true for a number."""
+    """A section of settings. Unknown keys, infinities, and "3" or true for a number are refused."""
 
     model_config = ConfigDict(
         extra="forbid",

@@ -1,7 +1,7 @@
 """Random streams, one for each purpose, all derived from a run's seed.
 
-A stream is keyed by its purpose and by the round and partition id that it serves, never by the order of
-use. A draw therefore does not depend on earlier samples, on Flower's random node ids, or on the engine.
+A stream's key is its purpose, round and partition id, and never the order of use. A draw therefore does
+not depend on earlier draws, on Flower's random node ids, or on the engine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Stream", "generator", "torch_seed"]
 
 
 class Stream(IntEnum):
-    """The purposes that have a random stream. Values are part of a run's identity: append only."""
+    """The purposes of random streams. Values are part of a run's identity, so they never change."""
 
     SAMPLING = 1
     PARTITION = 2

@@ -161,7 +161,11 @@ def run(
     ] = Path(),
 ) -> None:
     """On the server: run on the connected nodes, show the log, and exit 0 only if the run completed."""
-    federation, config = _federation(folder), read_settings(settings, resume)
+    from layerfed.strategies import checked
+    from layerfed.task import task_named
+
+    federation, config = _federation(folder), checked(read_settings(settings, resume))
+    task_named(config.task.name)
     identity = federation.start_run(app_folder, config)
     console.print(f"run {identity}; Ctrl-C leaves it running", highlight=False)
     status = federation.follow(identity)

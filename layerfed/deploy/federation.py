@@ -20,16 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerfed.config import ConfigError, Flat, NodeConfig, RunConfig, Scalar
+from layerfed.config import ConfigError, Flat, NodeConfig, RunConfig, Scalar, run_keys
 from layerfed.config.errors import Failed
 from layerfed.deploy.credentials import create_authority, create_server_certificate
 from layerfed.files import whole
+from layerfed.strategies import option_keys
 
 __all__ = [
     "DeploymentFailed",
     "Federation",
     "RunStatus",
     "environment",
+    "known_to_flower",
     "program",
     "supernode_command",
 ]
@@ -126,6 +128,19 @@ class RunStatus:
     def completed(self) -> bool:
         """Whether the run has ended successfully."""
         return self.status == "finished:completed"
+
+
+def known_to_flower(config: RunConfig) -> Flat:
+    """Return a run's settings under keys that the app declares; Flower refuses others.
+
+    Options of a strategy that is not LayerFed's own go into `strategy.options`.
+    """
+    declared = {*run_keys(), *option_keys()}
+    own = {k: v for k, v in config.to_flat().items() if k not in declared}
+    words = [f"{k.removeprefix('strategy.')}={json.dumps(v)}" for k, v in own.items()]
+    options = " ".join([config.strategy.options, *words]).strip()
+    known = {k: v for k, v in config.to_flat().items() if k in declared}
+    return known | {"strategy.options": options}
 
 
 @dataclass(frozen=True)
@@ -255,7 +270,7 @@ class Federation:
 
     def start_run(self, app: Path, config: RunConfig) -> int:
         """Hand a run to the SuperLink and return its id."""
-        settings: Flat = config.to_flat()
+        settings = known_to_flower(config)
         settings["run.dir"] = str(Path(config.run.dir).resolve() if config.run.dir else self.runs)
         # The ServerApp's working directory is that of the SuperLink.
         if config.run.resume:

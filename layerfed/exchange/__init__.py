@@ -1,4 +1,4 @@
-"""What crosses the wire: instructions, replies, arrays, codecs, and the layers that a node keeps."""
+"""The data that cross the wire: instructions, replies, arrays, codecs, and the layer store of a node."""
 
 from layerfed.exchange.arrays import RefusedReply, encode, record_of
 from layerfed.exchange.bounds import check_reply

@@ -1,4 +1,4 @@
-"""Tensors in messages: serialised late, read without a copy, and never believed."""
+"""Tensors in messages: serialised late, read without a copy, and checked before use."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ __all__ = [
     "record_of",
 ]
 
-# Room for the header of the npy format beside an array's own bytes.
+# Largest size of the npy format's header.
 MAX_HEADER = 4096
-# Characters of a reason that are kept.
+# Largest number of characters of a reason; the rest is cut.
 MAX_REASON = 500
 
 
 class RefusedReply(ValueError):
-    """A client's reply that must not be used; the message says why, in one short line.
+    """Error for a client's reply that must not be used; the message gives the reason in one line.
 
     Parameters
     ----------
     reason : str
-        May quote the reply, whatever it holds: it ends up in logs and in the run folder.
+        The reason, which may quote any part of the reply. It is made printable, since it is logged and
+        written to the run folder.
     """
 
     def __init__(self, reason: str) -> None:
@@ -43,23 +44,23 @@ class RefusedReply(ValueError):
 
 
 def printable(text: str) -> str:
-    """Return a text of a stranger's as one line of printable characters, cut where it is long."""
+    """Return an untrusted text as one line of printable characters, cut at `MAX_REASON`."""
     shown = "".join(c if c.isprintable() else " " for c in text[:MAX_REASON])
     return shown if len(text) <= MAX_REASON else f"{shown} …"
 
 
 @passes_as_array
 class LiveArray(Array):
-    """Flower's `Array`, serialised only where it leaves the machine.
+    """Flower's `Array`, but serialised only if it leaves the machine.
 
-    Flower writes an array out when the record is made, and reads it in again where it is used. Between
-    two parts of one process that is two copies for nothing; between processes of one machine Ray moves
-    the numpy array itself, without a copy.
+    Flower serialises an array when a record is made, and reads it again when it is used. Within one
+    process these are two copies for nothing. Between processes of one machine Ray moves the numpy array
+    itself, without a copy.
 
     Parameters
     ----------
     values : numpy.ndarray
-        Taken as it is, not copied; it must not change as long as the message lives.
+        The array, which is not copied. It must not change while the message exists.
     """
 
     def __init__(self, values: np.ndarray) -> None:
@@ -69,12 +70,12 @@ class LiveArray(Array):
         self.values = values.view()
         self.values.flags.writeable = False
         self.travelled = False
-        """Whether it came from another process."""
+        """Whether the array came from another process."""
         self._data: bytes | None = None
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
-        """The npy bytes, row-major: written when first asked for, shared by all messages."""
+        """The npy bytes, row-major. They are made at the first use and shared by all messages."""
         if self._data is None:
             values = np.asarray(self.values, order="C")
             header = io.BytesIO()
@@ -83,7 +84,7 @@ class LiveArray(Array):
             )
             content = values.reshape(-1).view(np.uint8).data
             self._data = b"".join((header.getvalue(), content))
-            # From now on a view of these bytes, so that there is no second copy.
+            # The values become a view of these bytes, so that there is no second copy.
             self.values = np.frombuffer(self._data, values.dtype, offset=header.tell()).reshape(
                 values.shape
             )
@@ -123,20 +124,20 @@ def carried_bytes(arrays: Iterable[Array]) -> int:
 
 
 def _content(data: bytes) -> int:
-    # An npy file states the length of its header; whatever it says, this is only a count.
+    # An npy file states the length of its header. The statement may be wrong; this is only a count.
     return max(0, len(data) - 10 - int.from_bytes(data[8:10], "little"))
 
 
 def moved_bytes(arrays: Iterable[Array]) -> int:
-    """Return the bytes of those arrays that came from another process."""
+    """Return the bytes of the arrays that came from another process."""
     return carried_bytes(a for a in arrays if not isinstance(a, LiveArray) or a.travelled)
 
 
 def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """View an array as the expected shape and dtype, without copying it.
+    """Return an array as a view of the expected shape and dtype, without a copy.
 
-    The npy header is read and compared before anything is sized by it, so a forged one can neither
-    allocate memory nor smuggle in an object array.
+    The npy header is compared with the expectation before anything is allocated. So a forged header can
+    neither allocate memory nor bring in an object array.
 
     Raises
     ------
@@ -159,8 +160,8 @@ def decode(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.nda
             raise ValueError(f"npy version {version}")
         header = np.lib.format.read_array_header_1_0(stream)
     except Exception as error:
-        # NumPy parses the header as Python; a forged one raises nearly anything, from TypeError to
-        # tokenize.TokenError and RecursionError.
+        # NumPy parses the header as Python, so a forged one can raise nearly any error, such as
+        # TypeError, tokenize.TokenError or RecursionError.
         raise RefusedReply(f"an array that cannot be read ({error})") from None
     if header != (shape, False, dtype):
         raise RefusedReply(f"an array of {header[2]}{header[0]} where {dtype}{shape} is due")

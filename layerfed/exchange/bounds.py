@@ -1,8 +1,8 @@
-"""What a reply may hold at most: how many records, entries and characters, and how large a number.
+"""Upper bounds on a reply: the number of records, entries and characters, and the size of numbers.
 
-Flower passes on whatever a node sends: records of any name and number, lists and texts of any length,
-and a message type and round that the node wrote itself. `check_reply` comes before anything is read and
-looks at types and lengths only, so that refusing a million entries costs no more than counting them.
+Flower passes on everything that a node sends: any records, lists and texts of any length, and a message
+type and round that the node wrote itself. `check_reply` runs before anything is read. It looks at types
+and lengths only, so refusing a million entries costs no more than counting them.
 """
 
 from __future__ import annotations
@@ -37,40 +37,40 @@ TYPES = {
     "secure": ConfigRecord,
     LAYERS: ConfigRecord,
 }
-# Ten times what any of ours holds, and room for metrics of a user's own.
+# Ten times the entries of LayerFed's own records, with room for metrics of a user's own.
 MAX_ENTRIES = 1_000
-# More tensors, and layer versions, than any model has.
+# No model has more tensors or layer versions.
 MAX_ARRAYS = MAX_ITEMS = 100_000
 # Digests, layer names, and the identity of a store are far shorter.
 MAX_TEXT = 1_000
-# No gradient of finite float32 numbers comes near; beyond, sums over clients could overflow.
+# No gradient of finite float32 numbers comes near. Sums of larger numbers over clients could overflow.
 MAX_STATISTIC = 1e100
-# No step of training comes near; beyond, squares leave float32, in which server optimisers keep theirs,
-# and integers what float64 holds exactly.
+# No step of training comes near. The squares of larger numbers overflow float32, in which server
+# optimisers keep them, and larger integers are not exact in float64.
 MAX_UPDATE = 1e15
 
 
 def check_reply(reply: Message, asked: Message) -> None:
-    """Refuse what is not a reply to an instruction, or is larger than one can be.
+    """Refuse a message that is no reply to an instruction, or exceeds the bounds of one.
 
     Parameters
     ----------
     reply : flwr.app.Message
-        Without error.
+        A message without an error.
     asked : flwr.app.Message
         The instruction.
 
     Raises
     ------
     RefusedReply
-        If it comes from another node, is of another type or round, or has records, entries, lists or
-        texts that no reply has.
+        If it comes from another node, has another type or round, or has records, entries, lists or
+        texts beyond the bounds.
     """
     theirs, ours = reply.metadata, asked.metadata
     if theirs.src_node_id != ours.dst_node_id:
         raise RefusedReply(f"it was sent by node {theirs.src_node_id}, which was not asked")
     if theirs.message_type != ours.message_type:
-        raise RefusedReply(f"it answers '{theirs.message_type}', asked was '{ours.message_type}'")
+        raise RefusedReply(f"it answers '{theirs.message_type}' and not '{ours.message_type}'")
     if theirs.group_id != ours.group_id:
         raise RefusedReply(f"it belongs to round '{theirs.group_id}', not to {ours.group_id}")
     allowed = RECORDS[ours.message_type] | {LAYERS}
@@ -103,7 +103,7 @@ def _check_record(name: str, record: ArrayRecord | ConfigRecord | MetricRecord) 
 
 
 def number(value: float) -> float:
-    """Return a number of a record as a float; infinite where it is too large for one."""
+    """Return a number of a record as a float; infinity if it is too large."""
     try:
         return float(value)
     except OverflowError:  # Python's integers have no largest
@@ -111,12 +111,12 @@ def number(value: float) -> float:
 
 
 def row_of(value: Any, num_blocks: int, what: str) -> np.ndarray:
-    """Return a list of L numbers, none of them negative, as float64.
+    """Return a list of L non-negative numbers as float64.
 
     Raises
     ------
     RefusedReply
-        If it is anything else; `what` names it.
+        If the value is anything else; the message names it by `what`.
     """
     if not isinstance(value, list) or len(value) != num_blocks:
         raise RefusedReply(f"its {what} is not a list of {num_blocks} numbers")
@@ -124,7 +124,7 @@ def row_of(value: Any, num_blocks: int, what: str) -> np.ndarray:
     if not np.isfinite(row).all() or (row < 0).any():
         raise RefusedReply(f"its {what} holds negative or non-finite numbers")
     if (row > MAX_STATISTIC).any():
-        raise RefusedReply(f"its {what} holds {row.max():g}, which none can be")
+        raise RefusedReply(f"its {what} holds {row.max():g}, which is too large")
     return row
 
 
@@ -134,7 +134,7 @@ def check_values(name: str, values: np.ndarray) -> None:
     Raises
     ------
     RefusedReply
-        On NaN, infinities, and magnitudes above `MAX_UPDATE`.
+        If an element is NaN, infinite, or larger than `MAX_UPDATE`.
     """
     # Two reductions make no copy, and NaN is the result of both.
     low, high = float(values.min(initial=0)), float(values.max(initial=0))

@@ -1,4 +1,4 @@
-"""Clipping: an update is scaled down as a whole where its norm exceeds a bound."""
+"""Clipping: an update is scaled down as a whole if its norm exceeds a bound."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def norm_of(update: Mapping[str, np.ndarray]) -> float:
 def clipped(
     update: Mapping[str, np.ndarray], bound: float
 ) -> tuple[Mapping[str, np.ndarray], float]:
-    """Scale an update by min(1, C / ‖Δ‖), with the norm over all that it holds.
+    """Scale an update by min(1, C / ‖Δ‖), with the norm over all its tensors.
 
     Parameters
     ----------
     update : Mapping[str, numpy.ndarray]
-        Δ_i by tensor; integer tensors neither count nor change.
+        Δ_i by tensor. Integer tensors do not count in the norm and do not change.
     bound : float
         C, above 0.
 
     Returns
     -------
     tuple[Mapping[str, numpy.ndarray], float]
-        The update, the same object where nothing is to be done; and the norm that it had.
+        The scaled update, or the same object if it is within the bound; and its norm before.
     """
     norm = norm_of(update)
     if norm <= bound:

@@ -1,19 +1,19 @@
-"""Codecs: how many bits of an update travel, and what becomes of the rest.
+"""Codecs: formats in which an update is sent, with fewer bytes and an error.
 
 =========== ========= ==========================================================================
 codec       bytes     error of each element x
 =========== ========= ==========================================================================
 float32     4         none
-float16     2         |x| · 2⁻¹¹, or 2⁻²⁵ where |x| < 2⁻¹⁴ (tiny updates vanish); |x| must be < 65,520
+float16     2         |x| · 2⁻¹¹, or 2⁻²⁵ if |x| < 2⁻¹⁴ (tiny updates vanish); |x| must be < 65,520
 bfloat16    2         |x| · 2⁻⁸, over the whole range of float32
 int8        1         max|row| / 254, with rows along the first dimension; the error is remembered
                       on the client and added to its next update of the layer (error feedback)
 =========== ========= ==========================================================================
 
-Error feedback is that of Seide et al. (2014) and Karimireddy et al. (2019): the client sends C(Δ + e)
-and keeps e ← Δ + e − C(Δ + e), so that no part of an update is lost, only delayed.
+Error feedback is that of Seide et al. (2014) and Karimireddy et al. (2019). The client sends C(Δ + e)
+and keeps e ← Δ + e − C(Δ + e), so no part of an update is lost, only delayed.
 
-Only parameters in float32 are coded. Buffers travel as they are: rounding a change of BatchNorm's
+Only parameters in float32 are coded. Buffers are sent as they are: rounding a change of BatchNorm's
 running variance can make the variance negative, and the model's output NaN.
 """
 
@@ -32,7 +32,7 @@ from layerfed.exchange.store import LayerStore
 
 __all__ = ["CODECS", "Codec", "compress"]
 
-# Beside a tensor's name: no tensor of a torch model is called so.
+# Suffix of a tensor's name; no tensor of a torch model has such a name.
 SCALE = "#scale"
 
 Parts = dict[str, np.ndarray]
@@ -44,9 +44,9 @@ class Codec(ABC):
 
     lossy = True
     feedback = False
-    """Whether the client remembers the error."""
+    """Whether the client keeps the error for its next update (error feedback)."""
     exact: frozenset[str] = frozenset()
-    """Names of the tensors that travel as they are, whatever their type."""
+    """Names of the tensors that are sent as they are, whatever their type."""
 
     def sparing(self, names: Iterable[str]) -> Self:
         """Return this codec for a model in which some tensors, its buffers, are not to be coded."""
@@ -55,7 +55,7 @@ class Codec(ABC):
         return spared
 
     def codes(self, name: str, dtype: np.dtype[Any]) -> bool:
-        """Say whether a tensor is coded; others travel as they are."""
+        """Say whether a tensor is coded; others are sent as they are."""
         return dtype == np.float32 and name not in self.exact
 
     def encode(self, update: Mapping[str, np.ndarray]) -> Parts:
@@ -72,7 +72,7 @@ class Codec(ABC):
         return self._read(name, parts) if self.codes(name, like.dtype) else parts[name]
 
     def parts_of(self, name: str, like: np.ndarray) -> dict[str, Spec]:
-        """Return name, shape and dtype of the arrays that one tensor travels as."""
+        """Return name, shape and dtype of the arrays in which one tensor is sent."""
         if not self.codes(name, like.dtype):
             return {name: (like.shape, like.dtype)}
         return self._spec(name, like.shape)
@@ -119,14 +119,14 @@ class _Float16(Codec):
 
 
 class _BFloat16(Codec):
-    """The upper half of a float32, rounded to nearest, ties to even; as int16, since npy lacks it."""
+    """The upper half of a float32, rounded to nearest, ties to even. It is int16, as npy lacks it."""
 
     def _write(self, name: str, values: np.ndarray) -> Parts:
         bits = np.ascontiguousarray(values).view(np.uint32)
         odd = (bits >> np.uint32(16)) & np.uint32(1)
         with np.errstate(over="ignore"):
             rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-        # Rounding could carry a NaN's bits into another number: NaN stays NaN, and is refused as such.
+        # Rounding could turn the bits of NaN into a number. NaN stays NaN, and the server refuses it.
         upper = np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
         return {name: upper.view(np.int16).reshape(values.shape)}
 
@@ -139,7 +139,7 @@ class _BFloat16(Codec):
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of a tensor: along its first dimension, vectors and scalars one row."""
+    """Return a tensor's rows, along its first dimension, and columns; a vector or scalar is one row."""
     size = int(np.prod(shape, dtype=np.int64))
     rows = shape[0] if len(shape) > 1 else 1
     return rows, size // rows if rows else 0
@@ -185,7 +185,7 @@ def compress(
     store: LayerStore | None,
     key: str,
 ) -> Parts:
-    """Encode a client's update, with error feedback where the codec has it.
+    """Encode a client's update, with error feedback if the codec has it.
 
     Parameters
     ----------
@@ -193,10 +193,10 @@ def compress(
     layers : Mapping[str, Mapping[str, numpy.ndarray]]
         Δ_i by layer and tensor.
     store : LayerStore | None
-        Remembers the error of each layer. What it evicts is lost, which costs a little accuracy. None:
-        there is no error feedback.
+        Keeps the error of each layer. An evicted error is lost, which costs a little accuracy. None
+        turns error feedback off.
     key : str
-        Names the run and the client.
+        The name of the run and the client.
 
     Returns
     -------

@@ -1,9 +1,9 @@
-"""`TrainInstruction`: what one client is asked to train.
+"""`TrainInstruction`: the masks that one client trains, and how it sends its update.
 
-It is built once on the server and parsed once on the client, and what the reply must hold follows from
-it. Most clients train one mask and send all of it. A client with a *schedule* trains several masks in
-turn and sends their union. A client with an *upload* rule trains its whole mask and sends the blocks
-that changed most, with the head.
+The server builds it once, and the client parses it once; the due content of the reply follows from it.
+Most clients train one mask and send all of it. A client with a *schedule* trains several masks in turn
+and sends their union. A client with an *upload* rule trains its whole mask, and sends the blocks that
+changed most and the head.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OWN = (
 
 @dataclass(frozen=True)
 class Upload:
-    """Send the `count` trained blocks of the highest change score, in this norm, and the head."""
+    """The rule to send the head and the `count` trained blocks with the highest change scores."""
 
     count: int
     norm: Norm
@@ -38,25 +38,25 @@ class Upload:
 
 @dataclass(frozen=True)
 class TrainInstruction:
-    """What one client trains in one round, and how it sends it.
+    """One client's instruction for one round: what it trains, and how it sends its update.
 
     Attributes
     ----------
     round : int
         t, from 1.
     masks : tuple[Mask, ...]
-        m_i, L booleans each: the masks that the client trains one after the other, mostly one.
+        The masks that the client trains one after the other, L booleans each; mostly one, m_i.
     steps_each : int
-        Local steps on each of several masks; the last one takes those that are left.
+        Local steps on each of several masks; the last mask gets the remaining steps.
     run : str
-        Names the run to a client that remembers something of it (error feedback).
+        A name of the run, under which a client keeps state between rounds (error feedback).
     lr : float | None
-        η; None where the client has its own.
+        η; None if the client has its own.
     codec : {"float32", "float16", "bfloat16", "int8"}
     upload : Upload | None
-        None sends all that was trained.
+        None sends all trained layers.
     config : Mapping[str, Any]
-        What else stood in the train config that Flower's `start` was given.
+        The other entries of the train config that Flower's `start` got.
     """
 
     round: int
@@ -70,16 +70,16 @@ class TrainInstruction:
 
     @property
     def mask(self) -> Mask:
-        """All that the client trains in the round, L booleans."""
+        """The blocks that the client trains in the round, L booleans."""
         return tuple(map(any, zip(*self.masks, strict=True)))
 
     def codec_for(self, layers: LayerMap) -> Codec:
-        """Return the codec of that name, which leaves the model's buffers as they are."""
+        """Return the codec named by `codec`, which leaves the model's buffers as they are."""
         return CODECS[self.codec].sparing(b for layer in layers.layers for b in layer.buffers)
 
     # ------------------------------------------------------------------------------- on the wire
     def to_config(self) -> dict[str, Any]:
-        """Return the entries of the message's `config` record, the round left out."""
+        """Return the entries of the message's `config` record, without the round."""
         entries = {**self.config, "run": self.run, "codec": self.codec}
         entries["mask"] = [int(on) for on in self.mask]
         if self.lr is not None:
@@ -146,7 +146,7 @@ class TrainInstruction:
 
     # -------------------------------------------------------------------------------- on a client
     def schedule(self, steps: int) -> list[tuple[Mask, int]]:
-        """Return what a client that makes `steps` local steps trains in turn: masks, and steps on each.
+        """Return the masks that a client with `steps` local steps trains in turn, each with its steps.
 
         Raises
         ------
@@ -167,7 +167,7 @@ class TrainInstruction:
         ]
 
     def sent(self, layers: LayerMap, update: Mapping[str, np.ndarray]) -> list[str]:
-        """Return the layers that a client sends of what it trained: all, or those that changed most.
+        """Return the trained layers that a client sends: all, or those that changed most.
 
         Parameters
         ----------
@@ -186,9 +186,9 @@ class TrainInstruction:
 
     # ------------------------------------------------------------------------------ on the server
     def layer_steps(self, layers: LayerMap, steps: float) -> dict[str, float]:
-        """Return the number of steps in which each block moved, for a client that made `steps`.
+        """Return the number of steps in which each block moved, for a client that states `steps`.
 
-        It is one at least, whatever the client claims.
+        The number is at least one, whatever the client states.
         """
         masks, each = np.array(self.masks), self.steps_each or steps
         made = np.clip(steps - each * np.arange(len(masks)), 0.0, each)

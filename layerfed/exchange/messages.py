@@ -1,7 +1,7 @@
-"""The message protocol: what each message carries, how it is written and how it is read.
+"""The message protocol: the content of each message, and the functions that write and read it.
 
-Every instruction carries a `config` record; one that concerns the model also carries the `manifest`
-(the version of each layer) and the `arrays` of layers that the node is not known to hold:
+Every instruction has a `config` record. An instruction that concerns the model also has the `manifest`
+(the version of each layer), and the `arrays` of layers that the node is not known to hold:
 
 =============== ============================================= =====================================
 message type    config                                        reply
@@ -19,11 +19,11 @@ the node; one that has become another meanwhile refuses.
 A reply also states the metrics of its phase (`exchange/metrics.py`). Secure sums add queries of their
 own (`secure/messages.py`).
 
-Each reply says besides, in `layers`, which of the manifest's versions the node keeps and in which store,
-or, instead of an answer, which it is *missing*: those are sent again.
+Each reply also has a `layers` record. It names the manifest's versions that the node keeps, and its
+store. Or it names, in place of an answer, the layers that the node is *missing*; these are sent again.
 
-Replies come from machines nobody vouches for. Reading one checks it in full and raises `RefusedReply`
-with the reason; nothing in a reply is unpickled, used as a path or trusted for a size.
+Replies come from untrusted machines. Reading a reply checks it in full, and raises `RefusedReply` with
+the reason. Nothing in a reply is unpickled, used as a path, or trusted for a size.
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ __all__ = [
     "train_reply",
 ]
 
-# A client's say in the mean is its example count, which it states itself; beyond this it is no count.
+# A client's weight in the mean is its example count, which it states itself; a larger one is refused.
 MAX_EXAMPLES = 2**29
 # Partition ids are row numbers of a population.
 MAX_PARTITION = 2**31
-# More layer versions than any model has layers.
+# No model has more layers.
 MAX_HELD = 100_000
-# Error code, of ours: a node whose settings cannot be run says so, and is not asked again.
+# LayerFed's error code of a node whose settings cannot be run; it is not asked again.
 WRONG_SETTINGS = 1000
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A global model, by name: the base's fingerprint and each layer's content digest."""
+    """The name of a global model: the base's fingerprint and each layer's content digest."""
 
     base: str
     digests: Mapping[str, str]
@@ -87,11 +87,11 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Description:
-    """What a client says of itself.
+    """A client's description of itself.
 
-    `budget` is None where the node states none of its own, `partitions` (into how many the data is
-    cut) where it does not know. `costs` and `depth_costs`, L numbers each, are what training a layer
-    costs on this device, where budgets are in a measured unit.
+    `budget` is None if the node has no budget of its own. `partitions`, the number of parts of the data,
+    is None if the node does not know it. `costs` and `depth_costs`, L numbers each, are the costs of
+    training a layer on this device; they are stated if budgets are in a measured unit.
     """
 
     partition: int
@@ -122,7 +122,7 @@ def instruction(
     arrays: ArrayRecord | None = None,
     **config: Any,
 ) -> Message:
-    """Build a message to one node; `config` values are those a `ConfigRecord` takes."""
+    """Build a message to one node; `config` values must fit a `ConfigRecord`."""
     content = RecordDict({"config": ConfigRecord({"round": server_round, **config})})
     if manifest is not None:
         content["manifest"] = ConfigRecord({"base": manifest.base, **manifest.digests})
@@ -132,12 +132,12 @@ def instruction(
 
 
 def has_manifest(message: Message) -> bool:
-    """Say whether an instruction concerns the model."""
+    """Return whether an instruction concerns the model."""
     return message.has_content() and "manifest" in message.content.config_records
 
 
 def read_manifest(message: Message) -> tuple[Manifest, ArrayRecord]:
-    """Return the versions that an instruction names and the arrays that came with it."""
+    """Return an instruction's manifest, and the arrays that came with it."""
     entries = {str(k): str(v) for k, v in message.content.config_records["manifest"].items()}
     base = entries.pop("base")
     arrays = message.content.array_records.get("arrays", ArrayRecord())
@@ -145,7 +145,7 @@ def read_manifest(message: Message) -> tuple[Manifest, ArrayRecord]:
 
 
 def read_config(message: Message) -> Mapping[str, Any]:
-    """Return the settings that came with an instruction, as in the table above."""
+    """Return an instruction's `config` record; the table above has its entries."""
     return message.content.config_records["config"]
 
 
@@ -169,7 +169,7 @@ def describe_reply(message: Message, description: Description) -> Message:
 def probe_reply(
     message: Message, statistics: Mapping[str, Sequence[float]], examples: int, **costs: float
 ) -> Message:
-    """Answer `query.probe`: one list of L numbers a statistic."""
+    """Answer `query.probe` with a list of L numbers for each statistic."""
     content = RecordDict(
         {
             "statistics": MetricRecord({name: list(v) for name, v in statistics.items()}),
@@ -182,9 +182,9 @@ def probe_reply(
 def train_reply(
     message: Message, update: Mapping[str, np.ndarray], examples: int | None, **metrics: float
 ) -> Message:
-    """Answer `train`: Δ_i of the trained layers, as its codec wrote it, and the metrics of the work.
+    """Answer `train` with the encoded Δ_i of the trained layers, and the metrics of the work.
 
-    `examples` is None where the number is hidden in the arrays.
+    `examples` is None in a secure sum, in which the number is hidden in the arrays.
     """
     stated = {} if examples is None else {"examples": examples}
     content = RecordDict(
@@ -197,14 +197,14 @@ def train_reply(
 
 
 def missing_reply(message: Message, layers: Iterable[str]) -> Message:
-    """Answer any instruction with the layers that must be sent again before it can be followed."""
+    """Answer any instruction with the layers that the node lacks; the server sends them again."""
     return Message(
         RecordDict({"layers": ConfigRecord({"missing": list(layers)})}), reply_to=message
     )
 
 
 def state_held(reply: Message, held: Iterable[str], store: str) -> None:
-    """Add to a reply which layer versions the node keeps, by digest, and in which store."""
+    """Add to a reply the digests of the layer versions that the node keeps, and its store."""
     record = reply.content.config_records.setdefault("layers", ConfigRecord())
     record["held"], record["store"] = list(held), store
 
@@ -217,7 +217,7 @@ def evaluate_reply(message: Message, examples: int, **metrics: float) -> Message
 
 # ---------------------------------------------------------------------------- reading replies
 def read_metrics(message: Message, *, required: Iterable[str]) -> dict[str, float]:
-    """Return a reply's numbers, checked to be finite and to hold those that are required."""
+    """Return a reply's metrics; refuse them if one is not finite or a required one is missing."""
     record = message.content.metric_records.get("metrics")
     if record is None:
         raise RefusedReply("it has no 'metrics' record")
@@ -227,7 +227,7 @@ def read_metrics(message: Message, *, required: Iterable[str]) -> dict[str, floa
     if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
         raise RefusedReply(f"its metrics are not finite: {', '.join(bad)}")
     if bad := [name for name, value in numbers.items() if abs(value) > MAX_STATISTIC]:
-        raise RefusedReply(f"its metrics hold what none can be: {', '.join(bad)}")
+        raise RefusedReply(f"its metrics are too large: {', '.join(bad)}")
     for name, value in numbers.items():
         if name in METRICS and value < METRICS[name].least:
             raise RefusedReply(
@@ -244,7 +244,7 @@ def _examples(metrics: Mapping[str, float]) -> int:
 
 
 def read_description(message: Message, num_blocks: int | None = None) -> Description:
-    """Read the answer to `query.describe`; costs are taken where `num_blocks`, L, is given."""
+    """Read the answer to `query.describe`; costs are read only if `num_blocks`, L, is given."""
     metrics = read_metrics(message, required=("partition", "examples"))
     budget = metrics.get("budget")
     if budget is not None and budget < 0:
@@ -305,15 +305,15 @@ def read_train_reply(
     message : Message
         A reply with content.
     expected : Mapping[str, numpy.ndarray]
-        The global tensors that this client was asked to train; a reply holds their updates, all of
-        them and nothing else.
+        The global tensors that this client was asked to train. The reply must hold the updates of all
+        of them and nothing else.
     codec : Codec
-        The one the client was asked to use.
+        The codec that the client was asked to use.
 
     Raises
     ------
     RefusedReply
-        On wrong names, shapes, dtypes, numbers that no training gives, or a forged example count.
+        If names, shapes, dtypes, values or the example count are not allowed.
     """
     metrics = read_metrics(message, required=("examples",))
     examples = _examples(metrics)
@@ -346,7 +346,7 @@ def read_evaluation(message: Message) -> tuple[int, dict[str, float]]:
 
 
 def read_missing(message: Message, layers: LayerMap) -> tuple[str, ...]:
-    """Return the layers that a reply says are missing; none where it is an answer."""
+    """Return the layers that a reply says are missing; () if the reply is an answer."""
     record = message.content.config_records.get("layers")
     missing = record.get("missing", []) if record is not None else []
     if not isinstance(missing, list) or not set(missing) <= set(layers.names):

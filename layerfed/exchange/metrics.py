@@ -1,8 +1,8 @@
-"""The numbers that clients state of their work, each declared once.
+"""The metrics: numbers that clients state about their work, each declared once.
 
-A `Metric` says in which phase a client states it, how it is measured, and how the clients' values are
-combined. The reply, `RoundRecord.metrics`, `metrics.jsonl`, `clients.jsonl`, the tables and the CSV of a
-comparison follow from the declaration. To add one, add it to `METRICS`.
+A `Metric` declares the phase in which a client states it, how it is measured, and how the clients'
+values are combined. The reply, `RoundRecord.metrics`, `metrics.jsonl`, `clients.jsonl`, the tables and
+the CSV of a comparison follow from the declaration. To add a metric, add it to `METRICS`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Phase = Literal["probe", "train", "evaluate"]
 
 @dataclass
 class Work:
-    """A client's work in one phase, as far as it is measured.
+    """The measurements of a client's work in one phase.
 
     Attributes
     ----------
@@ -44,17 +44,17 @@ class Work:
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        """Begin a new peak of memory where a device can; a process elsewhere keeps its own."""
+        """Reset the peak of GPU memory. On a CPU the peak is that of the process since its start."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def numbers(self, *, private: bool = False) -> dict[str, float]:
-        """Return what a client states of the work, by name.
+        """Return the metrics that a client states about the work, by name.
 
         Parameters
         ----------
         private : bool
-            Leave out all numbers that depend on the client's data.
+            Whether to leave out all metrics that depend on the client's data.
         """
         return {
             metric.name: float(metric.measure(self))
@@ -70,18 +70,18 @@ class Metric:
     Attributes
     ----------
     name : str
-        In the reply and in every file.
+        Its name in the reply and in every file.
     phase : {"probe", "train", "evaluate"}
-        With which reply it comes.
+        The phase whose replies state it.
     combine : {"sum", "max", "mean"}
-        How the values of a round's clients become one. A mean is weighted by their examples.
+        The rule that combines the values of a round's clients. A mean is weighted by their examples.
     measure : Callable[[Work], float]
     least : float
-        A reply with a smaller value is refused.
+        The smallest allowed value; a reply with a smaller one is refused.
     public : bool
-        Whether clients state it even where their replies are private: it must not depend on their data.
+        Whether clients state it also in private replies. It must not depend on their data.
     total : bool
-        Whether `summary.json` adds it up over rounds.
+        Whether `summary.json` has its sum over rounds.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Metric:
 
 
 def _peak_memory(work: Work) -> float:
-    """Return peak bytes: of tensors in the phase on a GPU, of the process since it started elsewhere."""
+    """Return peak bytes: of tensors in the phase on a GPU, or of the whole process on a CPU."""
     if work.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(work.device))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -118,19 +118,19 @@ METRICS: dict[str, Metric] = {
 
 
 def metrics_of(phase: str) -> list[Metric]:
-    """Return the metrics that come with one phase's replies."""
+    """Return the metrics of one phase's replies."""
     return [metric for metric in METRICS.values() if metric.phase == phase]
 
 
 class Numbers:
-    """What a round's clients stated, by client (partition id)."""
+    """The metrics that a round's clients stated, by client (partition id)."""
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
         self._weights: dict[tuple[int, str], int] = {}
 
     def add(self, client: int, phase: str, stated: Mapping[str, float], examples: int) -> None:
-        """Take in a reply's numbers; those that are not declared are left out.
+        """Add the metrics of a reply; numbers that are not declared are left out.
 
         Parameters
         ----------
@@ -138,7 +138,7 @@ class Numbers:
         phase : {"probe", "train", "evaluate"}
         stated : Mapping[str, float]
         examples : int
-            The weight of the client in a mean.
+            The client's weight in a mean.
         """
         row = self.rows.setdefault(client, {})
         for metric in metrics_of(phase):
@@ -147,10 +147,10 @@ class Numbers:
                 self._weights[client, metric.name] = examples
 
     def combined(self) -> dict[str, float | None]:
-        """Return each metric over all clients that stated it.
+        """Return each metric, combined over all clients that stated it.
 
-        Where nobody did, a sum or a maximum is 0 and a mean is None. Clients are taken in the order of
-        their ids, so that the result does not depend on who answered first.
+        If no client stated it, a sum or a maximum is 0 and a mean is None. Clients are combined in the
+        order of their ids, so the result does not depend on the order of replies.
         """
         return {name: self._combined(metric) for name, metric in METRICS.items()}
 

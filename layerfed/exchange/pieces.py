@@ -1,4 +1,4 @@
-"""Large arrays a piece at a time, so that float64 copies never leave the processor's cache."""
+"""Iteration over large arrays in pieces, so that float64 copies stay in the processor's cache."""
 
 from __future__ import annotations
 

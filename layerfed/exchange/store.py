@@ -1,7 +1,7 @@
-"""The layer store: layers by content, kept between messages, so that none travels twice.
+"""The layer store: layers by content digest, kept between messages, so that no layer is sent twice.
 
-A node that runs a process per message (a SuperNode does) has nothing else to remember them by. Server
-and clients of one machine find the same store, and nothing needs to travel between them at all.
+A SuperNode starts a process for each message, so its layers must be kept on disk. If the server and its
+clients are on one machine, they use the same store, and no layer is sent between them at all.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ __all__ = ["FolderStore", "LayerStore", "MemoryStore", "open_store", "user_cache
 
 MEMORY = "memory"
 IDENTITY = "identity"
-# A digest names a file; one that came in a message must be nothing but a digest.
+# A digest names a file, so a digest in a message must match this in full.
 DIGEST = re.compile(r"[0-9a-f]{32}")
-# What a process leaves that was killed while writing is litter once it is this old.
+# Age at which a temporary file of a killed process is removed.
 LITTER_SECONDS = 3600.0
 
 Tensors = Mapping[str, np.ndarray]
 
 
 class LayerStore(ABC):
-    """Layers by content digest, and what a client keeps for itself.
+    """Layers by content digest, and a client's own tensors.
 
     Attributes
     ----------
     identity : str
-        The same for everyone who sees this store, and for no one else.
+        A name of this store, the same for every process that reads it; no other store has it.
     """
 
     identity: str
 
     @abstractmethod
     def has(self, name: str) -> bool:
-        """Say whether a layer of that digest is kept."""
+        """Return whether a layer of that digest is kept."""
 
     @abstractmethod
     def get(self, name: str) -> dict[str, np.ndarray] | None:
-        """Return a layer by digest, or None; what is returned has that digest."""
+        """Return a layer by digest, or None. A returned layer has that digest."""
 
     @abstractmethod
     def put(self, name: str, tensors: Tensors, keep: Collection[str]) -> None:
@@ -67,12 +67,12 @@ class LayerStore(ABC):
             The layer's digest.
         tensors : Mapping[str, numpy.ndarray]
         keep : Collection[str]
-            Digests that must not be evicted for it: what the current round needs.
+            Digests that must not be evicted, since the current round needs them.
         """
 
     @abstractmethod
     def recall(self, key: str) -> dict[str, np.ndarray] | None:
-        """Return what was remembered under a key, or None where it is lost."""
+        """Return the tensors that were remembered under a key, or None if they are lost."""
 
     @abstractmethod
     def remember(self, key: str, tensors: Tensors) -> None:
@@ -80,9 +80,9 @@ class LayerStore(ABC):
 
 
 class MemoryStore(LayerStore):
-    """The store of one process: of layers, the current version and no other.
+    """The store of one process, which keeps only the current version of each layer.
 
-    Used by the in-process engine, whose server and clients share arrays by reference.
+    The in-process engine uses it: its server and clients share arrays by reference.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class MemoryStore(LayerStore):
         self._own: dict[str, dict[str, np.ndarray]] = {}
 
     def has(self, name: str) -> bool:
-        """Say whether a layer of that digest is kept."""
+        """Return whether a layer of that digest is kept."""
         return name in self._layers
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
@@ -104,11 +104,11 @@ class MemoryStore(LayerStore):
         self._layers[name] = dict(tensors)
 
     def recall(self, key: str) -> dict[str, np.ndarray] | None:
-        """Return what was remembered under a key, or None."""
+        """Return the tensors that were remembered under a key, or None."""
         return self._own.get(key)
 
     def remember(self, key: str, tensors: Tensors) -> None:
-        """Keep tensors by reference; those of earlier runs are dropped with the run's name."""
+        """Keep tensors by reference, and drop those of other runs."""
         run = key.partition("/")[0]
         self._own = {k: t for k, t in self._own.items() if k.partition("/")[0] == run}
         self._own[key] = dict(tensors)
@@ -117,15 +117,15 @@ class MemoryStore(LayerStore):
 class FolderStore(LayerStore):
     """A folder of safetensors files, each named by its layer's digest.
 
-    Several processes may use it at once: files are written beside their place and renamed, one of a
-    digest is as good as another, and whoever finds a file gone or damaged treats it as not kept.
+    Several processes may use it at once. Files are written beside their place and renamed, and all files
+    of one digest are equal. A file that is gone or damaged counts as not kept.
 
     Parameters
     ----------
     folder : Path
-        Made if it is not there.
+        The folder, which is created if it does not exist.
     size : float
-        Bytes to keep at most; the least recently used go first.
+        Most bytes to keep. The least recently used layers are dropped first.
 
     Raises
     ------
@@ -148,7 +148,7 @@ class FolderStore(LayerStore):
     def _identify(self) -> str:
         file = self.folder / IDENTITY
         if not file.exists():
-            # Only the first store of a folder imports this and waits: its identity holds for all.
+            # Only the first process that uses a folder imports this and waits.
             from filelock import FileLock
 
             with FileLock(self.folder / ".lock"):
@@ -163,7 +163,7 @@ class FolderStore(LayerStore):
         return self.folder / f"{name}.safetensors"
 
     def has(self, name: str) -> bool:
-        """Say whether a layer of that digest is kept (unread: `get` may still find it damaged)."""
+        """Return whether a file of that digest is kept. It is not read, so `get` may find it damaged."""
         return self._file(name).exists()
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
@@ -193,7 +193,7 @@ class FolderStore(LayerStore):
         return tensors
 
     def put(self, name: str, tensors: Tensors, keep: Collection[str]) -> None:
-        """Keep a layer; where the disk is full, go on without."""
+        """Keep a layer. If the disk is full, log it and go on."""
         file = self._file(name)
         if file.exists():
             with suppress(OSError):
@@ -204,7 +204,7 @@ class FolderStore(LayerStore):
 
     def _write(self, file: Path, tensors: Tensors) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared the cache
+            self.folder.mkdir(parents=True, exist_ok=True)  # the user may have cleared the cache
             with whole(file, shared=True) as beside:
                 save_tensors(beside, tensors)
         except (OSError, SafetensorError) as error:
@@ -212,7 +212,7 @@ class FolderStore(LayerStore):
 
     def _evict(self, keep: Collection[Path]) -> None:
         found = []
-        with suppress(OSError):  # gone meanwhile, evicted by another process
+        with suppress(OSError):  # another process may have evicted it
             for entry in os.scandir(self.folder):
                 with suppress(OSError):
                     found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
@@ -233,28 +233,28 @@ class FolderStore(LayerStore):
         return self.folder / f"own-{content_digest(key)}.safetensors"
 
     def recall(self, key: str) -> dict[str, np.ndarray] | None:
-        """Return what was remembered under a key, or None where it was evicted."""
+        """Return the tensors that were remembered under a key, or None if they were evicted."""
         return self._read(self._own_file(key))
 
     def remember(self, key: str, tensors: Tensors) -> None:
-        """Keep tensors under a key, in place of what was there."""
+        """Keep tensors under a key, and replace earlier ones."""
         self._write(self._own_file(key), tensors)
 
 
 def user_cache() -> Path:
-    """Return this user's folder for what can be had again."""
+    """Return this user's cache folder; its content can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerfed"
 
 
 def open_store(location: str = "", gigabytes: float = 20.0) -> LayerStore:
-    """Return the store at a location, one object a process.
+    """Return the store at a location, the same object for all calls in a process.
 
     Parameters
     ----------
     location : str
-        A folder; `memory`, that of this process; empty is the user's cache folder.
+        A folder; or `memory` for this process's memory; or empty for the user's cache folder.
     gigabytes : float
-        Limit of a folder's size.
+        Largest size of a folder.
 
     Raises
     ------

@@ -1,6 +1,6 @@
-"""Differential privacy: what a run promises of any one client's data, and what that takes.
+"""Differential privacy: a bound on what a run reveals of any one client's data.
 
-`settings.py` has the `[privacy]` section and what it does not go with; `protection.py` clips and noises
-what a client sends, `private_mean.py` the server's sums; `account.py` counts ε, by client. What ε means
-here, and what it does not cover, is in docs/privacy.md.
+`protection.py` clips a client's updates and statistics and adds noise to them; `account.py` counts ε for
+each client. The server's part is `layerfed/server/private.py`, and the settings are
+`layerfed/config/privacy.py`. docs/privacy.md says what ε means here and what it does not cover.
 """

@@ -1,16 +1,18 @@
-"""What a run has spent of privacy: ε at δ, for the client that was asked most often.
+"""The privacy account of a run: ε at δ, for the client that was asked most often.
 
-Two federations are neighbours if all data of *one client* are exchanged for any others (replace-one, at
-the level of clients). That moves what is clipped to C by at most 2C, so noise of z·C is a Gaussian
-mechanism of noise multiplier z/2: in local mode on a client's own update, in central mode on the sum it
-is part of. A client that was asked k times ran through k of them, one after the other, and those are
-one of multiplier z/(2√k) exactly (Dong, Roth and Su, *Gaussian differential privacy*, 2022), whose ε is
-known in closed form (Balle and Wang, *Improving the Gaussian mechanism*, 2018); Google's dp-accounting
-computes it. A noised statistic of a probe is one more mechanism of the same client.
+Two federations are neighbours if all data of *one client* are exchanged for any other data (replace-one,
+at the level of clients). The exchange moves a vector that is clipped to C by at most 2C. So noise of z·C
+is a Gaussian mechanism of noise multiplier z/2. In local mode it acts on a client's own update, and in
+central mode on the sum.
 
-No amplification by sampling is claimed, which would need a sample that nobody knows. Who takes part
-follows from `run.seed`, which every client is told; and even if it were secret, which layers move says
-who was there, wherever budgets or random masks differ by client.
+A client that was asked k times went through k mechanisms, one after the other. They equal exactly one
+mechanism of multiplier z/(2√k) (Dong, Roth and Su, *Gaussian differential privacy*, 2022). Its ε is
+known in closed form (Balle and Wang, *Improving the Gaussian mechanism*, 2018), and Google's
+dp-accounting computes it. Each noised statistic of a probe is one more mechanism of the client.
+
+LayerFed claims no amplification by sampling, which would need a secret sample. The cohort follows from
+`run.seed`, which every client is told. Even with a secret seed, the layers that move would reveal who
+took part if budgets or random masks differ between clients.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def epsilon_of(precision: float, delta: float) -> float:
     Parameters
     ----------
     precision : float
-        Σ_j s_j⁻² over their noise multipliers s_j: each one's standard deviation over its sensitivity.
+        Σ_j s_j⁻² over the noise multipliers s_j, each the standard deviation over the sensitivity.
     delta : float
 
     Raises
@@ -62,18 +64,19 @@ def _precision(noise: float) -> float:
 
 
 class PrivacyAccount:
-    """Adds up what each client has revealed.
+    """Counts the privacy that each client has spent.
 
-    It depends on the settings and on who was asked in which round, and on nothing else: a resumed run
-    gets it back from its ledger. Whoever was asked counts, whether or not a usable answer came.
+    The account depends only on the settings and on the clients that were asked in each round, so a
+    resumed run restores it from its ledger. Every client that was asked counts, with or without a usable
+    answer.
 
     Parameters
     ----------
     section : PrivacyConfig
     probed : Callable[[int], Iterable[str]]
-        The statistics of its data that a client is asked for in a round.
+        Returns the statistics of their data that clients are asked for in a round.
     rounds : int
-        Of the whole run.
+        The rounds of the whole run.
 
     Raises
     ------
@@ -96,11 +99,11 @@ class PrivacyAccount:
         epsilon_of(0.0, section.delta)
 
     def _private_in(self, server_round: int) -> int:
-        """Return how many statistics of its data a client is asked for in a round."""
+        """Return the number of statistics of their data that clients are asked for in a round."""
         return len(set(self._probed(server_round)))
 
     def _cost(self, server_round: int) -> float:
-        """Return what a client reveals in a round, Σ s⁻² of its update and its statistics."""
+        """Return a client's spending in a round: Σ s⁻² of its update and its statistics."""
         cost = _precision(self._section.noise)
         if self._section.statistics_noise > 0:
             cost += self._private_in(server_round) * _precision(self._section.statistics_noise)
@@ -108,34 +111,34 @@ class PrivacyAccount:
 
     @property
     def epsilon(self) -> float:
-        """ε of the client that revealed most so far; infinite where there is no noise."""
+        """ε of the client that has spent most so far; infinite without noise."""
         worst = max(self._spent.values(), default=0.0) + self._again
         return epsilon_of(worst, self._section.delta)
 
     def count(self, server_round: int, clients: Iterable[int]) -> None:
-        """Count a round for the clients, by partition id, that were asked in it."""
+        """Count a round for the clients (partition ids) that were asked in it."""
         for client in clients:
             self._spent[client] += self._cost(server_round)
 
     def recall(
         self, asked: Iterable[tuple[int, Iterable[int]]], repeated: Iterable[int] = ()
     ) -> None:
-        """Take in what a run revealed before it was interrupted.
+        """Count the rounds of a run before it was interrupted.
 
         Parameters
         ----------
         asked : Iterable[tuple[int, Iterable[int]]]
-            The rounds that stay, each with the clients that were asked.
+            The finished rounds, each with the clients that were asked.
         repeated : Iterable[int]
-            Rounds that were cut off. They count for everyone, and once more when they are done again:
-            their replies were sent, and the noise on them is not that of the second time.
+            Rounds that were cut off. They count for every client, and count again when they are
+            repeated: their replies were sent, and the second time has new noise.
         """
         for server_round, clients in asked:
             self.count(server_round, clients)
         self._again += sum(self._cost(server_round) for server_round in repeated)
 
     def announce(self) -> None:
-        """Log what is protected, and what is not."""
+        """Log the final ε, and warn of updates or statistics that it does not cover."""
         section, rounds = self._section, self._rounds
         most = sum(self._cost(number) for number in range(1, rounds + 1))
         log(
@@ -151,7 +154,7 @@ class PrivacyAccount:
         if self.covers == "updates":
             log(
                 WARNING,
-                "ε covers updates, not the choice of layers: it rests on statistics of clients' data "
+                "ε covers updates, not the choice of layers, which uses statistics of clients' data "
                 "that are sent without noise; set privacy.statistics-clip and "
                 "privacy.statistics-noise, or choose a strategy without a probe",
             )

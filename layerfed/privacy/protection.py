@@ -1,9 +1,9 @@
-"""Differential privacy: what clipping and Gaussian noise do to updates and statistics.
+"""Clipping and Gaussian noise on updates and statistics, for differential privacy.
 
-Noise is drawn from the operating system's entropy, never from the run's seed: whoever knows a seed can
-subtract what came of it. It is drawn and added in float64, and only the sum is rounded to the tensor's
-own type; Gaussian noise of floating-point numbers is still not the ideal one (Mironov, *On significance
-of the least significant bits for differential privacy*, 2012), which no ε here accounts for.
+Noise comes from the operating system's entropy and never from the run's seed: everyone who knows the
+seed could subtract it. Noise is drawn and added in float64, and only the sum is rounded to the tensor's
+own type. Gaussian noise in floating point is still not the ideal one (Mironov, *On significance of the
+least significant bits for differential privacy*, 2012), and no ε here accounts for the difference.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def gaussian(count: int, entropy: Entropy = os.urandom) -> np.ndarray:
     ----------
     count : int
     entropy : Callable[[int], bytes]
-        Returns so many random bytes; the operating system's by default, which suits cryptography as
-        numpy's own generators do not.
+        Returns a number of random bytes. The default is the operating system's, which is fit for
+        cryptography; numpy's generators are not.
     """
     pairs = -(-count // 2)
     words = np.frombuffer(entropy(16 * pairs), dtype=np.uint64).reshape(2, pairs)
@@ -55,22 +55,22 @@ def refuse_buffers(layers: LayerMap) -> None:
     Raises
     ------
     ConfigError
-        Naming the first such tensor. A counter of batches would leave unclipped and without noise, and
-        a running variance with noise on it may be negative.
+        If there is such a tensor; the message names the first. A counter of batches would be sent
+        without clipping and noise, and a running variance with noise may be negative.
     """
     for layer in (*layers.blocks, layers.head):
         if buffers := sorted(set(layer.tensors) - set(layer.parameters)):
             raise ConfigError(
                 f"differential privacy does not go with this model: '{buffers[0]}' of layer "
                 f"'{layer.name}' is no parameter but a buffer (BatchNorm's statistics, a counter), "
-                "which noise would spoil and which says something of the data without; use a model "
-                "with LayerNorm or GroupNorm, or privacy.mode=none"
+                "which noise would spoil, and which reveals something of the data without noise; use a "
+                "model with LayerNorm or GroupNorm, or privacy.mode=none"
             )
 
 
 @dataclass(frozen=True)
 class Protection:
-    """What a client does to all that it sends.
+    """The clipping and noise on everything that a client sends.
 
     Attributes
     ----------
@@ -79,9 +79,9 @@ class Protection:
     noise : float
         z: N(0, (z·C)²) is added to each coordinate of it.
     statistics_clip, statistics_noise : float
-        The same for each statistic of a probe; 0 leaves them alone.
+        The same for each statistic of a probe; 0 leaves statistics as they are.
     hides_examples : bool
-        Whether the client states one example, whatever it has.
+        Whether the client always states one example.
     """
 
     clip: float
@@ -92,9 +92,9 @@ class Protection:
 
     @classmethod
     def of(cls, run: PrivacyConfig, node: NodeConfig) -> Protection | None:
-        """Return what run and node together ask for, the stricter of each; None for nothing.
+        """Return the protection that the run and the node ask for, or None if neither asks for any.
 
-        Of two bounds the lower one holds, of two noise multipliers the higher one.
+        Of two bounds the lower one holds; of two noise multipliers the higher one.
         """
         private, local = run.mode != "none", run.mode == "local"
         bounds = [run.clip] if private else []
@@ -115,7 +115,7 @@ class Protection:
     def update(
         self, update: Mapping[str, np.ndarray], entropy: Entropy = os.urandom
     ) -> Mapping[str, np.ndarray]:
-        """Clip an update, with the norm over all that it holds, and add the noise."""
+        """Clip the whole update to one norm, and add the noise."""
         update, _ = clipped(update, self.clip)
         if self.noise == 0:
             return update
@@ -132,7 +132,7 @@ class Protection:
         public: Collection[str] = (),
         entropy: Entropy = os.urandom,
     ) -> dict[str, list[float]]:
-        """Clip each statistic that is not public, add the noise, and cut off what is below 0."""
+        """Clip each statistic that is not public, add the noise, and set negative values to 0."""
         if self.statistics_clip == 0:
             return {name: list(row) for name, row in statistics.items()}
         sent = {}

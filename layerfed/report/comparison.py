@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 
+from layerfed.exchange.metrics import METRICS
 from layerfed.report.figures import RunFigures, Section
 
 __all__ = [
@@ -30,7 +31,7 @@ PAPER_COSTS = {
     "mbit-up-ratio": "of full, %",
 }
 NONE, PENDING = "–", "…"
-# Columns of the CSV that are attributes of a run's figures.
+# Columns of the CSV that are attributes of a run's figures; what clients stated follows.
 RUN_COLUMNS = (
     "rounds",
     "accuracy",
@@ -40,14 +41,8 @@ RUN_COLUMNS = (
     "bytes_down",
     "bytes_full_up",
     "bytes_full_down",
-    "flops",
-    "flops_probe",
     "updates",
     "seconds",
-    "steps",
-    "train_seconds",
-    "peak_memory",
-    "peak_memory_probe",
     "e1",
     "e2",
     "e2_masks",
@@ -102,7 +97,9 @@ def accuracy_table(section: Section) -> str:
         line += [
             _text(runs, lambda run: 100 * run.bytes_up / run.bytes_full_up, ".1f"),
             _text(runs, lambda run: 100 * run.bytes_down / run.bytes_full_down, ".1f"),
-            _text(runs, lambda run: (run.flops + run.flops_probe) / 1e12, ".2f"),
+            _text(
+                runs, lambda run: (run.metrics["flops"] + run.metrics["flops_probe"]) / 1e12, ".2f"
+            ),
         ]
         lines.append(line)
     return _markdown(header, lines)
@@ -218,11 +215,12 @@ def runs_csv(sections: Iterable[tuple[str, Section]]) -> str:
     """Return a CSV with one line for each completed run; sections come with their experiment's name."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["experiment", "row", "budget", "seed", "folder", *RUN_COLUMNS])
+    writer.writerow(["experiment", "row", "budget", "seed", "folder", *RUN_COLUMNS, *METRICS])
     for experiment, section in sections:
         for (row, budget), runs in section.runs.items():
             for run in runs:
-                figures = (getattr(run, column) for column in RUN_COLUMNS)
+                figures = [getattr(run, column) for column in RUN_COLUMNS]
+                figures += [run.metrics[name] for name in METRICS]
                 writer.writerow([experiment, row, budget, run.seed, run.folder.name, *figures])
     return text.getvalue()
 
@@ -246,12 +244,12 @@ def _accuracy(run: RunFigures) -> float:
 
 def _training(run: RunFigures) -> float:
     """TFLOPs of a client's training in a round."""
-    return run.flops / run.updates / 1e12
+    return run.metrics["flops"] / run.updates / 1e12
 
 
 def _selection(run: RunFigures) -> float:
     """TFLOPs of a client's probe, as a mean over all rounds, also those without a probe."""
-    return run.flops_probe / run.updates / 1e12
+    return run.metrics["flops_probe"] / run.updates / 1e12
 
 
 def _compute(run: RunFigures) -> float:
@@ -260,17 +258,17 @@ def _compute(run: RunFigures) -> float:
 
 def _step_seconds(run: RunFigures) -> float:
     """Seconds of a local step, by the clients' own clocks."""
-    return run.train_seconds / run.steps if run.steps else math.nan
+    return run.metrics["train_seconds"] / run.metrics["steps"] if run.metrics["steps"] else math.nan
 
 
 def _peak(run: RunFigures) -> float:
     """MB at the peak of a client's training."""
-    return run.peak_memory / 1e6 or math.nan
+    return run.metrics["peak_memory"] / 1e6 or math.nan
 
 
 def _peak_probe(run: RunFigures) -> float:
     """MB at the peak of a client's probe."""
-    return run.peak_memory_probe / 1e6 or math.nan
+    return run.metrics["peak_memory_probe"] / 1e6 or math.nan
 
 
 def _accounted(run: RunFigures) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from layerfed.exchange.metrics import METRICS, Metric
 from layerfed.report.paper_costs import PaperCosts, paper_costs
 from layerfed.runs.files import read_json, read_lines
 
@@ -18,7 +19,7 @@ __all__ = ["TERMS", "RunFigures", "Section"]
 TERMS = ("e1", "e2", "e2_masks")
 # Figures that are sums over the lines of metrics.jsonl.
 TRAFFIC = ("bytes_up", "bytes_down", "bytes_full_up", "bytes_full_down")
-SUMS = (*TRAFFIC, "flops", "flops_probe", "seconds")
+SUMS = (*TRAFFIC, "seconds")
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,13 @@ class RunFigures:
         Bytes of the whole run, as if each client were a separate device.
     bytes_full_up, bytes_full_down : int
         Bytes of the whole run if the full model were sent each time.
-    flops, flops_probe : float
-        FLOPs of all clients' training, and of their probes; counted, see `layerfed.client.flops`.
     updates : int
         Number of updates that the server averaged: clients times rounds, less failures.
     seconds : float
         Duration of all rounds, by the server's clock.
-    steps, train_seconds : float
-        Local steps of all clients, and their duration by the clients' own clocks; 0 if clients do not
-        state them, as under differential privacy.
-    peak_memory, peak_memory_probe : float
-        The most bytes that a client stated, in training and in the probe, see `RoundRecord`.
+    metrics : Mapping[str, float]
+        What clients stated (`exchange/metrics.py`), combined over rounds as over clients. A mean is that
+        of the last round that has one, and NaN without any.
     terms : Mapping[str, tuple[tuple[int, float], ...]]
         E1, E2 and the part of E2 that comes from masks, by their keys in metrics.jsonl: rounds and
         estimates, for rounds that have any (`layerfed.server.theory`).
@@ -67,14 +64,9 @@ class RunFigures:
     bytes_down: int
     bytes_full_up: int
     bytes_full_down: int
-    flops: float
-    flops_probe: float
     updates: int
     seconds: float
-    steps: float
-    train_seconds: float
-    peak_memory: float
-    peak_memory_probe: float
+    metrics: Mapping[str, float]
     terms: Mapping[str, tuple[tuple[int, float], ...]]
     engine: str
     device: str
@@ -103,10 +95,6 @@ class RunFigures:
         if summary["initial_accuracy"] is not None:
             curve = [(0, summary["initial_accuracy"]), *curve]
 
-        def stated(key: str) -> list[float]:
-            # Runs of earlier versions lack some keys.
-            return [row[key] for row in metrics if key in row]
-
         return cls(
             folder=folder,
             seed=config["run.seed"],
@@ -117,10 +105,7 @@ class RunFigures:
             ),
             updates=sum(row["clients"] for row in metrics),
             **{key: sum(row[key] for row in metrics) for key in SUMS},
-            steps=sum(stated("steps")),
-            train_seconds=sum(stated("train_seconds")),
-            peak_memory=max((row["peak_memory"] for row in metrics), default=0.0),
-            peak_memory_probe=max(stated("peak_memory_probe"), default=0.0),
+            metrics={metric.name: _over_rounds(metric, metrics) for metric in METRICS.values()},
             terms={
                 key: tuple((row["round"], row[key]) for row in metrics if row.get(key) is not None)
                 for key in TERMS
@@ -160,6 +145,14 @@ class RunFigures:
     def best_accuracy(self) -> float:
         """The best accuracy of all rounds; NaN without any."""
         return max((accuracy for _, accuracy in self.curve), default=float("nan"))
+
+
+def _over_rounds(metric: Metric, rounds: Sequence[Mapping[str, Any]]) -> float:
+    # Runs of earlier versions lack some keys.
+    values = [row[metric.name] for row in rounds if row.get(metric.name) is not None]
+    if metric.combine == "sum":
+        return float(sum(values))
+    return max(values, default=0.0) if metric.combine == "max" else (values or [math.nan])[-1]
 
 
 def _accounted(

@@ -1,4 +1,4 @@
-"""What one round leaves behind. Written by the strategy, kept by the run folder, drawn by the report."""
+"""The record of one round, which the strategy writes, the run folder keeps, and the report draws."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["Choice", "Failure", "Observer", "RoundFailed", "RoundRecord", "Selec
 
 @dataclass(frozen=True)
 class Choice:
-    """The masks of one round, shape (n, L), and, where a solver found them, how good they are.
+    """The masks of one round, shape (n, L), with a solver's certificate if a solver found them.
 
-    `objective`, `bound` and `gap` are those of the problem that was solved. Where its costs were
-    rounded, `rounding` is the share of a budget that this may have taken: the bound then holds for
-    every selection that leaves as much of each budget unspent. 0 means the costs as they are.
+    `objective`, `bound` and `gap` are those of the solved problem. If its costs were rounded, `rounding`
+    is the largest share of a budget that rounding took; the bound then holds for every selection that
+    leaves that share of each budget unspent. 0 means exact costs.
 
     Attributes
     ----------
     masks : numpy.ndarray
         Booleans: the layers that each client trains in this round.
     schedules : Sequence[numpy.ndarray], optional
-        Where clients change their layers within the round: for each client the masks that it trains one
-        after the other, shape (S_i, L). Its row of `masks` is their union, and each one by itself keeps
+        For each client the masks that it trains one after the other, shape (S_i, L), if clients change
+        their layers within the round. A client's row of `masks` is their union. Each single mask keeps
         to the budget.
     """
 
@@ -47,7 +47,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that gave nothing usable, in which phase, and why."""
+    """A client without a usable reply, with the phase and the reason."""
 
     partition: int
     phase: str
@@ -56,10 +56,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class SelectionRecord:
-    """Everything that led to a round's masks. Rows follow `clients`, columns `layers`.
+    """A round's masks and all data behind them. Rows follow `clients`, columns `layers`.
 
     `statistics` were probed in this round. Between two selections, `held` names the clients that keep
-    their masks, and `assumed` holds the statistics from which those of the others were chosen.
+    their masks, and `assumed` has the statistics from which the other clients' masks were chosen.
     """
 
     clients: Sequence[int]
@@ -75,12 +75,12 @@ class SelectionRecord:
 
 
 class RoundFailed(Failed):
-    """Too few clients to go on; the message says how many there were and why the others failed."""
+    """Error for a round with too few clients; the message has their number and the others' reasons."""
 
 
 @dataclass
 class RoundRecord:
-    """One round, filled in as it goes.
+    """The record of one round, which is filled in during the round.
 
     Attributes
     ----------
@@ -93,20 +93,20 @@ class RoundRecord:
     clipped : int
         Updates that were scaled down to `server.clip`.
     late : int
-        Clients whose training nobody waited for, since enough others had answered.
+        Clients that the round did not wait for, since enough others had answered.
     numbers : Numbers
-        What clients stated of their work, by client; `metrics` has them combined.
+        The metrics that each client stated; `metrics` has them combined.
     moved : tuple[str, ...]
         Layers of the global model that changed.
     updated : dict[int, tuple[str, ...]]
-        For each client (partition id), the layers among them to which it contributed.
+        For each client (partition id), the moved layers to which it contributed.
     e1, e2, e2_masks : float | None
         The terms of the error floor (`server/theory.py`); `e2_masks` is the part of `e2` that the masks
-        cause. None where there is nothing to estimate them from.
+        cause. None if they cannot be estimated.
     update_norm : float | None
         The median of the norms of clients' updates, as they were read.
     epsilon : float | None
-        What the run has spent of privacy so far, on what `epsilon_covers` names.
+        The ε that the run has spent so far; `epsilon_covers` names what it covers.
     """
 
     round: int
@@ -133,18 +133,18 @@ class RoundRecord:
 
     @property
     def metrics(self) -> dict[str, float | None]:
-        """What clients stated, combined over them: {metric: value}."""
+        """The metrics that clients stated, combined over the clients: {metric: value}."""
         return self.numbers.combined()
 
 
 class Observer:
-    """Is told what happens in a run. Subclasses override what they care about."""
+    """An object that a run calls at its events. A subclass overrides the methods that it needs."""
 
     def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Take note that the run begins, after `done` rounds of an earlier life, and how it scores."""
+        """Note that the run begins, with the accuracy after `done` rounds of before an interruption."""
 
     def on_phase(self, server_round: int, phase: str) -> None:
-        """Take note that a phase of a round begins."""
+        """Note that a phase of a round begins."""
 
     def on_round(self, record: RoundRecord) -> None:
-        """Take note of a finished round."""
+        """Note a finished round."""

@@ -1,4 +1,4 @@
-"""A client's part in secure sums: Flower handlers, and the step that hides an update."""
+"""A client's part in secure sums: the handlers of Flower's messages, and the padding of an update."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from flwr.common.logger import log
 
 from layerfed.config import NodeConfig
 from layerfed.secure.fixed_point import FixedPoint
-from layerfed.secure.messages import MASKED, answer, read_secure
+from layerfed.secure.messages import PADDED, answer, read_secure
 from layerfed.secure.participant import Participant
 
-__all__ = ["add_secure_sums", "mask_update"]
+__all__ = ["add_secure_sums", "pad_update"]
 
-# In Flower's context, since each message may find another process.
+# Kept in Flower's context, since another process may handle the next message.
 STATE = "secure-sum"
 
 
@@ -31,7 +31,7 @@ def add_secure_sums(app: ClientApp) -> None:
 
 
 def _keys(message: Message, context: Context) -> Message:
-    """Begin a round with fresh secrets; those of a round that was broken off are forgotten."""
+    """Begin a round with new secrets, and forget those of a round that was broken off."""
     own = NodeConfig.read(context.node_config).partition_id
     mine = Participant(_asked(message)["purpose"], own)
     _keep(context, mine)
@@ -39,7 +39,7 @@ def _keys(message: Message, context: Context) -> Message:
 
 
 def _shares(message: Message, context: Context) -> Message:
-    """Share this client's secrets among the clients of the round."""
+    """Answer with shares of this client's secrets, sealed for the clients of the round."""
     asked = _asked(message)
     mine = _kept(context, asked)
     sealed = mine.share_secrets(
@@ -50,22 +50,22 @@ def _shares(message: Message, context: Context) -> Message:
 
 
 def _unmask(message: Message, context: Context) -> Message:
-    """Reveal a share for each peer, once: the secrets are forgotten."""
+    """Reveal a share for each peer, and forget the secrets: a client does this once."""
     asked = _asked(message)
     shares = _kept(context, asked).reveal(asked["survivors"])
     del context.state[STATE]
     return answer(message, shares=shares)
 
 
-def mask_update(
+def pad_update(
     message: Message, context: Context, update: Mapping[str, np.ndarray], examples: int
 ) -> dict[str, np.ndarray]:
-    """Hide an update, and the number of examples, in one vector of integers.
+    """Return an update and the number of examples as one padded vector of integers.
 
     Parameters
     ----------
     message : flwr.app.Message
-        The train instruction, which is part of a secure sum.
+        The train instruction of a secure sum.
     context : flwr.app.Context
     update : Mapping[str, numpy.ndarray]
         Δ_i by tensor.
@@ -85,15 +85,15 @@ def mask_update(
             vector.size - 1,
             point.limit,
         )
-    mine.mask(vector, asked["peers"], asked["sealed"])
+    mine.pad(vector, asked["peers"], asked["sealed"])
     _keep(context, mine)
-    return {MASKED: vector}
+    return {PADDED: vector}
 
 
 def _asked(message: Message) -> Mapping[str, Any]:
     asked = read_secure(message)
     if asked is None:
-        raise ValueError(f"the server's '{message.metadata.message_type}' says nothing of a sum")
+        raise ValueError(f"the server's '{message.metadata.message_type}' names no secure sum")
     return asked
 
 
@@ -102,7 +102,7 @@ def _keep(context: Context, mine: Participant) -> None:
 
 
 def _kept(context: Context, asked: Mapping[str, Any]) -> Participant:
-    """Return what this client keeps of the sum it is asked about, and of no other round's."""
+    """Return this client's secrets of the sum it is asked about; those of another round are refused."""
     record = context.state.config_records.get(STATE)
     if record is None or record["purpose"] != asked["purpose"]:
         raise ValueError("this node has no keys for this secure sum; was it restarted meanwhile?")

@@ -1,8 +1,8 @@
 """The primitives of a secure sum, from `cryptography` and `pycryptodome`, which Flower brings.
 
-Secrets are 16 bytes, one element of the field that pycryptodome shares secrets over. Flower's own
-helpers of the legacy SecAgg+ are not used: its masks come from NumPy's Mersenne Twister, seeded with 32
-bits, and where one mask is all that protects a late update, all seeds can be tried.
+Secrets have 16 bytes: one element of the field in which pycryptodome shares secrets. Flower's helpers
+for its legacy SecAgg+ are not used. Their pads come from NumPy's Mersenne Twister with a 32-bit seed. A
+late update has a single pad left, and a server could try all seeds of that one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
     "SEALED_BYTES",
     "SECRET_BYTES",
     "UNIT",
-    "add_mask",
+    "add_pad",
     "agreed_key",
     "commitment",
     "new_secret",
@@ -39,21 +39,21 @@ __all__ = [
 SECRET_BYTES = 16
 KEY_BYTES = 32
 NONCE_BYTES = 12
-# Two shares of a secret each, with nonce and tag.
+# One share of each of two secrets, with nonce and tag.
 SEALED_BYTES = NONCE_BYTES + 2 * SECRET_BYTES + 16
 
 UNIT = np.dtype("<u4")
-"""What masked updates are made of: integers modulo 2³², in the same byte order on all machines."""
+"""Elements of a padded update: integers modulo 2³², in the same byte order on all machines."""
 PIECE = 2**16
 
 
 def new_secret() -> bytes:
-    """Return fresh randomness of the operating system."""
+    """Return random bytes from the operating system."""
     return os.urandom(SECRET_BYTES)
 
 
 def commitment(secret: bytes) -> bytes:
-    """Return what shows later that a secret is this one, and tells nothing of it."""
+    """Return a hash that identifies a secret later and reveals nothing of it."""
     return hashlib.sha256(b"layerfed secure sum: commitment" + secret).digest()
 
 
@@ -72,7 +72,7 @@ def public_key(secret: bytes) -> bytes:
 
 
 def agreed_key(secret: bytes, other: bytes, purpose: str) -> bytes:
-    """Return the key that the holder of a secret and that of another public key have in common.
+    """Return the common key of a secret's holder and the holder of another public key.
 
     Parameters
     ----------
@@ -80,30 +80,30 @@ def agreed_key(secret: bytes, other: bytes, purpose: str) -> bytes:
     other : bytes
         A public key.
     purpose : str
-        Run, round and use: keys of different purposes have nothing to do with each other.
+        Run, round and use. Keys of different purposes are independent.
 
     Raises
     ------
     ValueError
-        If `other` is no usable public key.
+        If `other` is not a usable public key.
     """
     common = _private_key(secret).exchange(X25519PublicKey.from_public_bytes(other))
     return _derived(common, purpose)
 
 
 def seal(key: bytes, text: bytes, bound: str) -> bytes:
-    """Encrypt and authenticate a text; `bound`, which is not sent, must be the same to open it."""
+    """Encrypt and authenticate a text. Opening it needs the same `bound`, which is not sent."""
     nonce = os.urandom(NONCE_BYTES)
     return nonce + ChaCha20Poly1305(key).encrypt(nonce, text, bound.encode())
 
 
 def unseal(key: bytes, sealed: bytes, bound: str) -> bytes:
-    """Decrypt what `seal` made.
+    """Decrypt a text that `seal` encrypted.
 
     Raises
     ------
     ValueError
-        If it was sealed with another key or for something else, or was changed.
+        If the text was changed, or sealed with another key or another `bound`.
     """
     nonce, text = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
     try:
@@ -113,26 +113,26 @@ def unseal(key: bytes, sealed: bytes, bound: str) -> bytes:
 
 
 def share(secret: bytes, threshold: int, count: int) -> list[bytes]:
-    """Split a secret by Shamir's scheme: any `threshold` of the shares give it, fewer say nothing."""
+    """Split a secret by Shamir's scheme: any `threshold` shares give it, and fewer reveal nothing."""
     return [part for _, part in Shamir.split(threshold, count, secret, ssss=False)]
 
 
 def recover(shares: Mapping[int, bytes]) -> bytes:
-    """Return a secret from exactly as many shares as its threshold, by position in `share`'s list."""
+    """Return a secret from exactly `threshold` of its shares, by their position in `share`'s list."""
     numbered = [(place + 1, part) for place, part in shares.items()]
     secret: bytes = Shamir.combine(numbered, ssss=False)
     return secret
 
 
-def add_mask(vector: np.ndarray, key: bytes, *, subtract: bool = False) -> None:
-    """Add a key's pseudorandom mask to a vector in place, or take it off, modulo 2³².
+def add_pad(vector: np.ndarray, key: bytes, *, subtract: bool = False) -> None:
+    """Add a key's pseudorandom pad to a vector in place, or subtract it, modulo 2³².
 
     Parameters
     ----------
     vector : numpy.ndarray
-        Of `UNIT`, shape (m,).
+        Elements of `UNIT`, shape (m,).
     key : bytes
-        Used for nothing else: the mask is the keystream of AES-256 in counter mode, from 0.
+        Used for this pad only. The pad is the keystream of AES-256 in counter mode, from 0.
     subtract : bool (default: False)
     """
     cipher = Cipher(algorithms.AES(_derived(key, "mask")), modes.CTR(bytes(16))).encryptor()
@@ -140,5 +140,5 @@ def add_mask(vector: np.ndarray, key: bytes, *, subtract: bool = False) -> None:
     operation = np.subtract if subtract else np.add
     for start in range(0, vector.size, PIECE):
         piece = vector[start : start + PIECE]
-        mask = np.frombuffer(cipher.update(zeros[: piece.nbytes]), UNIT)
-        operation(piece, mask, out=piece)
+        pad = np.frombuffer(cipher.update(zeros[: piece.nbytes]), UNIT)
+        operation(piece, pad, out=piece)

@@ -1,13 +1,13 @@
-"""Updates as integers modulo 2³², so that masks can hide them and sums stay exact.
+"""Updates as integers modulo 2³², so that pads can hide them and sums stay exact.
 
-Client i writes each coordinate x of its update as rint(s · d_i · x) with x clipped to [−c, c], and d_i
-itself after them. The scale s is the largest power of two at which a sum over all clients of the round
-fits 32 bits with its sign:
+Client i clips each coordinate x of its update to [−c, c] and writes it as rint(s · d_i · x). The last
+number is d_i itself. The scale s is the largest power of two at which a sum over all clients of the
+round fits 32 bits with its sign:
 
     s · c · Σ_i d_i + n ≤ 2³¹ − 1
 
-Only rounding to whole numbers, at most one half a client, is lost: a coordinate of the mean of n
-survivors with D examples is off by at most n / (2 s D).
+The only loss is the rounding to whole numbers, at most one half for each client. A coordinate of the
+mean of n survivors with D examples is off by at most n / (2 s D).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ ROOM = 2**31 - 1
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """How the updates of one round are written.
+    """The integer format of one round's updates.
 
     Attributes
     ----------
     limit : float
         c, above 0.
     scale : float
-        s, in units for one example and a change of 1.
+        s: the integer that stands for a change of 1 with one example.
     """
 
     limit: float
@@ -50,12 +50,12 @@ class FixedPoint:
         limit : float
             c.
         examples, clients : int
-            Σ d_i and n of all clients whose updates may become part of the sum.
+            Σ d_i and n of all clients whose updates may enter the sum.
 
         Raises
         ------
         ValueError
-            If the examples alone overflow.
+            If the examples alone overflow the sum.
         """
         room = ROOM - clients
         if examples > room:
@@ -63,7 +63,7 @@ class FixedPoint:
         return cls(limit, 2.0 ** math.floor(math.log2(room / (limit * examples))))
 
     def error(self, examples: int, clients: int) -> float:
-        """Return the most that a coordinate of the mean of so many clients is off."""
+        """Return the largest error of a coordinate of the mean over `clients` clients."""
         return clients / (2 * self.scale * examples)
 
     def encode(self, update: Sequence[np.ndarray], examples: int) -> tuple[np.ndarray, int]:
@@ -79,12 +79,12 @@ class FixedPoint:
         Returns
         -------
         tuple[numpy.ndarray, int]
-            A vector of `UNIT`, shape (m + 1,), with d_i last; and how many coordinates were clipped.
+            The vector of `UNIT`, shape (m + 1,), with d_i last, and the number of clipped coordinates.
 
         Raises
         ------
         ValueError
-            If the update holds NaN or Inf, or could overflow: nobody could see that in a sum.
+            If the update holds NaN or Inf, or could overflow. A sum would not show either.
         """
         if examples * max(1.0, self.limit * self.scale) > ROOM:
             raise ValueError(f"{examples} examples overflow the scale {self.scale:g} of this round")
@@ -104,12 +104,12 @@ class FixedPoint:
         return vector, cut
 
     def decode(self, total: np.ndarray) -> tuple[np.ndarray, int]:
-        """Read a sum: the mean update, float64 of shape (m,), and Σ d_i over those in it.
+        """Return the mean update of a sum, float64 of shape (m,), and its Σ d_i.
 
         Raises
         ------
         ValueError
-            If the sum holds no examples, so is none of what clients encoded.
+            If the sum states no examples: it is then not a sum of encoded updates.
         """
         signed = total.astype(np.uint32, copy=False).view(np.int32)
         examples = int(signed[-1])

@@ -1,4 +1,4 @@
-"""What travels for a secure sum, beside the messages of `exchange/messages.py`.
+"""The messages of a secure sum, beside those of `exchange/messages.py`.
 
 =============== ===================================================== ================================
 message type    `secure` record, with `purpose`                       reply's `secure` record
@@ -10,7 +10,8 @@ train           peers, sealed (from each), limit, scale               arrays: on
 query.unmask    survivors                                             shares: one for each peer
 =============== ===================================================== ================================
 
-`purpose` names run and round: a client answers for the sum that it has keys for, and for no other.
+`masking` and `masked` are names on the wire: the keys for common pads, and the padded vector. `purpose`
+names run and round; a client answers only for the sum that it has keys for.
 """
 
 from __future__ import annotations
@@ -28,19 +29,20 @@ from layerfed.secure.crypto import KEY_BYTES, SEALED_BYTES, SECRET_BYTES, UNIT
 from layerfed.secure.participant import PublicKeys
 
 __all__ = [
-    "MASKED",
+    "PADDED",
     "answer",
     "attach",
     "question",
     "read_keys",
-    "read_masked",
+    "read_padded",
     "read_sealed",
     "read_secure",
     "read_shares",
     "secret_bytes",
 ]
 
-SECURE, MASKED = "secure", "masked"
+# Names on the wire.
+SECURE, PADDED = "secure", "masked"
 
 
 # ------------------------------------------------------------------------------- instructions
@@ -52,12 +54,12 @@ def question(kind: str, node: int, server_round: int, timeout: float, **content:
 
 
 def attach(message: Message, **content: Any) -> None:
-    """Add what concerns the secure sum to an instruction."""
+    """Add entries of the secure sum to an instruction."""
     message.content[SECURE] = ConfigRecord(content)
 
 
 def read_secure(message: Message) -> Mapping[str, Any] | None:
-    """Return what an instruction says of a secure sum; None where it is not part of one."""
+    """Return an instruction's entries of a secure sum, or None if it belongs to none."""
     return message.content.config_records.get(SECURE)
 
 
@@ -81,7 +83,7 @@ def answer(message: Message, **content: Any) -> Message:
 
 # ---------------------------------------------------------------------------- reading replies
 def _list_of(message: Message, name: str, sizes: Sequence[int]) -> list[bytes]:
-    """Return a list of bytes, as many and as long as they are due."""
+    """Read a list of bytes objects, one of each size in `sizes`; refuse any other."""
     value = message.content.config_records.get(SECURE, ConfigRecord()).get(name)
     found = value if isinstance(value, list) else [value]
     if [len(item) if isinstance(item, bytes) else -1 for item in found] != list(sizes):
@@ -105,28 +107,30 @@ def read_shares(message: Message, peers: int) -> list[bytes]:
     return _list_of(message, "shares", [SECRET_BYTES] * peers)
 
 
-def read_masked(
+def read_padded(
     message: Message, expected: Iterable[np.ndarray]
 ) -> tuple[np.ndarray, Mapping[str, float]]:
-    """Read a masked training reply: the vector, and the metrics beside it.
+    """Read a training reply with a padded update: the vector, and the metrics beside it.
 
     Parameters
     ----------
     message : Message
     expected : Iterable[numpy.ndarray]
-        The global tensors of which it masks the updates.
+        The global tensors whose updates the vector holds.
 
     Raises
     ------
     RefusedReply
-        If it is not one vector of the size that is due. Nothing else of it can be checked.
+        If it is not one vector of the due size. Nothing else of it can be checked.
     """
     metrics = read_metrics(message, required=())
     record = message.content.array_records.get("arrays", ArrayRecord())
-    if set(record) != {MASKED}:
-        raise RefusedReply(f"it holds {', '.join(sorted(record)[:3]) or 'nothing'}, not masked")
+    if set(record) != {PADDED}:
+        raise RefusedReply(
+            f"it holds {', '.join(sorted(record)[:3]) or 'nothing'}, and not one padded vector"
+        )
     size = sum(values.size for values in expected) + 1
     try:
-        return decode(record[MASKED], (size,), UNIT), metrics
+        return decode(record[PADDED], (size,), UNIT), metrics
     except RefusedReply as error:
-        raise RefusedReply(f"'{MASKED}' is {error}") from None
+        raise RefusedReply(f"'{PADDED}' is {error}") from None

@@ -1,4 +1,4 @@
-"""Layer selection, problem (P1): data, certified solvers, and one way in, :func:`solve`."""
+"""Layer selection, problem (P1): its data, certified solvers, and one entry point, :func:`solve`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 
 Solver = Literal["auto", "lagrangian", "milp"]
 
-#: Share of the time limit after which ``"auto"`` leaves a gap to the integer program, and the
-#: number of picks above which it never does: that program is no help with more in a round's time.
+#: Share of the time limit after which ``"auto"`` hands a gap to the integer program.
 LAGRANGIAN_SHARE = 0.7
+#: Number of picks above which it never does: the program would not finish in a round's time.
 MOST_PICKS = 10_000
 
 
@@ -50,27 +50,27 @@ def solve(
     time_limit: float = 10.0,
     gap: float = 1e-6,
 ) -> Selection:
-    """Pick the layers each client trains.
+    """Return the best masks of one round, with a certificate of how good they are.
 
     Parameters
     ----------
     problem : SelectionProblem
         One round's instance of (P1).
     solver : {"auto", "lagrangian", "milp"}
-        ``"auto"`` runs the Lagrangian and, only where that leaves a gap on up to `MOST_PICKS`
-        picks, the integer program. ``"lagrangian"`` never calls the integer program, ``"milp"``
-        always solves with it. At λ = 0 clients have nothing to do with each other, and their
-        knapsacks are solved exactly, whichever solver is named.
+        ``"auto"`` runs the Lagrangian solver. If that leaves a gap on up to `MOST_PICKS` picks, it
+        runs the integer program as well. ``"lagrangian"`` never uses the integer program, and
+        ``"milp"`` always does. At λ = 0 clients do not affect each other, and every choice solves
+        their knapsacks exactly.
     time_limit : float
-        Seconds. Checked between single evaluations of a bound, of which one at least is made: some
-        milliseconds, but seconds where hundreds of clients have costs on no grid: `round_costs`.
+        Seconds, checked between evaluations of a bound; at least one is made. An evaluation takes
+        milliseconds, or seconds for hundreds of clients whose costs lie on no grid (`round_costs`).
     gap : float
-        Relative gap that is good enough. Up to 1e-6 a proof is tried for.
+        Relative gap that is good enough. At 1e-6 or below, the solvers try for a proof.
 
     Returns
     -------
     Selection
-        Within all budgets, with its bound. Of equally good masks, those that
+        Masks within all budgets, with their bound. Of equally good masks these are the ones that
         :mod:`layerfed.selection.ties` prefers.
 
     Raises
@@ -78,7 +78,7 @@ def solve(
     ValueError
         If an argument is out of range.
     SelectionError
-        If ``"milp"`` was asked for and HiGHS is not installed or found no masks in time.
+        If the solver is ``"milp"``, and HiGHS is not installed or finds no masks in time.
     """
     _check_arguments(solver, time_limit, gap)
     started = time.perf_counter()
@@ -106,7 +106,7 @@ def solve(
 def _solve_by_bound(
     problem: SelectionProblem, solver: Solver, time_limit: float, gap: float, started: float
 ) -> Selection:
-    """Solve with the Lagrangian, and leave a gap to the integer program where that may close it."""
+    """Solve with the Lagrangian; hand a gap to the integer program if `solver` and size allow it."""
     both = solver == "auto" and problem.values.size <= MOST_PICKS
     share = LAGRANGIAN_SHARE if both else 1.0
     found = solve_lagrangian(problem, time_limit=share * time_limit, gap=gap)

@@ -2,9 +2,9 @@ r"""The Lagrangian bound on (P1): its value at given prices, and the descent tha
 
 Derivation
 ----------
-Write (P1) with the penalty as a function f of the counts (see :class:`SelectionProblem`), and
-give every pick two copies: ``m`` for the layers, where the counts are, and ``x`` for the clients,
-where the budgets are. Relaxing ``m = x`` with prices ``u`` of shape (n, L) splits the problem:
+Write (P1) with the penalty as a function f of the counts (see :class:`SelectionProblem`). Give every
+pick two copies: ``m`` for the layers, which have the counts, and ``x`` for the clients, which have the
+budgets. Relaxing ``m = x`` with prices ``u`` of shape (n, L) splits the problem:
 
 .. math::
 
@@ -14,20 +14,21 @@ where the budgets are. Relaxing ``m = x`` with prices ``u`` of shape (n, L) spli
 
 for every ``u`` (weak duality; Guignard & Kim, *Lagrangean decomposition*, 1987).
 
-- *Layer part.* For a fixed count k the best set is the k clients with the largest prices: sort,
-  cumulate, add f(k), take the best k. Exact for any f of the count, convex or concave.
-- *Client part.* A knapsack per client, solved exactly, depth costs included, by
-  :class:`~layerfed.selection.knapsack.ClientOracle`.
+- *Layer part.* For a fixed count k the best set is the k clients with the largest prices. So: sort,
+  cumulate, add f(k), and take the best k. This is exact for any f of the count, convex or concave.
+- *Client part.* Each client has a knapsack. :class:`~layerfed.selection.knapsack.ClientOracle` solves
+  it exactly, depth costs included.
 
-With equal costs and no depth costs the knapsack polytope is integral, so nothing is lost by
-restricting to ``u_il = v_il - μ_i c_il`` with one multiplier ``μ_i >= 0`` per budget: n instead of
-n L prices, and the client part becomes ``μ_i R_i``. This is the classic relaxation of the budgets.
+With equal costs and no depth costs the knapsack polytope is integral. The prices can then be
+restricted to ``u_il = v_il - μ_i c_il``, with one multiplier ``μ_i >= 0`` for each budget, without
+loss. That gives n variables in place of n L, and the client part becomes ``μ_i R_i``. This is the
+classic relaxation of the budgets.
 
 B is convex and piecewise linear. Its subgradient is ``m - x`` for the prices, and
 ``R_i - sum_l c_il m_il`` for the multipliers. Steps have Polyak's length (*Introduction to
-Optimization*, 1987), ``θ (B(u) - objective of the incumbent) / |g|²``: where bound and incumbent
-meet, the target is exact and the steps converge linearly. For the prices, steps follow the
-subgradient deflected by the previous direction (Camerini, Fratta & Maffioli, 1975).
+Optimization*, 1987), ``θ (B(u) - objective of the incumbent) / |g|²``. If bound and incumbent meet,
+the target is exact and the steps converge linearly. For the prices, steps follow the subgradient
+deflected by the previous direction (Camerini, Fratta & Maffioli, 1975).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ CLOSED = 1e-10
 PATIENCE = 12
 SHRINK = 0.5
 
-#: A descent has stalled once so many steps took away less than this share of the gap.
+#: A descent has stalled if `STALL` steps close less than `STALL_SHARE` of the gap.
 STALL = 50
 STALL_SHARE = 0.3
 
@@ -60,7 +61,7 @@ NEWEST = 0.1
 
 
 def penalties_of(problem: SelectionProblem) -> FloatArray:
-    """Value f of each layer's counts 0..n, shape (L, n + 1), ``-inf`` where budgets rule one out."""
+    """Return f of each layer's counts 0..n, shape (L, n + 1); ``-inf`` if budgets exclude a count."""
     able = problem.affordable.sum(axis=0)
     counts = np.arange(problem.clients + 1)
     return np.where(counts <= able[:, None], problem.penalties, -np.inf)
@@ -70,7 +71,7 @@ def penalties_of(problem: SelectionProblem) -> FloatArray:
 class Point:
     """One evaluation of the bound: B, the masks of both parts (n, L), and B's subgradient.
 
-    `client_masks` is None where the client part has no masks, with multipliers.
+    `client_masks` is None with multipliers, whose client part has no masks.
     """
 
     bound: float
@@ -81,10 +82,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Relaxation:
-    """A bound as a function of some variables, and how to step in them.
+    """A bound as a function of some variables, and the rules for steps in them.
 
-    `start` is where to begin, `floor` the smallest legal value of a variable, `deflection` the share
-    of the previous direction that a step keeps.
+    `start` is the first point, `floor` the smallest legal value of a variable, and `deflection` the
+    share of the previous direction that a step keeps.
     """
 
     evaluate: Callable[[FloatArray], Point]
@@ -96,11 +97,10 @@ class Relaxation:
 def relax(
     problem: SelectionProblem, oracle: ClientOracle, slopes: FloatArray, penalties: FloatArray
 ) -> Relaxation:
-    """Pick the relaxation with the fewest variables that loses nothing.
+    """Return the relaxation with the fewest variables among those with the best bound.
 
-    The start is derived from `slopes` (L,), the slope of the penalty at good counts. `penalties`
-    (L, n + 1) are as in `penalties_of`; ``-inf`` takes selections with that count out of what is
-    bounded.
+    The start follows from `slopes` (L,), the slope of the penalty at good counts. `penalties`
+    (L, n + 1) are those of `penalties_of`; a value of ``-inf`` excludes selections with that count.
     """
     if oracle.room is None:
         return _relax_copies(problem, oracle, slopes, penalties)
@@ -110,18 +110,18 @@ def relax(
 def _relax_budgets(
     problem: SelectionProblem, room: FloatArray, slopes: FloatArray, penalties: FloatArray
 ) -> Relaxation:
-    """Bound as a function of one multiplier per budget, and a start for it, shape (n,)."""
+    """Return the bound as a function of one multiplier for each budget, shape (n,), and a start."""
     taken = np.minimum(room, problem.layers).astype(int)
 
     def evaluate(multipliers: FloatArray) -> Point:
         prices = problem.values - multipliers[:, None]
         total, masks = _layer_part(problem, prices, penalties)
         gradient = room - masks.sum(axis=1)
-        # At its floor a multiplier cannot fall further, so that direction is no descent.
+        # A multiplier at its floor cannot fall further.
         gradient = np.where((multipliers <= 0) & (gradient > 0), 0.0, gradient)
         return Point(total + float(multipliers @ taken), masks, None, gradient)
 
-    # The last score a client can afford and the first it cannot enclose its multiplier.
+    # A client's multiplier lies between the last score that it affords and the first that it does not.
     scores = -np.sort(-(problem.values + slopes), axis=1)
     rows = np.arange(problem.clients)
     inside = scores[rows, np.maximum(taken - 1, 0)]
@@ -135,7 +135,7 @@ def _relax_budgets(
 def _relax_copies(
     problem: SelectionProblem, oracle: ClientOracle, slopes: FloatArray, penalties: FloatArray
 ) -> Relaxation:
-    """Bound as a function of the prices, and a start for them, shape (n, L)."""
+    """Return the bound as a function of the prices, shape (n, L), and a start for them."""
 
     def evaluate(prices: FloatArray) -> Point:
         total, masks = _layer_part(problem, prices, penalties)
@@ -144,7 +144,7 @@ def _relax_copies(
         gradient = masks.astype(np.float64) - picks
         return Point(total + float(rest[picks].sum()), masks, picks, gradient)
 
-    # Clients then see the scores they settled on, and layers the other side of that slope.
+    # With this start the clients see the scores of their last answer, and layers the negated slope.
     start = np.broadcast_to(-slopes, problem.values.shape).copy()
     return Relaxation(evaluate, start, floor=-np.inf, deflection=DEFLECTION)
 
@@ -152,8 +152,8 @@ def _relax_copies(
 def _layer_part(
     problem: SelectionProblem, prices: FloatArray, penalties: FloatArray
 ) -> tuple[float, BoolArray]:
-    """Value and masks (n, L) of the layers' best sets of clients at `prices` (n, L)."""
-    # A finite stand-in for -inf keeps sums of several layers that cannot be afforded comparable.
+    """Return the value and masks (n, L) of the layers' best sets of clients at `prices` (n, L)."""
+    # A finite number in place of -inf keeps sums over several unaffordable layers comparable.
     excluded = -1e6 * (problem.magnitude + 1.0)
     by_layer = np.ascontiguousarray(np.where(problem.affordable, prices, excluded).T)
     ranked = -np.sort(-by_layer, axis=1)
@@ -166,13 +166,13 @@ def _layer_part(
 
 @dataclass(frozen=True, eq=False)
 class Descent:
-    """Where a descent ended: the best variables, and the bound there.
+    """The end of a descent: the best variables, and the bound there.
 
-    `counts` and `penalties` (L,) are running averages, over the steps, of how many clients the layer
-    part gives each layer and of what the penalty f is there. The averages of subgradient steps
-    approach a solution of the linear program that the bound is the dual of (Larsson, Patriksson &
-    Strömberg, *Ergodic, primal convergence in dual subgradient schemes*, 1999), so a difference
-    between `penalties` and f at `counts` tells where that program mixes selections.
+    `counts` and `penalties` (L,) are running averages over the steps: of the number of clients that the
+    layer part gives each layer, and of the penalty f there. Averages of subgradient steps approach a
+    solution of the linear program whose dual is the bound (Larsson, Patriksson & Strömberg, *Ergodic,
+    primal convergence in dual subgradient schemes*, 1999). So a difference between `penalties` and f at
+    `counts` shows the layers on which that program mixes selections.
     """
 
     variables: FloatArray
@@ -190,9 +190,9 @@ def descend(
 ) -> Descent:
     """Minimise the bound until it meets the incumbent, stalls, or time or `steps` run out.
 
-    `search` takes in the masks met on the way, and supplies the incumbent and the deadline. With a
-    `margin` the bound is to get that far below the incumbent: then nothing it covers is as good.
-    Where that cannot be, a descent ends once the gap is closed and stays so.
+    `search` gets the masks met on the way, and has the incumbent and the deadline. With a `margin` the
+    target is that far below the incumbent: a bound there shows that no covered selection is as good. If
+    the target cannot be reached, the descent ends once the gap is closed and stays closed.
     """
     variables = best_variables = relaxation.start
     direction = np.zeros_like(variables)
@@ -238,7 +238,7 @@ def descend(
 
 
 def _settle_from(search: PrimalSearch, point: Point) -> None:
-    """Repair what the two parts of the relaxation propose."""
+    """Repair the masks of both parts of the relaxation."""
     search.settle(point.layer_masks.sum(axis=0))
     if point.client_masks is not None:
         search.settle(point.client_masks.sum(axis=0))

@@ -1,19 +1,19 @@
 """A client's exact best response: the affordable set of layers with the largest total score.
 
-This is a knapsack per client, for scores that change between calls while costs stay. The method
-follows from the costs:
+Each client has a knapsack whose scores change between calls and whose costs do not. The method follows
+from the costs:
 
-- equal costs: the best layers that fit, a sort;
-- few layers: all sets of layers are scored at once, a matrix product;
-- costs on a grid, whole multiples of one unit: dynamic programming over the budget, for all
-  clients in one pass over the layers (Bellman, *Dynamic Programming*, 1957);
-- any other costs: per client, the Pareto-optimal (cost, score) pairs while layers are added one by
+- equal costs: a sort gives the best layers that fit;
+- few layers: a matrix product scores all sets of layers at once;
+- costs on a grid, whole multiples of one unit: dynamic programming over the budget, for all clients in
+  one pass over the layers (Bellman, *Dynamic Programming*, 1957);
+- any other costs: for each client the Pareto-optimal (cost, score) pairs, while layers are added one by
   one (Nemhauser & Ullmann, *Discrete dynamic programming and capital allocation*, 1969).
 
-With depth costs, layers are added from the output down. The best set found up to a layer, within
-the budget left by that layer's depth cost, is charged for that layer as its lowest. A set whose
-lowest layer lies above is charged too much by that, never too little, because ``D`` does not
-increase with the layer index; at its own lowest layer it was charged exactly.
+With depth costs, layers are added from the output down. At each layer the best set so far is charged
+the depth cost of that layer, as if it were the set's lowest. A set whose lowest layer is nearer the
+output is charged too much there, and never too little, because ``D`` does not increase with the layer
+index. At its own lowest layer it was charged exactly.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ from numpy.typing import NDArray
 
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
 
-#: Up to this many layers all 2^L sets are scored at once; 4,096 sets cost less than one sort.
+#: Largest L for which all 2^L sets are scored at once; 4,096 sets cost less than one sort.
 ENUMERATION_LAYERS = 12
 
-#: Largest budget, in units of the grid, that the dynamic program is used for.
+#: Largest budget of the dynamic program, in units of the grid.
 MOST_CELLS = 4096
 
-#: Entries of the dynamic program's table held at once, some 16 MB.
+#: Largest number of entries of the dynamic program's table at once, about 16 MB.
 TABLE_ENTRIES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Costs, depth costs (n, L) and budgets (n,) in whole units; what is too dear costs too much."""
+    """Costs, depth costs (n, L) and budgets (n,) in whole units.
+
+    An unaffordable layer costs one unit more than the budget.
+    """
 
     costs: NDArray[np.int64]
     depth: NDArray[np.int64]
@@ -45,7 +48,7 @@ class Grid:
 
     @classmethod
     def of(cls, problem: SelectionProblem) -> Grid | None:
-        """Put the problem on the coarsest grid that loses nothing; None where that is too fine."""
+        """Return the coarsest exact grid of a problem, or None if that is too fine."""
         if problem.clients == 0:
             return None
         able = problem.affordable
@@ -54,7 +57,7 @@ class Grid:
         if np.any(costs % 1) or np.any(depth % 1) or max(costs.max(), depth.max()) > 2**53:
             return None
         unit = int(np.gcd.reduce(np.concatenate([costs, depth]).astype(np.int64), axis=None)) or 1
-        # More than all layers is as good as all layers.
+        # A budget above the cost of all layers is as good as that cost.
         limits = np.minimum(problem.limits, costs.sum(axis=1) + depth.max(axis=1))
         budgets = np.floor(limits / unit)
         if budgets.max() > MOST_CELLS:
@@ -68,7 +71,7 @@ class Grid:
 
 
 class ClientOracle:
-    """Best responses of all clients under one problem's costs and budgets; its values play no part."""
+    """The best responses of all clients under one problem's costs and budgets, for any scores."""
 
     def __init__(self, problem: SelectionProblem) -> None:
         self._problem = problem
@@ -89,16 +92,16 @@ class ClientOracle:
 
     @property
     def room(self) -> FloatArray | None:
-        """How many layers each client can take, shape (n,), where that is all a budget says.
+        """The number of layers that each client affords, shape (n,), or None if costs differ.
 
-        That is, with equal costs and no depth costs: pricing such budgets leaves no knapsack gap.
+        It is None with depth costs too. Pricing budgets that are such numbers leaves no knapsack gap.
         """
         return None if self._room is None or self._starts > 1 else self._room[:, 0]
 
     def best(self, scores: FloatArray, clients: slice = slice(None)) -> BoolArray:
-        """Pick for each client the feasible set with the largest total score; masks like `scores`.
+        """Return each client's affordable set with the largest total score, as masks like `scores`.
 
-        `scores` (n, L) has a row for each of `clients`. Layers with a score of 0 or less are never
+        `scores` (n, L) has a row for each of `clients`. A layer with a score of 0 or less is never
         picked.
         """
         scores = np.where(self._problem.affordable[clients], scores, 0.0)
@@ -109,7 +112,7 @@ class ClientOracle:
             return np.asarray(self._sets[winner] & (scores > 0))
         chosen = _top(scores, self._most[clients])
         rows = np.arange(self._problem.clients)[clients]
-        # The K highest scores are best where they fit, and mostly they do.
+        # If the K highest scores fit, they are best; they mostly do.
         limits = self._problem.limits[rows]
         hard = np.flatnonzero(_spent(self._problem, chosen, rows) > limits)
         if self._grid is None:
@@ -146,7 +149,7 @@ class ClientOracle:
 
 
 def _room(problem: SelectionProblem) -> FloatArray:
-    """With equal costs: how many layers fit if none is below ``s``, shape (n, L)."""
+    """Return, for equal costs, the number of layers that fit if none is below ``s``, shape (n, L)."""
     left, cost = problem.limits[:, None] - problem.depth_matrix, problem.cost_matrix
     with np.errstate(divide="ignore", invalid="ignore"):
         room = np.where(cost > 0, np.floor(left / cost), np.inf)
@@ -160,7 +163,7 @@ def _spent(problem: SelectionProblem, chosen: BoolArray, rows: NDArray[np.intp])
 
 
 def _dynamic(grid: Grid, scores: FloatArray, rows: NDArray[np.intp]) -> BoolArray:
-    """Fill best totals by budget, layer by layer from the output down, then walk back.
+    """Return best sets by dynamic programming: totals by budget from the output down, then a walk back.
 
     `scores` has a row for each of the clients `rows`; scores of 0 or less are never picked.
     """
@@ -170,7 +173,7 @@ def _dynamic(grid: Grid, scores: FloatArray, rows: NDArray[np.intp]) -> BoolArra
     size = int(budgets.max()) + 1
     costs = np.minimum(grid.costs[rows], size)
     left = budgets[:, None] - grid.depth[rows]
-    # Budgets below 0, which nothing fits in, stand to the left.
+    # The left half stands for budgets below 0, in which nothing fits.
     table = np.full((n, 2 * size), -np.inf)
     table[:, size:] = 0.0
     totals = table[:, size:]
@@ -196,7 +199,7 @@ def _dynamic(grid: Grid, scores: FloatArray, rows: NDArray[np.intp]) -> BoolArra
 
 
 def _pareto(problem: SelectionProblem, scores: FloatArray, client: int) -> BoolArray:
-    """Best set of one client, `scores` of shape (L,), keeping the pairs that no other dominates."""
+    """Return the best set of one client, `scores` of shape (L,), from its undominated pairs."""
     costs, left = problem.cost_matrix[client], problem.limits[client] - problem.depth_matrix[client]
     cost, score = np.zeros(1), np.zeros(1)
     sets = np.zeros((1, len(scores)), dtype=bool)
@@ -217,17 +220,17 @@ def _pareto(problem: SelectionProblem, scores: FloatArray, client: int) -> BoolA
 
 
 def _top(scores: FloatArray, room: FloatArray) -> BoolArray:
-    """Per row, the `room` largest positive scores."""
+    """Mark the `room` largest positive scores of each row."""
     counts = np.minimum(room, scores.shape[1]).astype(np.intp)
     return largest(scores, -np.sort(-scores, axis=1), counts) & (scores > 0)
 
 
 def largest(entries: FloatArray, ranked: FloatArray, counts: NDArray[np.intp]) -> BoolArray:
-    """Mark in each row of `entries` its `counts` largest; equal ones count from the left.
+    """Mark the `counts` largest entries of each row; of equal entries, those further left.
 
-    `ranked` holds the rows sorted to fall. Comparing with the last value taken spares the
-    positions, which cost several times as much to sort as the values; only rows in which that
-    value is tied need them.
+    `ranked` holds the rows in falling order. Entries are compared with the last value that is taken,
+    because sorting positions costs several times as much as sorting values. Only rows in which that
+    value is tied need positions.
     """
     taken = counts[:, None]
     last = np.take_along_axis(ranked, np.maximum(taken - 1, 0), axis=1)

@@ -1,18 +1,19 @@
-r"""(P1) by its Lagrangian bound: a descent, and branching on counts where that leaves a gap.
+r"""The Lagrangian solver of (P1): a descent on the bound, and branching on counts if a gap is left.
 
 The bound (:mod:`~layerfed.selection.bound`) meets the incumbent within a few dozen steps on most
-instances. Where it does not, the reason is mostly that its layer part maximises over counts: with
-λ > 0, at the best prices, a layer is as good with a handful of clients as with nearly all of them,
-and the linear program behind the bound takes some of each. No selection can, and that is the gap.
-(With independent gains this is a phase transition: near one λ, picking alone and picking together
-are equally good.) Forbidding the counts in between, first above and then below, takes it away: the
-two parts together cover every selection, and each has a bound of its own, from the same descent
-over fewer counts.
+instances. If it does not, its layer part is mostly the reason, because it maximises over counts. With
+λ > 0 and the best prices, a layer is as good with a handful of clients as with nearly all of them.
+The linear program behind the bound takes some of each; no selection can, and that is the gap. (With
+independent gains this is a phase transition: near one λ, individual and common choices are equally
+good.)
 
-The layer to branch on is where mixing gains the bound most, by Jensen's difference
-``mean f(k_l) - f(mean k_l)`` over the steps of the descent, at the mean count. Parts are taken up
-by falling bound; those that fall below the incumbent are done. A handful of layers near the
-transition is all there is to branch on.
+Branching removes the gap. It splits the selections in two parts: those with at most k clients on the
+layer, and those with more. Each part gets its own bound, from the same descent over fewer counts.
+
+The layer to branch on is the one whose mixing raises the bound most, by Jensen's difference
+``mean f(k_l) - f(mean k_l)`` over the steps of the descent; k is its mean count. Parts are processed
+by falling bound, and a part whose bound is below the incumbent is done. Only a handful of layers, near
+the transition, need branching.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.problem import FloatArray, Selection, SelectionProblem, proof_gap
 from layerfed.selection.search import PrimalSearch
 
-#: Selections this much worse than the best, relative to the magnitude, count as tied with it.
+#: A selection ties with the best if it is worse by at most this share of the magnitude.
 TIE = 1e-11
 
-#: Steps of the first descent; instances that it closes are closed within a few dozen.
+#: Most steps of the first descent; if it closes the gap at all, a few dozen steps do.
 MAX_STEPS = 600
 
-#: Steps of a part's descent, which starts where its parent's ended.
+#: Most steps of a part's descent, which starts where its parent's ended.
 PART_STEPS = 200
 
 
@@ -46,14 +47,14 @@ class Part:
 
     @property
     def bound(self) -> float:
-        """No selection of this part is better."""
+        """Upper bound on every selection of this part."""
         return self.descent.point.bound
 
 
 def solve_lagrangian(
     problem: SelectionProblem, *, time_limit: float = 10.0, gap: float = 1e-6
 ) -> Selection:
-    """Solve (P1) by its Lagrangian bound.
+    """Solve (P1) with the Lagrangian bound and branching.
 
     Parameters
     ----------
@@ -62,13 +63,13 @@ def solve_lagrangian(
     time_limit : float
         Seconds.
     gap : float
-        No part is split once the relative gap is at most this.
+        Relative gap below which no part is split.
 
     Returns
     -------
     Selection
-        Feasible masks with a valid bound. The gap may stay positive: unlike the integer program
-        this method cannot always close it.
+        Feasible masks with a valid bound. The gap may stay positive: this method cannot always close
+        it, as the integer program can.
     """
     started = time.perf_counter()
     working = problem.saturated()
@@ -93,8 +94,8 @@ def branch(
 ) -> list[Part]:
     """Split `parts` until their bounds meet the incumbent, or time runs out.
 
-    Returns parts that cover every selection of `parts` as good as the incumbent of `search`; best
-    bound first, never empty.
+    The returned parts cover every selection of `parts` that is as good as the incumbent of `search`.
+    They are sorted by falling bound and never empty.
     """
     while not search.late:
         part = parts[0]
@@ -112,7 +113,7 @@ def branch(
 def _split(
     problem: SelectionProblem, oracle: ClientOracle, search: PrimalSearch, part: Part
 ) -> list[Part]:
-    """Two parts that cover `part`, or none where its bound mixes no counts."""
+    """Return two parts that cover `part`, or none if its bound mixes no counts."""
     descent, slack = part.descent, TIE * problem.magnitude
     allowed = np.isfinite(part.penalties)
     mean = descent.counts

@@ -1,16 +1,17 @@
-"""(P1) as an integer program: written with PuLP in the count form, solved by HiGHS.
+"""(P1) as an integer program, written with PuLP in the count form and solved by HiGHS.
 
-The pairwise form of [S] needs a variable for every pair of clients and layer. Here the penalty
+The pairwise form of [S] needs a variable for every pair of clients and every layer. Here the penalty
 is a function f of the count ``k_l`` (see :class:`SelectionProblem`), written in unary:
 
 - ``k_l = sum_j u_lj`` with ``1 >= u_l1 >= u_l2 >= ... >= u_ln >= 0``, and
   ``f(k_l) = f(0) + sum_j (f(j) - f(j-1)) u_lj``.
-- λ < 0 makes f concave: its increments fall, so the steps fill in order by themselves and stay
-  continuous. λ > 0 makes f convex: a solver would take the late, large increments first, so
-  the steps are binary and the order is enforced. The form is exact for both signs.
+- λ < 0 makes f concave. Its increments fall, so the steps ``u`` fill in order by themselves and can
+  be continuous.
+- λ > 0 makes f convex. A solver would take the late, large increments first, so the steps are binary
+  and their order is a constraint.
 
-The lowest selected layer is coded by ``y_is`` ("client i may go down to layer s"), at most one
-per client: ``m_il <= sum_{s<=l} y_is``, priced ``D_is``.
+The form is exact for both signs. ``y_is`` codes the lowest selected layer ("client i may go down to
+layer s"). Each client has at most one, with ``m_il <= sum_{s<=l} y_is`` and the price ``D_is``.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ import pulp
 
 from layerfed.selection.problem import BoolArray, Selection, SelectionError, SelectionProblem
 
-#: Share of the time limit that writing the model down may take. Handing it over and reading the
-#: answer take as long again, and a model this large has no chance in what is left.
+#: Largest share of the time limit for building the model. Handing it to HiGHS and reading the answer
+#: take as long again, and a larger model would not be solved in the rest.
 BUILD_SHARE = 0.15
 
-#: The largest objective coefficient is scaled to this. Solvers' tolerances are absolute, and
-#: squared gradient norms come in any magnitude.
+#: The objective is scaled so that its largest coefficient is this. Solvers' tolerances are absolute,
+#: and squared gradient norms can have any magnitude.
 OBJECTIVE_SCALE = 100.0
 
 #: Tolerance on rows, bounds and integrality; rows are scaled to a right-hand side of about 1.
 #: Below 1e-7 HiGHS 1.15's presolve has declared wrong solutions optimal.
 FEASIBILITY = 1e-7
 
-#: What HiGHS calls a solution that keeps to all rows (`SolutionStatus::kSolutionStatusFeasible`).
+#: HiGHS's status of a solution that satisfies all rows (`SolutionStatus::kSolutionStatusFeasible`).
 FEASIBLE = 2
 
 
@@ -53,26 +54,26 @@ def solve_milp(
     problem : SelectionProblem
         The instance.
     time_limit : float
-        Seconds, of which writing the model down may take `BUILD_SHARE`.
+        Seconds; building the model may take `BUILD_SHARE` of them.
     gap : float
         Relative gap at which the solver may stop.
 
     Returns
     -------
     Selection
-        With the bound of HiGHS; infinite where it states none.
+        Masks with the bound of HiGHS, which is infinite if HiGHS states none.
 
     Raises
     ------
     SelectionError
-        If HiGHS is missing or failed, the program is too large to be written down in time, or no
-        masks were found.
+        If HiGHS is missing or failed, the program is too large to be built in time, or no masks were
+        found.
     """
     started = time.perf_counter()
     model = _Model(problem.saturated(), started + BUILD_SHARE * time_limit)
     bound = 0.0
     if model.picks:
-        # Handing the model over takes about as long as writing it down.
+        # Handing the model over takes about as long as building it.
         built = time.perf_counter() - started
         found, bound = _run(model, max(time_limit - 2 * built, 0.01), gap)
         if not found:
@@ -86,7 +87,7 @@ def solve_milp(
 
 
 def _run(model: _Model, time_limit: float, gap: float) -> tuple[bool, float]:
-    """Solve `model` in place: whether its variables carry masks, and an upper bound on (P1)."""
+    """Solve `model` in place; return whether it has a solution, and an upper bound on (P1)."""
     solver = pulp.HiGHS(
         msg=False,
         threads=1,
@@ -104,7 +105,7 @@ def _run(model: _Model, time_limit: float, gap: float) -> tuple[bool, float]:
     status, info = highs.getModelStatus().name, highs.getInfo()
     if "Infeasible" in status or "Unbounded" in status or "Error" in status:
         raise SelectionError(
-            f"HiGHS ends with {status}, which cannot be: selecting nothing is always possible; "
+            f"HiGHS ends with {status}, which is wrong: selecting nothing is always possible; "
             "check the magnitudes of values and costs"
         )
     return info.primal_solution_status == FEASIBLE, model.unscaled(float(info.mip_dual_bound))
@@ -112,10 +113,10 @@ def _run(model: _Model, time_limit: float, gap: float) -> tuple[bool, float]:
 
 @contextmanager
 def _nothing_on_stdout() -> Iterator[None]:
-    """Send to standard error what a library in C writes to standard output.
+    """Redirect a C library's standard output to standard error.
 
-    HiGHS 1.16 prints a banner as it starts, before it can be told not to, and past `sys.stdout`.
-    Standard output may be what a program reads.
+    HiGHS 1.16 prints a banner when it starts, before it can be told not to, and not through
+    `sys.stdout`. Another program may read the standard output.
     """
     try:
         kept = os.dup(1)
@@ -131,7 +132,7 @@ def _nothing_on_stdout() -> Iterator[None]:
 
 
 def _within_budgets(problem: SelectionProblem, masks: BoolArray) -> BoolArray:
-    """Drop picks until budgets hold exactly: the solver works to a tolerance of its own."""
+    """Drop picks until budgets hold exactly, since the solver has its own tolerance."""
     masks = masks.copy()
     for client in np.flatnonzero(problem.spent(masks) > problem.limits):
         for layer in np.argsort(problem.values[client]):
@@ -142,7 +143,7 @@ def _within_budgets(problem: SelectionProblem, masks: BoolArray) -> BoolArray:
 
 
 def weighted_sum(terms: Iterable[tuple[Any, float]]) -> Any:
-    """Weighted sum of variables: the constructors of PuLP 3 and 4 have nothing in common."""
+    """Return a weighted sum of variables, in a way that PuLP 3 and 4 both support."""
     total = pulp.lpSum([])
     for variable, factor in terms:
         total.addterm(variable, float(factor))
@@ -150,9 +151,9 @@ def weighted_sum(terms: Iterable[tuple[Any, float]]) -> Any:
 
 
 class _Model:
-    """The PuLP model of one problem, as a minimisation of the negated, scaled objective.
+    """The PuLP model of one problem: it minimises the negated, scaled objective.
 
-    Raises SelectionError if it is not written down by `deadline` (``time.perf_counter()``).
+    Raises SelectionError if it is not built by `deadline` (``time.perf_counter()``).
     """
 
     def __init__(self, problem: SelectionProblem, deadline: float) -> None:
@@ -178,14 +179,14 @@ class _Model:
         )
 
     def masks(self) -> BoolArray:
-        """Masks of the solver's current solution, shape (n, L)."""
+        """Return the masks of the solver's current solution, shape (n, L)."""
         masks = np.zeros(self._problem.values.shape, dtype=bool)
         for place, pick in self.picks.items():
             masks[place] = pick.varValue is not None and pick.varValue > 0.5
         return masks
 
     def unscaled(self, objective: float) -> float:
-        """Turn the program's minimised objective into (P1)'s."""
+        """Return the objective of (P1) for one of the program."""
         return -objective / self._scale
 
     def _check_time(self) -> None:
@@ -193,14 +194,14 @@ class _Model:
             problem = self._problem
             raise SelectionError(
                 f"the integer program of {problem.clients} clients x {problem.layers} layers is too "
-                "large to write down in time: raise the time limit, or use the solver 'lagrangian'"
+                "large to build in time: raise the time limit, or use the solver 'lagrangian'"
             )
 
     def _add_budget(self, client: int) -> None:
         problem = self._problem
         limit = float(problem.limits[client])
-        # Dividing by the budget makes the row's tolerance relative. A budget of 0 leaves only
-        # layers that cost nothing.
+        # Dividing by the budget makes the row's tolerance relative. With a budget of 0 only layers
+        # without cost are left.
         unit = limit if limit > 0 else 1.0
         costs = problem.cost_matrix[client] / unit
         able = np.flatnonzero(problem.affordable[client]).tolist()
@@ -212,7 +213,7 @@ class _Model:
             self.program += pulp.lpSum(low) <= 1
             for layer, pick in picks.items():
                 self.program += pick <= pulp.lpSum(low[: layer + 1])
-            # Twice the budget forbids a layer as well as any larger number, and scales better.
+            # Twice the budget forbids a layer like any larger number does, and scales better.
             prices = np.minimum(problem.depth_matrix[client] / unit, 2.0)
             terms += zip(low, prices, strict=True)
         self.program += weighted_sum(terms) <= limit / unit

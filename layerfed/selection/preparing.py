@@ -1,4 +1,4 @@
-"""What is done to an instance before it is solved: λ on a scale, no giant client, costs on a grid."""
+"""Preparation of an instance: a scale for λ, a limit on outlying clients, and costs on a grid."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from numpy.typing import ArrayLike
 from layerfed.selection.knapsack import ENUMERATION_LAYERS, MOST_CELLS, ClientOracle, Grid
 from layerfed.selection.problem import FloatArray, SelectionProblem
 
-#: A client's mean gain counts for the scale up to this many times the median client's.
+#: For the scale, a client's mean gain counts as at most this multiple of the median client's.
 MOST_FOR_SCALE = 3.0
 
-#: A client whose mean gain is more than this many times the median client's is scaled down to it.
+#: A client's mean gain is scaled down to at most this multiple of the median client's.
 MOST_WEIGHT = 1e3
 
 
@@ -29,16 +29,16 @@ def scale_consistency(
     .. math:: \lambda = \lambda_\text{relative} \, \bar g / n
 
     where :math:`\bar g` is the mean gain over all picks that the clients make on their own (the
-    optimum at λ = 0). A client that leaves a choice shared by all others pays λ (n - 1), so at a
-    relative λ of 1 dissent costs about one average layer's gain, whatever the gradients' scale
-    and the number of clients.
+    optimum at λ = 0). A client that leaves a choice of all others pays λ (n - 1). So at a relative λ
+    of 1 dissent costs about the gain of an average layer, for any scale of gradients and any number
+    of clients.
 
-    Gains are what clients claim, so no client's mean gain counts for more than `MOST_FOR_SCALE`
-    times the median client's (the lower one of two in the middle; clients that pick nothing left
-    out). Where all are below that, :math:`\bar g` is the plain mean. Else it stays within
-    `MOST_FOR_SCALE` times the median, which fewer than half of the clients cannot push above
-    what the others claim: one client of n that claims any number moves λ by a factor below
-    ``1 + MOST_FOR_SCALE / (n - 1)`` where the others' gains are alike.
+    Clients claim their own gains. So no client's mean gain counts as more than `MOST_FOR_SCALE`
+    times the median client's. (The median is the lower one of two in the middle, over clients that
+    pick anything.) If all are below that limit, :math:`\bar g` is the plain mean. Otherwise it stays
+    within `MOST_FOR_SCALE` times the median, and fewer than half of the clients cannot push the
+    median above the others' claims. For example, if the others' gains are alike, one client of n
+    that claims any number changes λ by a factor below ``1 + MOST_FOR_SCALE / (n - 1)``.
 
     Parameters
     ----------
@@ -71,10 +71,10 @@ def scale_consistency(
 def limit_weights(problem: SelectionProblem) -> tuple[SelectionProblem, FloatArray]:
     """Scale down the gains of clients that outweigh all others.
 
-    (P1) adds up gains, and a solver's tolerance is relative to their sum: next to a client that
-    claims 1e12 times the others' gains, theirs are rounding errors, and their masks arbitrary. A
-    client whose mean gain over its own picks exceeds `MOST_WEIGHT` times the median client's is
-    scaled down to that. The order of its layers stays, and so do its picks at λ = 0.
+    (P1) adds gains, and a solver's tolerance is relative to their sum. If one client claims 1e12 times
+    the others' gains, theirs are rounding errors and their masks arbitrary. So a client whose mean gain
+    over its own picks exceeds `MOST_WEIGHT` times the median client's is scaled down to that. The order
+    of its layers and its picks at λ = 0 stay the same.
 
     Parameters
     ----------
@@ -84,9 +84,9 @@ def limit_weights(problem: SelectionProblem) -> tuple[SelectionProblem, FloatArr
     Returns
     -------
     problem : SelectionProblem
-        The same object where no client is that far off.
+        The same object if there is no outlier.
     weights : array of shape (n,)
-        What each client's gains were multiplied by, 1 for all but outliers.
+        The factor of each client's gains, 1 for all but outliers.
     """
     gains, picks = _own_gains(problem)
     weights = np.ones(problem.clients)
@@ -101,7 +101,7 @@ def limit_weights(problem: SelectionProblem) -> tuple[SelectionProblem, FloatArr
 
 
 def _own_gains(problem: SelectionProblem) -> tuple[FloatArray, FloatArray]:
-    """Mean gain of each client's own picks (0 if it has none), and their number; (n,) each."""
+    """Return the mean gain of each client's own picks (0 without any), and their number; (n,) each."""
     chosen = ClientOracle(problem).best(problem.values)
     picks = chosen.sum(axis=1).astype(np.float64)
     # Dividing first keeps the sum of huge claims finite.
@@ -110,20 +110,19 @@ def _own_gains(problem: SelectionProblem) -> tuple[FloatArray, FloatArray]:
 
 
 def _median(gains: FloatArray) -> float:
-    """Lower median: of two clients that disagree, the one that claims less sets the scale."""
+    """Return the lower median: of two clients, the one that claims less sets the scale."""
     return float(np.sort(gains)[(len(gains) - 1) // 2])
 
 
 def round_costs(problem: SelectionProblem, share: float) -> tuple[SelectionProblem, float]:
-    r"""Round costs up to a grid of each client's own, where they stand on none.
+    r"""Round costs up to a grid of each client's own, if they lie on none.
 
-    A client that has room for at most K layers gets the unit
-    :math:`u_i = s R_i / (K + 1)`, with s the `share`. Costs and depth costs are rounded up to
-    multiples of it, so whoever keeps to the rounded costs keeps to the true ones. What is lost:
-    each of K layers and one depth cost grow by less than a unit, so every selection that spends
-    at most :math:`(1 - s) R_i` stays allowed, while one that fills a budget closer than that may
-    not. Objective, bound and gap of the rounded problem are therefore certified against every
-    selection that leaves a share s of each budget unspent.
+    A client with room for at most K layers gets the unit :math:`u_i = s R_i / (K + 1)`, with s the
+    `share`. Costs and depth costs are rounded up to multiples of the unit, so masks within the rounded
+    costs are within the true ones. Each of K layers and one depth cost grow by less than a unit. So
+    every selection that spends at most :math:`(1 - s) R_i` stays allowed; a selection that fills a
+    budget closer than that may be lost. Objective, bound and gap of the rounded problem therefore hold
+    against every selection that leaves a share s of each budget unspent.
 
     Parameters
     ----------
@@ -135,10 +134,10 @@ def round_costs(problem: SelectionProblem, share: float) -> tuple[SelectionProbl
     Returns
     -------
     problem : SelectionProblem
-        With costs, depth costs and budgets counted in units; the same object where nothing had to
-        be rounded (equal costs, few layers, or a grid already).
+        The problem with costs, depth costs and budgets in units. It is the same object if nothing is
+        rounded: for equal costs, few layers, or costs on a grid.
     share : float
-        The share that may have been taken: 0 where nothing was rounded.
+        The largest share of a budget that rounding took; 0 if nothing was rounded.
 
     Raises
     ------
@@ -156,11 +155,11 @@ def round_costs(problem: SelectionProblem, share: float) -> tuple[SelectionProbl
         return problem, 0.0
     cheapest = np.cumsum(np.sort(costs, axis=1), axis=1)
     most = (cheapest <= problem.limits[:, None]).sum(axis=1)
-    # Rounded up, so that the units of a budget are a whole number of them.
+    # Rounded up, so that a budget is a whole number of units.
     cells = np.minimum(np.ceil((most + 1) / share), MOST_CELLS)
     unit = np.where(budgets > 0, budgets, 1.0) / cells
     taken = float(((most + 1) / cells).max())
-    # A multiple of the unit may come out a rounding error above it; what is too dear stays so.
+    # Dividing may put a multiple of the unit a rounding error above it. Unaffordable costs stay so.
     costs, depth = (
         np.minimum(np.ceil(each / unit[:, None] - 1e-9), cells[:, None] + 1)
         for each in (costs, depth)

@@ -1,4 +1,4 @@
-"""Problem (P1): which layers each client of a round trains, as plain immutable data.
+"""Problem (P1), the selection of each client's layers in a round, as plain immutable data.
 
 Sources are cited as [S]: Sun et al., *Exploring Selective Layer Fine-Tuning in Federated
 Learning*, arXiv 2408.15600.
@@ -17,28 +17,28 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
-#: Relative slack in the budget test. Sums of costs carry rounding errors, and a client whose
-#: budget is 0.3 can afford layers that cost 0.1 and 0.2.
+#: Relative slack in the budget test. Sums of costs have rounding errors, and a budget of 0.3 must
+#: afford layers that cost 0.1 and 0.2.
 BUDGET_TOLERANCE = 1e-9
 
-#: Bound and objective closer than this share of the instance's magnitude are equal: they are
-#: two float64 sums of the same terms in different orders.
+#: Bound and objective are equal if they differ by less than this share of the instance's magnitude:
+#: they are float64 sums of the same terms in different orders.
 ROUNDING = 1e-13
 
-#: A relative gap up to this proves optimality; integer programs work to tolerances of this order.
+#: A relative gap up to this counts as a proof of optimality; integer programs have such tolerances.
 PROVEN = 1e-8
 
-#: Asking for a gap up to this asks for a proof, with which the masks do not depend on the solver.
+#: A wanted gap up to this asks for a proof. With a proof the masks do not depend on the solver.
 PROOF_ASKED = 1e-6
 
 
 def proof_gap(gap: float) -> float:
-    """Relative gap at which a solver asked for `gap` may stop."""
+    """Return the relative gap at which a solver may stop if `gap` is wanted."""
     return gap if gap > PROOF_ASKED else PROVEN
 
 
 class SelectionError(RuntimeError):
-    """No solver could give a usable answer; the message says which one and why."""
+    """A solver gave no usable answer; the message names it and the reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +53,8 @@ class SelectionProblem:
             \sum_l c_{il} m_{il} + D_{i,\mathrm{low}(m_i)} \le R_i
 
     With :math:`k_l = \sum_i m_{il}`, the pairwise penalty equals
-    :math:`\lambda \sum_l k_l (n - k_l)`: it depends on how many clients pick a layer, not on
-    which.
+    :math:`\lambda \sum_l k_l (n - k_l)`. It depends on the number of clients that pick a layer, and
+    not on which clients these are.
 
     Parameters
     ----------
@@ -64,13 +64,13 @@ class SelectionProblem:
         Cost of each layer, non-negative, in the unit of `budgets` (layers, parameters, bytes,
         FLOPs, seconds, ...).
     budgets : array of shape (n,)
-        What each client can spend, non-negative.
+        The most that each client can spend, non-negative.
     consistency : float
-        λ in the unit of `values`. Positive pulls clients towards the same layers, 0 leaves each
-        to its own best, negative rewards diversity.
+        λ in the unit of `values`. A positive λ makes clients' masks more equal. With 0 each client
+        gets its own best layers. A negative λ rewards masks that differ.
     depth_costs : array of shape (L,) or (n, L), optional
-        ``D``, non-negative and non-increasing in ``l``: what backpropagating down to layer ``l``
-        costs a client whose lowest selected layer is ``l``. A client that selects nothing pays
+        ``D``, non-negative and non-increasing in ``l``: the extra cost of a client whose lowest
+        selected layer is ``l``, for backpropagation down to it. A client that selects nothing pays
         nothing. None means additive costs only.
 
     Raises
@@ -83,17 +83,17 @@ class SelectionProblem:
     -----
     Edge cases follow fixed rules:
 
-    - NaN or infinite values are refused: drop that client from the round instead, since a
-      client whose probe overflowed has nothing comparable to offer.
-    - Negative values are legal and mean a loss: such a layer is picked only when the
-      consistency term pays for it.
-    - Ties go to the selection with the fewest picks, so a layer of zero gain is left alone: it
-      costs compute and cannot move the model. What is left of a budget stays unspent. The rest is
-      in :mod:`layerfed.selection.ties`.
-    - No client at all (``n = 0``) is legal: the masks are empty, objective and bound are 0.
-    - A client that cannot afford its cheapest layer selects nothing, and still counts as a
-      dissenter in the penalty, as in [S].
-    - ``n = 1`` has no pairs: λ is without effect. ``L = 1`` is an ordinary instance.
+    - NaN and infinite values are refused. Drop such a client from the round instead: its probe
+      overflowed, and its gains cannot be compared.
+    - Negative values are legal and mean a loss. Such a layer is picked only if the consistency term
+      pays for it.
+    - Ties go to the selection with the fewest picks. So a layer of zero gain, which costs compute and
+      cannot move the model, is not picked, and part of the budget stays unspent.
+      :mod:`layerfed.selection.ties` has the other rules.
+    - ``n = 0`` is legal: the masks are empty, and objective and bound are 0.
+    - A client that cannot afford its cheapest layer selects nothing. It still counts in the penalty,
+      as in [S].
+    - ``n = 1`` has no pairs, so λ has no effect. ``L = 1`` is an ordinary instance.
     """
 
     values: FloatArray
@@ -103,7 +103,7 @@ class SelectionProblem:
     depth_costs: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        """Convert the arrays to read-only float64 and check them."""
+        """Check the arrays, and convert them to read-only float64."""
         costs = _finite("costs", self.costs)
         values = _finite("values", self.values)
         if values.ndim == 1 and values.size == 0:  # JSON writes an empty client set as []
@@ -146,9 +146,9 @@ class SelectionProblem:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SelectionProblem:
-        """Build a problem from the parsed JSON of an instance file: a mapping with these fields.
+        """Build a problem from the parsed JSON of an instance file, a mapping with these fields.
 
-        Raises ValueError if a key is missing or unknown, or an entry is not numeric or not legal.
+        Raises ValueError if a key is missing or unknown, or an entry is not a legal number.
         """
         required = {"values", "costs", "budgets", "consistency"}
         if not isinstance(data, Mapping):
@@ -182,18 +182,18 @@ class SelectionProblem:
 
     @cached_property
     def depth_matrix(self) -> FloatArray:
-        """Depth costs as an (n, L) array, zero where the problem has none."""
+        """Depth costs as an (n, L) array; zeros if the problem has none."""
         depth = np.zeros(self.layers) if self.depth_costs is None else self.depth_costs
         return np.broadcast_to(depth, self.values.shape)
 
     @cached_property
     def limits(self) -> FloatArray:
-        """Budgets of shape (n,) with the rounding slack of the budget test added."""
+        """Budgets of shape (n,), with the rounding slack of the budget test."""
         return self.budgets * (1.0 + BUDGET_TOLERANCE)
 
     @cached_property
     def affordable(self) -> BoolArray:
-        """Mask of shape (n, L): the layers a client could select if it selected no other."""
+        """Booleans of shape (n, L): the layers that a client can afford as its only one."""
         return self.cost_matrix + self.depth_matrix <= self.limits[:, None]
 
     @cached_property
@@ -204,31 +204,31 @@ class SelectionProblem:
 
     @cached_property
     def magnitude(self) -> float:
-        """Size of the numbers that make up good objectives; rounding errors scale with it.
+        """Scale of the numbers in good objectives; rounding errors are relative to it.
 
-        With λ >= 0 an optimum's penalty is at most its gain, or selecting nothing beat it.
+        With λ >= 0 an optimum's penalty is at most its gain, since selecting nothing scores 0.
         """
         reward = max(float(self.penalties.max()), 0.0) * self.layers
         return float(np.abs(self.values).sum()) + reward
 
     def saturated(self) -> SelectionProblem:
-        """Return this problem with λ lowered to where it already forces identical choices.
+        """Return this problem with a large λ lowered to one that already forces identical masks.
 
-        A dissent of any kind on a layer costs at least λ (n - 1). Once that exceeds all that
-        masks can gain, no optimum has one; a larger λ only drowns the values in rounding. The
-        optimal masks and their objective stay the same, bounds stay valid.
+        Any dissent on a layer costs at least λ (n - 1). If that exceeds every possible gain, no optimum
+        has a dissent, and a larger λ only adds rounding errors to the values. The optimal masks and
+        their objective stay the same, and bounds stay valid.
         """
         enough = (2.0 * float(np.abs(self.values).sum()) + 1e-300) / max(self.clients - 1, 1)
         return self if self.consistency <= enough else replace(self, consistency=enough)
 
     def objective(self, masks: ArrayLike) -> float:
-        """Value of (P1)'s objective, in the unit of `values`; budgets are not looked at."""
+        """Return (P1)'s objective, in the unit of `values`; budgets are not checked."""
         chosen = self._as_masks(masks)
         gain = float(self.values[chosen].sum())
         return gain + float(self.penalties[chosen.sum(axis=0)].sum())
 
     def spent(self, masks: ArrayLike) -> FloatArray:
-        """What each client spends, shape (n,), in the unit of `budgets`."""
+        """Return the cost of each client's mask, shape (n,), in the unit of `budgets`."""
         chosen = self._as_masks(masks)
         additive = np.where(chosen, self.cost_matrix, 0.0).sum(axis=1)
         lowest = chosen.argmax(axis=1)
@@ -236,13 +236,13 @@ class SelectionProblem:
         return np.asarray(additive + np.where(chosen.any(axis=1), depth, 0.0))
 
     def feasible(self, masks: ArrayLike) -> bool:
-        """Whether every client stays within its budget (up to `BUDGET_TOLERANCE`)."""
+        """Return whether every client stays within its budget (up to `BUDGET_TOLERANCE`)."""
         return bool(np.all(self.spent(masks) <= self.limits))
 
     def relative_gap(self, objective: float, bound: float) -> float:
-        """Share of the larger of `objective` and `bound` by which they differ; never negative.
+        """Return the difference of `bound` and `objective`, relative to the larger; never negative.
 
-        A difference within the rounding error of the sums counts as 0; without a bound the gap is
+        A difference within the rounding error of the sums counts as 0. Without a bound the gap is
         infinite.
         """
         if np.isinf(bound):
@@ -261,20 +261,20 @@ class SelectionProblem:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Masks for one round, with a certificate of how good they are.
+    """The masks of one round, with a certificate of how good they are.
 
     Attributes
     ----------
     masks : array of bool, shape (n, L)
-        True where the client trains the layer.
+        True if the client trains the layer.
     objective : float
         (P1)'s objective at `masks`.
     bound : float
-        No feasible masks score higher than this.
+        Upper bound on the objective of all feasible masks.
     gap : float
         ``(bound - objective) / max(|bound|, |objective|)``; 0 proves the masks optimal.
     solver : str
-        What found and proved the result, e.g. ``"lagrangian"`` or ``"lagrangian+milp-highs"``.
+        The solver or solvers behind the result, e.g. ``"lagrangian"`` or ``"lagrangian+milp-highs"``.
     seconds : float
         Wall-clock time.
     """
@@ -290,15 +290,15 @@ class Selection:
     def certified(
         cls, problem: SelectionProblem, masks: BoolArray, bound: float, solver: str, seconds: float
     ) -> Selection:
-        """Wrap feasible `masks`; computes their objective and the gap to `bound`."""
+        """Return feasible `masks` with their objective and the gap to `bound`."""
         objective = problem.objective(masks)
-        # A bound below a feasible objective is rounding noise, and would read as nonsense.
+        # A bound below a feasible objective is a rounding error.
         bound = float(max(bound, objective))
         gap = problem.relative_gap(objective, bound)
         return cls(_frozen(masks), objective, bound, gap, solver, seconds)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as JSON-ready data, masks as rows of 0 and 1."""
+        """Return the result as data for JSON, with masks as rows of 0 and 1."""
         return {**vars(self), "masks": self.masks.astype(int).tolist()}
 
 

@@ -1,16 +1,18 @@
-"""Equally good selections: which of them is kept.
+"""The choice between equally good selections.
 
 Of two selections whose objectives are equal up to rounding, the preferred one has
 
-1. fewer picks: a layer that gains nothing is not worth a client's compute; then
-2. the first pick at the first place where they differ, reading clients in their order and each
-   client's layers from the output to the input: of equal layers the one nearer the output needs
-   the shorter backward pass.
+1. fewer picks, since a layer that gains nothing is not worth a client's compute; then
+2. the pick at the first place where the two differ. Clients are read in their order, and a client's
+   layers from the output to the input: of equal layers, the one nearer the output needs the shorter
+   backward pass.
 
-An optimum is moved to a preferred one as long as a single client's change, or one of whole layers
-(all drop a layer, or two layers change places), leads there. This settles what ties are made of:
-layers without gain, equal layers, clients with equal gains. Ties that only several unlike changes
-at once would resolve stay as they were found. The same instance gives the same masks either way.
+For example, a client with two equal layers and room for one gets the one nearer the output.
+
+An optimum is moved to a preferred one by single changes: of one client's mask, or of whole layers (all
+clients drop a layer, or two layers swap). This resolves the usual ties: layers without gain, equal
+layers, and clients with equal gains. Ties that need several different changes at once stay as they were
+found. In either case the same instance gives the same masks.
 """
 
 from __future__ import annotations
@@ -20,18 +22,18 @@ import numpy as np
 from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.problem import BoolArray, FloatArray, SelectionProblem
 
-#: Changes this small, relative to the numbers they are made of, are rounding errors.
+#: A change up to this share of the numbers in it is a rounding error.
 EQUAL = 1e-12
 
-#: What preferred layers get on top while looking for them, relative to a client's numbers.
+#: Bonus of preferred layers during the search for them, relative to a client's numbers.
 FAVOUR = 1e-9
 
-#: Passes over clients and layers; two or three settle what can be settled.
+#: Most passes over clients and layers; two or three are usually enough.
 PASSES = 20
 
 
 def break_ties(problem: SelectionProblem, masks: BoolArray, oracle: ClientOracle) -> BoolArray:
-    """Return a selection as good as the optimal `masks` (n, L), moved as far as single changes go."""
+    """Return the preferred selection that single changes reach from the optimal `masks` (n, L)."""
     problem = problem.saturated()
     for _ in range(PASSES):
         moved = _move_layers(problem, _move_clients(problem, masks, oracle))
@@ -42,10 +44,10 @@ def break_ties(problem: SelectionProblem, masks: BoolArray, oracle: ClientOracle
 
 
 def _move_clients(problem: SelectionProblem, masks: BoolArray, oracle: ClientOracle) -> BoolArray:
-    """Let clients that have an equally good, preferred answer take it, one after the other."""
+    """Give each client in turn its preferred one of equally good masks."""
     masks, layers = masks.copy(), problem.layers
     size = np.abs(problem.values).max(axis=1) + abs(problem.consistency) * problem.clients
-    # Each pick costs more than all that being nearer the output can gain.
+    # A pick costs more than any move towards the output can gain.
     favour = FAVOUR * (np.arange(1, layers + 1) / layers**2 - 2.0)
 
     def answer(clients: slice) -> tuple[FloatArray, BoolArray]:
@@ -56,7 +58,7 @@ def _move_clients(problem: SelectionProblem, masks: BoolArray, oracle: ClientOra
 
     scores, rows = answer(slice(None))
     for client in np.flatnonzero((rows != masks).any(axis=1)):
-        if problem.consistency:  # others may have moved
+        if problem.consistency:  # other clients may have moved
             alone = slice(client, client + 1)
             scores[alone], rows[alone] = answer(alone)
         new, old = rows[client], masks[client]
@@ -67,9 +69,9 @@ def _move_clients(problem: SelectionProblem, masks: BoolArray, oracle: ClientOra
 
 
 def _move_layers(problem: SelectionProblem, masks: BoolArray) -> BoolArray:
-    """Drop layers for everyone, and let layers change places, where that costs nothing."""
+    """Drop a layer for all clients, and swap layers, if that costs nothing."""
     if problem.consistency == 0.0:
-        return masks  # every change is a single client's, and each has a scale of its own
+        return masks  # clients are independent then, and each has its own scale
     slack = EQUAL * problem.magnitude
     free = _worth(problem, masks).diagonal() + problem.penalties[masks.sum(axis=0)] <= slack
     masks = masks & ~free
@@ -90,10 +92,10 @@ def _move_layers(problem: SelectionProblem, masks: BoolArray) -> BoolArray:
 
 
 def _worth(problem: SelectionProblem, masks: BoolArray) -> FloatArray:
-    """What the clients that pick layer a would gain on layer b, shape (L, L)."""
+    """Return the gain on layer b of the clients that pick layer a, shape (L, L)."""
     return np.asarray(masks.T.astype(np.float64) @ problem.values)
 
 
 def _key(masks: BoolArray) -> tuple[int, bytes]:
-    """Sort key of masks (n, L) or of one row (L,): smaller is preferred."""
+    """Return the sort key of masks (n, L) or of one row (L,); the smallest is preferred."""
     return int(masks.sum()), (~masks[..., ::-1]).tobytes()

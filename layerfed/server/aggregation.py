@@ -90,7 +90,7 @@ class Aggregator(ABC):
 
     @property
     def sums(self) -> Mapping[str, np.ndarray]:
-        """The sums so far by tensor, float64, to be changed in place; none where nothing is summed."""
+        """The sums so far by tensor, float64, which may be changed in place; empty for other rules."""
         return {}
 
     @abstractmethod
@@ -238,7 +238,7 @@ AGGREGATIONS: Mapping[str, type[Aggregator]] = {
 
 @dataclass(frozen=True)
 class Aggregation:
-    """How the updates of a round become one.
+    """The rule that combines the updates of a round, with its parameter.
 
     Attributes
     ----------

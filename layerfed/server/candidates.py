@@ -1,4 +1,4 @@
-"""What a strategy selects from, and what it must not answer."""
+"""The input of a strategy's `select`, and the check of its result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Candidates", "check_choice"]
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a strategy selects from: n sampled clients and L selectable layers.
+    """The input of `select`: n sampled clients and L selectable layers.
 
     Attributes
     ----------
@@ -29,23 +29,22 @@ class Candidates:
     budgets : numpy.ndarray
         R_i, shape (n,).
     costs : numpy.ndarray
-        c_{i,l} in the unit of the budgets, shape (n, L); given as (L,), the same for all.
+        c_{i,l} in the unit of the budgets, shape (n, L). Shape (L,) stands for equal costs.
     depth_costs : numpy.ndarray
-        D_{i,l}, shape (n, L), non-increasing in l: what it costs client i that l is its lowest layer.
-        Zero for units that just add up.
+        D_{i,l}, shape (n, L), non-increasing in l: the extra cost of client i if l is its lowest layer.
+        Zero for units that add up.
     statistics : Mapping[str, numpy.ndarray]
-        Each statistic the strategy asked for, shape (n, L).
+        Each statistic of the strategy, shape (n, L).
     seed : int
         The run's seed.
     examples : numpy.ndarray
-        d_i, shape (n,); ones where it is not given.
+        d_i, shape (n,); ones by default.
     limits : numpy.ndarray
-        What each node itself affords whatever the run gives it, shape (n,); infinite where it states
-        nothing.
+        Each node's own budget, shape (n,); infinite if it states none.
     held : Mapping[int, numpy.ndarray]
-        By row: the masks that a client keeps from the last selection, shape (S, L), one after the other
-        (S = 1 where a client does not change its layers within a round). `select` may look at them; what
-        it answers for those rows is not used.
+        By row: the masks that a client keeps from the last selection, shape (S, L), one after the other.
+        S is 1 unless the client changes its layers within a round. `select` may read them; its result
+        for those rows is not used.
     """
 
     round: int
@@ -60,7 +59,7 @@ class Candidates:
     held: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Give every client its row of costs, and its number of examples and limit."""
+        """Expand costs, examples and limits to one entry for each client."""
         shape = (len(self.clients), np.shape(self.costs)[-1])
         for name in ("costs", "depth_costs"):
             object.__setattr__(self, name, np.broadcast_to(getattr(self, name), shape))
@@ -76,12 +75,12 @@ class Candidates:
         statistics: Mapping[str, np.ndarray],
         seed: int,
     ) -> Candidates:
-        """Gather what is known of a round's clients.
+        """Build the candidates of a round from its clients' descriptions.
 
         Raises
         ------
         ConfigError
-            If a client states no budget or costs where the run needs them.
+            If a client states no budget or no costs, and the run needs them.
         """
         costs = [budgets.costs_of(client) for client in described]
         return cls(
@@ -97,7 +96,7 @@ class Candidates:
         )
 
     def problem(self, rows: Sequence[int] | np.ndarray) -> SelectionProblem:
-        """Return budgets and costs of some clients, without gains: to see what masks cost them."""
+        """Return the budgets and costs of some clients as a problem without gains, to check masks."""
         return SelectionProblem(
             np.zeros((len(rows), self.costs.shape[1])),
             self.costs[rows],
@@ -108,22 +107,22 @@ class Candidates:
 
 
 def check_choice(name: str, choice: Choice, candidates: Candidates, *, bounded: bool) -> None:
-    """Refuse what a strategy must not answer, before any client is asked to train it.
+    """Refuse a strategy's result that breaks the rules, before any client trains it.
 
     Parameters
     ----------
     name : str
-        The strategy's.
+        The strategy's name.
     choice : Choice
     candidates : Candidates
-        What it chose from.
+        The input of the selection.
     bounded : bool
-        Whether masks must keep to the budgets: each one, of those that a client trains in turn.
+        Whether masks must keep to the budgets. If a client trains several masks, each one must.
 
     Raises
     ------
     ConfigError
-        On masks of another shape or type, or above a budget.
+        If masks have another shape or type, or exceed a budget.
     """
     shape = candidates.costs.shape
     if not isinstance(choice, Choice) or not isinstance(choice.masks, np.ndarray):

@@ -1,9 +1,8 @@
-"""What is kept from one selection to the next: masks, and what clients said of their gradients.
+"""The memory between two selections: clients' masks, and their last statistics.
 
-Selecting every k-th round only saves the probes in between [S, "selection period"]. Whoever took part
-in the last selection keeps its masks; a client that is sampled for the first time since is given masks
-then, within its own budget (the released code stops with an error there, and fills budgets beyond the
-brim [C]).
+Selecting in every k-th round only saves the probes in between [S, "selection period"]. A client that
+took part in the last selection keeps its masks. A client that did not gets masks when it is first
+sampled, within its own budget. (The released code stops with an error there, and exceeds budgets [C].)
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from layerfed.server.candidates import Candidates
 __all__ = ["HELD", "Memory"]
 
 HELD = "held"
-"""Stands for the solver where every client keeps its masks."""
+"""The solver's name in a round in which every client keeps its masks."""
 
 
 class Memory:
@@ -32,7 +31,7 @@ class Memory:
         self._scale: dict[str, float] = {}
 
     def learn(self, candidates: Candidates, choice: Choice) -> None:
-        """Take in a selection; its masks replace those of the one before."""
+        """Remember a selection; its masks replace those of the previous one."""
         self._masks = {}
         self._add(candidates, choice)
         for name, table in candidates.statistics.items():
@@ -45,14 +44,13 @@ class Memory:
             self._scale[name] = float(np.median(totals[some])) if some.any() else 0.0
 
     def estimate(self, clients: Sequence[int]) -> dict[str, np.ndarray]:
-        """Say what clients' statistics may be now, without asking them: {statistic: (n, L)}.
+        """Estimate clients' present statistics without a probe: {statistic: (n, L)}.
 
-        A client's own last profile over the layers, or else the mean profile of the last selection's
-        clients; in both cases at the scale of that selection's median client. Profiles are averaged
-        rather than the statistics themselves, and the median is taken, so that a client of large
-        gradients does not speak for all. The scale is common since gradients shrink as training goes on:
-        a client last asked long ago would otherwise outweigh the others where layers are chosen for all
-        clients at once.
+        A client's profile is the share of each layer in its statistics. The estimate is the client's own
+        last profile, or else the mean profile of the last selection's clients, times the total of that
+        selection's median client. Profiles and the median are used so that a client with large gradients
+        does not decide for all. The scale is common because gradients shrink during training: a client
+        that was last probed long ago would otherwise outweigh the others.
         """
         return {
             name: self._scale[name]
@@ -63,22 +61,22 @@ class Memory:
     def complete(
         self, candidates: Candidates, select: Callable[[Candidates], Choice], *, bounded: bool
     ) -> tuple[Candidates, Choice]:
-        """Give a round between two selections its masks.
+        """Return the masks of a round between two selections.
 
         Parameters
         ----------
         candidates : Candidates
             The round's clients, without statistics.
         select : Callable[[Candidates], Choice]
-            The strategy's; asked only if a client has no masks yet, or if its budget no longer affords
-            them (a node may come back with another one).
+            The strategy's `select`. It is called only if a client has no masks yet, or if its budget no
+            longer affords them, since a node may return with another budget.
         bounded : bool
             Whether masks must keep to the budgets.
 
         Returns
         -------
         tuple[Candidates, Choice]
-            What the masks were chosen from, and the masks of all clients.
+            The candidates with their estimated statistics, and the masks of all clients.
         """
         held = {}
         for row, client in enumerate(candidates.clients):
@@ -110,7 +108,7 @@ class Memory:
 
     # --------------------------------------------------------------------------- for checkpoints
     def state(self) -> dict[str, np.ndarray]:
-        """Return all of it as arrays, by name."""
+        """Return the whole memory as arrays, by name."""
         found = {f"masks/{client}": masks for client, masks in self._masks.items()}
         for name, known in self._profiles.items():
             found |= {f"profile/{name}/{client}": row for client, row in known.items()}
@@ -119,7 +117,7 @@ class Memory:
         return found
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over what `state` returned."""
+        """Restore a memory from the arrays that `state` returned."""
         for key, value in state.items():
             kind, *rest = key.split("/")
             if kind == "masks":

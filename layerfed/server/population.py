@@ -1,4 +1,4 @@
-"""Who takes part: the nodes that are connected, and the partition of the data each one holds."""
+"""The connected nodes, the partition of the data that each one holds, and the sampling of a cohort."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from layerfed.server.transport import exchange
 __all__ = ["Population", "federation_size"]
 
 POLL_SECONDS = 1.0
-# What a node gets to say who it is, and how often it is asked: one that is silent must not hold up a
-# federation for the whole timeout of a training round.
+# The seconds that a node has to describe itself, and how often it is asked. A silent node must not hold
+# up a federation for the whole timeout of a training round.
 PATIENCE_SECONDS = 120.0
 ATTEMPTS = 3
 
@@ -48,15 +48,15 @@ class Population:
     Parameters
     ----------
     expected : int | None
-        Size of the population; None takes whoever is connected.
+        Size of the population; None takes the connected clients.
     at_least : int
         Clients to wait for before the first round.
     num_blocks : int | None
-        L, which the costs that clients state must fit.
+        L, the length of the costs that clients state.
     holdings : Holdings, optional
-        Told which layers a node that joins still holds.
+        Gets the layers that a node still holds when it joins.
     check : Callable[[Description], None], optional
-        Raises `ConfigError` on a client that the run has no use for.
+        Raises `ConfigError` for a client that the run cannot use.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class Population:
         Raises
         ------
         ConfigError
-            If nodes are connected and none fits the federation that is configured. Beside others that
-            do, one that does not is left out: it may not keep a run from beginning.
+            If nodes are connected and none fits the configured federation. If some fit, the others are
+            left out and the run begins.
         RoundFailed
-            If they are not connected within `timeout` seconds, or none can describe itself.
+            If too few are connected within `timeout` seconds, or none can describe itself.
         """
         deadline, said = time.monotonic() + timeout, -1
         while len(self.refresh(grid, timeout)) < self.at_least:
@@ -117,13 +117,12 @@ class Population:
     def refresh(
         self, grid: Grid, timeout: float, manifest: Manifest | None = None
     ) -> Mapping[int, int]:
-        """Ask nodes that are new who they are, and return the connected ones by partition id.
+        """Ask new nodes to describe themselves, and return the connected nodes by partition id.
 
-        With a manifest, they also say which of its layers they still hold from an earlier run or life.
-
-        A node that answers with nonsense is left out for as long as it is connected; one that answers
-        with an error, or not in time, is asked again with the next refresh, a few times. A node whose
-        settings do not fit is asked again in every round, since its owner may have mended them.
+        With a manifest, nodes also say which of its layers they still hold, for example from before a
+        restart. A node whose answer is refused is left out for as long as it is connected. A node that
+        answers with an error, or not in time, is asked again in the next refreshes, `ATTEMPTS` times in
+        all. A node whose settings do not fit is asked again in every round, since they may be mended.
         """
         connected = sorted(grid.get_node_ids())
         self._forget_absent(connected)
@@ -164,7 +163,7 @@ class Population:
                 self._refused[node] = str(error)
                 self._nonsense.add(node)
                 log(WARNING, "node %d is left out, its description was refused: %s", node, error)
-        # Whoever held a partition keeps it, whatever the ids of those who come later.
+        # A node that held a partition keeps it, also if a later node has a smaller id.
         holders = set(self.nodes.values())
         self.nodes = {}
         for node in sorted(connected, key=lambda n: (n not in holders, n)):
@@ -197,7 +196,7 @@ class Population:
                 log(INFO, "node %d states another %s: %s, before %s", node, one.name, now, before)
 
     def _warn(self, text: str, node: int, reason: str) -> None:
-        """Warn of what a node's or the run's settings lead to; of one reason once, not for each node."""
+        """Warn that a node is left out; the same reason is a warning once, and then a debug line."""
         log(DEBUG if reason in self._warned else WARNING, text, node, reason)
         self._warned.add(reason)
 
@@ -222,7 +221,7 @@ class Population:
             )
 
     def _misfit(self, description: Description) -> str | None:
-        """Say how a node does not fit the federation that is configured, if it does not."""
+        """Return the reason for which a node does not fit the configured federation, or None."""
         try:
             self.check(description)
         except ConfigError as error:
@@ -243,7 +242,7 @@ class Population:
         return None
 
     def description(self, partition: int) -> Description:
-        """Return what a connected client said of itself."""
+        """Return a connected client's description of itself."""
         return self._described[self.nodes[partition]]
 
     def sample(self, count: int, server_round: int, seed: int) -> list[int]:
@@ -255,12 +254,12 @@ class Population:
 
 
 def federation_size(grid: Grid, timeout: float) -> int:
-    """Ask the nodes into how many parts the data is cut, and return what most of them say.
+    """Ask the nodes for the number of partitions of the data, and return the most common answer.
 
     Raises
     ------
     ConfigError
-        If none of them says so.
+        If no node states it.
     RoundFailed
         If no node is connected within `timeout` seconds, or none can describe itself.
     """

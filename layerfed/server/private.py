@@ -1,4 +1,4 @@
-"""Central differential privacy and its account, as steps of a round."""
+"""Central differential privacy and its accounting, as steps of a round."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Accounting", "CentralNoise"]
 
 @dataclass(frozen=True)
 class CentralNoise(ServerStep):
-    """Bounds what each client adds to the sums, and adds Gaussian noise to them.
+    """Bounds each client's part of the sums, and adds Gaussian noise to the sums.
 
-    What a client adds to the sums of all layers together has a norm of at most C, whatever it sends and
-    however many examples it states; exchanging its data for others moves them by at most 2C. The sum of
-    each layer that somebody trained gets N(0, (z·C)²) in each coordinate before it is divided by the
-    number of those who did, which masks and replies say, and no update does.
+    A client's part of all sums together has a norm of at most C, whatever it sends and states.
+    Exchanging its data for others moves the sums by at most 2C. The sum of each trained layer gets
+    N(0, (z·C)²) in each coordinate. It is then divided by the number of clients that trained the layer,
+    which follows from masks and replies and not from updates.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class CentralNoise(ServerStep):
     noise : float
         z.
     entropy : Callable[[int], bytes]
-        Where noise comes from.
+        The source of the noise.
     """
 
     clip: float
@@ -41,23 +41,23 @@ class CentralNoise(ServerStep):
     entropy: Entropy = os.urandom
 
     def receive(self, arrival: Arrival, record: RoundRecord) -> None:
-        """Clip the update; its norm stays unknown, since it would be stated without noise."""
+        """Clip the update. E2 does not use its norm, since it would be stated without noise."""
         arrival.update, _ = clipped(arrival.update, self.clip)
         arrival.measured = False
 
     def weigh(self, examples: int) -> int:
-        """Count every client alike."""
+        """Return 1: every client has the same weight."""
         return 1
 
     def close(self, sums: Mapping[str, np.ndarray], record: RoundRecord) -> None:
-        """Add the noise, once."""
+        """Add the noise to each sum, once."""
         for total in sums.values():
             add_noise(total, self.noise * self.clip, self.entropy)
 
 
 @dataclass(frozen=True)
 class Accounting(ServerStep):
-    """Notes in each round's record what the run has spent of privacy so far."""
+    """Notes in each round's record the ε that the run has spent so far."""
 
     account: PrivacyAccount
 

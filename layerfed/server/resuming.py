@@ -38,7 +38,7 @@ def check_base(checkpoint: Checkpoint, base: str) -> None:
     Raises
     ------
     ConfigError
-        Naming both.
+        If the fingerprints differ; the message names both.
     """
     if checkpoint.base != base:
         raise ConfigError(
@@ -50,7 +50,7 @@ def check_base(checkpoint: Checkpoint, base: str) -> None:
 def restore(
     checkpoint: Checkpoint, model: GlobalModel, optimizer: ServerOptimizer, memory: Memory
 ) -> None:
-    """Move model, optimiser and memory, as they were built, to a checkpoint.
+    """Set a new model, optimiser and memory to the state of a checkpoint.
 
     Raises
     ------

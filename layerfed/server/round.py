@@ -1,4 +1,4 @@
-"""One round in progress: what is asked of its clients, what came back, and what becomes of it."""
+"""One round in progress: its messages, its replies, and the new global model."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from layerfed.server.theory import UpdateSpread, importance_term
 
 __all__ = ["Round", "Send", "answer_to"]
 
-# What a client is asked in each phase.
+# The message type of each phase.
 ASKED = {"probe": "query.probe", "train": "train", "evaluate": "evaluate"}
 
 
 class Send(Protocol):
-    """Sends messages and yields a reply for each as it arrives, see `transport.exchange`."""
+    """A function that sends messages and yields a reply for each; see `transport.exchange`."""
 
     def __call__(
         self,
@@ -46,34 +46,34 @@ class Send(Protocol):
         *,
         again: Callable[[Message], Message | None] | None = None,
     ) -> Iterator[Message]:
-        """Send; a reply for which `again` returns a message is awaited once more."""
+        """Send messages. If `again` returns a message for a reply, send it and await its reply too."""
 
 
 class Round:
-    """Builds a round's messages, folds its replies in, and keeps the record.
+    """Builds a round's messages, adds its replies to the model, and keeps the record.
 
-    Every reply is checked here. One that cannot be used is logged, counted and left out; the round goes
-    on with the others.
+    Every reply is checked here. A reply that cannot be used is logged, counted and left out; the round
+    goes on with the others.
 
     Parameters
     ----------
     number : int
-        t, from 1; 0 is the model as it came.
+        t, from 1; 0 is the initial model.
     model : GlobalModel
-        θ^t; moved to θ^{t+1} by `finish`.
+        θ^t; `finish` moves it to θ^{t+1}.
     nodes : Mapping[int, int]
         Node id of each client, by partition id.
     holdings : Holdings
-        Which layers each node is known to hold; kept up to date.
+        The layers that each node is known to hold; kept up to date.
     send : Send
     timeout : float
-        Seconds that a message is worth answering.
+        Seconds after which a message need not be answered.
     examples : Mapping[int, int], optional
         d_i as each client stated it when it joined, by partition id; an update may not claim more.
     steps : Sequence[ServerStep]
-        What each update goes through.
+        The steps of each update, in order.
     aggregation : Aggregation
-        How updates become one.
+        The rule that combines updates.
     refused : Callable[[int], None]
         Told the node id of each client whose answer was refused or was an error of its own.
     """
@@ -116,12 +116,12 @@ class Round:
 
     @property
     def run(self) -> str:
-        """The run's token, as instructions name it."""
+        """The run's token, which is in every instruction."""
         return next((own.run for own in self._instructions.values()), "")
 
     # ---------------------------------------------------------------------------------- messages
     def ask_to_train(self, instructions: Mapping[int, TrainInstruction]) -> list[Message]:
-        """Build a train message for each client (partition id), after what steps exchange before it."""
+        """Build a train message for each client (partition id), and let the steps prepare the round."""
         self._instructions = dict(instructions)
         configs = [own.to_config() for own in instructions.values()]
         messages = self.messages("train", list(instructions), configs)
@@ -132,7 +132,7 @@ class Round:
     def messages(
         self, kind: str, clients: Sequence[int], configs: Sequence[Mapping[str, Any]]
     ) -> list[Message]:
-        """Build one message a client, each with the layers that its node is not known to hold."""
+        """Build one message for each client, with the layers that its node is not known to hold."""
         manifest, changed = self.model.manifest(), self.model.changed
         # Clients that lack the same layers share one record, and all share the serialised tensors.
         payloads: dict[tuple[str, ...], ArrayRecord] = {}
@@ -165,14 +165,14 @@ class Round:
         return {"client": client, **stated}
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
-        """Send messages and yield replies as they arrive, after resending what nodes lack."""
+        """Send messages and yield replies as they arrive; resend layers that a node lacks."""
         return self.send(messages, again=self._again)
 
     def _again(self, reply: Message) -> Message | None:
-        """Return the instruction with the layers that a reply says are missing, once a node and phase.
+        """Return the instruction with the missing layers that a reply names, once a node and phase.
 
-        A node that answered otherwise is done, and what it says it holds is noted. What cannot be read
-        is refused where the reply is taken.
+        Returns None for any other reply. The versions that the node says it holds are noted. A reply
+        that cannot be read is refused later, by the method that takes it.
         """
         node = reply.metadata.src_node_id
         partition, asked = self._partitions.get(node), self._asked.get(node)
@@ -182,7 +182,7 @@ class Round:
             check_reply(reply, asked)
             missing = read_missing(reply, self.model.layers)
             held, store = read_held(reply)
-            # Digests of nothing that exists are not worth keeping.
+            # Digests of unknown content are not kept.
             known = set(self.model.manifest().digests.values())
             self._holdings.learn(node, known.intersection(held), store)
         except RefusedReply:
@@ -204,7 +204,7 @@ class Round:
     def take_statistics(
         self, replies: Iterable[Message], names: Sequence[str], enough: int
     ) -> dict[int, dict[str, np.ndarray]]:
-        """Read up to `enough` probe replies: {partition: {statistic: (L,)}}."""
+        """Read probe replies until `enough` are usable: {partition: {statistic: (L,)}}."""
         found: dict[int, dict[str, np.ndarray]] = {}
         for reply in replies:
             with self.refusing(reply, "probe") as partition:
@@ -218,7 +218,7 @@ class Round:
         return found
 
     def take_updates(self, replies: Iterable[Message], enough: int) -> None:
-        """Check training replies and fold them in, each as it arrives, until `enough` are there."""
+        """Check training replies and add each to the mean as it arrives, until `enough` are added."""
         asked = len(self._instructions)
         for answered, reply in enumerate(replies, start=1):
             self._take_update(reply)
@@ -251,7 +251,7 @@ class Round:
             record.numbers.add(partition, "train", arrival.metrics, arrival.examples)
 
     def add(self, arrival: Arrival) -> None:
-        """Fold one update into the mean."""
+        """Add one update to the mean."""
         norms_sq = self._mean.add(arrival.due, arrival.update, arrival.examples)
         if not arrival.measured:
             return
@@ -264,7 +264,7 @@ class Round:
     def add_sum(
         self, layers: Iterable[str], update: Mapping[str, np.ndarray], examples: int
     ) -> None:
-        """Fold in the mean update of several clients, of whom no single one is known."""
+        """Add the mean update of several clients whose single updates are unknown."""
         self._mean.add(layers, update, examples)
 
     def take_evaluations(self, replies: Iterable[Message]) -> None:
@@ -287,14 +287,14 @@ class Round:
         optimizer: ServerOptimizer,
         applied: Callable[[Aggregator], Collection[str]] = lambda mean: mean.weights,
     ) -> tuple[str, ...]:
-        """Move every layer somebody trained to θ^{t+1}; the others stay bit-identical.
+        """Move every layer that a client trained to θ^{t+1}; the other layers stay bit-identical.
 
         Parameters
         ----------
         min_replies : int
         optimizer : ServerOptimizer
         applied : Callable[[Aggregator], Collection[str]]
-            Chooses which of those layers move; by default all.
+            Chooses the trained layers that move; by default all.
 
         Returns
         -------
@@ -304,8 +304,8 @@ class Round:
         Raises
         ------
         RoundFailed
-            If fewer than `min_replies` updates were usable, or a layer would not be finite. The model
-            is unchanged then.
+            If fewer than `min_replies` updates were usable, or a new layer would not be finite. The
+            model is then unchanged.
         """
         record = self.record
         if record.replies < min_replies:
@@ -325,7 +325,7 @@ class Round:
                     "server.lr"
                 )
             moved[layer] = after
-        # Frees what was kept of layers that do not move.
+        # This frees the sums of layers that do not move.
         self._mean = self._aggregation.begin(self.model.layers)
         for layer, tensors in moved.items():
             self.model.replace(layer, tensors)
@@ -337,7 +337,7 @@ class Round:
         return names
 
     def _estimate_theory(self, names: Sequence[str]) -> None:
-        """Estimate E1 and E2 from what this round has seen, given the layers that move."""
+        """Estimate E1 and E2 from this round's statistics and updates, given the layers that move."""
         record, blocks = self.record, self.model.layers.blocks
         record.update_norm = self._spread.median_norm()
         selection = record.selection
@@ -357,26 +357,26 @@ class Round:
                 record.e2_masks = self._spread.heterogeneity_term(known, record.lr)
 
     def complete(self) -> RoundRecord:
-        """Return the record, with what steps add to it."""
+        """Return the record, with the entries that steps add to it."""
         for step in self._steps:
             step.record(self.record)
         return self.record
 
     # ------------------------------------------------------------------------------------ errors
     def failed(self, phase: str, needed: int) -> RoundFailed:
-        """Return the error that says how many answered and why others did not."""
+        """Return an error with the number of usable replies and the reasons for the others."""
         return RoundFailed(
             f"round {self.record.round}: {self.record.replies} usable replies in {phase}, "
             f"{needed} are needed (federation.min-replies). {self.reasons()}"
         )
 
     def reasons(self) -> str:
-        """Return why the first few clients gave nothing usable."""
+        """Return the reasons for which the first few clients gave no usable reply."""
         return "; ".join(f"client {f.partition}: {f.reason}" for f in self.record.failures[:5])
 
     @contextmanager
     def refusing(self, reply: Message, phase: str) -> Iterator[int]:
-        """Give the client's partition id; log and count what is refused inside."""
+        """Yield the client's partition id; log and count a `RefusedReply` that is raised inside."""
         node = reply.metadata.src_node_id
         partition = self._partitions.get(node, -1)
         try:
@@ -390,7 +390,7 @@ class Round:
                 self._refused(node)
 
     def _answer(self, reply: Message, phase: str) -> Message:
-        """Return a node's answer in a phase, if it is one: its first, and to what it was asked."""
+        """Return a node's answer in a phase; refuse a second answer, or one to another message."""
         node = reply.metadata.src_node_id
         if node not in self._partitions:
             raise RefusedReply(f"node {node} was not asked")
@@ -412,12 +412,12 @@ def _raised(reply: Message) -> bool:
 
 
 def answer_to(asked: Message, reply: Message) -> Message:
-    """Return the reply to a message, if it is an answer.
+    """Return a reply that answers a message.
 
     Raises
     ------
     RefusedReply
-        If it is an error, or no reply to that message.
+        If it is an error, or the reply to another message.
     """
     if reply.has_error():
         raise RefusedReply(str(reply.error.reason))

@@ -1,4 +1,4 @@
-"""Secure sums as a step of a round: the server sees the sum of updates, and no single one."""
+"""Secure sums as a step of a round: the server sees the sum of the updates, and no single update."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from layerfed.secure.messages import (
     attach,
     question,
     read_keys,
-    read_masked,
+    read_padded,
     read_sealed,
     read_shares,
     secret_bytes,
@@ -28,10 +28,10 @@ __all__ = ["SecureSums"]
 
 
 class SecureSums(ServerStep):
-    """Adds three exchanges to a round: keys and shares before the training, unmask after it.
+    """Adds three exchanges to a round: keys and shares before training, and unmask after it.
 
-    What a client trained can neither be checked nor weighed up by itself: the norm of an update
-    and whether its numbers are finite are unknown, so E2 is not estimated.
+    The server cannot check a single update. It knows neither its norm nor whether its numbers are
+    finite, so E2 is not estimated.
 
     Parameters
     ----------
@@ -46,12 +46,12 @@ class SecureSums(ServerStep):
         self._never_agreed = 0
 
     def before_training(self, round: Round, messages: list[Message]) -> list[Message]:
-        """Have the clients agree on masks; return the instructions to those that did.
+        """Have the clients agree on pads; return the instructions for the clients that did.
 
         Raises
         ------
         RoundFailed
-            If the clients are to train different layers, or too few agree.
+            If the clients' masks differ, or too few clients agree.
         """
         _refuse_different_masks(round.record)
         message_to = {round.client_of(message): message for message in messages}
@@ -88,25 +88,25 @@ class SecureSums(ServerStep):
         return [message_to[client] for client in self._sum.peers]
 
     def receive(self, arrival: Arrival, record: RoundRecord) -> None:
-        """Add a masked update to the sum; nothing else of it can be known."""
+        """Add a padded update to the sum; the server learns nothing else of it."""
         if arrival.client not in self._sum.peers:
-            raise RefusedReply("it has not agreed on masks")
+            raise RefusedReply("it has not agreed on pads")
         tensors = [t for layer in arrival.asked.values() for t in layer.values()]
-        vector, arrival.metrics = read_masked(arrival.message, tensors)
+        vector, arrival.metrics = read_padded(arrival.message, tensors)
         self._sum.add(arrival.client, vector)
         arrival.due, arrival.examples = arrival.asked, arrival.stated
 
     def after_training(self, round: Round) -> None:
-        """Have survivors reveal what takes the masks off the sum, and fold the mean in.
+        """Have the survivors reveal shares, remove the pads from the sum, and add its mean to the round.
 
         Raises
         ------
         RoundFailed
-            If too few survived the training or answer now, or the sum cannot be one of theirs.
+            If too few clients sent an update or reveal shares, or the sum cannot be one of theirs.
         """
         record = round.record
         survivors, needed = self._sum.survivors, self._sum.threshold
-        # Those that never agreed on masks have failed already; they are not late.
+        # Clients that never agreed on pads count as failed already; they are not late.
         record.late = max(0, record.late - self._never_agreed)
         self._refuse_too_few(round, "sent an update", len(survivors), needed)
         asked = {client: {"survivors": survivors} for client in survivors}
@@ -116,10 +116,10 @@ class SecureSums(ServerStep):
             mean, examples = self._sum.open()
             stated = sum(round.examples[client] for client in survivors)
             if examples > stated:
-                raise ValueError(f"it states {examples} examples, on joining they were {stated}")
+                raise ValueError(f"it states {examples} examples, and its clients had {stated}")
         except ValueError as error:
             raise RoundFailed(
-                f"round {record.round}: the secure sum is of no use, one of clients "
+                f"round {record.round}: the secure sum cannot be used, since one of clients "
                 f"{', '.join(map(str, survivors))} broke the protocol: {error}"
             ) from None
         layers = record.updated[survivors[0]]

@@ -1,9 +1,9 @@
-"""What updates go through on the server, one step after the other.
+"""The steps of updates on the server, one after the other.
 
-A round holds a list of steps. Each `Arrival` goes through all of them: the first one reads the reply,
-the others change the update or its weight. Steps may also exchange messages before and after training,
-and change the sums before they become the new layers. Differential privacy (`private.py`) and secure
-sums (`secure_sums.py`) are steps like reading and clipping.
+A round holds a list of steps, and each `Arrival` goes through all of them. The first step reads the
+reply; the others change the update or its weight. A step may also exchange messages before and after
+training, and change the sums before they become new layers. Differential privacy (`private.py`) and
+secure sums (`secure_sums.py`) are steps like reading and clipping.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Arrival:
         Partition id.
     message : flwr.app.Message
     instruction : TrainInstruction
-        What the client was asked.
+        The instruction that the client got.
     asked : Mapping[str, Mapping[str, numpy.ndarray]]
         θ^t of the layers that it was asked to train, by layer and tensor; the head comes last.
     stated : int
@@ -47,14 +47,14 @@ class Arrival:
     codec : Codec
         What the update was to be written in.
     due : Mapping[str, Mapping[str, numpy.ndarray]]
-        Those of them whose updates the reply holds.
+        The asked layers whose updates the reply holds.
     update : Mapping[str, numpy.ndarray]
-        Δ_i by tensor; empty where only a sum will be known.
+        Δ_i by tensor; empty in a secure sum, where only the sum will be known.
     examples : int
         The client's weight.
     metrics : Mapping[str, float]
     measured : bool
-        Whether the norm of this update may be looked at, for E2.
+        Whether E2 may use the norm of this update.
     """
 
     client: int
@@ -71,13 +71,13 @@ class Arrival:
 
 
 class ServerStep:
-    """One step. A subclass overrides what it needs; by default nothing happens."""
+    """One step. Its methods do nothing by default; a subclass overrides those that it needs."""
 
     reads: ClassVar[bool] = False
     """Whether `receive` reads the reply; exactly one step of a list does."""
 
     def before_training(self, round: Round, messages: list[Message]) -> list[Message]:
-        """Exchange what must be known before anyone trains; return the instructions to be sent."""
+        """Prepare the round before anyone trains; return the instructions that are to be sent."""
         return messages
 
     def receive(self, arrival: Arrival, record: RoundRecord) -> None:
@@ -86,7 +86,7 @@ class ServerStep:
         Raises
         ------
         RefusedReply
-            If it must not be used.
+            If the update must not be used.
         """
 
     def weigh(self, examples: int) -> int:
@@ -94,7 +94,7 @@ class ServerStep:
         return examples
 
     def after_training(self, round: Round) -> None:
-        """Exchange what the sum needs once all updates are in."""
+        """Complete the sum once all updates have arrived."""
 
     def close(self, sums: Mapping[str, np.ndarray], record: RoundRecord) -> None:
         """Change the sums of updates, in place, by tensor."""
@@ -109,7 +109,7 @@ class Decoding(ServerStep):
     reads = True
 
     def receive(self, arrival: Arrival, record: RoundRecord) -> None:
-        """Fill in what the reply holds."""
+        """Read the reply into `due`, `update`, `examples` and `metrics`."""
         arrival.due = _sent(arrival)
         expected = {t: v for tensors in arrival.due.values() for t, v in tensors.items()}
         reply = read_train_reply(arrival.message, expected, arrival.codec)
@@ -122,9 +122,9 @@ class Decoding(ServerStep):
 
 
 def _sent(arrival: Arrival) -> Layers:
-    """Return the layers whose updates are due: all that were asked, or those that the client chose.
+    """Return the layers whose updates are due: all asked ones, or those that the client chose.
 
-    Only names are looked at; reading the reply then checks that those layers are whole.
+    This looks at names only. Reading the reply then checks that those layers are whole.
     """
     asked, upload = arrival.asked, arrival.instruction.upload
     if upload is None:
@@ -150,17 +150,17 @@ def _sent(arrival: Arrival) -> Layers:
 
 @dataclass(frozen=True)
 class Clipping(ServerStep):
-    """Scales an update down where its norm, over all that was sent, exceeds a bound (`server.clip`)."""
+    """Scales an update down if its norm, over all sent layers, exceeds a bound (`server.clip`)."""
 
     bound: float
 
     def receive(self, arrival: Arrival, record: RoundRecord) -> None:
-        """Clip, and count what was clipped."""
+        """Clip the update, and count it if it was clipped."""
         arrival.update, norm = clipped(arrival.update, self.bound)
         record.clipped += norm > self.bound
 
     def close(self, sums: Mapping[str, np.ndarray], record: RoundRecord) -> None:
-        """Say how many updates were clipped."""
+        """Log the number of clipped updates."""
         if record.clipped:
             log(
                 INFO,
@@ -174,10 +174,10 @@ class Clipping(ServerStep):
 
 @dataclass(frozen=True)
 class CappedWeights(ServerStep):
-    """Lets a client count as at most so many examples (`federation.max-examples`)."""
+    """Limits the number of examples that a client counts as (`federation.max-examples`)."""
 
     most: int
 
     def weigh(self, examples: int) -> int:
-        """Return the smaller of the two."""
+        """Return the number of examples, at most `most`."""
         return min(examples, self.most)

@@ -76,11 +76,13 @@ class UpdateSpread:
 
     with τ the steps in which layer l moved.
 
-    Notes ----- The estimate uses only the clients that trained layer l. A layer of one client counts as
-    0, although its χ_l is largest. The spread includes the noise of minibatches (÷ τ), the drift of
-    clients over τ steps, and the error of codecs. Under momentum or AdamW an update is no multiple of a
-    mean gradient, so E2 can only be compared between strategies with the same settings. If numbers of
-    steps differ, τ is their mean over the layer's clients, weighted like their updates.
+    Notes
+    -----
+    The estimate uses only the clients that trained layer l. A layer of one client counts as 0, although
+    its χ_l is largest. The spread includes the noise of minibatches (÷ τ), the drift of clients over τ
+    steps, and the error of codecs. Under momentum or AdamW an update is no multiple of a mean gradient,
+    so E2 can only be compared between strategies with the same settings. If numbers of steps differ, τ
+    is their mean over the layer's clients, weighted like their updates.
     """
 
     def __init__(self) -> None:

@@ -42,7 +42,7 @@ def exchange(
     timeout : float
         Seconds to wait, from the first message on.
     again : Callable[[Message], Message | None], optional
-        Given a reply; what it returns is sent to that node and awaited instead.
+        Gets a reply. A message that it returns is sent to that node, and its reply replaces the first.
     late : dict[str, flwr.app.Message], optional
         Messages of earlier exchanges whose replies are no longer awaited, by id. Replies to them are
         fetched and dropped. Messages that this exchange stops waiting for are added.
@@ -86,7 +86,7 @@ def exchange(
         for asked in [*waiting.values(), *unsent]:
             yield _error("no reply in time", asked)
     finally:
-        # Also where the caller has enough and asks for no more.
+        # This also runs if the caller has enough replies and asks for no more.
         if not withdraw(grid, waiting):
             late.update(waiting)
 

@@ -1,7 +1,6 @@
-"""Who trains which layers. A strategy is one file here, one line in `STRATEGIES`, and a test.
+"""Strategies: which client trains which layers. Each is one file, one entry in `STRATEGIES`, and a test.
 
-A strategy of your own need not be here: `strategy.name = "my_package.my_module:MyStrategy"` names it
-wherever a name does.
+A strategy of your own can be in any module: `strategy.name = "my_package.my_module:MyStrategy"`.
 """
 
 from __future__ import annotations
@@ -58,12 +57,12 @@ STRATEGIES: dict[str, type[SelectiveStrategy]] = {
 
 
 def load_strategy(name: str) -> type[SelectiveStrategy]:
-    """Return the strategy of a name, in `STRATEGIES` or as `module:Class`.
+    """Return the strategy class of a name, from `STRATEGIES` or as `module:Class`.
 
     Raises
     ------
     ConfigError
-        If there is no such strategy, module or class, or it is no strategy.
+        If there is no such strategy, module or class, or the class is not a strategy.
     """
     if name in STRATEGIES:
         return STRATEGIES[name]
@@ -81,7 +80,9 @@ def load_strategy(name: str) -> type[SelectiveStrategy]:
             "the server runs, or lie in the current folder"
         ) from None
     if not (isinstance(found, type) and issubclass(found, SelectiveStrategy)):
-        raise ConfigError(f"strategy.name = '{name}' is no layerfed.strategies.SelectiveStrategy")
+        raise ConfigError(
+            f"strategy.name = '{name}' is not a subclass of layerfed.strategies.SelectiveStrategy"
+        )
     if getattr(found, "__abstractmethods__", None):
         raise ConfigError(
             f"strategy.name = '{name}' does not say how it selects: override `select`"
@@ -92,7 +93,7 @@ def load_strategy(name: str) -> type[SelectiveStrategy]:
 
 
 def option_keys() -> dict[str, str]:
-    """Return the options of all strategies here: {key: the strategy's name}."""
+    """Return the options of all built-in strategies: {key: the strategy's name}."""
     return {
         key: name
         for name, strategy in STRATEGIES.items()
@@ -101,9 +102,10 @@ def option_keys() -> dict[str, str]:
 
 
 def options_of(config: RunConfig) -> tuple[type[SelectiveStrategy], Any]:
-    """Return the strategy that a configuration names, and its options, checked.
+    """Return the strategy that a configuration names, and its checked options.
 
-    Options of the other strategies here are checked and left alone, so that one file serves them all.
+    Options of the other built-in strategies are checked too and otherwise ignored, so that one file
+    serves all strategies.
 
     Raises
     ------
@@ -112,7 +114,7 @@ def options_of(config: RunConfig) -> tuple[type[SelectiveStrategy], Any]:
     """
     strategy = load_strategy(config.strategy.name)
     own = section_keys(strategy.Options)
-    given = config.strategy.options
+    given = config.strategy.given
     known = [*section_keys(StrategyConfig, "strategy."), *option_keys()]
     known += [f"strategy.{key}" for key in own]
     if unknown := [key for key in given if f"strategy.{key}" not in known]:
@@ -128,12 +130,12 @@ def options_of(config: RunConfig) -> tuple[type[SelectiveStrategy], Any]:
 
 
 def checked(config: RunConfig) -> RunConfig:
-    """Check what a configuration's strategy needs, and return it with the strategy's options filled in.
+    """Check a configuration against its strategy; return it with the strategy's options filled in.
 
     Raises
     ------
     ConfigError
-        If the strategy, its options, or the settings it is to run with are not allowed.
+        If the strategy, its options, or other settings of the run are not allowed together.
     """
     strategy, options = options_of(config)
     strategy.refuse(options, config)

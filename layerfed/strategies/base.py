@@ -1,7 +1,7 @@
 """SelectiveStrategy: a Flower strategy that runs the rounds of selective layer fine-tuning.
 
-A round, in the order data flows: sample, probe, select, train, aggregate, evaluate, record. A concrete
-strategy is a subclass that says which statistics it needs and how masks follow from them.
+A round has seven phases, in the order of the data: sample, probe, select, train, aggregate, evaluate,
+record. A concrete strategy is a subclass that names its statistics and turns them into masks.
 """
 
 from __future__ import annotations
@@ -51,42 +51,43 @@ Masks = Literal["shared", "within-budget", "own"]
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """What the rounds of a run have in common, whatever the strategy.
+    """Settings of a run's rounds, the same for every strategy.
 
     Attributes
     ----------
     clients_per_round : int | None (default: None)
         |S_t|; None takes every connected client.
     clients : int | None (default: None)
-        Size of the population, checked against what nodes say; None takes the nodes that are connected.
+        Size of the population, which nodes' statements are checked against; None takes the connected
+        nodes.
     min_replies : int (default: 1)
-        Updates a round needs; with fewer the run stops with `RoundFailed`.
+        Updates that a round needs; with fewer the run stops with `RoundFailed`.
     over_provision : float (default: 0)
-        Share of clients sampled beyond `clients_per_round`; a round ends with the first
-        `clients_per_round` updates, and those that come later are dropped.
+        Share of clients sampled beyond `clients_per_round`. A round ends with the first
+        `clients_per_round` updates; later ones are dropped.
     lr_decay : float (default: 1.0)
         The `lr` of the train config is multiplied by this after each round.
     local_steps : Callable[[int], int] | None (default: None)
-        τ_i, the local steps of a client by its number of examples; strategies that change masks within
+        τ_i, the local steps of a client by its number of examples. Strategies that change masks within
         a round need it.
     probe_batches : int (default: 0)
-        Batches a probe goes over; 0 means the client's whole data.
+        Batches of a probe; 0 means the client's whole data.
     period : int (default: 1)
         k: layers are selected in every k-th round. In between, clients keep their masks and nothing is
-        probed; one that was not there at the last selection is given masks within its own budget
+        probed. A client that missed the last selection gets masks within its own budget
         (`server/memory.py`).
     theory : bool (default: False)
-        Whether to probe in every round, to estimate E1 (`server/theory.py`), also where the selection
-        needs no probe. Selection does not see it; its cost is counted, and a client whose probe fails
-        drops out.
+        Whether to probe in every round to estimate E1 (`server/theory.py`), also if the selection needs
+        no probe. The selection does not use this probe. Its cost is counted, and a client whose probe
+        fails drops out.
     client_evaluation : bool (default: False)
-        Whether this round's clients evaluate the new model on their own held-out data.
+        Whether the round's clients evaluate the new model on their own held-out data.
     codec : {"float32", "float16", "bfloat16", "int8"} (default: "float32")
-        What clients write their updates in.
+        The codec in which clients write their updates.
     steps : tuple[ServerStep, ...] (default: ())
-        What updates go through on the server. Reading comes first, unless one of these reads.
+        The steps of updates on the server. `Decoding` is put in front unless one of these reads.
     aggregation : Aggregation
-        How the updates of a round become one; by default their weighted mean, as in the paper.
+        The rule that combines the updates of a round; by default their weighted mean, as in the paper.
     seed : int (default: 0)
         Seed of sampling and of random masks.
     """
@@ -108,7 +109,7 @@ class RoundSettings:
 
     @property
     def all_steps(self) -> tuple[ServerStep, ...]:
-        """The steps, with the one that reads replies in front."""
+        """The steps, with `Decoding` in front unless one of them reads replies."""
         reading = any(step.reads for step in self.steps)
         return self.steps if reading else (Decoding(), *self.steps)
 
@@ -116,23 +117,23 @@ class RoundSettings:
 class SelectiveStrategy(Strategy):
     """Federated fine-tuning in which each client trains only the layers selected for it.
 
-    A concrete strategy says which statistics it needs and overrides `select`; seldom more.
+    A concrete strategy names its statistics and overrides `select`, and seldom more.
 
     Parameters
     ----------
     layers : LayerMap
-        How the model falls into layers; the same on server and clients.
+        The split of the model into layers; the same on server and clients.
     budget : Budgets | float (default: 1)
-        R_i of each client; a number is a budget of that many layers for everyone.
+        R_i of each client. A number is a budget of that many layers for every client.
     settings : RoundSettings
     optimizer : ServerOptimizer, optional
         Turns mean updates into new layers; by default θ + Δ, as in the paper.
     store : LayerStore, optional
-        The server's layer store: clients that see the same one are sent no layers.
+        The server's layer store. Clients that read the same store are sent no layers.
     observers : Sequence[Observer] (default: ())
-        Told of each phase and round: run folder, progress line.
+        Called in each phase and round, for example the run folder and the progress line.
     **options
-        The strategy's own, see its `Options`.
+        The strategy's own options; see its `Options`.
 
     Raises
     ------
@@ -141,14 +142,14 @@ class SelectiveStrategy(Strategy):
     """
 
     class Options(Section):
-        """The settings that this strategy alone has; each one is a key `strategy.NAME`."""
+        """The strategy's own settings; each field is a key `strategy.NAME`."""
 
     name: ClassVar[str]
     statistics: tuple[str, ...] = ()
-    """What `select` needs of a probe (`client/statistics.py`); nothing means that no probe is made."""
+    """Names of the statistics that `select` needs (`client/statistics.py`); () means no probe."""
     masks: ClassVar[Masks] = "within-budget"
     """Whether all clients of a round have the same mask: always ("shared"), if their budgets are equal
-    ("within-budget"), or by chance only ("own")."""
+    ("within-budget"), or only by chance ("own")."""
     within_budget: ClassVar[bool] = True
     """Whether the strategy keeps to the run's budgets."""
 
@@ -179,9 +180,9 @@ class SelectiveStrategy(Strategy):
             check=self.budgets.check_stated,
         )
         self.round: Round
-        """The round in progress; round 0 is the model as it came."""
+        """The round in progress; round 0 is the initial model."""
         self.run_token = uuid4().hex
-        """Names this run to clients that remember something of it (error feedback)."""
+        """A name of this run, under which clients keep state between rounds (error feedback)."""
         self._model: GlobalModel | None = None
         self._memory = Memory()
         self._late: dict[str, Message] = {}
@@ -190,12 +191,12 @@ class SelectiveStrategy(Strategy):
 
     @classmethod
     def read_options(cls, options: Mapping[str, Any]) -> Section:
-        """Check the strategy's own options.
+        """Check the strategy's own options and return them.
 
         Raises
         ------
         ConfigError
-            Naming the key, its value and what is allowed.
+            If a key or value is not allowed; the message names the key, its value and what is allowed.
         """
         try:
             return cls.Options(**options)
@@ -207,34 +208,39 @@ class SelectiveStrategy(Strategy):
     # -------------------------------------------------------------- what a strategy may override
     @abstractmethod
     def select(self, candidates: Candidates) -> Choice:
-        """Choose the layers each client trains: masks of shape (n, L) within the budgets."""
+        """Return the layers that each client trains: masks of shape (n, L) within the budgets."""
 
     @classmethod
     def masks_with(cls, options: Any) -> Masks:
-        """Return what masks are like under these options; by default `masks`."""
+        """Return the value of `masks` under these options; by default the class's own."""
         return cls.masks
 
     @classmethod
     def refuse(cls, options: Any, config: RunConfig) -> None:
-        """Refuse settings of a run that this strategy cannot work with, before any client does."""
+        """Refuse settings that this strategy cannot work with; called before anything starts."""
+
+    @classmethod
+    def exists(cls, config: RunConfig) -> bool:
+        """Return whether the strategy is defined for a run; a comparison leaves out other runs."""
+        return True
 
     def check(self) -> None:
-        """Refuse budgets that this strategy cannot work with, before any client does."""
+        """Refuse budgets or settings that this strategy cannot work with; called once it is built."""
 
     def selects_in(self, server_round: int) -> bool:
-        """Say whether layers are selected in a round, from 1; otherwise masks are kept."""
+        """Return whether layers are selected in a round, from 1; in other rounds masks are kept."""
         return (server_round - 1) % self.settings.period == 0
 
     def bounded(self, server_round: int) -> bool:
-        """Say whether a round's masks must keep to the run's budgets."""
+        """Return whether a round's masks must keep to the run's budgets."""
         return self.within_budget
 
     def instruct(self, instruction: TrainInstruction) -> TrainInstruction:
-        """Return one client's instruction with what this strategy adds to it."""
+        """Return one client's instruction, with this strategy's changes; by default there are none."""
         return instruction
 
     def applied(self, mean: Aggregator) -> Collection[str]:
-        """Choose which of the layers that clients trained move the global model: all of them."""
+        """Return the trained layers that move the global model; by default all of them."""
         return mean.weights
 
     # ------------------------------------------------------------------------------ a whole run
@@ -249,7 +255,7 @@ class SelectiveStrategy(Strategy):
         evaluate_fn: EvaluateFn | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Result:
-        """Run the rounds. Like Flower's own `start`, but folds replies in as they arrive.
+        """Run the rounds, like Flower's own `start`, but aggregate replies as they arrive.
 
         Parameters
         ----------
@@ -264,7 +270,7 @@ class SelectiveStrategy(Strategy):
         evaluate_fn : Callable[[int, ArrayRecord], MetricRecord | None], optional
             Called with round 0 and after each round.
         should_stop : Callable[[], bool], optional
-            Asked after each round; the run ends there once it says so.
+            Called after each round; the run ends when it returns True.
 
         Returns
         -------
@@ -364,7 +370,7 @@ class SelectiveStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord, MetricRecord]:
-        """Fold replies in one by one, until enough are there, and move the layers somebody trained."""
+        """Add replies to the mean until there are enough, and move the layers that clients trained."""
         record = self.round.record
         asked = 0 if record.selection is None else len(record.selection.clients)
         with self._phase("train"):
@@ -379,7 +385,7 @@ class SelectiveStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask this round's clients to evaluate the new model, if that is wanted."""
+        """Return the messages that ask this round's clients to evaluate the new model, if set."""
         selection = self.round.record.selection
         if not self.settings.client_evaluation or selection is None:
             return []
@@ -398,7 +404,7 @@ class SelectiveStrategy(Strategy):
         return MetricRecord({"loss": loss, "accuracy": accuracy})
 
     def summary(self) -> None:
-        """Log what will run."""
+        """Log the settings of the run."""
         layers, settings = self.layers, self.settings
         log(INFO, "%s strategy", self.name)
         log(INFO, "\t├── selectable layers: %d", layers.num_blocks)
@@ -411,7 +417,7 @@ class SelectiveStrategy(Strategy):
 
     # ------------------------------------------------------------------------- a round's masks
     def probed_in(self, server_round: int) -> tuple[str, ...]:
-        """Return the statistics that clients are asked for in a round; none means no probe."""
+        """Return the statistics that clients are asked for in a round; () means no probe."""
         wanted = self.statistics if self.selects_in(server_round) else ()
         if self.settings.theory and "grad_norm_sq" not in wanted:
             return (*wanted, "grad_norm_sq")
@@ -432,7 +438,7 @@ class SelectiveStrategy(Strategy):
         clients: Sequence[Description],
         probed: Mapping[int, Mapping[str, np.ndarray]],
     ) -> SelectionRecord:
-        """Turn statistics, costs and budgets into masks, or keep those of the last selection.
+        """Turn statistics, costs and budgets into masks, or keep the masks of the last selection.
 
         Parameters
         ----------
@@ -440,7 +446,7 @@ class SelectiveStrategy(Strategy):
             t, from 1.
         clients : Sequence[Description]
         probed : Mapping[int, Mapping[str, numpy.ndarray]]
-            {partition: {statistic: (L,)}}, of all these clients.
+            {partition: {statistic: (L,)}}, for each of these clients.
         """
         statistics = {
             name: np.stack([probed[client.partition][name] for client in clients])
@@ -484,19 +490,19 @@ class SelectiveStrategy(Strategy):
         Raises
         ------
         RuntimeError
-            Before the first round was configured.
+            If the first round is not configured yet.
         """
         if self._model is None:
             raise RuntimeError("the strategy has no model before `start` or `configure_train`")
         return self._model
 
     def connect(self, grid: Grid, timeout: float) -> None:
-        """Wait for enough clients and ask each who it is; nothing to do where that is done.
+        """Wait for enough clients and ask each to describe itself. A second call does nothing.
 
         Raises
         ------
         ConfigError
-            If the federation is not the one the strategy was configured for.
+            If the federation does not fit the strategy's configuration.
         RoundFailed
             If too few clients connect within `timeout` seconds.
         """
@@ -507,15 +513,15 @@ class SelectiveStrategy(Strategy):
             self.budgets.check_measured(map(self.population.description, self.population.nodes))
 
     def add_step(self, step: ServerStep) -> None:
-        """Have updates go through one more step, after the others."""
+        """Append a step to the steps of updates."""
         self.settings = replace(self.settings, steps=(*self.settings.steps, step))
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Have `start` go on after a checkpoint, to the same end as if it had not stopped."""
+        """Let `start` continue after a checkpoint, with the same result as an uninterrupted run."""
         self._resumed = checkpoint
 
     def checkpoint(self) -> Checkpoint:
-        """Return what `resume` needs to go on after the present round."""
+        """Return the checkpoint from which `resume` continues after the present round."""
         server_round = self.round.record.round
         return take(server_round, self.run_token, self.model, self.optimizer, self._memory)
 
@@ -537,7 +543,7 @@ class SelectiveStrategy(Strategy):
         )
 
     def _publish(self, layers: Iterable[str]) -> None:
-        """Put new layers where clients of this machine find them."""
+        """Put new layers into the server's store, if a client reads it."""
         if self.store is not None and self.holdings.anyone_shares:
             digests = self.model.manifest().digests
             for layer in layers:
@@ -554,7 +560,7 @@ class SelectiveStrategy(Strategy):
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Tell observers of a phase and take its time."""
+        """Tell observers that a phase begins, and measure its time."""
         record = self.round.record
         for observer in self.observers:
             observer.on_phase(record.round, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerfed.config import ConfigError
+from layerfed.config import ConfigError, RunConfig
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
@@ -19,16 +19,22 @@ def alternating(num_blocks: int) -> list[int]:
 class Both(SelectiveStrategy):
     """Each client trains layers from both ends [S, section V].
 
-    An odd budget spends its last layer at the output. With room for one layer only, a client trains the
-    output's; where that is everyone, the strategy is undefined and refused.
+    An odd budget spends its last layer at the output. A client with room for one layer only trains the
+    one at the output. If every client has room for one only, the strategy is undefined and refused.
     """
 
     name = "both"
 
+    @classmethod
+    def exists(cls, config: RunConfig) -> bool:
+        """Return False if every client has a budget below two layers."""
+        budget = config.budget
+        return not (budget.kind == "identical" and budget.unit == "layers" and budget.layers < 2)
+
     def check(self) -> None:
-        """Refuse budgets with which nobody has room for two layers."""
+        """Refuse budgets with which no client has room for two layers."""
         if self.budgets.costs is None:
-            return  # measured on devices: known only once they are connected
+            return  # measured on devices, so unknown until they are connected
         config, cheapest = self.budgets.config, self.budgets.costs.min()
         key = {"identical": "layers", "half-normal": "max"}.get(config.kind)
         if key and (highest := getattr(config, key)) < 2 * cheapest:

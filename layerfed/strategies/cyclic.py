@@ -15,37 +15,38 @@ from layerfed.strategies.ranking import affordable, skip_fill
 
 
 class Cyclic(SelectiveStrategy):
-    """All clients train the layer whose turn it is, in the manner of FedPart.
+    """All clients train the layer whose turn it is, as in FedPart.
 
-    FedPart (Wang et al., *Why Go Full?*, NeurIPS 2024) trains one layer after the other from the input
-    to the output, each for some rounds, again and again, after rounds on the full network. Here a turn
-    lasts `period` rounds, and with a budget for more, a client also trains the layers that come next,
-    so that clients of different budgets share what they can. The order goes round: the input follows
-    the output. A client that cannot afford the layer whose turn it is takes the next ones that it can.
+    FedPart (Wang et al., *Why Go Full?*, NeurIPS 2024) first trains the full network for some rounds.
+    Then it trains one layer after the other from the input to the output, each for some rounds, and
+    begins again. Here a turn lasts `period` rounds. A client with a larger budget also trains the next
+    layers in the order, so clients of different budgets share as many layers as possible. The input
+    follows the output. A client that cannot afford the layer whose turn it is takes the next ones that
+    it can afford.
 
     """
 
     class Options(Section):
-        """How it begins."""
+        """The warm-up."""
 
         warmup_rounds: Annotated[int, Field(ge=0)] = 0
-        """Rounds at the beginning in which every client trains all layers, whatever the run's budget;
-        only what a node itself states is kept to."""
+        """Rounds at the beginning in which every client trains all layers. They ignore the run's budget
+        and respect a node's own."""
 
     name = "cyclic"
     options: Options
 
     def bounded(self, server_round: int) -> bool:
-        """Say that budgets hold from the first turn on."""
+        """Return True after the warm-up: budgets hold from the first turn on."""
         return server_round > self.options.warmup_rounds
 
     def selects_in(self, server_round: int) -> bool:
-        """Say that each warm-up round selects, and then the first round of each turn."""
+        """Return True in each warm-up round, and then in the first round of each turn."""
         since = server_round - self.options.warmup_rounds - 1
         return since < 0 or since % self.settings.period == 0
 
     def select(self, candidates: Candidates) -> Choice:
-        """Fill each budget from the layer whose turn it is upwards."""
+        """Fill each budget upwards from the layer whose turn it is."""
         if not self.bounded(candidates.round):
             return affordable(candidates)
         num_blocks = candidates.costs.shape[1]

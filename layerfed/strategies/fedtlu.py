@@ -23,31 +23,31 @@ from layerfed.strategies.ranking import affordable
 
 
 class FedTLU(SelectiveStrategy):
-    """Every client trains all layers; only the highest-scored ones move the global model [T].
+    """Every client trains all layers; only the layers with the highest scores move the global model [T].
 
     Score(l) = ‖ΔW_l‖ / (√n_l · std(ΔW_l)), *a formula from a secondary source* (see
     `layerfed.exchange.change_score`), taken over the parameters of a layer.
 
-    On the server, ΔW_l is the mean update of the round, Σ_i w_{i,l} Δ_{i,l}: the change that layer l
-    would make against θ^t. The highest-scored share of the layers is applied and the others stay as
-    they are, bit by bit, their server optimiser included. On the clients, ΔW_l is a client's own
-    Δ_{i,l}; it sends the highest-scored share of the layers it has trained, and each layer is averaged
-    over those who sent it. The head is always sent and applied.
+    With `side = "server"`, ΔW_l is the mean update of the round, Σ_i w_{i,l} Δ_{i,l}: the change of
+    layer l from θ^t. The share of layers with the highest scores is applied. The other layers and their
+    server optimiser's state stay bit-identical. With `side = "client"`, ΔW_l is a client's own Δ_{i,l}.
+    The client sends the share of its trained layers with the highest scores, and a layer is averaged
+    over the clients that sent it. The head is always sent and applied.
 
-    As published, layers are chosen after training: bytes are saved, compute is not, and the run's
-    budget says nothing. A node that itself states what it affords trains as many layers as fit, drawn
-    anew each round.
+    As published, layers are chosen after training. This saves bytes but no compute, and the run's budget
+    has no effect. A node with a budget of its own trains as many layers as fit, drawn again in each
+    round.
 
     """
 
     class Options(Section):
-        """Who scores, and how."""
+        """The score and the share of layers."""
 
         side: Literal["server", "client"] = "server"
-        """The server scores mean updates, or each client its own."""
+        """Whether the server scores mean updates, or each client scores its own."""
         fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-        """Share of the layers, to the nearest whole number and at least one: of those that were trained
-        by some client (server), or by this client (client)."""
+        """Share of the trained layers, to the nearest whole number and at least one. Trained means: by
+        any client (server), or by this client (client)."""
         norm: Literal["l1", "l2"] = "l2"
         """Norm of the change in the score."""
 
@@ -58,17 +58,17 @@ class FedTLU(SelectiveStrategy):
 
     @classmethod
     def masks_with(cls, options: Options) -> Masks:
-        """Say that clients who choose what they send differ in it."""
+        """Return "own" if clients choose which layers they send."""
         return "own" if options.side == "client" else "shared"
 
     @classmethod
     def refuse(cls, options: Options, config: RunConfig) -> None:
-        """Refuse to have private clients choose what they send."""
+        """Refuse to let private clients choose which layers they send."""
         if options.side == "client" and config.privacy.mode != "none":
             raise ConfigError(
                 f"strategy.side = 'client' does not go with privacy.mode = '{config.privacy.mode}': "
-                "which layers a client sends would follow from its own update, and no noise covers "
-                "that; use strategy.side=server"
+                "the choice of layers that a client sends depends on its own update, and no noise "
+                "covers it; use strategy.side=server"
             )
 
     def select(self, candidates: Candidates) -> Choice:
@@ -76,7 +76,7 @@ class FedTLU(SelectiveStrategy):
         return affordable(candidates)
 
     def instruct(self, instruction: TrainInstruction) -> TrainInstruction:
-        """Ask a client to send the layers that changed most, where clients score."""
+        """Ask a client to send the layers that changed most, if clients score."""
         trained = sum(instruction.mask)
         if self.options.side == "server" or not trained:
             return instruction
@@ -84,7 +84,7 @@ class FedTLU(SelectiveStrategy):
         return replace(instruction, upload=Upload(count, self.options.norm))
 
     def applied(self, mean: Aggregator) -> Collection[str]:
-        """Score the mean updates, where the server does."""
+        """Return the layers whose mean updates have the highest scores, if the server scores."""
         if self.options.side == "client":
             return super().applied(mean)
         names = [block.name for block in self.layers.blocks if block.name in mean.weights]

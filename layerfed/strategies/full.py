@@ -1,4 +1,4 @@
-"""Every client trains every selectable layer, whatever its budget: the cost to compare with."""
+"""Full fine-tuning, whose result and cost the other strategies are compared with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from layerfed.strategies.base import SelectiveStrategy
 
 
 class Full(SelectiveStrategy):
-    """Full fine-tuning (embeddings stay frozen, as in every strategy)."""
+    """Every client trains every block, whatever its budget; embeddings stay frozen as always."""
 
     name = "full"
     within_budget = False

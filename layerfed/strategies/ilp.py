@@ -1,4 +1,4 @@
-"""The proposed method: layers chosen for all clients at once by the integer program (P1)."""
+"""The proposed method: the integer program (P1) selects layers for all clients at once."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 class ILP(SelectiveStrategy):
-    """Each round solves (P1): the largest gradient norms within every budget, chosen consistently.
+    """Each round solves (P1): it selects the largest gradient norms within every budget, consistently.
 
     max Σ_i Σ_l m_i(l) ‖g_{i,l}‖² − λ Σ_{i<j} ‖m_i − m_j‖₁   s.t.   Σ_l c_l m_i(l) ≤ R_i   [S, (P1)]
 
-    Between two selections (`period` > 1), the masks of clients that have some are held, and those of the
-    others solve (P1) beside them.
+    Between two selections (`period` > 1), clients that have masks keep them, and (P1) is solved for the
+    other clients with those masks fixed.
 
-    Norms are what clients claim. One whose gains are a thousand times the median client's is scaled
-    down to that, and a warning says so: next to it, theirs would be rounding errors (`limit_weights`).
+    Clients state their own norms. A client whose gains exceed a thousand times the median client's is
+    scaled down to that, and a warning says so. Otherwise the other clients' gains would be rounding
+    errors beside its own (`limit_weights`).
 
     """
 
@@ -41,21 +42,20 @@ class ILP(SelectiveStrategy):
         """Settings of the integer program."""
 
         consistency: float = 0.1
-        """λ: 0 leaves each client its own best layers, larger values pull choices together, negative
-        ones push them apart."""
+        """λ. With 0 each client gets its own best layers; larger values make masks more equal, and
+        negative values make them differ."""
         consistency_scale: Literal["relative", "raw"] = "relative"
-        """Whether λ is in units of the mean selected gain per client (one value then suits models and
-        tasks of any gradient scale, and no client's claims decide it), or of the squared norms
-        themselves, as in the paper."""
+        """The unit of λ. `relative`: the mean selected gain of a client, so one value suits all models
+        and tasks, and no client's claims decide it. `raw`: squared norms, as in the paper."""
         solver: Literal["auto", "lagrangian", "milp"] = "auto"
-        """auto is fast, certified, and exact where needed."""
+        """`auto` uses the Lagrangian bound, and the integer program only for a gap that is left."""
         solver_seconds: Annotated[float, Field(gt=0)] = 10.0
-        """Time limit a round. A gap left at the limit is logged and recorded, never hidden."""
+        """Time limit in each round. A gap that is left at the limit is logged and recorded."""
         solver_gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
         """Relative gap at which a solution counts as optimal."""
         solver_rounding: Annotated[float, Field(ge=0, lt=1)] = 0.02
-        """Largest share of a budget that rounding may take where costs are measured on devices; 0 keeps
-        them exact, which is slow from 13 layers on."""
+        """Largest share of a budget that rounding may take if costs are measured on devices. 0 keeps
+        costs exact, which is slow from 13 layers on."""
 
     name = "ilp"
     statistics = ("grad_norm_sq",)
@@ -64,7 +64,7 @@ class ILP(SelectiveStrategy):
 
     @classmethod
     def masks_with(cls, options: Options) -> Masks:
-        """Say that masks are shared under a λ above 0: a large one makes them equal."""
+        """Return "shared" if λ is above 0, since a large λ makes all masks equal."""
         return "shared" if options.consistency > 0 else "own"
 
     def select(self, candidates: Candidates) -> Choice:
@@ -90,7 +90,7 @@ class ILP(SelectiveStrategy):
             time_limit=self.options.solver_seconds,
             gap=self.options.solver_gap,
         )
-        # What held clients were promised for their masks, beyond what these are worth.
+        # The artificial gains of held masks, which do not count in the objective.
         promised = float((solved.values - problem.values)[found.masks].sum())
         objective, bound = found.objective - promised, found.bound - promised
         return Choice(
@@ -112,10 +112,10 @@ class ILP(SelectiveStrategy):
 
 
 def _holding(problem: SelectionProblem, candidates: Candidates) -> SelectionProblem:
-    """Return (P1) with some clients' masks held: no others are affordable, and none pays to drop.
+    """Return (P1) with some clients' masks held: they afford no other layer, and gain by keeping theirs.
 
-    Dropping a layer changes k (n − k) by at most n − 1, so a held layer that is worth twice λ (n − 1) is
-    never dropped, whatever the others choose.
+    Dropping a layer changes k (n − k) by at most n − 1. A held layer with a gain of twice λ (n − 1) is
+    therefore never dropped, whatever the other clients choose.
     """
     worth = 2.0 * abs(problem.consistency) * (problem.clients - 1) + float(problem.values.max())
     values, costs = problem.values.copy(), problem.cost_matrix.copy()

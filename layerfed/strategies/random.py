@@ -1,4 +1,4 @@
-"""Layers drawn at random, anew for every client and round, or more often."""
+"""Layers drawn at random for each client in each round, or several times in a round."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from layerfed.strategies.ranking import skip_fill
 class Random(SelectiveStrategy):
     """Each client trains layers drawn uniformly without replacement.
 
-    With `resample_steps`, it trains others after so many of its local steps, in the manner of LISA (Pan
-    et al., arXiv 2403.17919): the budget holds at every step, so peak memory and the compute of a step
-    are those of one draw. All layers it has touched are sent and averaged: the uplink grows with the
-    number of draws, and the update of a layer is that of the steps in which it was trained. The server
-    draws, so that it knows which layers a reply must hold, and each draw begins with a new local
-    optimiser.
+    With `resample_steps` it draws again after that number of local steps, as LISA does (Pan et al.,
+    arXiv 2403.17919). The budget holds at every step, so peak memory and a step's compute are those of
+    one draw. The client sends all layers that it trained, so the uplink grows with the number of draws.
+    A layer's update is that of the steps in which it was trained. The server makes the draws, so it
+    knows which layers a reply must hold. Each draw begins with a new local optimiser.
 
     """
 
     class Options(Section):
-        """How often it draws."""
+        """The number of draws."""
 
         resample_steps: Annotated[int, Field(ge=0)] = 0
         """Local steps between two draws (LISA); 0 keeps one draw for the whole round."""
@@ -41,16 +40,16 @@ class Random(SelectiveStrategy):
 
     @classmethod
     def refuse(cls, options: Options, config: RunConfig) -> None:
-        """Refuse a number of draws that would say how many examples a private client has."""
+        """Refuse a number of draws that would reveal a private client's number of examples."""
         if options.resample_steps and config.train.local_epochs and config.privacy.mode != "none":
             raise ConfigError(
                 f"strategy.resample-steps = {options.resample_steps} with train.local-epochs does not "
-                f"go with privacy.mode = '{config.privacy.mode}': how often to draw would follow from a "
-                "client's number of examples, which it does not say then; use train.local-steps"
+                f"go with privacy.mode = '{config.privacy.mode}': the number of draws depends on a "
+                "client's number of examples, which it does not state then; use train.local-steps"
             )
 
     def check(self) -> None:
-        """Refuse to draw several times where the number of local steps is unknown."""
+        """Refuse several draws if the number of local steps is unknown."""
         if self.options.resample_steps and self.settings.local_steps is None:
             raise ConfigError(
                 f"strategy.resample-steps = {self.options.resample_steps} needs to know how many steps "
@@ -58,7 +57,7 @@ class Random(SelectiveStrategy):
             )
 
     def select(self, candidates: Candidates) -> Choice:
-        """Fill each budget in random orders that depend on seed, round and client only."""
+        """Fill each budget in random orders that depend only on seed, round and client."""
         schedules = []
         rows = zip(
             candidates.clients,
@@ -82,11 +81,11 @@ class Random(SelectiveStrategy):
         return Choice(masks, schedules=schedules if self.options.resample_steps else None)
 
     def instruct(self, instruction: TrainInstruction) -> TrainInstruction:
-        """Say how many steps a client trains each of several masks."""
+        """Add the number of steps for which a client trains each of several masks."""
         several = len(instruction.masks) > 1
         return replace(instruction, steps_each=self.options.resample_steps if several else 0)
 
     def _draws(self, examples: int) -> int:
-        """Return how many masks a client trains in one round."""
+        """Return the number of masks that a client trains in one round."""
         steps, each = self.settings.local_steps, self.options.resample_steps
         return 1 if not each or steps is None else -(-steps(examples) // each)

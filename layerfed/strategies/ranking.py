@@ -1,4 +1,4 @@
-"""Filling a budget from a ranking of layers: what all rule-based strategies share."""
+"""Functions that fill a budget from a ranking of layers, used by all strategies but `ilp` and `full`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from layerfed.server.candidates import Candidates
 
 __all__ = ["affordable", "by_order", "by_score", "prefix", "skip_fill"]
 
-# Sums of costs carry rounding errors; a budget of 0.3 affords costs of 0.1 and 0.2.
+# Sums of costs have rounding errors; a budget of 0.3 must afford costs of 0.1 and 0.2.
 SLACK = 1 + 1e-9
 
 
 def prefix(
     order: Iterable[int], costs: np.ndarray, budget: float, depth: np.ndarray | None = None
 ) -> np.ndarray:
-    """Take layers in order up to the first that no longer fits; mask of shape (L,).
+    """Take layers in order, up to the first that does not fit; return a mask of shape (L,).
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def prefix(
     budget : float
         R_i.
     depth : numpy.ndarray, optional
-        D_l, shape (L,): what it costs that l is the lowest layer.
+        D_l, shape (L,): the extra cost if l is the lowest layer.
     """
     return _fill(order, costs, budget, depth, passing=False)
 
@@ -38,7 +38,7 @@ def prefix(
 def skip_fill(
     order: Iterable[int], costs: np.ndarray, budget: float, depth: np.ndarray | None = None
 ) -> np.ndarray:
-    """Take layers in order, passing over those that no longer fit; otherwise like `prefix`."""
+    """Take layers in order, like `prefix`, but skip layers that do not fit and go on."""
     return _fill(order, costs, budget, depth, passing=True)
 
 
@@ -62,16 +62,16 @@ def _fill(
 
 
 def by_order(candidates: Candidates, order: Sequence[int]) -> Choice:
-    """Give each client the first layers of one order, as many as fit."""
+    """Give each client the first layers of a common order, up to the first that does not fit."""
     rows = zip(candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
     return Choice(np.stack([prefix(order, c, r, d) for c, r, d in rows]))
 
 
 def by_score(candidates: Candidates, scores: np.ndarray) -> Choice:
-    """Give each client its highest-scored layers that fit; ties go to the layer nearer the output.
+    """Give each client its layers with the highest scores that fit.
 
-    That is the solvers' rule as well (:mod:`layerfed.selection.ties`): of equal layers the one
-    nearer the output needs the shorter backward pass.
+    Ties go to the layer nearer the output, which needs the shorter backward pass. The solvers have the
+    same rule (:mod:`layerfed.selection.ties`).
 
     Parameters
     ----------
@@ -85,9 +85,9 @@ def by_score(candidates: Candidates, scores: np.ndarray) -> Choice:
 
 
 def affordable(candidates: Candidates) -> Choice:
-    """Give each client all layers, whatever the run's budget.
+    """Give each client all layers, and ignore the run's budget.
 
-    A node that itself states less than they cost gets as many as fit that, drawn anew each round.
+    A node's own budget is respected: the client gets as many layers as fit, drawn again in each round.
     """
     masks = np.ones(candidates.costs.shape, dtype=bool)
     for row in np.flatnonzero(np.isfinite(candidates.limits)).tolist():

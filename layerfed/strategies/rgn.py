@@ -21,7 +21,7 @@ class RGN(SelectiveStrategy):
     masks = "own"
 
     def select(self, candidates: Candidates) -> Choice:
-        """Rank by the ratio of norms; a layer of zero parameters ranks first."""
+        """Rank layers by the ratio of norms; a layer whose parameters are all zero ranks first."""
         gradient = np.sqrt(candidates.statistics["grad_norm_sq"])
         parameters = np.sqrt(candidates.statistics["param_norm_sq"])
         ratio = np.divide(

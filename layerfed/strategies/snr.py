@@ -16,13 +16,13 @@ class SNR(SelectiveStrategy):
     """Each client trains the R_i layers with the largest signal-to-noise ratio of the gradient."""
 
     class Options(Section):
-        """How the ratio is taken."""
+        """The formula of the ratio."""
 
         form: Literal["paper", "code"] = "paper"
-        """|mean(g_l)| / var(g_l) over all elements of the layer's gradient [S]; or mean(g)² / std(g) of
-        each tensor, summed over the layer [C]. They order layers differently. The released code takes
-        the gradient summed over its probe batches; here each batch's ratio is taken and averaged: on
-        one batch the two are the same."""
+        """`paper`: |mean(g_l)| / var(g_l) over all elements of the layer's gradient [S]. `code`:
+        mean(g)² / std(g) of each tensor, summed over the layer [C]. The two rank layers differently. The
+        released code uses the gradient summed over its probe batches. Here the ratio of each batch is
+        averaged; on one batch both give the same."""
 
     name = "snr"
     statistics = ("snr",)
@@ -35,6 +35,6 @@ class SNR(SelectiveStrategy):
             self.statistics = ("snr_code",)
 
     def select(self, candidates: Candidates) -> Choice:
-        """Rank by the probed ratio."""
+        """Rank layers by the probed ratio."""
         (statistic,) = self.statistics
         return by_score(candidates, candidates.statistics[statistic])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
-from layerfed.config import ConfigError, RunConfig
+from layerfed.config import ConfigError, RunConfig, nearest
 from layerfed.config.errors import naming_extras
 from layerfed.task.base import Batch, Examples, Task
 
-__all__ = ["TASKS", "Batch", "Examples", "Task", "load_task"]
+__all__ = ["TASKS", "Batch", "Examples", "Task", "load_task", "task_named"]
 
 # Each task by the name of its class (or of a function that returns one). It is imported when it is used,
 # since a task's libraries take seconds to import and on real devices every message starts a new process.
@@ -22,24 +24,41 @@ TASKS: dict[str, str] = {
 }
 
 
-def load_task(config: RunConfig) -> Task:
-    """Return the task a configuration names, in `TASKS` or as `module:Class`.
+def task_named(asked: str) -> Callable[[RunConfig], Any]:
+    """Return the class of a task, in `TASKS` or as `module:Class`.
 
     Raises
     ------
     ConfigError
-        If there is no such module or class, or it is no task.
+        If there is no such task, module or class.
     """
-    asked = config.task.name
+    if asked not in TASKS and ":" not in asked:
+        raise ConfigError(
+            f"task.name = '{asked}' is not allowed: it should be one of {', '.join(TASKS)}, or a task "
+            f"of your own as module:Class{nearest(asked, TASKS)}"
+        )
     module, _, name = TASKS.get(asked, asked.replace(":", ".")).rpartition(".")
     try:
         with naming_extras(f"task.name = '{asked}'"):
-            found = getattr(import_module(module), name)
+            found: Callable[[RunConfig], Any] = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"task.name = '{asked}' cannot be imported: {error}; install its module on the server and "
             "on every client, or put it in the current folder of `layerfed` or a folder of PYTHONPATH"
         ) from None
+    return found
+
+
+def load_task(config: RunConfig) -> Task:
+    """Return the task a configuration names.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name, it is no task, or its settings cannot be used.
+    """
+    asked = config.task.name
+    found = task_named(asked)
     with naming_extras(f"task.name = '{asked}'"):
         task = found(config)
     if not isinstance(task, Task):

@@ -1,4 +1,4 @@
-"""Measured costs: what a step over any layers takes is what c_l and D_l say."""
+"""Measured costs: c_l and D_l give the cost of a step over any layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLOPs are counted whichever way torch takes through a layer."""
+"""FLOPs are counted on every path that torch takes through a layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A node's own limits: its budget in any unit, the memory that is free, and how long a step may take."""
+"""A node's own limits: its budget in any unit, its free memory, and its slowest step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from layerfed.selection.problem import BUDGET_TOLERANCE
 
 CPU = torch.device("cpu")
 ONES = LayerCosts(np.ones(4), np.zeros(4))
-# What backward keeps grows towards the input.
+# The memory that backward keeps grows towards the input.
 BYTES = LayerCosts(np.full(4, 10.0), np.array([90.0, 60.0, 30.0, 0.0]))
 
 
@@ -209,14 +209,14 @@ def test_a_system_that_does_not_say_is_refused(machine: Path) -> None:
 
 # ------------------------------------------------------------------------------------- pace
 class Clock:
-    """Time that passes only when told to."""
+    """A clock that moves only when it is told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
     def work(self, durations: list[float], most: float) -> int:
-        """Train on a batch for each duration; return how many were trained on."""
+        """Train on a batch for each duration; return the number of trained batches."""
         batches = [{"x": torch.zeros(1)} for _ in durations]
         done = 0
         for _ in paced(batches, most, CPU):

@@ -1,4 +1,4 @@
-"""Local SGD is torch's, without what torch imports for it."""
+"""Local SGD gives torch's result without torch's imports."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_several_batches_give_the_mean_and_not_the_norm_of_running_sums(
 def test_a_batch_that_does_not_reach_a_block_counts_as_a_gradient_of_zero(
     tiny: nn.Module, layers: LayerMap, batches: list[Batch]
 ) -> None:
-    """As with experts that no example was routed to; the last batch's gradient must not stand in."""
+    """For example an expert without examples; the last batch's gradient must not take its place."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         if batch is batches[0]:
@@ -113,7 +113,7 @@ def test_a_batch_that_does_not_reach_a_block_counts_as_a_gradient_of_zero(
 def test_the_order_of_batches_does_not_matter(
     tiny: nn.Module, layers: LayerMap, batches: list[Batch]
 ) -> None:
-    """Defect 2 of the released code: what came first counted most."""
+    """Defect 2 of the released code: the first batch counted most."""
     forward, _ = probe_layers(tiny, layers, batches, cross_entropy)
     backward, _ = probe_layers(tiny, layers, batches[::-1], cross_entropy)
     for name in STATISTICS:
@@ -130,7 +130,7 @@ def test_only_the_statistics_asked_for_are_returned_in_that_order(
 
 
 def test_the_model_is_as_it_was(tiny: nn.Module, layers: LayerMap, batches: list[Batch]) -> None:
-    """Neither weights nor BatchNorm's statistics move, and no gradient or hook stays behind."""
+    """Weights and BatchNorm's statistics do not move, and no gradient or hook is left."""
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     tiny.train()
     probe_layers(tiny, layers, batches, cross_entropy)
@@ -177,7 +177,7 @@ def test_training_after_a_probe_equals_training_without_one(
 def test_at_most_one_blocks_gradients_are_alive_at_a_time(
     tiny: nn.Module, layers: LayerMap, batches: list[Batch]
 ) -> None:
-    """Seen from hooks that run before the probe's own free each gradient."""
+    """Hooks observe it; they run before the probe's own hooks free each gradient."""
     alive: list[int] = []
 
     def count(_: Tensor) -> None:

@@ -188,7 +188,7 @@ def test_the_module_itself_has_the_new_weights(server: GlobalModel, client: Resi
 def test_going_back_to_the_base_builds_it_again_once(
     server: GlobalModel, client: ResidentModel, builder: Counted
 ) -> None:
-    """A process that serves a second run; the base is not kept beside the model."""
+    """A process serves a second run; the base is not kept beside the model."""
     fresh = server.manifest()
     change(server, "blocks.0", "blocks.3", "head")
     sync(client, server)
@@ -252,7 +252,7 @@ def spoil(client: ResidentModel, layers: list[str]) -> None:
 def test_lent_layers_come_back_bit_for_bit_also_when_training_fails(
     server: GlobalModel, client: ResidentModel, fails: bool
 ) -> None:
-    """Defect 3 of the released code: what one client did leaked into the next."""
+    """Defect 3 of the released code: one client's state leaked into the next."""
     change(server, "blocks.1", "head")
     sync(client, server)
     names = ["blocks.1", "blocks.3", "head"]

@@ -130,7 +130,7 @@ def test_inputs_below_the_lowest_selected_block_require_no_gradient(
 
 
 def kept_for_backward(model: nn.Module, layers: LayerMap, batch: Batch, names: list[str]) -> int:
-    """Bytes autograd holds back during a forward pass, each storage once."""
+    """Return the bytes that autograd keeps during a forward pass, each storage once."""
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

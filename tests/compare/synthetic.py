@@ -1,4 +1,4 @@
-"""Run folders as runs leave them, without running anything."""
+"""Run folders like those of real runs, written without a run."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ def write_run(
 
 
 def write_cell(cell: Cell, accuracies: Sequence[float] = (0.5,), **line: Any) -> None:
-    """Write what the run of a cell leaves."""
+    """Write the run folder of a cell."""
     write_run(cell.folder, cell.config, accuracies, **line)

@@ -1,4 +1,4 @@
-"""Which runs a comparison comes to, and what is refused before any of them."""
+"""The runs of a comparison, and the refusals before any of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from layerfed.compare import Budget, Experiment, Plan, Row, parse_seeds
 from layerfed.compare.plan import GRID_KEYS, refuse_grid_keys
 from layerfed.config import ConfigError, RunConfig
+from layerfed.strategies import checked
 
 HERE = Path("somewhere")
 
@@ -47,7 +48,9 @@ def test_a_cell_is_its_experiment_with_budget_row_and_seed_on_top() -> None:
     ).cells(HERE)
     assert cell.folder == HERE / "there" / "slow-one-R2-seed4"
     changed = {
-        key: value for key, value in cell.config.to_flat().items() if base.to_flat()[key] != value
+        key: value
+        for key, value in cell.config.to_flat().items()
+        if checked(base).to_flat()[key] != value
     }
     assert changed == {
         "strategy.period": 2,
@@ -70,7 +73,10 @@ def test_a_cell_is_its_experiment_with_budget_row_and_seed_on_top() -> None:
             "rows 'a b' and 'a-b' would share the run folders 'a-b-…'",
         ),
         ({"budgets": [Budget.parse("1"), Budget.parse("1.0")]}, "budget '1' occurs twice"),
-        ({"rows": [Row("tpo")]}, "row 'tpo': there is no strategy 'tpo'; known: ilp, full"),
+        (
+            {"rows": [Row("tpo")]},
+            "row 'tpo': strategy.name = 'tpo' is not allowed",
+        ),
         ({"reference": "all"}, "reference = 'all' is no row; rows: full, top, both"),
     ],
 )

@@ -190,7 +190,7 @@ def test_the_terms_of_the_theory_are_means_over_the_rounds_that_have_them(tmp_pa
 
 
 def test_runs_of_another_make_are_pointed_out(tmp_path: Path, section: Section) -> None:
-    """They count as done, and their costs would be averaged without a word."""
+    """They count as done, and their costs would otherwise be averaged without notice."""
     assert differences([section]) == ""
     ray, newer = tmp_path / "ray", tmp_path / "newer"
     write_run(ray, RunConfig(), engine="ray")
@@ -201,7 +201,7 @@ def test_runs_of_another_make_are_pointed_out(tmp_path: Path, section: Section) 
 
 
 def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """What it did not write is not known; it need not be run again."""
+    """Its missing figures stay unknown, and it need not run again."""
     figures(tmp_path, 0.5)
     file = tmp_path / "run-0/metrics.jsonl"
     line = json.loads(file.read_text())
@@ -209,7 +209,7 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
         del line[key]
     file.write_text(json.dumps(line) + "\n")
     run = RunFigures.read(tmp_path / "run-0")
-    assert (run.accuracy, run.steps, run.peak_memory_probe) == (0.5, 0, 0.0)
+    assert (run.accuracy, run.metrics["steps"], run.metrics["peak_memory_probe"]) == (0.5, 0, 0.0)
     assert math.isnan(run.e2)
 
 
@@ -233,7 +233,7 @@ def test_no_two_of_many_rows_look_alike() -> None:
 
 def test_figures_are_sums_over_lines_not_the_summarys(tmp_path: Path) -> None:
     run = figures(tmp_path, 0.3, 0.9, 0.6)
-    assert (run.rounds, run.updates, run.bytes_up, run.flops) == (3, 6, 6600, 12e12)
+    assert (run.rounds, run.updates, run.bytes_up, run.metrics["flops"]) == (3, 6, 6600, 12e12)
     assert run.curve == ((0, 0.1), (1, 0.3), (2, 0.9), (3, 0.6))
     assert (run.accuracy, run.best_accuracy) == (0.6, 0.9)
 

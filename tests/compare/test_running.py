@@ -1,4 +1,4 @@
-"""A comparison goes on where it stopped, one at a time, and tells what failed."""
+"""A comparison continues where it stopped, has one process at a time, and reports failures."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_another_configuration_is_refused_and_another_place_is_not(cell: Cell) -
 
 # ------------------------------------------------------------------------------ a whole comparison
 class Launcher:
-    """In place of processes: writes run folders, or fails, and keeps what it was asked."""
+    """A replacement for processes: it writes run folders, or fails, and keeps its calls."""
 
     def __init__(self, errors: dict[str, str] | None = None) -> None:
         self.errors = errors or {}

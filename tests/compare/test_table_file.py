@@ -83,7 +83,7 @@ def test_experiments_and_seeds_can_be_chosen(table: Path) -> None:
         ("train.lr = 0.5", "run.seed = 5", "experiment 'one': run.seed is decided by seeds"),
         ("strategy.period = 2", "strategy.perod = 2", "unknown key 'strategy.perod'"),
         ("strategy.period = 2", "budget.layers = 2", "budget.layers is decided by budgets"),
-        ("full = {}", "fll = {}", "row 'fll': there is no strategy 'fll'"),
+        ("full = {}", "fll = {}", "row 'fll': strategy.name = 'fll' is not allowed"),
         ("full = {}", 'full = {}\n"!" = {}', "row '!' needs a letter or a digit"),
         ("full = 90", "fll = 90", "experiments.one.paper: 'fll' is no row"),
         ("full = 90", "full = [90, 91]", "it should be 1 accuracies"),

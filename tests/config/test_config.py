@@ -22,7 +22,7 @@ def test_defaults_stand_the_same_everywhere() -> None:
 
 
 def test_no_two_strategies_share_an_option() -> None:
-    """A key has one default, whoever reads it."""
+    """A key has the same default for every reader."""
     fields = [f for strategy in STRATEGIES.values() for f in strategy.Options.model_fields]
     assert len(fields) == len(set(fields))
 
@@ -57,7 +57,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("federation.rounds=0", ["federation.rounds", "0", "greater than or equal to 1"]),
         ("federation.rounds=2.5", ["federation.rounds", "2.5", "integer"]),
         ("federation.clients=-1", ["federation.clients", "-1", "greater than or equal to 0"]),
-        ("task.name=digit", ["task.name", "'digit'", "did you mean digits?"]),
+        ("task.name=a/b", ["task.name", "'a/b'", "module:Class"]),
         ("model.name=tim/resnet50", ["model.name", "'tim/resnet50'", "did you mean timm?"]),
         ("strategy.period=0", ["strategy.period", "0", "greater than or equal to 1"]),
         ("strategy.fraction=0", ["strategy.fraction", "0", "greater than 0"]),

@@ -1,4 +1,4 @@
-"""What a user can mend and what failed each end in one line and a status; a fault of ours does not."""
+"""A user's mistake and a failure each end in one line and a status; a bug of LayerFed does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node says of itself is checked when it is read."""
+"""A node's settings are checked when they are read."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_only_the_partition_is_needed() -> None:
         ({"device": "tpu"}, "device = 'tpu'"),
         ({"data": ""}, "data = ''"),
         ({"own-data": ""}, "own-data = ''"),
-        ({"data": "a", "own-data": "b"}, "data = 'a' and own-data = 'b': give data where"),
+        ({"data": "a", "own-data": "b"}, "data = 'a' and own-data = 'b': set data if"),
         ({"threads": 0}, "threads = 0"),
         ({"max-step-seconds": 0}, "max-step-seconds = 0"),
         ({"privacy-clip": -1}, "privacy-clip = -1"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layerfed.config import load_config
+from layerfed.config import RunConfig, load_config
 from layerfed.config.same import differing
 
 
@@ -25,7 +25,9 @@ def test_what_may_differ(setting: str, to_be_done: list[str], to_go_on: list[str
     assert differing(mine, theirs, goes_on=True) == to_go_on
 
 
-def test_a_key_that_was_not_written_down_differs() -> None:
-    theirs = load_config(None).to_flat()
-    del theirs["train.lr"]
-    assert differing(load_config(None), theirs) == ["train.lr"]
+def test_a_setting_that_an_older_run_did_not_have_counts_as_its_default() -> None:
+    config = RunConfig()
+    theirs = {k: v for k, v in config.to_flat().items() if k != "strategy.options"}
+    assert differing(config, theirs) == []
+    changed = RunConfig.from_flat({"strategy.options": "shift=1"})
+    assert differing(changed, theirs) == ["strategy.options"]

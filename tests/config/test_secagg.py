@@ -1,4 +1,4 @@
-"""What secure aggregation cannot work with is refused at once, with what to do instead."""
+"""Settings that secure aggregation cannot work with are refused at once, with advice."""
 
 from __future__ import annotations
 

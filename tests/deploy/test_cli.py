@@ -1,4 +1,4 @@
-"""`layerfed deploy` starts what it should, says in a line what is wrong, and tells how a run ended."""
+"""`layerfed deploy` starts the right commands, reports errors in a line, and tells how a run ended."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def deploy(*words: object) -> Result:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
-    """What would have taken this process's place."""
+    """The command that would have replaced this process."""
     calls: list[tuple[list[str], dict[str, str]]] = []
     monkeypatch.setattr(os, "execve", lambda file, command, env: calls.append((command, env)))
     return calls

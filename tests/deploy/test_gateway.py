@@ -1,4 +1,4 @@
-"""The gateway passes on what SuperNodes need, and nothing else."""
+"""The gateway passes on the calls that SuperNodes need, and no others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def app(tmp_path: Path) -> Starlette:
 
 
 def ask(app: Starlette, upstream: Handler, request: httpx.Request) -> httpx.Response:
-    """Send a request through the gateway to a SuperLink of our own."""
+    """Send a request through the gateway to a fake SuperLink."""
 
     async def asked() -> httpx.Response:
         async def answer(passed: httpx.Request) -> httpx.Response:
@@ -117,7 +117,7 @@ def test_what_is_too_large_is_refused(app: Starlette, monkeypatch: pytest.Monkey
 def test_a_superlink_that_stumbles_is_asked_again_where_that_does_no_harm(
     name: str, app: Starlette
 ) -> None:
-    """SuperNodes end on 500, and try again on 503; what was pushed or confirmed is not said twice."""
+    """SuperNodes end on 500 and try again on 503; a push or confirmation is not sent twice."""
 
     def stumbles(request: httpx.Request) -> httpx.Response:
         return httpx.Response(500, content=b"database is locked")

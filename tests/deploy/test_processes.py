@@ -1,4 +1,4 @@
-"""Whatever is started is stopped: descendants, orphans, and those that do not listen."""
+"""Every started process is stopped: descendants, orphans, and those that ignore SIGTERM."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_what_was_killed_on_purpose_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_what_a_process_killed_alone_leaves_is_stopped_in_the_end(tmp_path: Path) -> None:
-    """Also those that left its session, whom nobody could find afterwards."""
+    """This includes processes that left its session and could not be found afterwards."""
     with Processes(tmp_path / "logs") as running:
         pids = start_family(running, tmp_path)
         (parent,) = (member.process for member in running._members)

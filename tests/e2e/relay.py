@@ -1,4 +1,4 @@
-"""A TCP relay that counts: what a node's wire really carries."""
+"""A TCP relay that counts the bytes on a node's wire."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Wire:
-    """A relay's address, and the bytes that went through it so far: up is towards the server."""
+    """A relay's address and the bytes that went through it so far; up is towards the server."""
 
     address: str
     up: int = 0

@@ -1,4 +1,4 @@
-"""Real machines on loopback: SuperLink with TLS and authentication, gateway, and a process a node."""
+"""Real processes on loopback: SuperLink with TLS and authentication, gateway, and SuperNodes."""
 
 from __future__ import annotations
 
@@ -131,10 +131,10 @@ def test_the_run_folder_is_complete(deployed: Path) -> None:
 
 
 def test_the_ledger_is_what_the_wire_carried(deployed: Path) -> None:
-    """Beside tensors a node's wire carries the app, once a run, and framing.
+    """A node's wire carries the tensors, the app once in a run, and framing.
 
-    Framing is what polls and heartbeats take of an idle wire, for as long as the run took, and what goes
-    around tensors: Flower sends each as two objects, in a request of its own.
+    Framing is the polls and heartbeats of an idle wire in the time of the run, and the requests around
+    tensors: Flower sends each tensor as two objects, in a request of its own.
     """
     block = workbench(configured(deployed, "any").to_flat()).resident.layers.blocks[0]
     a_tensor = 3_000 * len(block.tensors) / block.bytes
@@ -185,7 +185,7 @@ def test_the_network_reaches_no_more_than_nodes_need(loopback: Loopback) -> None
         listing = "/v1/control/list-runs"
         assert client.post(f"https://{loopback.superlink}{listing}").status_code == 200
         assert client.post(f"https://{loopback.gateway}{listing}").status_code == 404
-        # A node's own call gets through, and fails for want of a signature.
+        # A node's own call gets through, and fails because it has no signature.
         call = client.post(f"https://{loopback.gateway}/v1/fleet/pull-messages")
         assert call.status_code == 401
 

@@ -1,4 +1,4 @@
-"""What travels in whole runs: each layer once, what is missing again, and always the same model."""
+"""Layers in whole runs: each is sent once, missing ones again, and the model is always the same."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import instruction, open_store, record_of
 from layerfed.exchange.arrays import carried_bytes
 from layerfed.exchange.messages import missing_reply
-from layerfed.flower_compat import stamp
 from layerfed.runs import read_lines
 from layerfed.runs.ledger import Ledger
 from layerfed.runs.records import Observer, RoundRecord
 from layerfed.server.transport import exchange
 from layerfed.server_app import build_strategy
+from tests.fakes import PlayedGrid
 
 QUICK = [
     *("federation.clients=4", "federation.clients-per-round=4"),
@@ -304,43 +304,23 @@ def test_the_first_to_answer_count_and_the_rest_are_dropped(tmp_path: Path) -> N
     assert asked == [6, 6]
 
 
-class Slow(Grid):
+class Slow(PlayedGrid):
     """A grid on which some nodes answer only from a given pull on."""
 
     def __init__(self, ready: dict[int, int]) -> None:
-        self.ready, self.pulls, self.sent = ready, 0, {}
-        self.pulled: list[str] = []
+        super().__init__(ready)
+        self.ready, self.pulls = ready, 0
+        self.pulled: list[Message] = []
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        for message in messages:
-            identity = f"m{len(self.sent)}"
-            stamp(message, message_id=identity)
-            self.sent[identity] = message
-            yield identity
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         self.pulls += 1
-        found = []
-        for identity in message_ids:
-            message = self.sent[identity]
-            if (
-                self.pulls >= self.ready[message.metadata.dst_node_id]
-                and identity not in self.pulled
-            ):
-                self.pulled.append(identity)
-                found.append(Message(RecordDict(), reply_to=message))
-        return found
+        return super().pull_messages(message_ids)
 
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.ready)
-
-    def set_run(self, run: object) -> None: ...
-
-    def run(self) -> object: ...  # type: ignore[override]
-
-    def create_message(self, *args: object) -> Message: ...  # type: ignore[override]
-
-    def send_and_receive(self, *args: object, **kwargs: object) -> list[Message]: ...  # type: ignore[override]
+    def answer(self, message: Message) -> Message | None:
+        if self.pulls < self.ready[message.metadata.dst_node_id]:
+            return None
+        self.pulled.append(message)
+        return Message(RecordDict(), reply_to=message)
 
 
 def questions(*nodes: int) -> list[Message]:
@@ -350,10 +330,11 @@ def questions(*nodes: int) -> list[Message]:
 def test_replies_nobody_waits_for_are_fetched_and_dropped_with_the_next_exchange() -> None:
     grid, late = Slow({1: 1, 2: 1, 3: 3}), {}
     first = exchange(grid, questions(1, 2, 3), timeout=30, late=late)
-    assert [next(first)[0], next(first)[0]] == [1, 2]
+    assert [next(first).metadata.src_node_id for _ in range(2)] == [1, 2]
     first.close()
     assert len(late) == 1
-    nodes = [node for node, _ in exchange(grid, questions(1, 3), timeout=30, late=late)]
+    again = exchange(grid, questions(1, 3), timeout=30, late=late)
+    nodes = [reply.metadata.src_node_id for reply in again]
     assert sorted(nodes) == [1, 3], "the late reply of node 3 was not taken for its new one"
     assert late == {}
     assert len(grid.pulled) == 5
@@ -361,7 +342,8 @@ def test_replies_nobody_waits_for_are_fetched_and_dropped_with_the_next_exchange
 
 def test_what_times_out_is_late_too() -> None:
     grid, late = Slow({1: 1, 2: 10**9}), {}
-    found = dict(exchange(grid, questions(1, 2), timeout=0.05, late=late))
-    assert found[1] is not None
-    assert found[2] is None
+    replies = exchange(grid, questions(1, 2), timeout=0.05, late=late)
+    found = {reply.metadata.src_node_id: reply for reply in replies}
+    assert not found[1].has_error()
+    assert found[2].error.reason == "no reply in time"
     assert len(late) == 1

@@ -1,4 +1,4 @@
-"""The same job through Flower's own machinery: Ray simulation, and `flwr run` with its SuperLink."""
+"""The same job on Flower's own engines: the Ray simulation, and `flwr run` with its SuperLink."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def flower(tmp_path: Path) -> dict[str, str]:
-    """A Flower home and ports of our own, so that no SuperLink of the user is touched."""
+    """A Flower home and ports for the tests, so that no SuperLink of the user is touched."""
     home = tmp_path / "flwr"
     home.mkdir()
     return {
@@ -178,7 +178,7 @@ def test_flwr_run_works_from_the_app_bundle(tmp_path: Path, flower: dict[str, st
 def test_a_bare_flwr_run_takes_the_federation_as_it_is_and_can_be_stopped(
     tmp_path: Path, flower: dict[str, str]
 ) -> None:
-    """Flower gives an app two SuperNodes; the run's folder lies where the user stands."""
+    """Flower gives an app two SuperNodes; the run folder is in the current folder."""
 
     def flwr(*words: str) -> str:
         return subprocess.run(

@@ -1,9 +1,9 @@
-"""Whole runs through real ServerApp, strategy and ClientApp, with the messages looked at."""
+"""Whole runs with the real ServerApp, strategy and ClientApp, and checks of their messages."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 
 from layerfed.client.workbench import workbench
 from layerfed.client_app import build_client_app, client_app
-from layerfed.config import ConfigError, RunConfig, Scalar, load_config
+from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import encode
 from layerfed.runs import read_lines
 from layerfed.runs.records import RoundFailed
 from layerfed.server_app import build_strategy, run
+from tests.fakes import Recorded
 
 QUICK = [
     *("federation.rounds=3", "strategy.probe-batches=1", "federation.clients-per-round=6"),
@@ -30,34 +31,6 @@ QUICK = [
 
 def configured(directory: Path, *overrides: str) -> RunConfig:
     return load_config(None, [*QUICK, f"run.dir={directory}", *overrides]).simulated()
-
-
-class Recorded(InProcessGrid):
-    """Keeps every training instruction and every reply."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        app: ClientApp = client_app,
-        nodes: Sequence[Mapping[str, Scalar]] = (),
-    ) -> None:
-        super().__init__(app, config.federation.clients, config.to_flat(), nodes)
-        self.asked: list[Message] = []
-        self.replies: list[tuple[Message, Message]] = []
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        held = list(messages)
-        self.asked += held
-        return super().push_messages(held)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        by_id = {message.metadata.message_id: message for message in self.asked}
-        replies = list(super().pull_messages(message_ids))
-        self.replies += [(by_id[r.metadata.reply_to_message_id], r) for r in replies]
-        return replies
-
-    def trained(self) -> list[tuple[Message, Message]]:
-        return [(m, r) for m, r in self.replies if m.metadata.message_type == "train"]
 
 
 def start(grid: InProcessGrid, config: RunConfig, rounds: int = 1) -> dict[str, np.ndarray]:
@@ -261,7 +234,7 @@ def test_a_failed_run_says_so_in_its_folder(
 
 # --------------------------------------------------------------------------- measured budgets
 def test_budgets_in_flops_keep_clients_near_the_output(tmp_path: Path) -> None:
-    """Half of what backward through everything costs: the bottom is out of reach, the top is not."""
+    """With half of the cost of full backward, the lowest layers are out of reach and the top is not."""
     config = configured(tmp_path, "budget.unit=flops", "budget.layers=1.5e8", "federation.rounds=1")
     rows = read_lines(run_on("inprocess", config) / "selection.jsonl")
     for row in rows:
@@ -298,7 +271,7 @@ def test_the_test_set_is_evaluated_every_so_many_rounds_and_at_the_end(tmp_path:
 
 # --------------------------------------------------------------------------- the federation as it is
 def serve(nodes: int, config: RunConfig) -> Path:
-    """Run the ServerApp on a federation of so many nodes, as Flower does; return the run folder."""
+    """Run the ServerApp on a federation of some nodes, as Flower does; return the run folder."""
     grid = InProcessGrid(client_app, nodes, config.to_flat())
     context = Context(
         run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config.to_flat()

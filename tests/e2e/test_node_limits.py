@@ -34,7 +34,7 @@ def test_the_server_lowers_a_nodes_budget_and_never_raises_it(tmp_path: Path) ->
 def test_a_node_refuses_a_mask_above_its_budget_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`full` asks everyone for everything; the node that allows two layers trains none."""
+    """`full` asks every client for all layers; a node that allows two layers trains none."""
     trained: list[object] = []
     monkeypatch.setattr(
         "layerfed.client_app.train_update",
@@ -74,7 +74,7 @@ def test_auto_measures_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     budgets = []
     for free in (4e6, 5e7, 1e12):
-        monkeypatch.setattr("layerfed.client_app.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("layerfed.client.workbench.free_memory", lambda device, free=free: free)
         nodes: list[dict[str, Scalar]] = [{"budget": "auto"}] * config.federation.clients
         (row,) = read_lines(run_on("inprocess", config, nodes=nodes) / "selection.jsonl")
         assert len(set(row["budgets"])) == 1

@@ -1,4 +1,4 @@
-"""The example app, run for real: a user's own model and data, LayerFed's strategy and client."""
+"""A real run of the example app: a user's model and data, with LayerFed's strategy and client."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLIENTS = 4
 
 @dataclass
 class Run:
-    """What one run of the app left: its final model, and each train message with its reply."""
+    """The results of one run of the app: its final model, and each train message with its reply."""
 
     task: ModuleType
     final: dict[str, Tensor]
@@ -45,7 +45,7 @@ class Wire:
 
 
 class WatchedGrid(InProcessGrid):
-    """A grid that keeps what passed through it."""
+    """A grid that keeps the messages that pass through it."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -1,4 +1,4 @@
-"""Private runs from end to end: ε in their folders, and what interruptions do to it."""
+"""Private runs from end to end: ε in their folders, also after interruptions."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_run_reports_what_it_spent(mode: str, tmp_path: Path) -> None:
 
 
 def test_two_private_runs_of_one_seed_differ(tmp_path: Path) -> None:
-    """What a seed repeats, it could also subtract."""
+    """Noise that a seed can repeat could be subtracted."""
     first, second = (
         run_on("inprocess", configured(tmp_path, name, "privacy.mode=central"))
         for name in ("first", "second")

@@ -1,4 +1,4 @@
-"""A run that is killed, at whatever moment, goes on to the end it would have had."""
+"""A killed run continues to the same end, whenever it was killed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def resumed(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def run_until_killed(config: RunConfig, seconds: float) -> bool:
-    """Run in a process of its own and kill it after a while; say whether it ended before."""
+    """Run in a process of its own and kill it after a while; return whether it ended before."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -158,7 +158,7 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(whole: Path, tmp_path: Path
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert before == {file: file.read_bytes() for file in whole.glob("*.json*")}
-    lock(whole).release()  # whoever held it is dead
+    lock(whole).release()  # the process that held it is dead
 
 
 def test_a_finished_run_can_be_given_more_rounds(whole: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""On real devices every message is a process: what it does not need, it does not import."""
+"""A process that answers one message imports only what it needs, as on real devices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAVY = {
 
 
 def imported(message: str, cache: Path) -> set[str]:
-    """What a process has imported of these which answered one message."""
+    """Return which of these libraries a process has imported after one message."""
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
         f"import startup; startup.stage({message!r})\n"
@@ -34,7 +34,7 @@ def imported(message: str, cache: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A machine's cache, as its first process leaves it."""
+    """A machine's cache after its first process."""
     folder = tmp_path_factory.mktemp("cache")
     assert "datasets" in imported("describe", folder)
     return folder

@@ -1,4 +1,4 @@
-"""Replies, well-formed and forged, for the tests of what reads them."""
+"""Well-formed and forged replies, for the tests of the functions that read them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def reply_with(array: Array, examples: float = 9, **metrics: float) -> Message:
 
 
 def raw(data: bytes, stype: str = "numpy.ndarray") -> Array:
-    """An array that claims to be the right one, whatever its bytes are."""
+    """An array that claims to be the right one, with any bytes."""
     return Array(str(DTYPE), SHAPE, stype, data)
 
 

@@ -1,4 +1,4 @@
-"""An array is serialised only where it leaves the process, and is Flower's own `Array` when it does."""
+"""An array is serialised only if it leaves the process, and is then Flower's own `Array`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing oversize, from elsewhere, or of another kind is read."""
+"""Replies that are too large, of another kind, or from another node are not read."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_what_is_at_the_bounds_passes() -> None:
     ("field", "value", "says"),
     [
         ("src_node_id", 8, "sent by node 8, which was not asked"),
-        ("message_type", "query.probe", "answers 'query.probe', asked was 'train'"),
+        ("message_type", "query.probe", "answers 'query.probe' and not 'train'"),
         ("group_id", "2", "belongs to round '2', not to 3"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a codec cuts off is within its stated bound, and comes later where it has error feedback."""
+"""A codec's error is within its stated bound, and is sent later if the codec has error feedback."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_bfloat16_rounds_ties_to_even_like_torch() -> None:
 
 # ------------------------------------------------------------------------------ error feedback
 def test_with_error_feedback_nothing_is_lost_only_delayed() -> None:
-    """Σ of what was sent = Σ of what was meant, to one round's rounding, however many rounds."""
+    """Over any number of rounds, the sum of sent updates is the true sum up to one round's rounding."""
     rng = np.random.default_rng(3)
     store, total_sent, total_meant = MemoryStore(), np.zeros((4, 50)), np.zeros((4, 50))
     for _ in range(200):

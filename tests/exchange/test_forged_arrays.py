@@ -1,4 +1,4 @@
-"""No array, however forged, does more than be refused."""
+"""Every forged array is refused, and has no other effect."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_forged_array_is_refused(data: bytes) -> None:
 
 
 def test_the_same_array_unforged_is_taken() -> None:
-    """Or the forgeries above could be refused for another reason."""
+    """Otherwise the forgeries above could be refused for another reason."""
     for data in (VALID, with_header(header(), VALID[-48:])):
         found = read_train_reply(reply_with(raw(data)), EXPECTED)
         np.testing.assert_array_equal(found.update["w"], update()["w"])
@@ -86,7 +86,7 @@ def test_what_an_array_says_of_itself_beside_its_bytes_is_not_believed() -> None
 
 
 def test_reading_allocates_no_more_than_the_reply_brought() -> None:
-    """The update is a view of the bytes that came, and cannot be written to."""
+    """The update is a read-only view of the received bytes."""
     found = read_train_reply(reply_with(raw(VALID)), EXPECTED).update["w"]
     assert not found.flags.owndata
     assert not found.flags.writeable

@@ -1,4 +1,4 @@
-"""A train instruction: what is written is read, and what cannot be meant is refused."""
+"""A train instruction is read as it was written, and impossible ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one side writes the other reads, and what cannot be meant is refused."""
+"""One side reads a message as the other wrote it, and impossible messages are refused."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_any_metric_that_is_not_finite_is_refused(value: float) -> None:
 
 @pytest.mark.parametrize("value", [1e101, -1e101])
 def test_metrics_that_none_can_be_are_refused(value: float) -> None:
-    assert "hold what none can be: loss" in refused(reply_with(raw(VALID), loss=value))
+    assert "metrics are too large: loss" in refused(reply_with(raw(VALID), loss=value))
 
 
 @pytest.mark.parametrize("name", [name for name, m in METRICS.items() if m.least > -np.inf])
@@ -213,7 +213,7 @@ def test_work_that_takes_less_than_nothing_is_refused(name: str) -> None:
 
 
 def test_an_integer_beyond_any_float_is_no_number() -> None:
-    """Where a message stays in one process, Python's integers have no largest."""
+    """In a message that stays in one process, Python's integers can have any size."""
     assert "not finite: examples" in refused(reply_with(raw(VALID), 10**400))
     message = probe_reply(ask("query.probe"), {"snr": [1, 10**400]}, 9)
     with pytest.raises(RefusedReply, match="'snr' holds negative or non-finite"):

@@ -1,4 +1,4 @@
-"""The layer store gives back what it was given, or nothing; whatever happens to its files."""
+"""The layer store returns the layers that were put in, or None, whatever happens to its files."""
 
 from __future__ import annotations
 

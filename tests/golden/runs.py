@@ -1,4 +1,4 @@
-"""Runs whose results must not change: what they are, and what is compared.
+"""Runs whose results must not change, and the comparison of their results.
 
     python -m tests.golden.runs            # compare with runs.json and print what differs
     python -m tests.golden.runs --write    # record anew, after a change that is meant
@@ -88,7 +88,7 @@ def sketch(tensors: dict[str, np.ndarray]) -> dict[str, list[float]]:
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
-    """Run one of `RUNS` and return what is compared."""
+    """Run one of `RUNS` and return the results that are compared."""
     enter_run()
     config = load_config(None, [*COMMON, *RUNS[name], f"run.dir={folder}", f"run.name={name}"])
     with seeded_noise():

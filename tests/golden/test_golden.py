@@ -1,4 +1,4 @@
-"""Whole runs give the results that they gave before: see `tests/golden/runs.py`."""
+"""Whole runs give the same results as before; see `tests/golden/runs.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digests: of a layer's content, and of nothing else."""
+"""Digests depend on a layer's content and on nothing else."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_digest_copies_nothing_that_is_contiguous() -> None:
 
 
 def test_names_on_a_disk_are_those_of_earlier_versions() -> None:
-    """Stores, caches and checkpoints of earlier versions are found by them."""
+    """Earlier versions' stores, caches and checkpoints have these names."""
     layer = {"w": np.arange(3, dtype=np.float32), "n": np.asarray(7)}
     assert digest(layer) == "64967057a8c3cb86c2b954278c08b853"
     assert fingerprint({"head": "b", "blocks.0": "a"}) == "5663604e02395952dea51044549e4900"

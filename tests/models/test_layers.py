@@ -1,4 +1,4 @@
-"""Every tensor of every model family in exactly one layer, and the right one."""
+"""Every tensor of every model family is in exactly one layer, and in the right one."""
 
 from __future__ import annotations
 

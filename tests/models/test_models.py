@@ -1,4 +1,4 @@
-"""Each family falls into the paper's layers, loads what it is pointed at, and says what is missing."""
+"""Each model family has the paper's layers, loads the named weights, and reports missing ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped architecture is timm's, so that its weights mean there what they mean here."""
+"""The shipped architecture equals timm's, so its weights give the same results there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ε against the definition of differential privacy, and what counts."""
+"""ε against the definition of differential privacy, and the rounds that count."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def account(
 @pytest.mark.parametrize("noise", [1.0, 2.0, 8.0, 40.0])
 @pytest.mark.parametrize("rounds", [1, 7])
 def test_epsilon_is_that_of_the_definition(noise: float, rounds: int) -> None:
-    """One client's data exchanged move a sum by 2C, which has noise of z·C: μ = 2/z a round."""
+    """Exchanging one client's data moves a sum with noise z·C by 2C, so μ = 2/z in each round."""
     spent = account(noise=noise)
     for number in range(1, rounds + 1):
         spent.count(number, [0, 1])

@@ -1,4 +1,4 @@
-"""Clipping and noise against their definitions, with entropy that repeats where figures are compared."""
+"""Clipping and noise against their definitions; comparisons of figures use repeatable entropy."""
 
 from __future__ import annotations
 

@@ -56,14 +56,14 @@ def test_the_terms_of_the_theory_are_drawn_where_they_are_known(
 
 
 def test_a_run_without_the_terms_has_no_picture_of_them(tmp_path: Path) -> None:
-    """Folders of earlier versions included."""
+    """This includes folders of earlier versions."""
     metrics = [{"accuracy": 0.5}, {"accuracy": None, "e1": None, "e2": None}]
     drawn = draw_run(folder(tmp_path, metrics, [selection(), selection()]))
     assert [file.name for file in drawn] == ["accuracy.png", "layers.png"]
 
 
 def test_shares_are_of_clients_that_updated_a_layer() -> None:
-    """What failed, or was left out after training, does not count."""
+    """Layers of failed clients, and layers left out after training, do not count."""
     rows = [selection(), selection(updated=[[0, 0], [1, 0]])]
     np.testing.assert_array_equal(selection_shares(rows), [[1.0, 0.5], [0.5, 0.0]])
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, and holds all that a run needs."""
+"""A checkpoint is complete or absent, and holds everything that a run needs."""
 
 from __future__ import annotations
 

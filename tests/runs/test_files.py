@@ -1,4 +1,4 @@
-"""What is on the disk stays whole, whatever becomes of the next write."""
+"""Files on the disk stay whole if the next write fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who holds what, and what was carried because of it."""
+"""The layers that each node holds, and the bytes that are counted for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A write that fails leaves what was there, and nothing beside it."""
+"""A failed write leaves the old file unchanged, and no temporary file."""
 
 from __future__ import annotations
 

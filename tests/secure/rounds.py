@@ -30,7 +30,7 @@ class Round:
     def __post_init__(self) -> None:
         self.sum = SecureSum("run/1", self.threshold)
         self.clients = {c: Participant("run/1", c) for c in self.updates}
-        self.masked: dict[int, np.ndarray] = {}
+        self.padded: dict[int, np.ndarray] = {}
         self.point = FixedPoint(LIMIT, 1.0)
 
     def agree(self, away: Collection[int] = ()) -> None:
@@ -52,8 +52,8 @@ class Round:
         for client in self.sum.peers:
             mine = self.clients[client] = elsewhere(self.clients[client])
             vector, _ = self.point.encode([self.updates[client]], self.examples[client])
-            mine.mask(vector, self.sum.peers, self.sum.sealed_for(client))
-            self.masked[client] = vector.copy()
+            mine.pad(vector, self.sum.peers, self.sum.sealed_for(client))
+            self.padded[client] = vector.copy()
             if client not in away:
                 self.sum.add(client, vector)
 
@@ -64,7 +64,7 @@ class Round:
                 self.sum.take_shares(client, shares)
 
     def exact_mean(self) -> np.ndarray:
-        """The mean of the survivors' updates, without any of this."""
+        """The mean of the survivors' updates, computed in the clear."""
         kept = self.sum.survivors
         clipped = [np.clip(self.updates[c].astype(float), -LIMIT, LIMIT) for c in kept]
         weights = [self.examples[c] for c in kept]

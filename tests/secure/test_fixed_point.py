@@ -1,4 +1,4 @@
-"""Updates as integers: the error is what is promised, and nothing overflows."""
+"""Updates as integers: the error is within the stated bound, and nothing overflows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client does not do, whatever the server says."""
+"""A client of a secure sum refuses requests that would reveal its update."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def roster(count: int = 4) -> tuple[Participant, dict[str, Any]]:
         "threshold": count // 2 + 1,
         "clients": list(range(count)),
         "sealing_keys": [k.sealing for k in keys],
-        "masking_keys": [k.masking for k in keys],
+        "padding_keys": [k.masking for k in keys],
     }
 
 
@@ -45,7 +45,7 @@ def test_a_roster_that_is_wrong_is_refused(change: dict[str, Any], says: str) ->
 
 def test_one_key_for_several_clients_is_refused() -> None:
     mine, asked = roster()
-    asked["masking_keys"][2] = asked["masking_keys"][1]
+    asked["padding_keys"][2] = asked["padding_keys"][1]
     with pytest.raises(ValueError, match="the same key for several"):
         mine.share_secrets(**asked)
 
@@ -66,8 +66,8 @@ def test_secrets_are_shared_once_and_serve_one_update() -> None:
         mine.share_secrets(
             2, round_.sum.clients, [k.sealing for k in keys], [k.masking for k in keys]
         )
-    with pytest.raises(ValueError, match="masked with the secrets of this round already"):
-        mine.mask(np.zeros(3, np.uint32), round_.sum.peers, round_.sum.sealed_for(mine.own))
+    with pytest.raises(ValueError, match="padded with the secrets of this round already"):
+        mine.pad(np.zeros(3, np.uint32), round_.sum.peers, round_.sum.sealed_for(mine.own))
 
 
 def test_shares_meant_for_another_client_or_round_are_refused() -> None:
@@ -76,11 +76,11 @@ def test_shares_meant_for_another_client_or_round_are_refused() -> None:
     first, second, _ = round_.clients
     sealed = round_.sum.sealed_for(first)
     with pytest.raises(ValueError, match="cannot be opened"):
-        round_.clients[second].mask(np.zeros(3, np.uint32), round_.sum.peers, sealed)
+        round_.clients[second].pad(np.zeros(3, np.uint32), round_.sum.peers, sealed)
     other = elsewhere(round_.clients[first])
     other.purpose = "run/2"
     with pytest.raises(ValueError, match="cannot be opened"):
-        other.mask(np.zeros(3, np.uint32), round_.sum.peers, sealed)
+        other.pad(np.zeros(3, np.uint32), round_.sum.peers, sealed)
 
 
 @pytest.mark.parametrize("survivors", [[0, 1, 9], [1, 2, 3], [0, 1, 1]])
@@ -95,7 +95,7 @@ def test_survivors_that_cannot_be_are_refused(survivors: list[int]) -> None:
 
 
 def test_a_client_reveals_one_of_the_two_secrets_of_each() -> None:
-    """Other shares for a client that is said to have dropped out than for one that survived."""
+    """The share for a client that is said to have dropped out is not the share for a survivor."""
     round_ = made(4, 3)
     round_.agree()
     round_.train()
@@ -109,5 +109,5 @@ def test_a_client_reveals_one_of_the_two_secrets_of_each() -> None:
 
 def test_secrets_are_not_printed() -> None:
     mine = Participant("run/1", 0)
-    for secret in (mine.sealing, mine.masking, mine.seed):
+    for secret in (mine.sealing, mine.padding, mine.seed):
         assert repr(secret) not in repr(mine)

@@ -1,4 +1,4 @@
-"""What comes out is the sum of the survivors, whoever leaves; with too few, nothing does."""
+"""A secure sum gives the mean of the survivors after any dropouts, and nothing if too few are left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dropouts(draw: st.DrawFn) -> tuple[int, int, list[set[int]], int]:
 
 @settings(max_examples=30, deadline=None)
 @given(dropouts())
-def test_the_unmasked_sum_is_the_mean_of_the_survivors(
+def test_the_opened_sum_is_the_mean_of_the_survivors(
     case: tuple[int, int, list[set[int]], int],
 ) -> None:
     count, threshold, leaving, seed = case
@@ -62,23 +62,23 @@ def test_clients_reveal_nothing_of_a_sum_of_too_few() -> None:
         round_.unmask()
 
 
-def test_a_masked_update_looks_random_whatever_is_in_it() -> None:
-    """Zeros and one example: bytes are uniform by a χ² test at 10⁻⁶, and alike for no two clients."""
+def test_a_padded_update_looks_random_whatever_is_in_it() -> None:
+    """For zeros, bytes are uniform by a χ² test at 10⁻⁶, and no two clients send the same ones."""
     round_ = made(3, 2, size=50_000)
     for update in round_.updates.values():
         update[:] = 0
     round_.agree()
     round_.train()
-    masked = list(round_.masked.values())
-    for vector in masked:
+    padded = list(round_.padded.values())
+    for vector in padded:
         for place in range(4):
             counts = np.bincount(vector.view(np.uint8)[place::4], minlength=256)
             expected = vector.size / 256
             assert ((counts - expected) ** 2 / expected).sum() < 380  # 255 degrees of freedom
     for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert (masked[one] == masked[other]).mean() < 1e-3
-    # Together they are what was encoded, once the own masks are off: only common masks cancel.
-    assert np.count_nonzero(masked[0] + masked[1] + masked[2]) > 49_000
+        assert (padded[one] == padded[other]).mean() < 1e-3
+    # Only common pads cancel in the sum; each client's own pad still hides it.
+    assert np.count_nonzero(padded[0] + padded[1] + padded[2]) > 49_000
     round_.unmask()
     mean, _ = round_.sum.open()
     assert not mean.any()
@@ -89,8 +89,8 @@ def test_two_rounds_of_the_same_updates_have_nothing_in_common() -> None:
     for round_ in (one, two):
         round_.agree()
         round_.train()
-    for client, vector in one.masked.items():
-        assert not np.array_equal(vector, two.masked[client])
+    for client, vector in one.padded.items():
+        assert not np.array_equal(vector, two.padded[client])
 
 
 def change_seed_share(round_: Round) -> None:

@@ -1,4 +1,4 @@
-"""Instances, and the answers to them found without any of the code under test."""
+"""Instances of (P1), and their solutions, found without the code under test."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from layerfed.selection import SelectionProblem
 
-#: All masks of an instance with this many entries are looked at: 4,096 at most.
+#: Largest number of entries of an instance that is enumerated: at most 4,096 masks.
 MOST_ENTRIES = 12
 
 
 def pairwise_objective(problem: SelectionProblem, masks: np.ndarray) -> float:
-    """(P1) as the paper writes it, pair by pair."""
+    """Return (P1)'s objective as the paper writes it, pair by pair."""
     dissent = sum(np.abs(a - b).sum() for a, b in combinations(masks.astype(int), 2))
     return float((problem.values * masks).sum() - problem.consistency * dissent)
 
@@ -42,7 +42,7 @@ def all_masks(problem: SelectionProblem) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Truth:
-    """Optimum by enumeration, and all masks that reach it."""
+    """Return the optimum by enumeration, and all masks that reach it."""
 
     objective: float
     optima: list[np.ndarray]

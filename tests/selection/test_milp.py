@@ -1,4 +1,4 @@
-"""The integer program: its outcomes other than a plain optimum, and what else it must not do."""
+"""The integer program: results other than a plain optimum, and side effects that it must not have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HARD = random_problem(1, 60, 30, relative=0.6)
 
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let writing the program down take as long as it takes: on a busy machine, seconds."""
+    """Give building the program any time, since it takes seconds on a busy machine."""
     monkeypatch.setattr(milp, "BUILD_SHARE", np.inf)
 
 
@@ -74,7 +74,7 @@ def test_time_out_states_an_honest_bound() -> None:
 
 
 def test_a_program_too_large_to_write_down_in_time_is_an_error() -> None:
-    with pytest.raises(SelectionError, match="60 clients x 30 layers is too large to write down"):
+    with pytest.raises(SelectionError, match="60 clients x 30 layers is too large to build"):
         solve_milp(HARD, time_limit=1e-3)
 
 
@@ -117,7 +117,7 @@ def test_an_impossible_status_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(milp._Model, "_add_budget", impossible)
 
-    with pytest.raises(SelectionError, match="ends with kInfeasible, which cannot be"):
+    with pytest.raises(SelectionError, match="ends with kInfeasible, which is wrong"):
         solve_milp(random_problem(0, 4, 4))
 
 

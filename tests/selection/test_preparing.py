@@ -1,4 +1,4 @@
-"""What is done before solving: measured costs on a grid, the scale-free λ, and giants among clients."""
+"""Preparation before solving: measured costs on a grid, the scale-free λ, and outlying clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks repaired from what the bound proposes."""
+"""Feasible masks, repaired from those of the bound."""
 
 from __future__ import annotations
 

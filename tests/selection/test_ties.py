@@ -1,4 +1,4 @@
-"""Ties: what is preferred, and that the same instance always gets the same answer."""
+"""Ties: the preferred selection is chosen, and the same instance always gets the same masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A round goes on with whoever answers, and what nobody trained stays as it was."""
+"""A round goes on with the clients that answer, and layers that no client trained stay the same."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from layerfed.client.workbench import workbench
 from layerfed.client_app import build_client_app
 from layerfed.exchange import instruction
 from layerfed.server.transport import exchange
-from tests.tiny_task import Messages, configured, run
+from tests.fakes import Recorded
+from tests.tiny_task import configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "yogi"])
 def test_a_layer_whose_clients_are_all_gone_stays_bit_identical(optimizer: str) -> None:
-    """Also where the server's optimiser remembers how it moved in the round before."""
+    """This holds also if the server's optimiser has momentum from the round before."""
     config = configured(
         "strategy.name=random",
         "federation.clients-per-round=6",
@@ -45,7 +46,7 @@ def test_a_layer_whose_clients_are_all_gone_stays_bit_identical(optimizer: str) 
                 raise ConnectionError("gone")
         return call_next(message, context)
 
-    found = run(config, rounds=2, grid=Messages(config, build_client_app([gone])))
+    found = run(config, rounds=2, grid=Recorded(config, build_client_app([gone])))
     record = found.rounds[1]
     assert sorted(failure.partition for failure in record.failures) == lost
     assert record.replies == len(chosen) - len(lost)
@@ -60,8 +61,8 @@ def test_a_layer_whose_clients_are_all_gone_stays_bit_identical(optimizer: str) 
 
 
 # -------------------------------------------------------------------------------------- the clock
-class Silent(Messages):
-    """Nobody answers."""
+class Silent(Recorded):
+    """A grid on which no client answers."""
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return []

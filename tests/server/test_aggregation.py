@@ -214,7 +214,7 @@ def test_robust_rules_do_not_depend_on_the_order_of_replies(rule: str) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_a_minority_stays_between_what_the_others_say(data: st.DataObject) -> None:
-    """Yin et al. (2018): whatever fewer than half send, and whatever weight they claim."""
+    """Yin et al. (2018): for any values and weights that fewer than half of the clients send."""
     honest = data.draw(st.integers(2, 6))
     hostile = data.draw(st.integers(1, honest - 1))
     rules = [("median", 0.0), ("trimmed-mean", hostile / (honest + hostile))]

@@ -1,4 +1,4 @@
-"""Budgets: what each client can afford, drawn from the seed and its partition alone."""
+"""Budgets of clients, which depend on the seed and the partition alone."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_clients_budget_follows_the_seed_and_its_partition_only() -> None:
     [(1.5, 1.5, "min", "1.5"), (1.5, 3, "min", "1.5"), (1, 2.5, "max", "2.5")],
 )
 def test_whole_budgets_need_whole_bounds(low: float, high: float, key: str, value: str) -> None:
-    """Between 1.6 and 1.9 there is no whole number to draw, and it would be looked for forever."""
+    """There is no whole number between 1.6 and 1.9, and drawing one would never end."""
     with pytest.raises(ConfigError, match=rf"budget\.{key} = {value} is no whole number"):
         half_normal(min=low, max=high)
 

@@ -7,7 +7,8 @@ import pytest
 
 from layerfed.client.workbench import workbench
 from layerfed.exchange import CODECS
-from tests.tiny_task import Messages, configured, run
+from tests.fakes import Recorded
+from tests.tiny_task import configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("tiny_task")
 @pytest.mark.parametrize("codec", CODECS)
 def test_buffers_travel_as_they_are_in_every_codec(codec: str) -> None:
     config = configured(f"exchange.codec={codec}", "strategy.name=full")
-    grid = Messages(config)
+    grid = Recorded(config)
     found = run(config, rounds=2, grid=grid)
     assert not [failure for record in found.rounds for failure in record.failures]
     layers = workbench(config.to_flat()).resident.layers

@@ -1,7 +1,8 @@
 """Malformed replies through the whole strategy: each is refused with a reason, and changes nothing else.
 
-100 federations of three honest and nine hostile clients, two rounds each, every hostile client with a
-forgery of its own: 1,800 malformed replies; and as many again whose bytes were changed at random.
+There are 100 federations of three honest and nine hostile clients, with two rounds each. Every hostile
+client has a forgery of its own, which gives 1,800 malformed replies. As many replies again have bytes
+that were changed at random.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def dropped(name: str) -> Forge:
 
 
 def stamped(field: str, value: Any) -> Forge:
-    """Forge what the envelope says."""
+    """Forge a field of the envelope."""
 
     def change(reply: Message) -> Message:
         stamp(reply, **{field: value})
@@ -95,7 +96,7 @@ def stamped(field: str, value: Any) -> Forge:
 
 
 def unreadable(error: type[Exception], *what: Any) -> Forge:
-    """Flower cannot build the reply from what the node sent."""
+    """Make a reply that Flower cannot build."""
 
     def change(reply: Message) -> Message:
         raise error(*what)
@@ -287,7 +288,7 @@ def silent(reply: Message) -> Message:
 
 @cache
 def without_them() -> Outcome:
-    """The run in which hostile clients give no reply where they gave a forged one."""
+    """Return the run in which hostile clients give no reply in place of a forged one."""
     return run(Federation(CLIENTS, dict.fromkeys(HOSTILE.items(), silent)))
 
 
@@ -315,7 +316,7 @@ def test_malformed_replies_are_refused_and_change_nothing(
 
 @st.composite
 def garbled(draw: st.DrawFn) -> Forge:
-    """A reply of which some bytes are others, or the end is missing, between node and server."""
+    """Change some bytes of a reply between node and server, or cut off its end."""
     places = draw(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6))
     kept = draw(st.just(1.0) | st.floats(0, 1))
 
@@ -388,7 +389,7 @@ def test_layers_said_to_be_missing_are_sent_once_however_often_they_are_named() 
 
 # --------------------------------------------------------------------- replies handed in step by step
 def test_late_repeated_and_unasked_replies_are_refused_in_flowers_own_steps() -> None:
-    """An app that drives Flower's four steps itself hands replies in as it likes."""
+    """An app that calls Flower's four steps itself can pass any replies."""
     grid = Federation(3)
     strategy = strategy_for(3, min_replies=1)
     arrays, config = strategy_arrays(), ConfigRecord({"lr": 0.1})

@@ -1,4 +1,4 @@
-"""Whatever `model.state_dict()` a user starts from comes back as one that the model loads."""
+"""Every `model.state_dict()` that a user starts from comes back as one that the model loads."""
 
 from __future__ import annotations
 

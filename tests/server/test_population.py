@@ -1,15 +1,13 @@
-"""Who is asked: nodes that come, go, err, stay silent or claim what is not theirs."""
+"""The clients that are asked, if nodes come, go, fail, stay silent or make false claims."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from flwr.app import Error, Message
-from flwr.serverapp import Grid
 
 from layerfed.config import BudgetConfig, ConfigError
 from layerfed.exchange import (
@@ -20,13 +18,13 @@ from layerfed.exchange import (
     instruction,
 )
 from layerfed.exchange.messages import state_held
-from layerfed.flower_compat import stamp
 from layerfed.runs.records import RoundFailed
 from layerfed.server import population as module
 from layerfed.server.budgets import Budgets
 from layerfed.server.holdings import Holdings
 from layerfed.server.population import Population, federation_size
 from layerfed.server.transport import exchange
+from tests.fakes import PlayedGrid
 
 Answer = Callable[[Message], Message | None]
 
@@ -43,39 +41,19 @@ def silent(message: Message) -> None:
     return None
 
 
-class FakeGrid(Grid):
-    """Nodes by id, each with what it answers."""
+class FakeGrid(PlayedGrid):
+    """Nodes by id, each with its answer."""
 
     def __init__(self, nodes: dict[int, Answer]) -> None:
-        self.nodes = nodes
-        self.asked: list[int] = []
-        self._waiting: dict[str, Message] = {}
+        super().__init__(nodes)
+        self.says = nodes
 
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
+    @property
+    def nodes_asked(self) -> list[int]:
+        return [message.metadata.dst_node_id for message in self.asked]
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        identities = []
-        for message in messages:
-            identity = f"m{len(self.asked)}"
-            stamp(message, message_id=identity)
-            self.asked.append(message.metadata.dst_node_id)
-            reply = self.nodes[message.metadata.dst_node_id](message)
-            if reply is not None:
-                self._waiting[identity] = reply
-            identities.append(identity)
-        return identities
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._waiting.pop(i) for i in list(message_ids) if i in self._waiting]
-
-    def set_run(self, run: Any) -> None: ...
-
-    def run(self) -> Any: ...  # type: ignore[override]
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def send_and_receive(self, *args: Any, **kwargs: Any) -> Any: ...
+    def answer(self, message: Message) -> Message | None:
+        return self.says[message.metadata.dst_node_id](message)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +68,7 @@ def test_each_node_is_asked_once_and_known_by_its_partition() -> None:
     population.wait(grid, 5)
     population.refresh(grid, 5)
     assert population.nodes == {0: 50, 1: 70, 2: 60}
-    assert sorted(grid.asked) == [50, 60, 70]
+    assert sorted(grid.nodes_asked) == [50, 60, 70]
 
 
 def test_sampling_goes_by_partition_whatever_the_node_ids() -> None:
@@ -108,7 +86,7 @@ def test_a_node_that_erred_is_asked_again_and_then_taken() -> None:
     population = Population(2, at_least=1)
     population.wait(grid, 5)
     assert population.nodes == {0: 5}
-    grid.nodes[6] = says(1)
+    grid.says[6] = says(1)
     assert population.refresh(grid, 5) == {0: 5, 1: 6}
 
 
@@ -118,7 +96,7 @@ def test_a_silent_node_is_asked_a_few_times_only() -> None:
     population.wait(grid, 5)
     for _ in range(5):
         population.refresh(grid, 5)
-    assert grid.asked.count(6) == module.ATTEMPTS
+    assert grid.nodes_asked.count(6) == module.ATTEMPTS
     assert population.nodes == {0: 5}
 
 
@@ -160,7 +138,7 @@ def test_wrong_settings_are_said_once_and_asked_for_once(monkeypatch: pytest.Mon
     grid = FakeGrid({5: wrong, 6: wrong, 7: wrong})
     with pytest.raises(RoundFailed, match=r"itself: too many clients$"):
         Population(None, at_least=1).wait(grid, 5)
-    assert sorted(grid.asked) == [5, 6, 7]
+    assert sorted(grid.nodes_asked) == [5, 6, 7]
     assert levels == [logging.WARNING, logging.DEBUG, logging.DEBUG]
 
 
@@ -234,7 +212,7 @@ def test_a_newcomer_that_does_not_fit_neither_ends_the_run_nor_takes_a_place(
     grid = FakeGrid({50: says(0), 60: says(2)})
     population = Population(3, at_least=2)
     population.wait(grid, 5)
-    grid.nodes[3] = newcomer
+    grid.says[3] = newcomer
     for _ in range(2):
         assert population.refresh(grid, 5) == {0: 50, 2: 60}
 
@@ -243,7 +221,7 @@ def test_a_node_that_left_is_not_sampled() -> None:
     grid = FakeGrid({50: says(0), 60: says(1)})
     population = Population(2, at_least=2)
     population.wait(grid, 5)
-    del grid.nodes[50]
+    grid.nodes.remove(50)
     population.refresh(grid, 5)
     assert population.sample(2, 1, seed=0) == [1]
 
@@ -266,9 +244,10 @@ def test_a_node_that_was_away_is_asked_again(caplog: pytest.LogCaptureFixture) -
     grid = FakeGrid({50: says(0), 60: says(1)})
     population = Population(3, at_least=2)
     population.wait(grid, 5)
-    del grid.nodes[50]
+    grid.nodes.remove(50)
     population.refresh(grid, 5)
-    grid.nodes[50] = says(2)
+    grid.says[50] = says(2)
+    grid.nodes.append(50)
     with caplog.at_level(logging.INFO, "flwr"):
         assert population.refresh(grid, 5) == {2: 50, 1: 60}
     assert "node 50 states another partition: 2, before 0" in caplog.text
@@ -281,9 +260,10 @@ def test_a_node_that_was_left_out_and_away_is_asked_again(before: Answer) -> Non
     population.wait(grid, 5)
     for _ in range(3):
         population.refresh(grid, 5)
-    del grid.nodes[60]
+    grid.nodes.remove(60)
     population.refresh(grid, 5)
-    grid.nodes[60] = says(1)
+    grid.says[60] = says(1)
+    grid.nodes.append(60)
     assert population.refresh(grid, 5) == {0: 50, 1: 60}
 
 
@@ -293,7 +273,7 @@ def test_settings_that_were_mended_between_two_rounds_are_seen() -> None:
     population = Population(2, at_least=1)
     population.wait(grid, 5)
     assert population.refresh(grid, 5, MANIFEST) == {0: 50}
-    grid.nodes[60] = says(1)
+    grid.says[60] = says(1)
     assert population.refresh(grid, 5, MANIFEST) == {0: 50, 1: 60}
 
 
@@ -302,9 +282,9 @@ def test_a_node_whose_reply_was_refused_is_asked_again_once() -> None:
     population = Population(2, at_least=2)
     population.wait(grid, 5)
     population.ask_again(60)
-    grid.nodes[60] = silent
+    grid.says[60] = silent
     assert population.refresh(grid, 5) == {0: 50}
-    grid.nodes[60] = says(1)
+    grid.says[60] = says(1)
     for _ in range(2):
         assert population.refresh(grid, 5) == {0: 50, 1: 60}
-    assert grid.asked.count(60) == 3
+    assert grid.nodes_asked.count(60) == 3

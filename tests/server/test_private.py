@@ -57,7 +57,7 @@ def mean_of(step: CentralNoise, *replies: tuple[list[str], float, int]) -> Maske
 
 
 def test_no_client_moves_the_sums_by_more_than_the_bound() -> None:
-    """All layers together, whatever it sends and however many examples it states."""
+    """The bound is on all layers together, for any update and any number of examples."""
     mean = mean_of(CentralNoise(clip=0.5, noise=0.0), (["blocks.1", "head"], 1e6, 2**29))
     assert mean.weights == {"blocks.1": 1, "head": 1}
     found = {**mean.pop("blocks.1"), **mean.pop("head")}

@@ -1,4 +1,4 @@
-"""Differential privacy in whole rounds: what clients send, what becomes of it, and who decides."""
+"""Differential privacy in whole rounds: clients' replies, the model, and the node's own settings."""
 
 from __future__ import annotations
 
@@ -18,13 +18,8 @@ from layerfed.exchange.clipping import norm_of
 from layerfed.server_app import build_strategy
 from layerfed.strategies import STRATEGIES
 from tests.conftest import WIDTH
-from tests.tiny_task import (
-    Messages,
-    Run,
-    TinyTask,
-    configured,
-    run,
-)
+from tests.fakes import Recorded
+from tests.tiny_task import Run, TinyTask, configured, run
 
 PRIVATE = {"train_loss", "steps", "train_seconds", "peak_memory"}
 
@@ -48,7 +43,7 @@ def plain_task() -> Iterator[None]:
     benches._workbench.cache_clear()
 
 
-def sent(grid: Messages) -> list[dict[str, np.ndarray]]:
+def sent(grid: Recorded) -> list[dict[str, np.ndarray]]:
     """Each training reply's arrays, as they travelled."""
     return [
         {name: array.numpy() for name, array in reply.content.array_records["arrays"].items()}
@@ -62,9 +57,9 @@ def metrics(reply: Message) -> Mapping[str, object]:
 
 def rounds_of(
     *overrides: str, rounds: int = 1, nodes: Sequence[Mapping[str, Scalar]] = ()
-) -> tuple[Messages, Run]:
+) -> tuple[Recorded, Run]:
     config = configured(*overrides)
-    grid = Messages(config, nodes=nodes)
+    grid = Recorded(config, nodes=nodes)
     return grid, run(config, rounds, grid)
 
 
@@ -133,7 +128,7 @@ def test_central_noise_is_on_layers_that_move_and_no_others() -> None:
 
 def test_the_server_clips_what_a_client_did_not() -> None:
     config = configured("privacy.mode=central", "privacy.clip=0.1", "strategy.name=full")
-    grid = Messages(config)
+    grid = Recorded(config)
     work = grid._work
 
     def shouting(message: Message) -> Message:
@@ -172,8 +167,8 @@ def test_every_codec_works_and_none_remembers(codec: str) -> None:
     assert (remembered(open_grid) > 0) == (codec == "int8")
 
 
-def remembered(grid: Messages) -> int:
-    """Clients whose node keeps an error of its head's update."""
+def remembered(grid: Recorded) -> int:
+    """Return the number of clients whose node keeps an error of its head's update."""
     store = open_store("memory", 1.0)
     (token,) = {m.content.config_records["config"]["run"] for m, _ in grid.trained()}
     return sum(store.recall(f"{token}/{client}/head") is not None for client in range(6))
@@ -214,7 +209,7 @@ OWN: dict[str, Scalar] = {
 
 
 def test_a_node_protects_itself_whatever_the_run_says() -> None:
-    """The others go on as they were, and the server needs nothing for it."""
+    """Other clients do not change, and the server needs no setting for it."""
     everyone = ["federation.clients-per-round=6", "budget.layers=2"]
     plain, _ = rounds_of(*everyone)
     grid, result = rounds_of(*everyone, nodes=[OWN])
@@ -255,9 +250,9 @@ def test_a_model_with_buffers_is_refused_before_anybody_works(
         with pytest.raises(ConfigError, match="num_batches_tracked"):
             build_strategy(config, layers)
         build_strategy(configured(), layers)
-        # A node that protects itself has nobody to refuse for it.
+        # If only a node asks for privacy, the server does not refuse anything in its place.
         config = configured("federation.clients-per-round=6", "federation.min-replies=1")
-        grid: InProcessGrid = Messages(config, nodes=[OWN])
+        grid: InProcessGrid = Recorded(config, nodes=[OWN])
         (record,) = run(config, 1, grid).rounds
         assert [f.partition for f in record.failures] == [0]
         assert "no parameter but a buffer" in record.failures[0].reason

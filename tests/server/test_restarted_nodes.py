@@ -8,14 +8,15 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from layerfed.config import RunConfig, Scalar
-from tests.tiny_task import Messages, configured, run
+from tests.fakes import Recorded
+from tests.tiny_task import configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 
 NODE, CLIENT = 3, 1
 
 
-class Restarting(Messages):
+class Restarting(Recorded):
     """One node is restarted, with other settings, when it is asked to train in round 2."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How far one client's say goes, in whole rounds: against the formulas, and against a liar."""
+"""Bounds on one client's influence in whole rounds, against the formulas and against a liar."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from layerfed.runs import read_lines
 from layerfed.server.aggregation import AGGREGATIONS, Aggregation
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
 from layerfed.server.steps import CappedWeights, Clipping, ServerStep
+from tests.fakes import Recorded
 from tests.made_up import (
     BASE,
     LAYERS,
@@ -27,7 +28,7 @@ from tests.made_up import (
     strategy_for,
 )
 from tests.strategies.test_compositions import WAYS
-from tests.tiny_task import Messages, Run, configured
+from tests.tiny_task import Run, configured
 from tests.tiny_task import run as run_tiny
 
 CLIENTS = 7
@@ -95,7 +96,7 @@ def same_model(outcome: Outcome, wanted: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("budget", [1, 2, 4])
 @pytest.mark.parametrize("rule", AGGREGATIONS)
 def test_rounds_are_the_formula_over_the_clients_of_each_layer(rule: str, budget: int) -> None:
-    """With one layer each, a layer is trained by few: by one, by two, by nobody."""
+    """With one layer for each client, one, two or no clients train a layer."""
     grid = Federation(CLIENTS)
     found = run(grid, budget=budget, aggregation=Aggregation(rule, 0.3))
     same_model(found, expected(grid, rule, trim=0.3))
@@ -155,7 +156,7 @@ def test_counts_beyond_the_limit_weigh_as_the_limit_everywhere() -> None:
 
 
 def test_a_forged_count_decides_no_longer() -> None:
-    """One that joined with 2²⁹ examples is nearly all of a mean, and an equal in a capped one."""
+    """A client with 2²⁹ examples is nearly all of a plain mean, and one of equals in a capped one."""
 
     def enormous(reply: Message) -> Message:
         reply.content.metric_records["metrics"]["examples"] = 2**29
@@ -178,7 +179,7 @@ def test_a_forged_count_decides_no_longer() -> None:
 def test_every_strategy_works_with_every_rule(way: str, rule: str) -> None:
     few = ["federation.clients-per-round=3", "budget.layers=2", "server.clip=0.05"]
     config = configured(*few, *WAYS[way], f"server.aggregation={rule}", "server.trim=0.34")
-    found = run_tiny(config, 2, Messages(config))
+    found = run_tiny(config, 2, Recorded(config))
     for record in found.rounds:
         assert record.failures == []
         assert record.clipped > 0
@@ -222,7 +223,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(rule: str) -> None:
 
 # ------------------------------------------------------------------------------- against a liar
 def liar(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """One client in ten sends the opposite of its update, a hundredfold."""
+    """One client in ten sends its update times -100."""
     reply = call_next(message, context)
     if message.metadata.message_type == "train" and context.node_config["partition-id"] == 4:
         arrays = reply.content.array_records["arrays"]

@@ -20,15 +20,11 @@ from layerfed.exchange import encode, record_of
 from layerfed.runs.checkpoint import Checkpoint
 from layerfed.runs.records import Observer, RoundFailed, RoundRecord
 from layerfed.secure import client as secure_client
-from layerfed.secure.messages import MASKED
+from layerfed.secure.messages import PADDED
 from layerfed.server_app import build_strategy
 from layerfed.strategies import SelectiveStrategy
-from tests.tiny_task import (
-    Messages,
-    Run,
-    configured,
-    run,
-)
+from tests.fakes import Recorded
+from tests.tiny_task import Run, configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 QUERIES = ("query.keys", "query.shares", "query.unmask")
@@ -42,8 +38,8 @@ def plain(*overrides: str) -> RunConfig:
     return configured("federation.clients-per-round=5", *overrides)
 
 
-class Leaving(Messages):
-    """Some clients raise when they are asked for something, a message each."""
+class Leaving(Recorded):
+    """A grid on which some clients raise an error at a given message."""
 
     def __init__(
         self,
@@ -74,8 +70,8 @@ def assert_close(found: Run, expected: Run, error: float) -> None:
         np.testing.assert_allclose(found.after[name], values, rtol=1e-6, atol=error, err_msg=name)
 
 
-def error_of(grid: Messages, record_examples: int) -> float:
-    """What the docs promise: n / (2 s D)."""
+def error_of(grid: Recorded, record_examples: int) -> float:
+    """Return the error bound in the docs: n / (2 s D)."""
     trained = [m.content.config_records["secure"] for m, _ in grid.trained()]
     scale = {record["scale"] for record in trained}
     assert len(scale) == 1
@@ -90,7 +86,7 @@ def examples(clients: Iterable[int]) -> int:
 @pytest.mark.parametrize("strategy", ["top", "both", "cyclic", "full", "fedtlu"])
 def test_the_model_is_that_of_the_plain_run(strategy: str) -> None:
     options = [f"strategy.name={strategy}", "budget.layers=2"]
-    grid = Messages(secure(*options))
+    grid = Recorded(secure(*options))
     found, expected = run(secure(*options), 2, grid), run(plain(*options), 2)
     assert [r.replies for r in found.rounds] == [5, 5]
     assert_close(found, expected, 4 * error_of(grid, 5 * 10))
@@ -135,7 +131,7 @@ def test_a_resumed_run_ends_with_the_same_model_to_the_bit() -> None:
             strategy.resume(checkpoint)
         lr = ConfigRecord({"lr": config.train.lr})
         base = record_of(resident.base_state())
-        strategy.start(Messages(config), base, 4, timeout=60, train_config=lr)
+        strategy.start(Recorded(config), base, 4, timeout=60, train_config=lr)
         return strategy.model.tensors, kept
 
     whole, kept = rounds(None)
@@ -183,7 +179,7 @@ def test_below_the_threshold_the_round_fails_and_the_model_stays(kind: str, says
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_a_late_update_is_dropped_and_its_common_masks_are_taken_off() -> None:
+def test_a_late_update_is_dropped_and_its_common_pads_are_removed() -> None:
     """A round ends with the first four of six; the other two count as dropped out."""
     options = ["strategy.name=top", "federation.clients-per-round=4"]
     config = configured("secagg.enabled=true", *options, "federation.over-provision=0.5")
@@ -193,7 +189,7 @@ def test_a_late_update_is_dropped_and_its_common_masks_are_taken_off() -> None:
     assert_close(found, expected, 1e-6)
 
 
-def test_a_client_that_never_agreed_on_masks_is_a_failure_and_not_late() -> None:
+def test_a_client_that_never_agreed_on_pads_is_a_failure_and_not_late() -> None:
     options = ["federation.clients-per-round=4", "federation.over-provision=0.5"]
     config = configured("secagg.enabled=true", "strategy.name=top", *options)
     record = run(config, 1, Leaving(config, {"query.keys": [3]})).rounds[0]
@@ -201,17 +197,17 @@ def test_a_client_that_never_agreed_on_masks_is_a_failure_and_not_late() -> None
 
 
 # --------------------------------------------------------------------------- what the server sees
-def test_replies_hold_one_masked_vector_and_no_number_of_examples() -> None:
+def test_replies_hold_one_padded_vector_and_no_number_of_examples() -> None:
     config = secure("strategy.name=top")
-    grid = Messages(config)
+    grid = Recorded(config)
     found = run(config, 1, grid)
     layers = workbench(config.to_flat()).resident.layers
     size = sum(found.before[t].size for x in (layers.blocks[-1], layers.head) for t in x.tensors)
     assert len(grid.trained()) == 5
     for _, reply in grid.trained():
         arrays = reply.content.array_records["arrays"]
-        assert set(arrays) == {MASKED}
-        vector = arrays[MASKED].numpy()
+        assert set(arrays) == {PADDED}
+        vector = arrays[PADDED].numpy()
         assert vector.shape == (size + 1,)
         # Uniform 32-bit integers: the mean is at the middle, up to six standard deviations.
         assert abs(vector.mean() / 2**32 - 0.5) < 6 / np.sqrt(12 * vector.size)
@@ -224,11 +220,11 @@ def test_what_needs_single_norms_is_unknown() -> None:
     assert record.e1 is not None
 
 
-def test_bytes_of_masks_keys_and_shares_are_counted() -> None:
+def test_bytes_of_pads_keys_and_shares_are_counted() -> None:
     config = secure("strategy.name=top")
-    grid = Messages(config)
+    grid = Recorded(config)
     found = run(config, 1, grid)
-    size = next(iter(grid.trained()))[1].content.array_records["arrays"][MASKED].numpy().size
+    size = next(iter(grid.trained()))[1].content.array_records["arrays"][PADDED].numpy().size
     total = found.rounds[0].ledger.total()
     kinds = [m.metadata.message_type for m, _ in grid.replies]
     up = [kind for kind in kinds if kind in QUERIES]
@@ -239,16 +235,16 @@ def test_bytes_of_masks_keys_and_shares_are_counted() -> None:
 
 def test_clients_forget_their_secrets_once_they_have_unmasked() -> None:
     config = secure("strategy.name=top", "secagg.threshold=1")
-    grid = Messages(config)
+    grid = Recorded(config)
     run(config, 1, grid)
     assert all(secure_client.STATE not in c.state for c in grid._contexts.values())
 
 
 def test_secrets_go_from_process_to_process_in_flowers_context() -> None:
-    """As on a SuperNode, where each message starts a process that is handed the node's context."""
+    """A SuperNode starts a process for each message, and gives it the node's context."""
     config = secure("strategy.name=top")
 
-    class Processes(Messages):
+    class Processes(Recorded):
         def _work(self, message: Message) -> Message:
             node = message.metadata.dst_node_id
             stored = context_to_proto(self._contexts[node]).SerializeToString()
@@ -263,7 +259,7 @@ def test_a_client_that_was_restarted_between_two_messages_is_left_out() -> None:
     config = secure("strategy.name=top")
     victim = min(run(plain("strategy.name=top"), 1).masks(1))
 
-    class Forgetful(Messages):
+    class Forgetful(Recorded):
         def _work(self, message: Message) -> Message:
             node = message.metadata.dst_node_id
             if (message.metadata.message_type, node) == ("train", victim + 2):
@@ -278,7 +274,7 @@ def test_a_client_that_was_restarted_between_two_messages_is_left_out() -> None:
 
 def test_a_question_of_an_earlier_round_is_not_answered_with_this_rounds_secrets() -> None:
     config = secure("strategy.name=top")
-    grid = Messages(config)
+    grid = Recorded(config)
     run(config, 1, grid)
     stale = next(m for m in grid.asked.values() if m.metadata.message_type == "query.unmask")
     again = next(m for m in grid.asked.values() if m.metadata.message_type == "query.keys")
@@ -294,7 +290,7 @@ def test_a_question_of_an_earlier_round_is_not_answered_with_this_rounds_secrets
 def test_clients_that_get_different_layers_are_named_before_anybody_trains() -> None:
     config = secure("strategy.name=top", "budget.layers=2")
     nodes = [{"budget": 1.0}, {"budget": 1.0}]
-    grid = Messages(config, nodes=nodes)
+    grid = Recorded(config, nodes=nodes)
     with pytest.raises(RoundFailed) as caught:
         run(config, 1, grid)
     message = str(caught.value)
@@ -312,7 +308,7 @@ def test_ilp_with_little_consistency_is_refused_in_the_round() -> None:
 
 
 def tampering(change: Callable[[Message, Message], None], kind: str, victim: int) -> ClientApp:
-    """A ClientApp one of whose clients answers one kind of message wrongly."""
+    """Return a ClientApp in which one client answers one kind of message wrongly."""
     app = build_client_app()
 
     class Tampered(ClientApp):
@@ -340,7 +336,7 @@ def in_the_clear(message: Message, reply: Message) -> None:
 
 def of_another_type(message: Message, reply: Message) -> None:
     arrays = reply.content.array_records["arrays"]
-    arrays[MASKED] = encode(arrays[MASKED].numpy().astype(np.int64))
+    arrays[PADDED] = encode(arrays[PADDED].numpy().astype(np.int64))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +344,7 @@ def of_another_type(message: Message, reply: Message) -> None:
     [
         ("query.keys", shorter, "'sealing' is not the 1 × 32 bytes"),
         ("query.shares", shorter, "'sealed' is not the 5 × 60 bytes"),
-        ("train", in_the_clear, "not masked"),
+        ("train", in_the_clear, "not one padded vector"),
         ("train", of_another_type, "'masked' is an array of int64"),
     ],
 )
@@ -357,7 +353,7 @@ def test_a_malformed_answer_is_refused_and_the_round_goes_on(
 ) -> None:
     config = secure("strategy.name=top")
     victim = min(run(plain("strategy.name=top"), 1).masks(1))
-    found = run(config, 1, Messages(config, tampering(change, kind, victim)))
+    found = run(config, 1, Recorded(config, tampering(change, kind, victim)))
     (failure,) = found.rounds[0].failures
     assert says in failure.reason
     assert failure.partition == victim
@@ -367,20 +363,20 @@ def test_a_malformed_answer_is_refused_and_the_round_goes_on(
 def test_a_sum_that_makes_no_sense_fails_the_round() -> None:
     def overflow(message: Message, reply: Message) -> None:
         arrays = reply.content.array_records["arrays"]
-        vector = arrays[MASKED].numpy()
+        vector = arrays[PADDED].numpy()
         vector[-1] += np.uint32(2**30)
-        arrays[MASKED] = encode(vector)
+        arrays[PADDED] = encode(vector)
 
     config = secure("strategy.name=top")
     victim = min(run(plain("strategy.name=top"), 1).masks(1))
     with pytest.raises(RoundFailed, match="broke the protocol: it states"):
-        run(config, 1, Messages(config, tampering(overflow, "train", victim)))
+        run(config, 1, Recorded(config, tampering(overflow, "train", victim)))
 
 
 def test_an_update_is_not_sent_in_the_clear_where_the_run_is_secure() -> None:
     config = secure("strategy.name=top")
 
-    class Careless(Messages):
+    class Careless(Recorded):
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
             held = list(messages)
             for message in held:

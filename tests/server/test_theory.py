@@ -1,4 +1,4 @@
-"""E1 and E2 against their definitions, and what the estimates are known to get wrong."""
+"""E1 and E2 against their definitions, and the known errors of the estimates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error floor's two terms, as whole rounds log them."""
+"""The error floor's two terms in the log of whole rounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 
 from layerfed.client.workbench import workbench
 from layerfed.strategies import STRATEGIES
-from tests.tiny_task import Messages, configured, run
+from tests.fakes import Recorded
+from tests.tiny_task import configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("tiny_task")
 def test_both_terms_are_those_of_the_messages(settings: list[str]) -> None:
     """From the replies as they travelled: nothing the strategy kept."""
     config = configured("strategy.theory=true", *settings)
-    grid = Messages(config)
+    grid = Recorded(config)
     (record,) = run(config, 1, grid).rounds
     bench = workbench(config.to_flat())
     layers = bench.resident.layers
@@ -89,7 +90,7 @@ def test_without_a_probe_of_norms_the_first_term_is_unknown(name: str) -> None:
 
 @pytest.mark.parametrize("clients", [4, 6])
 def test_full_fine_tuning_of_all_clients_has_neither_term(clients: int) -> None:
-    """Of some, it has the second one, which its masks are not to blame for."""
+    """With a part of the clients it has the second term, which does not come from its masks."""
     settings = ["strategy.theory=true", f"federation.clients-per-round={clients}"]
     (record,) = run(configured("strategy.name=full", *settings)).rounds
     assert record.e1 == record.e2_masks == 0.0
@@ -121,7 +122,7 @@ def test_layers_that_agree_lower_one_term_and_layers_that_differ_the_other() -> 
 
 def test_steps_that_nobody_makes_are_refused() -> None:
     config = configured("strategy.name=top", "federation.min-replies=1")
-    grid = Messages(config)
+    grid = Recorded(config)
     work = grid._work
 
     def lying(message):  # type: ignore[no-untyped-def]

@@ -1,53 +1,30 @@
-"""One node's reply, however forged, takes no other with it."""
+"""One node's forged reply never loses another node's reply."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import count
-from typing import Any
 
 import httpx
 import pytest
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
 
 from layerfed.exchange import instruction
 from layerfed.flower_compat import stamp
 from layerfed.server.transport import exchange
+from tests.fakes import PlayedGrid
 
 
-class Builds(Grid):
-    """Like Flower's grid over HTTP: what a pull returns is built first, and counts as delivered then."""
+class Builds(PlayedGrid):
+    """Like Flower's grid over HTTP: a pull builds all its replies, which then count as delivered."""
 
     def __init__(self, unbuildable: dict[int, Exception]) -> None:
+        super().__init__()
         self.unbuildable = unbuildable
-        self.sent: dict[str, Message] = {}
-        self.counter = count()
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        for message in messages:
-            identity = f"m{next(self.counter)}"
-            stamp(message, message_id=identity)
-            self.sent[identity] = message
-            yield identity
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        pulled = [self.sent.pop(i) for i in message_ids if i in self.sent]
-        for message in pulled:
-            if message.metadata.dst_node_id in self.unbuildable:
-                raise self.unbuildable[message.metadata.dst_node_id]
-        return [Message(RecordDict(), reply_to=message) for message in pulled]
-
-    def get_node_ids(self) -> Iterable[int]:
-        return []
-
-    def set_run(self, run: object) -> None: ...
-
-    def run(self) -> Any: ...  # type: ignore[override]
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def send_and_receive(self, *args: Any, **kwargs: Any) -> Any: ...
+    def answer(self, message: Message) -> Message:
+        if message.metadata.dst_node_id in self.unbuildable:
+            raise self.unbuildable[message.metadata.dst_node_id]
+        return Message(RecordDict(), reply_to=message)
 
 
 def questions() -> list[Message]:
@@ -83,7 +60,7 @@ def test_a_late_reply_that_cannot_be_built_is_forgotten() -> None:
 
 
 def test_what_a_reply_says_it_answers_is_not_believed() -> None:
-    """The SuperLink knows by itself to which message a reply belongs."""
+    """The SuperLink knows to which message a reply belongs; the reply's own statement does not count."""
 
     class Forging(Builds):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

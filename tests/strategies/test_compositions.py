@@ -1,4 +1,4 @@
-"""Every strategy with every kind of budget and every codec: whole rounds, and what must hold in each."""
+"""Every strategy with every kind of budget and every codec, in whole rounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from layerfed.client.workbench import workbench
 from layerfed.config import Scalar
 from layerfed.exchange import CODECS
 from layerfed.strategies import STRATEGIES
-from tests.tiny_task import Messages, configured, run
+from tests.fakes import Recorded
+from tests.tiny_task import configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 
@@ -57,8 +58,8 @@ def test_what_keeps_to_no_budget_runs_whatever_it_is(way: str, unit: str) -> Non
         assert result.rounds[0].replies == 4
 
 
-class Wire(Messages):
-    """Has every message written and read again, as between processes and machines."""
+class Wire(Recorded):
+    """A grid that writes and reads every message, as between processes and machines."""
 
     def _work(self, message: Message) -> Message:
         return _over_the_wire(super()._work(_over_the_wire(message)))
@@ -89,13 +90,13 @@ def test_every_strategy_works_with_every_unit(way: str, unit: str) -> None:
 
 
 def check(way: str, budget: str, codec: str, settings: list[str]) -> None:
-    """Two rounds: nothing fails, nothing moves that was not trained, and budgets hold."""
+    """In two rounds nothing fails, only trained layers move, and budgets hold."""
     few = ["federation.clients-per-round=3", f"exchange.codec={codec}"]
     config = configured(*few, *WAYS[way], *settings)
     # `full` ignores budgets, and what a node itself states is never exceeded.
     room = 4 if way == "full" else 1
     nodes: list[dict[str, Scalar]] = [{"budget": max(room, 1 + i % 3)} for i in range(6)]
-    result = run(config, 2, Messages(config, nodes=nodes if budget == "per-node" else ()))
+    result = run(config, 2, Recorded(config, nodes=nodes if budget == "per-node" else ()))
     layers = workbench(config.to_flat()).resident.layers
 
     assert [record.failures for record in result.rounds] == [[], []]
@@ -110,7 +111,7 @@ def check(way: str, budget: str, codec: str, settings: list[str]) -> None:
         assert selection is not None
         limits = selection.budgets
         if not STRATEGIES[config.strategy.name].within_budget or (
-            record.round <= config.strategy.options.get("warmup-rounds", 0)
+            record.round <= config.strategy.given.get("warmup-rounds", 0)
         ):
             # Whatever the run's budget, a node's own holds.
             limits = limits if budget == "per-node" else np.full(len(limits), np.inf)

@@ -1,4 +1,4 @@
-"""FedTLU in whole rounds: which layers move, what travels, and what a client may not send."""
+"""FedTLU in whole rounds: the layers that move, the layers that are sent, and refused replies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from layerfed.config import RunConfig
 from layerfed.exchange import CODECS, encode
 from layerfed.exchange.change_score import change_score
 from layerfed.models.layers import LayerMap
-from tests.tiny_task import Messages, configured, run
+from tests.fakes import Recorded
+from tests.tiny_task import configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 
@@ -45,7 +46,7 @@ def best(found: dict[str, float], count: int) -> set[str]:
     return set(sorted(found, key=lambda name: -found[name])[:count])
 
 
-def updates(grid: Messages) -> list[tuple[int, dict[str, np.ndarray]]]:
+def updates(grid: Recorded) -> list[tuple[int, dict[str, np.ndarray]]]:
     """d_i and Δ_i of every training reply."""
     return [
         (
@@ -65,7 +66,7 @@ def test_the_server_applies_the_layers_whose_mean_change_scores_highest(
     config = configured(
         "strategy.name=fedtlu", f"strategy.fraction={fraction}", f"strategy.norm={norm}"
     )
-    grid = Messages(config)
+    grid = Recorded(config)
     result = run(config, 1, grid)
     layers = layer_map(config)
 
@@ -100,10 +101,10 @@ def test_a_layer_that_is_left_out_keeps_its_server_optimiser_as_it_was() -> None
 # ---------------------------------------------------------------------------------- the clients
 def test_each_client_sends_the_layers_it_changed_most_and_they_are_averaged_by_layer() -> None:
     base = ["strategy.name=fedtlu", "strategy.fraction=0.5"]
-    everything = Messages(configured(*base))  # the same training, all of it sent
+    everything = Recorded(configured(*base))  # the same training, all of it sent
     run(configured(*base), 1, everything)
     config = configured(*base, "strategy.side=client")
-    grid = Messages(config)
+    grid = Recorded(config)
     result = run(config, 1, grid)
     layers = layer_map(config)
 
@@ -134,7 +135,7 @@ def test_each_client_sends_the_layers_it_changed_most_and_they_are_averaged_by_l
 
 def test_a_node_that_affords_less_trains_and_sends_less() -> None:
     config = configured("strategy.name=fedtlu", "strategy.side=client", "budget.kind=per-node")
-    grid = Messages(config, nodes=[{"budget": 2}] * 6)
+    grid = Recorded(config, nodes=[{"budget": 2}] * 6)
     result = run(config, 1, grid)
     layers = layer_map(config)
     assert [len(mask) for mask in result.masks(1).values()] == [2] * 4
@@ -144,7 +145,7 @@ def test_a_node_that_affords_less_trains_and_sends_less() -> None:
 
 # ------------------------------------------------------------------------------------- forgeries
 def tampered(change: Callable[[Any, LayerMap], None], codec: str) -> list[str]:
-    """Why the server refuses replies that were changed on their way, client by client."""
+    """Return the reasons for which the server refuses changed replies, by client."""
     config = configured(
         "strategy.name=fedtlu",
         "strategy.side=client",
@@ -159,7 +160,7 @@ def tampered(change: Callable[[Any, LayerMap], None], codec: str) -> list[str]:
             change(reply.content.array_records["arrays"], layers)
         return reply
 
-    result = run(config, 1, Messages(config, build_client_app([mod])))
+    result = run(config, 1, Recorded(config, build_client_app([mod])))
     record = result.rounds[0]
     honest = [client for client in result.masks(1) if client >= 2]
     assert record.replies == len(honest)
@@ -178,7 +179,7 @@ def without(kind: str) -> Callable[[Any, LayerMap], None]:
 
 
 def add_layer(arrays: Any, layers: LayerMap) -> None:
-    """One block more than was asked for."""
+    """Send one block more than asked for."""
     codec = CODECS["float32"]
     absent = next(b for b in layers.blocks if not set(b.tensors) & set(arrays))
     for name in absent.tensors:

@@ -1,4 +1,4 @@
-"""The ilp strategy's masks are the best there are: against all others, on small rounds."""
+"""The ilp strategy's masks are optimal on small rounds, by comparison with all masks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def objective(values: np.ndarray, masks: np.ndarray, consistency: float) -> floa
 
 
 def best(case: Candidates, consistency: float) -> float:
-    """The optimum, by looking at every mask."""
+    """Return the optimum by enumeration of all masks."""
     values = case.statistics["grad_norm_sq"]
     n, layers = case.costs.shape
     every_row = [np.array(bits, dtype=bool) for bits in product((0, 1), repeat=layers)]
@@ -75,7 +75,7 @@ def test_no_other_masks_are_better(problem: tuple[Candidates, float]) -> None:
 @settings(deadline=None, max_examples=40)
 @given(any_candidates(), st.sampled_from([0.0, 0.5, 5.0]))
 def test_masks_stay_within_each_clients_own_budget(case: Candidates, consistency: float) -> None:
-    """Defect 8 of the released code: what was left was filled beyond the budget."""
+    """Defect 8 of the released code: it filled the rest of a budget beyond the budget."""
     masks = ILP(LAYERS, consistency=consistency).select(case).masks
     assert masks.dtype == np.bool_
     assert within_budgets(case, masks)

@@ -16,13 +16,9 @@ from layerfed.server.memory import HELD, Memory
 from layerfed.strategies import ILP, STRATEGIES
 from tests.candidates import any_candidates, candidates, within_budgets
 from tests.conftest import TinyNet
+from tests.fakes import Recorded
 from tests.strategies.test_ilp import objective
-from tests.tiny_task import (
-    Messages,
-    Run,
-    configured,
-    run,
-)
+from tests.tiny_task import Run, configured, run
 
 LAYERS = LayerMap.from_model(TinyNet())
 UNIT = [1.0] * 4
@@ -51,7 +47,7 @@ def test_masks_are_kept_between_selections_and_newcomers_get_theirs(name: str) -
         "budget.kind=half-normal",
         "budget.max=3",
     )
-    grid = Messages(config)
+    grid = Recorded(config)
     result = run(config, 6, grid)
 
     newcomers = 0
@@ -72,7 +68,7 @@ def test_masks_are_kept_between_selections_and_newcomers_get_theirs(name: str) -
 @pytest.mark.usefixtures("tiny_task")
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_budgets_belong_to_clients_and_hold_in_every_round(name: str) -> None:
-    """Defect 8 of the released code: what was left of a budget was filled beyond it."""
+    """Defect 8 of the released code: it filled the rest of a budget beyond the budget."""
     config = configured(
         f"strategy.name={name}",
         "strategy.period=2",
@@ -132,7 +128,7 @@ def test_a_newcomers_statistics_are_its_own_last_ones_or_else_the_mean_profile()
     np.testing.assert_allclose(found[0] / 102, [1, 0, 0, 0])
     np.testing.assert_allclose(found[1] / 102, [0, 0, 0.75, 0.25])
     np.testing.assert_allclose(found[2] / 102, [0, 1, 0, 0])
-    # The mean of the profiles: the client of large gradients does not speak for the other.
+    # The mean of the profiles: the client with large gradients does not decide for the other.
     np.testing.assert_allclose(found[3] / 102, [0, 0.5, 0.375, 0.125])
 
 
@@ -155,7 +151,7 @@ def test_one_enormous_statement_decides_nothing_for_others() -> None:
 
 
 def test_a_node_that_came_back_with_less_is_given_other_masks() -> None:
-    """What it kept would be above its budget, which must never reach it."""
+    """Its kept masks would exceed its budget, so they must never be sent to it."""
     memory = Memory()
     memory.learn(candidates([3, 3], UNIT, clients=[4, 5]), chosen([0, 1, 2], [1, 2, 3]))
     now = candidates([3, 1], UNIT, clients=[4, 5])

@@ -1,4 +1,4 @@
-"""Layers that take turns: from round to round (cyclic), and within one (random, resampled)."""
+"""Layers that change: from round to round (cyclic), and within a round (random, resampled)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from layerfed.models.layers import LayerMap
 from layerfed.strategies import Cyclic, Random, RoundSettings
 from tests.candidates import candidates
 from tests.conftest import TinyNet
-from tests.tiny_task import Messages, configured, run
+from tests.fakes import Recorded
+from tests.tiny_task import configured, run
 
 LAYERS = LayerMap.from_model(TinyNet())
 
@@ -71,7 +72,7 @@ def test_whole_runs_warm_up_and_then_take_turns() -> None:
 @pytest.mark.usefixtures("tiny_task")
 def test_the_warm_up_never_asks_a_node_for_more_than_it_states() -> None:
     config = configured("strategy.name=cyclic", "strategy.warmup-rounds=1")
-    result = run(config, 1, Messages(config, nodes=[{"budget": 3}] * 3))
+    result = run(config, 1, Recorded(config, nodes=[{"budget": 3}] * 3))
     counts = {client: len(mask) for client, mask in result.masks(1).items()}
     assert counts == {client: 3 if client < 3 else 4 for client in counts}
     assert set(counts.values()) == {3, 4}
@@ -119,7 +120,7 @@ def test_a_client_trains_one_draw_after_the_other_and_sends_all_it_touched(
         return result
 
     monkeypatch.setattr("layerfed.client.training.train_layers", watched)
-    grid = Messages(config)
+    grid = Recorded(config)
     result = run(config, 1, grid)
     selection = result.rounds[0].selection
     assert selection is not None
@@ -156,9 +157,9 @@ def test_epochs_give_each_client_its_own_number_of_draws() -> None:
 
 @pytest.mark.usefixtures("tiny_task")
 def test_a_node_checks_every_draw_against_its_own_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws that fit one by one are trained, though together they would not; a larger one is refused."""
+    """Draws that each fit are trained, also if their union does not fit; a larger draw is refused."""
     config = configured("strategy.name=random", "strategy.resample-steps=1", "budget.kind=per-node")
-    grid = Messages(config, nodes=[{"budget": 1}] * 6)
+    grid = Recorded(config, nodes=[{"budget": 1}] * 6)
     result = run(config, 1, grid)
     assert not result.rounds[0].failures
     assert max(len(mask) for mask in result.masks(1).values()) == 2

@@ -1,4 +1,4 @@
-"""No test reads or leaves anything in the user's caches, or asks the hub."""
+"""Tests neither use the user's caches nor ask the hub."""
 
 from __future__ import annotations
 

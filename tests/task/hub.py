@@ -95,7 +95,7 @@ WORDS = [f"w{i}" for i in range(30)]
 
 
 def tokenizer(folder: Path) -> Path:
-    """A word-level tokenizer as `AutoTokenizer` finds it, that marks beginning and end."""
+    """A word-level tokenizer in `AutoTokenizer`'s form, which marks beginning and end."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -147,7 +147,7 @@ def llama(folder: Path, **changes: object) -> Path:
 
 
 def gpt2(folder: Path, **changes: object) -> Path:
-    """As decoders are: without a token for padding."""
+    """A tokenizer like those of decoders, without a token for padding."""
     import transformers
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Digits: every client has its own share of the data, always the same, and the backbone loads."""
+"""Digits: every client always has the same share of the data, and the backbone loads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from layerfed.client.training import evaluate
-from layerfed.config import TASK_NAMES, ConfigError, load_config
-from layerfed.task import TASKS, Batch, Examples, load_task
+from layerfed.config import ConfigError, load_config
+from layerfed.task import TASKS, Batch, Examples, load_task, task_named
 from layerfed.task.digits import Digits
 from layerfed.task.partition import MIN_EXAMPLES, partition_indices
 from layerfed_assets import BACKBONE
@@ -237,8 +237,23 @@ def test_the_model_scores_ten_classes_and_splits_into_twelve_blocks() -> None:
     assert 0 <= accuracy <= 1
 
 
-def test_every_task_a_configuration_can_name_is_in_the_table() -> None:
-    assert set(TASKS) == set(TASK_NAMES)
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_of_the_table_is_there(name: str) -> None:
+    assert callable(task_named(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("digit", "did you mean digits?"),
+        ("nothing:Task", "cannot be imported"),
+        ("layerfed.task.digits:Absent", "cannot be imported"),
+    ],
+)
+def test_a_task_that_is_not_there_is_named(name: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        task_named(name)
+    assert says in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------ batches

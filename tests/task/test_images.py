@@ -1,4 +1,4 @@
-"""Images from the hub's layout and from folders: decoded once, shared, refused where they are wrong."""
+"""Images in the hub's layout and in folders: decoded once, shared, and refused if they are wrong."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_clients_share_one_store_and_no_row(cifar: Path) -> None:
 def test_a_second_process_decodes_nothing_and_finds_the_same(
     cifar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Defect 10 of the released code: partitions and preprocessing were made anew on every load."""
+    """Defect 10 of the released code: partitions and preprocessing were made again on every load."""
     first = whole(cifar_task(cifar).partition(2))
 
     def decoded(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""A node with data of its own: all of it its examples, and its classes among the run's."""
+"""A node with its own data: all of them are its examples, with the classes of the run."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ SMALL = ["task.name=custom", "task.image-size=8"]
 
 
 def own(*overrides: str) -> Task:
-    """A task as a node builds it whose `own-data` is `task.data`."""
+    """Build the task of a node whose `own-data` is `task.data`."""
     task = hub.task(*overrides)
     task.own_data = True
     return task
 
 
 def labels(task: Task, client: int = 7) -> list[int]:
-    """Of a client's training examples; its partition id is but a name."""
+    """Return the labels of a client's training examples; its partition id is only a name."""
     examples, held_out = task.client_examples(client)
     assert len(held_out) == 0
     return sorted(whole(examples)["label"].tolist())
 
 
 def test_all_images_are_the_nodes_whatever_the_number_of_clients(tmp_path: Path) -> None:
-    """It lacks a class of the run, and its labels are counted in the run's order all the same."""
+    """The node lacks a class of the run, and its labels still have the run's order."""
     hub.image_files(tmp_path, ["zebra", "cat"], 3)
     classes = "task.classes=zebra,dog,cat"
     assert labels(own(*SMALL, f"task.data={tmp_path}", classes)) == [0] * 3 + [2] * 3
@@ -189,7 +189,7 @@ def test_a_task_of_ones_own_says_whether_it_takes_any() -> None:
 
 
 def test_a_round_of_nodes_with_their_own_images(tmp_path: Path) -> None:
-    """One holds cats only, one dogs only; the server has a test set, and nobody the whole."""
+    """One node has only cats and one only dogs; the server has a test set, and no one has all data."""
     hub.image_files(tmp_path / "server", ["cat", "dog"], 30)
     nodes = []
     for name, count in (("cat", 5), ("dog", 11)):

@@ -1,4 +1,4 @@
-"""Single images of every kind: three colours, the middle square, and refused where they are broken."""
+"""Single images of every kind become three colours and a middle square; broken ones are refused."""
 
 from __future__ import annotations
 

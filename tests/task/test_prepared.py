@@ -1,4 +1,4 @@
-"""What a machine keeps of small arrays: made once, whole or made anew."""
+"""A machine's cache of small arrays: each is made once, and is either whole or made again."""
 
 from __future__ import annotations
 

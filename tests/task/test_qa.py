@@ -1,4 +1,4 @@
-"""Questions of five sets: each with its right answer, scored by the model's own rows for the letters."""
+"""Questions of five sets, with their right answers; the model's own rows for the letters score them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts by language: tokenised once, padded as little as can be, and refused where they are wrong."""
+"""Texts by language: tokenised once, with the least padding, and refused if they are wrong."""
 
 from __future__ import annotations
 

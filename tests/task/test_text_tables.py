@@ -1,4 +1,4 @@
-"""Tables of text as people have them: what they say is read right, and what cannot be read is named."""
+"""Tables of text in common forms are read correctly, and errors name what cannot be read."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_none_and_na_are_names_in_tables(layout: str, tmp_path: Path, model: lis
 def test_commas_outside_quotes_shift_no_column(
     layout: str, tmp_path: Path, model: list[str]
 ) -> None:
-    """Read as they are, the label's column would hold the text's beginning."""
+    """Without this check the label's column would hold the beginning of the text."""
     file = tmp_path / layout
     file.parent.mkdir(exist_ok=True)
     file.write_text("label,text\n" + "".join(f"{'ab'[i % 2]},w1, w2\n" for i in range(40)))
@@ -166,7 +166,7 @@ def test_a_broken_file_is_named(tmp_path: Path, model: list[str]) -> None:
 
 # ----------------------------------------------------------------- what a model can read
 def test_a_decoder_scores_each_text_at_its_last_token(tmp_path: Path) -> None:
-    """Its tokenizer has no token for padding, and the one that pads instead ends every text."""
+    """Its tokenizer has no token for padding, and pads with the token that ends every text."""
     columns: dict[str, list[object]] = {
         "text": [" ".join(WORDS[:i]) for i in range(1, 12)],
         "label": ["a", "b"],

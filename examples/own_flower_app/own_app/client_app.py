@@ -1,4 +1,4 @@
-"""The client: four handlers, each of which hands your model and data to LayerFed."""
+"""The client: four handlers that pass your model and data to LayerFed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from own_app.task import Items, build_model, client_items, loader, logits, loss
 
 
 def layer_store(context: Context) -> LayerStore:
-    """Return where this node keeps layers between messages: a folder of its own, or the user's cache."""
+    """Return this node's store for layers: a folder of its own, or the user's cache folder."""
     return open_store(str(context.node_config.get("store", "")))
 
 
@@ -39,25 +39,25 @@ app = ClientApp(mods=[keeping_layers(layer_store)])
 
 @lru_cache(maxsize=1)
 def resident_model() -> ResidentModel:
-    """Return the model of this process, built once; messages then move only layers that changed."""
+    """Return this process's model. It is built once, and messages then load only changed layers."""
     device = torch.device("cpu")
     return ResidentModel(build_model, LayerMap.from_model, device)
 
 
 def place(context: Context) -> tuple[int, int]:
-    """Return which partition of how many this node holds."""
+    """Return this node's partition id and the number of partitions."""
     node = context.node_config
     return int(node["partition-id"]), int(node["num-partitions"])
 
 
 def examples(context: Context) -> tuple[Items, Items]:
-    """Return this node's examples, to train and to evaluate on."""
+    """Return this node's examples for training and for evaluation."""
     return client_items(*place(context))
 
 
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
-    """Say who this is: Flower's node ids are random, sampling and seeds go by partition."""
+    """Describe this node: sampling and seeds use its partition, since Flower's node ids are random."""
     partition, partitions = place(context)
     train_items, _ = examples(context)
     return describe_reply(message, Description(partition, len(train_items), partitions=partitions))
@@ -65,7 +65,7 @@ def describe(message: Message, context: Context) -> Message:
 
 @app.query("probe")
 def probe(message: Message, context: Context) -> Message:
-    """Measure what the strategy asks for: one number a layer."""
+    """Measure the statistics of the strategy: one number for each layer."""
     resident, config = resident_model(), read_config(message)
     resident.move_to(*read_manifest(message), layer_store(context))
     items, _ = examples(context)
@@ -104,7 +104,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate_locally(message: Message, context: Context) -> Message:
-    """Evaluate the global model on examples this node does not train on."""
+    """Evaluate the global model on this node's held-out examples."""
     resident = resident_model()
     resident.move_to(*read_manifest(message), layer_store(context))
     _, items = examples(context)

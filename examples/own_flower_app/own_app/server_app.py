@@ -1,4 +1,4 @@
-"""The server: a LayerFed strategy, started like any strategy of Flower."""
+"""The server: a LayerFed strategy, started like any Flower strategy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Fine-tune the model, then keep it if that is wanted."""
+    """Fine-tune the model, and save it if `save-to` is set."""
     run = context.run_config
     model = build_model()
 
@@ -33,7 +33,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy = ILP(
         LayerMap.from_model(model),
         budget=float(run["budget"]),
-        # In simulation the clients see it too, and no layer needs to be sent.
+        # In a simulation the clients read it too, so no layer is sent.
         store=open_store(),
         settings=RoundSettings(client_evaluation=True, seed=int(run["seed"])),
     )

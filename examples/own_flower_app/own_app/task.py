@@ -1,8 +1,8 @@
-"""Your model, your data, your loss: plain torch, nothing of LayerFed.
+"""Your model, data and loss, in plain torch and without LayerFed.
 
-Wisconsin breast cancer, bundled with scikit-learn: 569 biopsies, each with ten measurements of cell
-nuclei given as mean, standard error and worst value. The model reads them as ten tokens of three
-numbers, and mixes over tokens and over channels in turn.
+The data are Wisconsin breast cancer, which scikit-learn bundles: 569 biopsies with ten measurements of
+cell nuclei, each as mean, standard error and worst value. The model reads them as ten tokens of three
+numbers. It mixes over tokens and over channels in turn.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class Mixer(nn.Module):
 
 
 def build_model() -> nn.Module:
-    """Return the model all sides start from.
+    """Return the initial model of the server and all clients.
 
-    Seeded here so that the example downloads nothing; load your checkpoint instead. Server and
-    clients must build the same weights, since a layer travels only once it has changed.
+    It comes from a seed, so the example downloads nothing; load your own checkpoint here. Server and
+    clients must build the same weights, since a layer is sent only once it has changed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def _partitions(num_partitions: int) -> list[list[int]]:
 
 
 def client_items(partition: int, num_partitions: int) -> tuple[Items, Items]:
-    """Return one client's examples: four fifths to train on, the rest to evaluate on."""
+    """Return one client's examples: four fifths for training, the rest for evaluation."""
     train, _ = _items()
     mine = [train[index] for index in _partitions(num_partitions)[partition]]
     return mine[len(mine) // 5 :], mine[: len(mine) // 5]
