@@ -83,9 +83,31 @@ def _description(node: Node) -> Description:
     )
 
 
+def _as_asked(message: Message, context: Context) -> Node:
+    """Return this node, if it still is what the server takes it for.
+
+    Raises
+    ------
+    ValueError
+        If it holds another partition or more examples: it was restarted since it described itself, and
+        the server will ask it again.
+    """
+    node, taken_for = Node.of(context), read_config(message)
+    if taken_for.get("client", node.partition) != node.partition:
+        raise ValueError(
+            f"this node holds partition {node.partition}, and client {taken_for['client']} is asked"
+        )
+    count = node.stated(len(node.bench.examples(node.partition)[0]))
+    if count > taken_for.get("examples", count):
+        raise ValueError(
+            f"this node has {count} examples, and stated {taken_for['examples']} when it joined"
+        )
+    return node
+
+
 def probe(message: Message, context: Context) -> Message:
     """Measure each layer's gradient at θ^t on this client's data."""
-    node, asked = Node.of(context), read_config(message)
+    node, asked = _as_asked(message, context), read_config(message)
     bench, settings = node.bench, node.bench.config.train
     bench.resident.move_to(*read_manifest(message), node.store)
     examples, _ = bench.examples(node.partition)
@@ -109,7 +131,7 @@ def probe(message: Message, context: Context) -> Message:
 
 def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) -> Message:
     """Train the selected blocks and the head, and reply with their updates only."""
-    node = Node.of(context)
+    node = _as_asked(message, context)
     bench, layers = node.bench, node.bench.resident.layers
     settings = bench.config.train
     instruction = TrainInstruction.read(message, layers.num_blocks)
@@ -170,7 +192,7 @@ def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
 
 def evaluate_locally(message: Message, context: Context) -> Message:
     """Evaluate the global model on this client's held-out examples."""
-    node = Node.of(context)
+    node = _as_asked(message, context)
     bench = node.bench
     if node.protection is not None:
         raise ValueError("this client's replies are private; it states no accuracy of its own")

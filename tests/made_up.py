@@ -11,7 +11,6 @@ import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
 
 from layerfed.exchange import (
-    CODECS,
     Description,
     TrainInstruction,
     describe_reply,
@@ -80,10 +79,10 @@ def honest(message: Message, partition: int, clients: int) -> Message:
             message, 3 + partition, client_loss=rng.random(), client_accuracy=rng.random()
         )
     else:
-        mask = TrainInstruction.read(message, LAYERS.num_blocks).mask
-        names = [name for layer in LAYERS.trained(mask) for name in LAYERS[layer].tensors]
+        asked = TrainInstruction.read(message, LAYERS.num_blocks)
+        names = [name for layer in LAYERS.trained(asked.mask) for name in LAYERS[layer].tensors]
         update = {name: drawn(rng, BASE[name]) for name in names}
-        parts = CODECS[config["codec"]].encode(update)
+        parts = asked.codec_for(LAYERS).encode(update)
         reply = train_reply(message, parts, count, train_loss=rng.random(), steps=2, flops=8.0)
     state_held(reply, read_manifest(message)[0].digests.values(), f"store of {partition}")
     return reply

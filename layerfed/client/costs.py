@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerfed.client.devices import synchronize
 from layerfed.client.flops import TotalFlops
 from layerfed.client.training import LossFn, autocast, selected_layers
 from layerfed.models.layers import LayerMap
@@ -54,7 +55,8 @@ def measure_costs(
     Parameters
     ----------
     model : nn.Module
-        The model, which is the same afterwards.
+        The model, which is the same afterwards. The steps are those of training: trained layers are in
+        training mode, since dropout takes memory of its own.
     layers : LayerMap
     batch : Batch
         A batch of the size used in training.
@@ -97,8 +99,7 @@ def step_cost(
     """
     device = next(model.parameters()).device
     measure = {"flops": _flops, "seconds": _seconds, "memory": _memory}[unit]
-    with selected_layers(model, layers, [*blocks, "head"]):
-        model.eval()  # costs are the same, and BatchNorm's statistics must not drift
+    with selected_layers(model, layers, [*blocks, "head"]), _kept_state(model, device):
 
         def step() -> None:
             with autocast(device, precision):
@@ -106,6 +107,24 @@ def step_cost(
             value.backward()  # type: ignore[no-untyped-call]
 
         return measure(model, step)
+
+
+@contextmanager
+def _kept_state(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put back what steps in training mode move: BatchNorm's statistics, and the random generators."""
+    buffers = [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        if module.training
+        for buffer in module.buffers(recurse=False)
+    ]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
 
 def _split(alone: np.ndarray, with_first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,16 +152,14 @@ def _flops(model: nn.Module, step: Callable[[], None]) -> float:
 
 
 def _seconds(model: nn.Module, step: Callable[[], None]) -> float:
-    on_gpu = next(model.parameters()).is_cuda
+    device = next(model.parameters()).device
     times = []
     for _ in range(TIMED + 1):
         _clear(model)
-        if on_gpu:
-            torch.cuda.synchronize()
+        synchronize(device)
         began = time.perf_counter()
         step()
-        if on_gpu:
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - began)
     _clear(model)
     return statistics.median(times[1:])
@@ -151,11 +168,13 @@ def _seconds(model: nn.Module, step: Callable[[], None]) -> float:
 def _memory(model: nn.Module, step: Callable[[], None]) -> float:
     device = next(model.parameters()).device
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        step()  # libraries take their workspaces in the first step, and keep them
+        _clear(model)
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
-        torch.cuda.synchronize(device)
+        synchronize(device)
         peak = float(torch.cuda.max_memory_allocated(device) - before)
     else:
         with _kept_for_backward(model.parameters()) as kept:

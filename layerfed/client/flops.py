@@ -1,12 +1,20 @@
-"""Count FLOPs as torch does, once for each kind of step."""
+"""Count FLOPs as torch does, once for each kind of step.
+
+What counts are products of matrices, convolutions, attention and recurrent layers, at two FLOPs for each
+multiplication. Work on single elements (norms, activations, sums) counts nothing.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from logging import WARNING
+from math import prod
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from flwr.common.logger import log
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
@@ -22,28 +30,49 @@ __all__ = ["TotalFlops", "counted", "forward_flops"]
 
 T = TypeVar("T")
 Shape = Sequence[int]
+Formula = Callable[..., float]
 
 # The FLOPs of a step depend only on the mask and on the batch's shapes, and counting doubles the time
 # of a step. So each combination is counted once, and the count is kept as long as its model lives.
 _KNOWN: WeakKeyDictionary[nn.Module, dict[object, float]] = WeakKeyDictionary()
 
 
+# Names of operations that do more arithmetic than one step for each element.
+ARITHMETIC = re.compile(
+    r"mm(?![a-z])|matmul|mv_?$|dot|conv(?!ert)|atten|multi_head|linear|rnn|lstm|gru|fft|cdist"
+    r"|einsum|solve|svd|eig|_qr|geqrf|det$|lu_factor|_inv|inverse|cholesky|matrix_(exp|power)|encoder_layer"
+)
+NO_ARITHMETIC = re.compile(
+    r"upsample|flatten|cell|reorder|prepack|fft_?(freq|shift)|plan_cache|slice_"
+)
+# Their operations do no arithmetic; those of any other library may.
+PLAIN = ("prim", "prims", "rngprims", "profiler")
+_NAMED: set[str] = set()
+
+
+def arithmetic(packet: Any) -> bool:
+    """Say whether an operation does arithmetic that should be counted, going by its name."""
+    library, _, name = str(packet).rpartition(".")
+    if library != "aten":
+        return library not in PLAIN
+    return ARITHMETIC.search(name) is not None and NO_ARITHMETIC.search(name) is None
+
+
 def _counter() -> FlopCounterMode:
-    """Return torch's counter, extended by the fused attention of CPUs and of frozen layers.
+    """Return torch's counter, extended by what it does not know, or counts wrongly.
 
     If nothing needs a gradient, `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` run one fused
     operation each, which torch's counter does not know. They are a third of a frozen CLIP block. In some
-    versions it does not know the operation of `scaled_dot_product_attention` on a CPU either.
+    versions it does not know the operation of `scaled_dot_product_attention` on a CPU either. The
+    gradient of a grouped convolution's weights it counts once a group too often.
     """
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            torch.ops.aten._native_multi_head_attention: _attention_flops,
-            torch.ops.aten._transformer_encoder_layer_fwd: _encoder_layer_flops,
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _products,
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _products_back,
-        },
-    )
+    mapping = {}
+    for name, formula in _FORMULAS.items():
+        library, operation = name.split(".")
+        # Not every version has all of them, and a library registers its own when it is imported.
+        if (packet := getattr(getattr(torch.ops, library), operation, None)) is not None:
+            mapping[packet] = formula
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 class TotalFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -77,10 +106,65 @@ class TotalFlops(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if parts is not NotImplemented:
                 return parts
         out = func(*args, **kwargs)
-        formula = self._formulas.get(func._overloadpacket)
+        packet = func._overloadpacket
+        formula = self._formulas.get(packet)
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=out)
+        elif arithmetic(packet) and str(packet) not in _NAMED:
+            _NAMED.add(str(packet))
+            log(WARNING, "FLOPs leave out %s, for which there is no formula", packet)
         return out
+
+
+def _convolution_back(
+    grad: Shape,
+    source: Shape,
+    weight: Shape,
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    wanted: Sequence[bool],
+    **_: Any,
+) -> float:
+    """Return the FLOPs of a convolution's gradients, each of which takes as many as forward."""
+    positions = prod((source if transposed else grad)[2:])
+    return 2.0 * source[0] * positions * prod(weight) * sum(wanted[:2])
+
+
+def _product(first: Shape, second: Shape, *_: Any, **__: Any) -> float:
+    """Return the FLOPs of a product of matrices, of batches of them, or of a matrix and a vector."""
+    return 2.0 * prod(first) * (second[-1] if len(second) > 1 else 1)
+
+
+def _grouped_product(first: Shape, second: Shape, *_: Any, **__: Any) -> float:
+    """Return the FLOPs of the products of mixed experts, each on its group of rows or columns.
+
+    Of (G, M, K) and (K, N) each of the G matrices meets its own columns only.
+    """
+    return _product(first[1:] if len(first) > len(second) else first, second)
+
+
+def _added(_bias: Shape, *factors: Any, **_: Any) -> float:
+    return _product(*factors)
+
+
+def _linear(source: Shape, weight: Shape, *_: Any, **__: Any) -> float:
+    return 2.0 * prod(source) * weight[0]
+
+
+def _recurrent(source: Shape, *weights: Any, **_: Any) -> float:
+    """Return the FLOPs of recurrent layers: each matrix meets each token. cuDNN has one list of them."""
+    matrices = weights[0] if weights and isinstance(weights[0], list) else weights[:2]
+    return 2.0 * prod(source[:-1]) * sum(prod(w) for w in matrices if len(w) == 2)
+
+
+def _twice(formula: Formula) -> Formula:
+    """Return the FLOPs of a gradient by both factors, given those of forward."""
+    return lambda *shapes, **named: 2 * formula(*shapes, **named)
 
 
 def _products(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> float:
@@ -109,6 +193,25 @@ def _encoder_layer_flops(source: Shape, width: int, *rest: Any, **__: Any) -> fl
     batch, tokens, _width = source
     hidden = int(rest[12][0])
     return _attention_flops(source, source, source, width) + 4 * batch * tokens * width * hidden
+
+
+_FORMULAS: dict[str, Formula] = {
+    "aten._native_multi_head_attention": _attention_flops,
+    "aten._transformer_encoder_layer_fwd": _encoder_layer_flops,
+    "aten._scaled_dot_product_flash_attention_for_cpu": _products,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _products_back,
+    "aten.convolution_backward": _convolution_back,
+    **dict.fromkeys(("aten.mv", "aten.dot", "aten.vdot"), _product),
+    **dict.fromkeys(("aten.addmm_", "aten.addbmm", "aten.baddbmm_", "aten.addmv"), _added),
+    "aten._addmm_activation": _added,
+    **dict.fromkeys(("aten.linear", "aten.mkldnn_linear"), _linear),
+    **dict.fromkeys(("aten._grouped_mm", "aten._scaled_grouped_mm"), _grouped_product),
+    "transformers.grouped_mm_fallback": _grouped_product,
+    "transformers.grouped_mm_fallback_backward": _twice(_grouped_product),
+    **dict.fromkeys(("aten.mkldnn_rnn_layer", "aten._cudnn_rnn"), _recurrent),
+    "aten.mkldnn_rnn_layer_backward": _twice(_recurrent),
+    "aten._cudnn_rnn_backward": _twice(_recurrent),
+}
 
 
 def counted(model: nn.Module, kind: object, batch: Batch, step: Callable[[], T]) -> tuple[T, float]:
@@ -152,7 +255,7 @@ def forward_flops(
         The task's forward pass.
     """
     model.eval()
-    with torch.no_grad(), _counter() as flops:
+    with torch.no_grad(), _counter() as flops, TotalFlops():  # which names what has no formula
         logits(model, example)
     # The counter names modules by the class of the outermost module and their names inside it.
     root = type(model).__name__

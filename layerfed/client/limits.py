@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from flwr.app import MetricRecord, RecordDict
 
+from layerfed.client.devices import synchronize
 from layerfed.config import BudgetUnit, ConfigError, NodeConfig
 from layerfed.task.base import Batch
 
@@ -240,6 +241,8 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + unused)
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     try:
         fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
         available = float(fields["MemAvailable"].split()[0]) * 1024
@@ -286,8 +289,7 @@ def paced(batches: Iterable[Batch], most: float, device: torch.device) -> Iterat
             _refuse_slow(step, seconds, most)
         began = time.monotonic()
         yield batch
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         step, seconds = step + 1, time.monotonic() - began
     _refuse_slow(step, seconds, most)
 

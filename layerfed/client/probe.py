@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerfed.client.devices import wide
 from layerfed.client.flops import counted
 from layerfed.client.statistics import STATISTICS, Statistic, load_statistic
 from layerfed.client.training import LossFn, autocast, selected_layers
@@ -62,7 +63,7 @@ def probe_layers(
     device = next(iter(parameters.values())).device
     # A row for each block, a column for each statistic. It is on the device, so hooks do not wait.
     of_data = {name: statistic for name, statistic in wanted.items() if not statistic.public}
-    table = torch.zeros(layers.num_blocks, len(of_data), dtype=torch.float64, device=device)
+    table = torch.zeros(layers.num_blocks, len(of_data), dtype=wide(device), device=device)
     rows: list[np.ndarray] = []
     total_flops = 0.0
     with selected_layers(model, layers, [block.name for block in layers.blocks]):
@@ -71,7 +72,7 @@ def probe_layers(
             with _measuring(table, layers.blocks, parameters, list(of_data.values())):
                 backward = partial(_backward, model, batch, loss, device, precision)
                 total_flops += counted(model, "probe", batch, backward)[1]
-            rows.append(table.cpu().numpy().copy())
+            rows.append(table.cpu().double().numpy().copy())
     if not rows:
         raise ValueError("there is no batch to probe on")
     means = np.mean(rows, axis=0)

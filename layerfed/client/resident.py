@@ -23,6 +23,7 @@ from layerfed.exchange.messages import (
 )
 from layerfed.exchange.store import LayerStore
 from layerfed.models.layers import LayerMap
+from layerfed.models.weights import in_float32, refuse_not_finite
 
 __all__ = ["MissingLayers", "ResidentModel", "keeping_layers"]
 
@@ -84,16 +85,20 @@ class ResidentModel:
         layers: Callable[[nn.Module], LayerMap],
         device: torch.device,
     ) -> None:
-        self._build = build
+        self._own_build = build
         self.device = device
-        self.model = build().to(device)
+        self.model = self._build().to(device)
         self.layers = layers(self.model)
         self.tensors: dict[str, Tensor] = {
             **dict(self.model.named_parameters()),
             **dict(self.model.named_buffers()),
         }
+        refuse_not_finite({n: self.tensors[n] for x in self.layers.layers for n in x.parameters})
         self._base = {layer.name: self._digest(layer.name) for layer in self.layers.layers}
         self._digests: dict[str, str | None] = dict(self._base)
+
+    def _build(self) -> nn.Module:
+        return in_float32(self._own_build())
 
     def _digest(self, layer: str) -> str:
         return digest({name: self.tensors[name].detach() for name in self.layers[layer].tensors})

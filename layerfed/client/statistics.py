@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerfed.client.devices import wide
 from layerfed.config import imported
 
 __all__ = ["STATISTICS", "Statistic", "load_statistic", "statistic"]
@@ -85,7 +86,7 @@ def grad_norm_sq(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tens
 @statistic(public=True)
 def param_norm_sq(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """Return ‖θ_l‖²."""
-    return torch.stack([weight.double().square().sum() for weight in weights]).sum()
+    return torch.stack([w.to(wide(w.device)).square().sum() for w in weights]).sum()
 
 
 @statistic()
@@ -109,7 +110,7 @@ def snr_code(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def _sums(gradients: Sequence[Tensor]) -> Tensor:
-    """Return ‖g‖² and Σ g of each tensor, shape (P, 2), float64 from float32 reductions."""
+    """Return ‖g‖² and Σ g of each tensor, shape (P, 2), summed in float32 and returned wide."""
     rows = [
         torch.stack(
             [
@@ -119,7 +120,7 @@ def _sums(gradients: Sequence[Tensor]) -> Tensor:
         )
         for gradient in gradients
     ]
-    return torch.stack(rows).double()
+    return torch.stack(rows).to(wide(rows[0].device))
 
 
 def _moments(squares: Tensor, total: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor]:

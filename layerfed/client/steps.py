@@ -106,7 +106,7 @@ class Encode(ClientStep):
         store = None if self.node.protection is not None else self.node.store
         key = f"{self.instruction.run}/{self.node.partition}"
         return replace(
-            departure, tensors=compress(self.instruction.codec_used, by_layer, store, key)
+            departure, tensors=compress(self.instruction.codec_for(layers), by_layer, store, key)
         )
 
 

@@ -7,6 +7,8 @@ few of its layers.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -16,15 +18,20 @@ import torch
 from flwr.app import Context
 
 from layerfed.client.costs import MeasuredUnit, measure_costs, step_cost
+from layerfed.client.devices import choose_device
 from layerfed.client.limits import Allowance, LayerCosts, free_memory
 from layerfed.client.resident import ResidentModel
-from layerfed.config import BudgetUnit, ConfigError, Flat, NodeConfig, RunConfig, Scalar
+from layerfed.config import BudgetUnit, Flat, NodeConfig, RunConfig, Scalar
 from layerfed.exchange import LayerStore, open_store
 from layerfed.models.layers import layer_costs
 from layerfed.privacy.protection import Protection
 from layerfed.task import Batch, Examples, Task, load_task
 
 __all__ = ["Node", "Workbench", "node_store", "run_config_of", "workbench"]
+
+
+# Bytes of a GPU that the driver's context and the libraries' workspaces take in each process.
+CUDA_PROCESS = 6e8
 
 
 class Workbench:
@@ -34,7 +41,7 @@ class Workbench:
         self.config = config
         self.task: Task = load_task(config)
         self.task.own_data = own_data
-        self.device = _device(config.run.device)
+        self.device = choose_device(config.run.device)
         self.resident = ResidentModel(self.task.build_model, self.task.layers, self.device)
         self._examples: dict[int, tuple[Examples, Examples]] = {}
         self._costs: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -62,10 +69,44 @@ class Workbench:
 
     def head_memory(self, partition: int) -> float:
         """Return the bytes of a training step on the head alone, on this device."""
+        return self._step_memory(partition, [])
+
+    def memory_needed(self, partition: int, blocks: Iterable[str] | None = None) -> float:
+        """Return the bytes that a client's process needs on this device.
+
+        They are those of the model, of a step, of copies of the trained layers and of the optimiser's
+        state, and on a GPU of the process itself.
+
+        Parameters
+        ----------
+        partition : int
+        blocks : Iterable[str], optional
+            Names of the blocks that the client trains; by default all.
+
+        Returns
+        -------
+        float
+            Infinity if the device cannot even take one such step.
+        """
+        layers, train = self.resident.layers, self.config.train
+        chosen = [block.name for block in layers.blocks] if blocks is None else list(blocks)
+        try:
+            step = self._step_memory(partition, chosen)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return math.inf
+        # θ^t of the trained layers is kept beside them.
+        copies = 1 + (2 if train.optimizer == "adamw" else bool(train.momentum))
+        trained = sum(layers[name].bytes for name in [*chosen, layers.head.name])
+        model = sum(tensor.nbytes for tensor in self.resident.tensors.values())
+        process = CUDA_PROCESS if self.device.type == "cuda" else 0.0
+        return model + step + copies * trained + process
+
+    def _step_memory(self, partition: int, blocks: Iterable[str]) -> float:
         return step_cost(
             self.resident.model,
             self.resident.layers,
-            [],
+            blocks,
             self._batch(partition),
             self.task.loss,
             "memory",
@@ -119,14 +160,6 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     return _workbench(shared, node is not None and node.own_data is not None)
-
-
-def _device(name: str) -> torch.device:
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"run.device = '{name}', but there is no CUDA device; use auto or cpu")
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def node_store(context: Context) -> LayerStore:

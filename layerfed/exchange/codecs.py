@@ -11,18 +11,23 @@ int8        1         max|row| / 254, with rows along the first dimension; the e
 =========== ========= ==========================================================================
 
 Error feedback is that of Seide et al. (2014) and Karimireddy et al. (2019). The client sends C(Δ + e)
-and keeps e ← Δ + e − C(Δ + e), so no part of an update is lost, only delayed. Tensors of other types
-than float32 (BatchNorm's batch counter) are sent as they are.
+and keeps e ← Δ + e − C(Δ + e), so no part of an update is lost, only delayed.
+
+Only parameters in float32 are coded. Buffers are sent as they are: rounding a change of BatchNorm's
+running variance can make the variance negative, and the model's output NaN.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 
+from layerfed.exchange.arrays import RefusedReply
+from layerfed.exchange.bounds import check_values
 from layerfed.exchange.store import LayerStore
 
 __all__ = ["CODECS", "Codec", "compress"]
@@ -39,23 +44,37 @@ class Codec(ABC):
 
     feedback = False
     """Whether the client keeps the error for its next update (error feedback)."""
+    exact: frozenset[str] = frozenset()
+    """Names of the tensors that are sent as they are, whatever their type."""
+
+    def sparing(self, names: Iterable[str]) -> Self:
+        """Return this codec for a model in which some tensors, its buffers, are not to be coded."""
+        spared = copy(self)
+        spared.exact = frozenset(names)
+        return spared
+
+    def codes(self, name: str, dtype: np.dtype[Any]) -> bool:
+        """Say whether a tensor is coded; others are sent as they are."""
+        return dtype == np.float32 and name not in self.exact
 
     def encode(self, update: Mapping[str, np.ndarray]) -> Parts:
         """Return the arrays to send, by name."""
         parts: Parts = {}
         for name, values in update.items():
-            parts.update(self._write(name, values) if _coded(values.dtype) else {name: values})
+            parts.update(
+                self._write(name, values) if self.codes(name, values.dtype) else {name: values}
+            )
         return parts
 
     def decode(self, name: str, like: np.ndarray, parts: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return one tensor of an update, from the arrays that `parts_of` names."""
-        return self._read(name, parts) if _coded(like.dtype) else parts[name]
+        return self._read(name, parts) if self.codes(name, like.dtype) else parts[name]
 
     def parts_of(self, name: str, like: np.ndarray) -> dict[str, Spec]:
         """Return name, shape and dtype of the arrays in which one tensor is sent."""
-        return (
-            self._spec(name, like.shape) if _coded(like.dtype) else {name: (like.shape, like.dtype)}
-        )
+        if not self.codes(name, like.dtype):
+            return {name: (like.shape, like.dtype)}
+        return self._spec(name, like.shape)
 
     @abstractmethod
     def _write(self, name: str, values: np.ndarray) -> Parts: ...
@@ -65,10 +84,6 @@ class Codec(ABC):
 
     @abstractmethod
     def _spec(self, name: str, shape: tuple[int, ...]) -> dict[str, Spec]: ...
-
-
-def _coded(dtype: np.dtype[Any]) -> bool:
-    return dtype == np.float32
 
 
 class _Float32(Codec):
@@ -184,8 +199,20 @@ def compress(
     -------
     dict[str, numpy.ndarray]
         The arrays to send, by name.
+
+    Raises
+    ------
+    ValueError
+        If the server would refuse the update's numbers. Nothing of it is remembered then, or its error
+        would spoil the client's later updates too.
     """
     parts: Parts = {}
+    for update in layers.values():
+        for name, values in update.items():
+            try:
+                check_values(name, values)
+            except RefusedReply as reason:
+                raise ValueError(f"the update is of no use: {reason}; lower train.lr") from None
     for layer, update in layers.items():
         if store is None or not codec.feedback:
             parts.update(codec.encode(update))
@@ -202,7 +229,7 @@ def compress(
             {
                 name: values - codec.decode(name, values, sent)
                 for name, values in wanted.items()
-                if _coded(values.dtype)
+                if codec.codes(name, values.dtype)
             },
         )
         parts.update(sent)

@@ -24,7 +24,10 @@ from layerfed.models.layers import LayerMap
 __all__ = ["Mask", "TrainInstruction", "Upload"]
 
 Mask = tuple[bool, ...]
-OWN = ("round", "run", "codec", "lr", "mask", "schedule", "schedule-steps", "upload", "upload-norm")
+OWN = (
+    *("round", "client", "examples", "run", "codec", "lr"),
+    *("mask", "schedule", "schedule-steps", "upload", "upload-norm"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,9 @@ class TrainInstruction:
         """The blocks that the client trains in the round, L booleans."""
         return tuple(map(any, zip(*self.masks, strict=True)))
 
-    @property
-    def codec_used(self) -> Codec:
-        """The codec named by `codec`."""
-        return CODECS[self.codec]
+    def codec_for(self, layers: LayerMap) -> Codec:
+        """Return the codec named by `codec`, which leaves the model's buffers as they are."""
+        return CODECS[self.codec].sparing(b for layer in layers.layers for b in layer.buffers)
 
     # ------------------------------------------------------------------------------- on the wire
     def to_config(self) -> dict[str, Any]:

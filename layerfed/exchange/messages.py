@@ -13,6 +13,9 @@ train           that of a `TrainInstruction`                  arrays: Δ of the 
 evaluate        round                                         examples
 =============== ============================================= =====================================
 
+An instruction that concerns the model also says, in `client` and `examples`, for whom the server takes
+the node; one that has become another meanwhile refuses.
+
 A reply also states the metrics of its phase (`exchange/metrics.py`). Secure sums add queries of their
 own (`secure/messages.py`).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError, ModelConfig, nearest
-from layerfed.models.source import loading, new_weights, require
+from layerfed.models.source import FILES, loading, new_weights, require
+from layerfed.models.weights import load_weights
 from layerfed_assets import BACKBONE, backbone
 
 __all__ = ["ImageClassifier", "Tower", "build_image_classifier"]
@@ -110,16 +112,21 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
     timm, data = require("timm", section.name), require("timm.data", section.name)
 
     name, path = section.architecture, Path(section.weights).expanduser()
-    options: dict[str, Any] = {"num_classes": classes, "pretrained": weights != "random"}
+    file = _weights_in(path) if path.is_dir() else path if path.is_file() else None
+    options: dict[str, Any] = {
+        "num_classes": classes,
+        "pretrained": weights != "random" and file is None,
+    }
     source = f"timm/{name}" if weights == "pretrained" else weights
     if section.weights not in ("pretrained", "random"):
         source = section.weights
         # A folder or repository has a configuration, which names the architecture.
-        if path.is_file():
-            if path.suffix != ".safetensors":
-                raise ConfigError(f"model.weights = '{source}' should be a .safetensors file")
-            options["pretrained_cfg_overlay"] = {"file": str(path)}
-        else:
+        if path.is_file() and path.suffix not in FILES:
+            raise ConfigError(
+                f"model.weights = '{source}' should be a .safetensors file, or one of torch's: "
+                f"{', '.join(FILES[1:])}"
+            )
+        if not path.is_file():
             kind = "local-dir" if path.is_dir() else "hf-hub"
             name = f"{kind}:{source}"
     if ":" not in name and not timm.is_model(name):
@@ -129,8 +136,23 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
         )
     with loading(section, source):
         net = timm.create_model(name, **options)
+        if file is not None and weights != "random":
+            # timm itself would leave what the file lacks at random. A file's head is of other classes,
+            # unless there are as many as its configuration has, or else the architecture's.
+            same = classes == net.pretrained_cfg["num_classes"]
+            convert = getattr(import_module(type(net).__module__), "checkpoint_filter_fn", None)
+            heads = net.pretrained_cfg.get("classifier") or ()
+            heads = (heads,) if isinstance(heads, str) else heads
+            load_weights(net, file, convert, () if same else heads)
     taken = data.resolve_model_data_config(net)
     return net, taken["input_size"][-1], taken["mean"], taken["std"]
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """Return the file of a folder that holds the weights: the hub's names first, safetensors first."""
+    found = [file for suffix in FILES for file in sorted(folder.glob(f"*{suffix}"))]
+    named = (file for file in found if file.stem in ("model", "pytorch_model"))
+    return next(named, found[0] if found else None)
 
 
 def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:

@@ -15,7 +15,7 @@ from layerfed.config import ConfigError, ModelConfig
 from layerfed.config.errors import naming_extras
 from layerfed.config.seeding import Stream, torch_seed
 
-__all__ = ["loading", "new_weights", "require"]
+__all__ = ["FILES", "loading", "new_weights", "require"]
 
 # Some of the oldest repositories have no owner.
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -94,5 +94,6 @@ def _advice(section: ModelConfig, repository: str, key: str, error: str) -> str:
 def new_weights(seed: int) -> Iterator[None]:
     """Draw new weights from the run's seed, and leave the global generator unchanged."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(seed, Stream.HEAD))
+        # Not torch.manual_seed, which would also seed all GPUs.
+        torch.default_generator.manual_seed(torch_seed(seed, Stream.HEAD))
         yield

@@ -170,9 +170,9 @@ def _build(
         model: PreTrainedModel
         if skeleton:
             with torch.device("meta"):
-                model = kind.from_config(config, trust_remote_code=False)
+                model = kind.from_config(config, trust_remote_code=False, dtype=torch.float32)
         elif section.weights == "random":
-            model = kind.from_config(config, trust_remote_code=False)
+            model = kind.from_config(config, trust_remote_code=False, dtype=torch.float32)
         else:
             # Reads safetensors if there are any, else by torch.load, restricted to weights.
             with _quiet(transformers):

@@ -62,6 +62,9 @@ class ServerOptimizer(ABC):
             value = tensor + (self.lr * self.direction(name, mean[name]) if trained else mean[name])
             if np.issubdtype(tensor.dtype, np.integer):
                 value = np.rint(value)
+            if name.endswith("running_var"):
+                # Secure sums round, and a client may send anything; below zero the output is NaN.
+                value = np.maximum(value, 0.0)
             stepped[name] = value.astype(tensor.dtype)
         return stepped
 

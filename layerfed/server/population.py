@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from logging import DEBUG, INFO, WARNING
 
 import numpy as np
@@ -41,7 +42,8 @@ class Population:
     """The clients that can be sampled, by partition id.
 
     Flower's node ids are random in every run, so a run repeats only if sampling, budgets and local
-    randomness go by partition id. Each node is asked once which partition it holds.
+    randomness go by partition id. Each node is asked once which partition it holds, and again when its
+    answer may have changed: after it was away, and after its reply was refused in a round.
 
     Parameters
     ----------
@@ -71,7 +73,9 @@ class Population:
         self.holdings = holdings or Holdings()
         self.check = check
         self._described: dict[int, Description] = {}
+        self._stale: set[int] = set()
         self._refused: dict[int, str] = {}
+        self._nonsense: set[int] = set()
         self._errors: dict[int, list[str]] = {}
         self._misfits: list[str] = []
         self._warned: set[str] = set()
@@ -116,14 +120,20 @@ class Population:
         """Ask new nodes to describe themselves, and return the connected nodes by partition id.
 
         With a manifest, nodes also say which of its layers they still hold, for example from before a
-        restart. A node whose answer is refused is left out for good. A node that answers with an error,
-        or not in time, is asked again in the next refreshes, `ATTEMPTS` times in all.
+        restart. A node whose answer is refused is left out for as long as it is connected. A node that
+        answers with an error, or not in time, is asked again in the next refreshes, `ATTEMPTS` times in
+        all. A node whose settings do not fit is asked again in every round, since they may be mended.
         """
         connected = sorted(grid.get_node_ids())
+        self._forget_absent(connected)
+        if manifest is not None:
+            self._refused = {n: r for n, r in self._refused.items() if n in self._nonsense}
         unknown = [
             node
             for node in connected
-            if node not in self._described and node not in self._refused and not self._gave_up(node)
+            if (node not in self._described or node in self._stale)
+            and node not in self._refused
+            and not self._gave_up(node)
         ]
         patience = min(timeout, PATIENCE_SECONDS)
         questions = {
@@ -146,19 +156,44 @@ class Population:
             try:
                 check_reply(reply, questions[node])
                 held, store = read_held(reply)
-                self._described[node] = read_description(reply, self.num_blocks)
+                self._learn(node, read_description(reply, self.num_blocks))
                 known = set(manifest.digests.values()) if manifest is not None else set()
                 self.holdings.learn(node, known.intersection(held), store)
             except RefusedReply as error:
                 self._refused[node] = str(error)
+                self._nonsense.add(node)
                 log(WARNING, "node %d is left out, its description was refused: %s", node, error)
         # A node that held a partition keeps it, also if a later node has a smaller id.
         holders = set(self.nodes.values())
         self.nodes = {}
         for node in sorted(connected, key=lambda n: (n not in holders, n)):
-            if node in self._described and node not in self._refused:
+            if node in self._described and node not in self._stale | self._refused.keys():
                 self._place(node, self._described[node])
         return self.nodes
+
+    def ask_again(self, node: int) -> None:
+        """Ask a node with the next refresh who it is: what it stated before may no longer hold."""
+        self._stale.add(node)
+
+    def _forget_absent(self, connected: Collection[int]) -> None:
+        """Forget the nodes that are not connected: they may come back with other settings or data."""
+        for partition, node in self.nodes.items():
+            if node not in connected:
+                log(INFO, "client %d is away (node %d)", partition, node)
+        for node in {*self._described, *self._refused, *self._errors}.difference(connected):
+            self.ask_again(node)
+            self._refused.pop(node, None)
+            self._errors.pop(node, None)
+            self._nonsense.discard(node)
+
+    def _learn(self, node: int, description: Description) -> None:
+        former = self._described.get(node, description)
+        self._described[node] = description
+        self._stale.discard(node)
+        for one in fields(Description):
+            before, now = getattr(former, one.name), getattr(description, one.name)
+            if before != now:
+                log(INFO, "node %d states another %s: %s, before %s", node, one.name, now, before)
 
     def _warn(self, text: str, node: int, reason: str) -> None:
         """Warn that a node is left out; the same reason is a warning once, and then a debug line."""
@@ -173,6 +208,7 @@ class Population:
             self._warn("node %d is left out: %s", node, misfit)
             self._misfits.append(misfit)
             self._refused[node] = misfit
+            self.ask_again(node)
             return
         other = self.nodes.setdefault(description.partition, node)
         if other != node:

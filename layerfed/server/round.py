@@ -22,6 +22,7 @@ from layerfed.exchange import (
     read_statistics,
 )
 from layerfed.exchange.arrays import carried_bytes, moved_bytes
+from layerfed.flower_compat import ErrorCode
 from layerfed.runs.records import Failure, RoundFailed, RoundRecord
 from layerfed.server.aggregation import WEIGHTED_MEAN, Aggregation, Aggregator
 from layerfed.server.global_model import GlobalModel
@@ -73,6 +74,8 @@ class Round:
         The steps of each update, in order.
     aggregation : Aggregation
         The rule that combines updates.
+    refused : Callable[[int], None]
+        Told the node id of each client whose answer was refused or was an error of its own.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Round:
         examples: Mapping[int, int] | None = None,
         steps: Sequence[ServerStep] = (Decoding(),),
         aggregation: Aggregation = WEIGHTED_MEAN,
+        refused: Callable[[int], None] = lambda node: None,
     ) -> None:
         self.record = RoundRecord(number)
         self.model = model
@@ -98,6 +102,7 @@ class Round:
         self._holdings = holdings
         self._steps = steps
         self._aggregation = aggregation
+        self._refused = refused
         self._mean = aggregation.begin(model.layers)
         self._spread = UpdateSpread()
         self._instructions: dict[int, TrainInstruction] = {}
@@ -148,11 +153,16 @@ class Round:
                 timeout=self.timeout,
                 manifest=manifest,
                 arrays=payloads[sent],
-                config=config,
+                config={**config, **self._taken_for(client)},
             )
             self._asked[node] = message
             built.append(message)
         return built
+
+    def _taken_for(self, client: int) -> dict[str, int]:
+        """Return what a node must still be, since it may have been restarted since it was asked."""
+        stated = {"examples": self.examples[client]} if client in self.examples else {}
+        return {"client": client, **stated}
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Send messages and yield replies as they arrive; resend layers that a node lacks."""
@@ -229,7 +239,9 @@ class Round:
             own = self._instructions[partition]
             names = self.model.layers.trained(own.mask)
             asked = {name: self.model.layer(name) for name in names}
-            arrival = Arrival(partition, answer, own, asked, self.examples.get(partition, 2**62))
+            stated = self.examples.get(partition, 2**62)
+            codec = own.codec_for(self.model.layers)
+            arrival = Arrival(partition, answer, own, asked, stated, codec)
             for step in self._steps:
                 step.receive(arrival, record)
             arrival.examples = self.weight(arrival.examples)
@@ -367,13 +379,17 @@ class Round:
     @contextmanager
     def refusing(self, reply: Message, phase: str) -> Iterator[int]:
         """Yield the client's partition id; log and count a `RefusedReply` that is raised inside."""
-        partition = self._partitions.get(reply.metadata.src_node_id, -1)
+        node = reply.metadata.src_node_id
+        partition = self._partitions.get(node, -1)
         try:
             yield partition
         except RefusedReply as error:
             self.record.failures.append(Failure(partition, phase, str(error)))
             number = self.record.round
             log(WARNING, "round %d: %s of client %d: %s", number, phase, partition, error)
+            # Not where it was silent: asking a node that is gone would hold up the next round.
+            if node in self._partitions and (not reply.has_error() or _raised(reply)):
+                self._refused(node)
 
     def _answer(self, reply: Message, phase: str) -> Message:
         """Return a node's answer in a phase; refuse a second answer, or one to another message."""
@@ -391,6 +407,10 @@ class Round:
         if read_missing(reply, self.model.layers):
             raise RefusedReply("it lacks layers that were sent to it")
         return reply
+
+
+def _raised(reply: Message) -> bool:
+    return bool(reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
 
 
 def answer_to(asked: Message, reply: Message) -> Message:

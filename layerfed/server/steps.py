@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.common.logger import log
 
 from layerfed.config import ConfigError
-from layerfed.exchange import RefusedReply, TrainInstruction, read_train_reply
+from layerfed.exchange import CODECS, Codec, RefusedReply, TrainInstruction, read_train_reply
 from layerfed.exchange.clipping import clipped
 from layerfed.runs.records import RoundRecord
 
@@ -45,6 +45,8 @@ class Arrival:
         θ^t of the layers that it was asked to train, by layer and tensor; the head comes last.
     stated : int
         d_i as the client stated it when it joined.
+    codec : Codec
+        What the update was to be written in.
     due : Mapping[str, Mapping[str, numpy.ndarray]]
         The asked layers whose updates the reply holds.
     update : Mapping[str, numpy.ndarray]
@@ -61,6 +63,7 @@ class Arrival:
     instruction: TrainInstruction
     asked: Layers
     stated: int
+    codec: Codec = CODECS["float32"]
     due: Layers = field(default_factory=dict)
     update: Mapping[str, np.ndarray] = field(default_factory=dict)
     examples: int = 0
@@ -146,7 +149,7 @@ class Decoding(ServerStep):
         """Read the reply into `due`, `update`, `examples` and `metrics`."""
         arrival.due = _sent(arrival)
         expected = {t: v for tensors in arrival.due.values() for t, v in tensors.items()}
-        reply = read_train_reply(arrival.message, expected, arrival.instruction.codec_used)
+        reply = read_train_reply(arrival.message, expected, arrival.codec)
         if reply.examples > arrival.stated:
             raise RefusedReply(
                 f"it claims {reply.examples} examples, and had {arrival.stated} on joining"
@@ -164,12 +167,13 @@ def _sent(arrival: Arrival) -> Layers:
     if upload is None:
         return asked
     record = arrival.message.content.array_records.get("arrays", ArrayRecord())
-    codec = arrival.instruction.codec_used
     found = {
         layer: tensors
         for layer, tensors in asked.items()
         if any(
-            part in record for name, like in tensors.items() for part in codec.parts_of(name, like)
+            part in record
+            for name, like in tensors.items()
+            for part in arrival.codec.parts_of(name, like)
         )
     }
     *_, head = asked

@@ -553,6 +553,7 @@ class SelectiveStrategy(Strategy):
             examples={client: self.population.description(client).examples for client in present},
             steps=self.settings.all_steps,
             aggregation=self.settings.aggregation,
+            refused=self.population.ask_again,
         )
 
     def _publish(self, layers: Iterable[str]) -> None:

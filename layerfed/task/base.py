@@ -89,11 +89,20 @@ class Examples:
 
         The last batch of a pass may be smaller, so that every pass has each example once. A client with
         fewer examples than a batch yields all of them each time.
+
+        A pass never ends in a batch of one, on which BatchNorm cannot be trained: it takes the last
+        example of the batch before it (in passes of twos, both have this example).
         """
+        lonely = len(self) > batch_size > 1 and len(self) % batch_size == 1
         while True:
             order = rng.permutation(len(self))
             for start in range(0, len(order), batch_size):
-                yield self._batch(order[start : start + batch_size], device)
+                rows = order[start : start + batch_size]
+                if lonely and len(rows) == 1:
+                    rows = order[-2:]
+                elif lonely and start + batch_size == len(order) - 1 and batch_size > 2:
+                    rows = rows[:-1]
+                yield self._batch(rows, device)
 
     def _batch(self, positions: np.ndarray | slice, device: torch.device) -> Batch:
         found = self.store.batch(self.indices[positions])

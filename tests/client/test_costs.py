@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerfed.client.costs import MEASURED_UNITS, _split, measure_costs
+from layerfed.client.costs import MEASURED_UNITS, _split, measure_costs, step_cost
 from layerfed.client.training import selected_layers
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
@@ -75,3 +75,46 @@ def test_noise_never_gives_negative_or_rising_costs() -> None:
 def test_a_single_layer_has_no_depth() -> None:
     own, depth = _split(np.array([7.0]), np.array([]))
     assert (own.tolist(), depth.tolist()) == ([7.0], [0.0])
+
+
+def real_step(model: nn.Module, layers: LayerMap, batch: Batch, selected: tuple[int, ...]) -> float:
+    """Bytes that a step of training keeps: gradients, and what backward needs, but for weights."""
+    names = [layers.blocks[i].name for i in selected]
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with selected_layers(model, layers, [*names, "head"]):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            cross_entropy(model, batch).backward()
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    storages = (t.untyped_storage() for t in kept.values())
+    return gradients + sum(s.nbytes() for s in storages if s.data_ptr() not in weights)
+
+
+def test_a_real_step_takes_no_more_memory_than_was_promised(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    """Dropout keeps a mask in training, which evaluation does without."""
+    own, depth = measure_costs(tiny, layers, batches[0], cross_entropy, "memory")
+    head = step_cost(tiny, layers, [], batches[0], cross_entropy, "memory")
+    for size in range(1, BLOCKS + 1):
+        for mask in itertools.combinations(range(BLOCKS), size):
+            promised = head + own[list(mask)].sum() + depth[min(mask)]
+            assert promised == pytest.approx(real_step(tiny, layers, batches[0], mask), rel=0.02)
+
+
+@pytest.mark.parametrize("unit", MEASURED_UNITS)
+def test_measuring_leaves_statistics_modes_and_generators_alone(
+    unit: str, tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    generator = torch.get_rng_state()
+    step_cost(tiny, layers, ["blocks.0", "blocks.2"], batches[0], cross_entropy, unit)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), generator)
+    for name, tensor in tiny.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert not any(module.training for module in tiny.modules())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
-from layerfed.client.flops import TotalFlops, _counter, forward_flops
+from layerfed.client import flops as module
+from layerfed.client.flops import TotalFlops, _counter, arithmetic, forward_flops
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 from tests.conftest import WIDTH
@@ -76,3 +80,125 @@ def test_a_forward_pass_is_counted_by_layer(tiny: nn.Module, layers: LayerMap) -
     assert by_layer["blocks.0"] == by_layer["blocks.3"] == 2 * WIDTH**2
     assert by_layer["embeddings"] == 2 * 5 * WIDTH
     assert sum(by_layer.values()) == whole
+
+
+# --------------------------------------------------------------------------- families of operations
+def there_and_back(run: Callable[[], Tensor]) -> tuple[float, float]:
+    """FLOPs of forward, and of forward and backward together."""
+    with TotalFlops() as flops:
+        out = run()
+        forward = flops.total
+        out.sum().backward()
+    return forward, flops.total
+
+
+GRAD = {"requires_grad": True}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_grouped_convolution_takes_three_times_its_forward(groups: int, transposed: bool) -> None:
+    """The gradient of the weights used to count once a group too often."""
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer, image = kind(8, 16, 3, stride=2, groups=groups), torch.randn(2, 8, 9, 9, **GRAD)
+    positions = 9 * 9 if transposed else 4 * 4
+    assert there_and_back(lambda: layer(image)) == (
+        forward := 2 * 2 * positions * 8 * 16 * 9 / groups,
+        3 * forward,
+    )
+
+
+def test_a_step_of_depthwise_convolutions_takes_three_times_its_forward() -> None:
+    """EfficientNet-B0 used to count 40 times its forward pass."""
+    net, image = timm.create_model("efficientnet_b0"), torch.randn(2, 3, 32, 32, **GRAD)
+    forward, step = there_and_back(lambda: net(image))
+    assert step == 3 * forward > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)], ids=["lstm", "gru", "rnn"]
+)
+def test_recurrent_layers_count_each_matrix_at_each_token(kind: type[nn.LSTM], gates: int) -> None:
+    layer, tokens = kind(8, 5, batch_first=True), torch.randn(3, 7, 8, **GRAD)
+    forward, step = there_and_back(lambda: layer(tokens)[0])
+    assert forward == 2 * 3 * 7 * gates * 5 * (8 + 5)
+    assert step == pytest.approx(3 * forward, rel=0.06), "the first state needs no gradient"
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_experts_count_however_they_are_computed(experts: str, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    width, hidden, picked, tokens = 32, 64, 2, 16
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        num_experts_per_tok=picked,
+    )
+    model = AutoModelForCausalLM.from_config(config, experts_implementation=experts).to(dtype)
+    ids = torch.zeros(2, tokens // 2, dtype=torch.long)
+    forward, step = there_and_back(lambda: model(ids).logits)
+    attention = 2 * tokens * (4 * width**2 + 2 * width * tokens // 2)
+    mixed = 2 * tokens * (picked * 3 * width * hidden + 4 * width)
+    rotary = 2 * (width // 8) * tokens  # a product of the positions and the frequencies
+    assert forward == pytest.approx(attention + mixed + 2 * tokens * width * 50 + rotary, rel=1e-3)
+    assert step == pytest.approx(3 * forward, rel=0.03), "attention's scores are computed again"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((8, 3), (4, 3, 5)), ((3, 8), (8, 5)), ((4, 2, 3), (4, 3, 5)), ((4, 2, 3), (3, 20))],
+)
+def test_grouped_products_are_products(first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    """Four groups of two rows, two inner numbers, two rows each, or five columns."""
+    rows, inner, columns = {2: (3, 8, 5)}.get(len(second), (8, 3, 5))
+    if len(first) == 3 and len(second) == 2:
+        rows, inner, columns = 2, 3, 20
+    assert module._grouped_product(first, second) == 2 * rows * inner * columns
+
+
+def test_products_with_vectors_and_in_place_count() -> None:
+    a, b, c, v = torch.randn(2, 3), torch.randn(3, 4), torch.zeros(2, 4), torch.randn(3)
+    for run, expected in (
+        (lambda: a @ v, 12),
+        (lambda: v @ v, 6),
+        (lambda: torch.outer(v, v), 0),  # one multiplication an element, and no sum
+        (lambda: c.addmm_(a, b), 48),
+        (lambda: torch.addmv(torch.zeros(2), a, v), 12),
+    ):
+        with TotalFlops() as flops:
+            run()
+        assert flops.total == expected
+
+
+def test_arithmetic_without_a_formula_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_NAMED", set())
+    with caplog.at_level("WARNING", "flwr"):
+        for _ in range(2):
+            with TotalFlops() as flops:
+                nn.Bilinear(3, 4, 5)(torch.randn(2, 3), torch.randn(2, 4))
+    assert flops.total == 0
+    assert [r.getMessage() for r in caplog.records] == [
+        "FLOPs leave out aten._trilinear, for which there is no formula"
+    ]
+
+
+def test_what_is_arithmetic_goes_by_name() -> None:
+    aten = torch.ops.aten
+    for name in ("_fft_r2c", "_sparse_mm", "_cdist_forward", "linalg_inv_ex", "_linalg_svd"):
+        assert arithmetic(getattr(aten, name)), name
+    for name in (
+        *("add", "gelu", "native_layer_norm", "_softmax", "cummax", "hamming_window", "embedding"),
+        *("upsample_bilinear2d", "upsample_linear1d", "_thnn_fused_lstm_cell", "im2col", "relu"),
+        *("native_batch_norm", "max_pool2d_with_indices", "nll_loss_forward", "celu", "elu"),
+    ):
+        assert not arithmetic(getattr(aten, name)), name
+    assert arithmetic(torch.ops.mkldnn._convolution_pointwise)

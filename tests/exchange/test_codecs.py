@@ -150,3 +150,45 @@ def test_codecs_without_feedback_remember_nothing() -> None:
     store = MemoryStore()
     compress(CODECS["bfloat16"], {"head": {"w": np.ones(3, np.float32)}}, store, "run/0")
     assert store.recall("run/0/head") is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
+def test_a_step_that_overflows_is_an_error_and_is_not_remembered(bad: float) -> None:
+    store = MemoryStore()
+    good = {"w": np.asarray([1.0, 0.001], np.float32)}
+    compress(CODECS["int8"], {"head": good}, store, "run/0")
+    before = store.recall("run/0/head")
+    spoilt = {"blocks.0": good, "head": {"w": np.asarray([bad, 0.001], np.float32)}}
+    with pytest.raises(ValueError, match=r"'w' holds.*lower train\.lr"):
+        compress(CODECS["int8"], spoilt, store, "run/0")
+    assert store.recall("run/0/head") is before
+    assert store.recall("run/0/blocks.0") is None
+    again = compress(CODECS["int8"], {"head": good}, store, "run/0")
+    assert all(np.isfinite(part).all() for part in again.values())
+
+
+# ------------------------------------------------------------------------------------- buffers
+# A channel that went quiet beside a loud one: the change of its variance is far below a level of the
+# row, and rounded to -0.7 in a row of int8.
+VARIANCE = np.asarray([90.0, 0.5, 1.006], np.float32)
+QUIET = np.asarray([1.0, 0.001, 0.001], np.float32) - VARIANCE
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_buffers_are_not_coded(name: str) -> None:
+    codec, store = CODECS[name].sparing(["norm.running_var"]), MemoryStore()
+    update = {"norm.running_var": QUIET, "norm.weight": QUIET}
+    parts = compress(codec, {"blocks.0": update}, store, "run/0")
+    assert parts["norm.running_var"] is QUIET
+    found = codec.decode("norm.running_var", QUIET, parts)
+    assert (VARIANCE + found > 0).all()
+    assert codec.parts_of("norm.running_var", QUIET) == {
+        "norm.running_var": ((3,), np.dtype(np.float32))
+    }
+    assert "norm.running_var" not in (store.recall("run/0/blocks.0") or {})
+    assert not CODECS[name].exact, "the codecs in the table are shared by all models"
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "int8"])
+def test_a_coded_variance_would_be_negative(name: str) -> None:
+    assert (VARIANCE + sent_and_read(name, QUIET)).min() < 0

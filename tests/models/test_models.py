@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -13,13 +14,15 @@ import timm
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from layerfed.config import ConfigError, ModelConfig
 from layerfed.models.image import build_image_classifier
 from layerfed.models.layers import LayerMap
 from layerfed.models.source import require
 from layerfed.models.text import build_choice_model, build_text_classifier, load_tokenizer
+from layerfed.models.weights import in_float32, refuse_not_finite
+from tests.small_models import Net, blocks, linear
 from tests.task import hub
 
 IMAGES = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
@@ -153,6 +156,98 @@ def test_a_safetensors_file_will_do_for_timm(tmp_path: Path) -> None:
         image("timm/vit_tiny_patch16_224", "gone.safetensors", skeleton=True)
     with pytest.raises(ConfigError, match=r"should be a \.safetensors file"):
         image("timm/vit_tiny_patch16_224", Path(__file__))
+
+
+def mixed_up(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"layer{i}": tensor for i, tensor in enumerate(tensors.values())}
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".pth", ".bin", ".ckpt"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors, None),
+        (lambda tensors: {"state_dict": tensors, "epoch": 3}, None),
+        (lambda tensors: {f"module.{k}": v for k, v in tensors.items()}, "prefix 'module.'"),
+        (mixed_up, "in the file's order, 'cls_token' first"),
+    ],
+    ids=["as is", "in a checkpoint", "with a prefix", "in order"],
+)
+def test_weights_of_every_kind_of_file_are_taken(
+    kind: str, change: Any, said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained, file = timm.create_model("vit_tiny_patch16_224"), tmp_path / f"own{kind}"
+    content = change(trained.state_dict())
+    if kind == ".safetensors":
+        if "epoch" in content or (said is not None and "order" in said):
+            pytest.skip("safetensors holds tensors only, and sorts them")
+        save_file(content, file)
+    else:
+        torch.save(content, file)
+    with caplog.at_level("WARNING", "flwr"):
+        model = image("timm/vit_tiny_patch16_224", file)
+    for name, tensor in trained.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(model.net.state_dict()[name], tensor), name
+    assert model.net.head.out_features != trained.head.out_features
+    assert (said or "") in caplog.text
+    assert bool(caplog.records) == (said is not None)
+
+
+def test_a_file_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """They used to stay random without a word."""
+    state = timm.create_model("vit_tiny_patch16_224").state_dict()
+    del state["blocks.3.mlp.fc1.weight"]
+    for file, save in ((tmp_path / "a.safetensors", save_file), (tmp_path / "a.pth", torch.save)):
+        save(state, file)
+        with pytest.raises(ConfigError, match=r"no weights of the right size for blocks\.3\.mlp"):
+            image("timm/vit_tiny_patch16_224", file)
+
+
+def test_a_folder_that_lacks_weights_is_refused_too(saved: dict[str, Path], tmp_path: Path) -> None:
+    state = load_file(saved["timm"] / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((saved["timm"] / "config.json").read_bytes())
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    model = image("timm/vit_tiny_patch16_224", tmp_path)
+    assert torch.equal(model.net.cls_token, state["cls_token"])
+    del state["blocks.1.mlp.fc1.weight"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"no weights of the right size for blocks\.1\.mlp"):
+        image("timm/vit_tiny_patch16_224", tmp_path)
+
+
+def test_a_file_with_code_is_not_run(tmp_path: Path) -> None:
+    file = tmp_path / "own.pth"
+    torch.save(timm.create_model("resnet10t"), file)
+    with pytest.raises(ConfigError, match="UnpicklingError"):
+        image("timm/resnet10t", file)
+
+
+def test_a_model_in_half_precision_is_held_in_float32() -> None:
+    text = transformers.AutoConfig.for_model("bert", dtype=torch.bfloat16)
+    assert text.dtype == torch.bfloat16
+    for half in (torch.bfloat16, torch.float16):
+        tied = Net(a=linear(), blocks=blocks(2), head=linear()).to(half)
+        tied.register_buffer("count", torch.zeros((), dtype=torch.long))
+        tied.blocks[1].mix.weight = tied.blocks[0].mix.weight
+        found = in_float32(tied)
+        assert {p.dtype for p in found.parameters()} == {torch.float32}
+        assert found.count.dtype == torch.long
+        assert found.blocks[1].mix.weight is found.blocks[0].mix.weight
+    odd = linear()
+    odd.weight = nn.Parameter(odd.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ConfigError, match=r"weight of the model are in torch\.float8_e4m3fn"):
+        in_float32(odd)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = Net(a=linear(), blocks=blocks(2), head=linear())
+    refuse_not_finite(dict(model.named_parameters()))
+    with torch.no_grad():
+        model.blocks[1].mix.weight[0, 0] = float("nan")
+        model.head.bias[0] = float("-inf")
+    with pytest.raises(ConfigError, match=r"NaN or Inf in blocks\.1\.mix\.weight, head\.bias$"):
+        refuse_not_finite(dict(model.named_parameters()))
 
 
 @pytest.mark.parametrize("family", ["layerfed", "open_clip", "timm"])

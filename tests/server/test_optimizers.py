@@ -95,3 +95,12 @@ def test_layers_keep_state_of_their_own_that_rests_while_they_do() -> None:
 def test_every_optimizer_can_be_configured() -> None:
     annotation = ServerConfig.model_fields["optimizer"].annotation
     assert set(typing.get_args(annotation)) == set(SERVER_OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
+def test_a_variance_never_becomes_negative(name: str) -> None:
+    """A secure sum rounds, and a client may send anything."""
+    mean = state(0, 1e-2)
+    mean["blocks.1.norm.running_var"] = np.full(6, -99.0)
+    stepped = SERVER_OPTIMIZERS[name](LR, BETA1, BETA2, TAU).step(BLOCK, theta(), mean)
+    assert (stepped["blocks.1.norm.running_var"] == 0).all()

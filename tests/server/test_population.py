@@ -244,3 +244,57 @@ def test_replies_come_with_the_node_that_was_asked_and_none_for_the_silent() -> 
     assert found[6].error.reason == "no reply in time"
     assert not found[5].has_error()
     assert found[7].has_error()
+
+
+# ------------------------------------------------------------------------- nodes that were restarted
+MANIFEST = Manifest("base", {"head": "a"})
+
+
+def test_a_node_that_was_away_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    grid = FakeGrid({50: says(0), 60: says(1)})
+    population = Population(3, at_least=2)
+    population.wait(grid, 5)
+    grid.nodes.remove(50)
+    population.refresh(grid, 5)
+    grid.says[50] = says(2)
+    grid.nodes.append(50)
+    with caplog.at_level(logging.INFO, "flwr"):
+        assert population.refresh(grid, 5) == {2: 50, 1: 60}
+    assert "node 50 states another partition: 2, before 0" in caplog.text
+
+
+@pytest.mark.parametrize("before", [says(7), says(2**32), errs])
+def test_a_node_that_was_left_out_and_away_is_asked_again(before: Answer) -> None:
+    grid = FakeGrid({50: says(0), 60: before})
+    population = Population(2, at_least=1)
+    population.wait(grid, 5)
+    for _ in range(3):
+        population.refresh(grid, 5)
+    grid.nodes.remove(60)
+    population.refresh(grid, 5)
+    grid.says[60] = says(1)
+    grid.nodes.append(60)
+    assert population.refresh(grid, 5) == {0: 50, 1: 60}
+
+
+def test_settings_that_were_mended_between_two_rounds_are_seen() -> None:
+    """A restart of seconds, which no refresh notices."""
+    grid = FakeGrid({50: says(0), 60: says(7)})
+    population = Population(2, at_least=1)
+    population.wait(grid, 5)
+    assert population.refresh(grid, 5, MANIFEST) == {0: 50}
+    grid.says[60] = says(1)
+    assert population.refresh(grid, 5, MANIFEST) == {0: 50, 1: 60}
+
+
+def test_a_node_whose_reply_was_refused_is_asked_again_once() -> None:
+    grid = FakeGrid({50: says(0), 60: says(1)})
+    population = Population(2, at_least=2)
+    population.wait(grid, 5)
+    population.ask_again(60)
+    grid.says[60] = silent
+    assert population.refresh(grid, 5) == {0: 50}
+    grid.says[60] = says(1)
+    for _ in range(2):
+        assert population.refresh(grid, 5) == {0: 50, 1: 60}
+    assert grid.nodes_asked.count(60) == 3

@@ -1,0 +1,58 @@
+"""The device that a process works on."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from layerfed.config import ConfigError
+
+__all__ = ["choose_device", "synchronize", "wide"]
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that `run.device` names, with its number.
+
+    Ray shows each client's process only the card that it was given, as number 0. `cuda:1` is then this
+    card if it is the machine's number 1.
+
+    Raises
+    ------
+    ConfigError
+        If this machine, or this process, does not have it.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if there else "cpu"
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("run.device = 'mps', but there is no such device; use auto or cpu")
+    if device.type != "cuda":
+        return device
+    if not there:
+        raise ConfigError(f"run.device = '{name}', but there is no CUDA device; use auto or cpu")
+    index = device.index or 0
+    if index >= there:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if str(index) not in visible[:there]:
+            raise ConfigError(
+                f"run.device = '{name}', but this process sees {there} CUDA devices"
+                f"{f' (number {visible[0]} of the machine)' if visible[0] else ''}; use run.device=cuda "
+                f"and start the run with CUDA_VISIBLE_DEVICES={index}"
+            )
+        index = visible.index(str(index))
+    return torch.device("cuda", index)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """Return the type for sums of many numbers: float64, or float32 where a device has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
