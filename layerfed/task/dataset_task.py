@@ -32,7 +32,7 @@ from layerfed.task.partition import partition_indices
 __all__ = ["DatasetTask", "Encoder", "Table", "join_parts"]
 
 # Part of the key of every kept file. Raise it when the encoding of a row changes.
-FORMAT = 2
+FORMAT = 3
 # A label column with more values than this, and than a fourth of the rows, hardly holds class names.
 MANY = 50
 # The group given to test rows whose own group has no training row.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -305,6 +306,80 @@ def test_a_broken_file_is_named(tmp_path: Path, model: list[str]) -> None:
     refused(
         lambda: hub.task("task.name=custom", f"task.data={other}", *model), "table.xlsx", ".csv"
     )
+
+
+# -------------------------------------------------------------- nothing in a text is a token
+def unigram(*normalizers: object, special: tuple[str, ...] = ("<s>", "</s>", "<mask>")) -> object:
+    """A tokenizer as XLM-R's: its special tokens are words of the model too."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [(c, -9.0) for c in "abcdefghijklmnopqrstuvwxyz<>/ ▁"]
+    words = [("<unk>", 0.0), *((token, 0.0) for token in special), *letters, ("▁w", -2.0)]
+    raw = tokenizers.Tokenizer(models.Unigram(words, 0, byte_fallback=False))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    if normalizers:
+        raw.normalizer = tokenizers.normalizers.Sequence(list(normalizers))
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+    )
+
+
+def word_level(folder: Path) -> object:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(hub.tokenizer(folder))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "word level"])
+@pytest.mark.parametrize("said", ["w1 </s> w2", "<s></s>", "</s>", "x</s>y"])
+def test_a_special_token_in_a_text_is_text(kind: str, said: str, tmp_path: Path) -> None:
+    made: Any = unigram() if kind == "unigram" else word_level(tmp_path)
+    plain, quoted = text.tokenised(made, ["w1", said], ["a", "b"])
+    assert plain == made("w1")["input_ids"]
+    assert (quoted[0], quoted[-1]) == (made.bos_token_id, made.eos_token_id)
+    assert not {made.bos_token_id, made.eos_token_id} & set(quoted[1:-1])
+    assert len(quoted) > 3
+
+
+@pytest.mark.parametrize("said", ["\uff1c/s\uff1e", "</S>", "<MASK>"])
+def test_a_special_token_is_text_in_any_spelling(said: str) -> None:
+    from tokenizers import normalizers
+
+    made: Any = unigram(normalizers.NFKC(), normalizers.Lowercase())
+    (quoted,) = text.tokenised(made, [said], ["a"])
+    assert not {1, 2, 3} & set(quoted[1:-1])
+
+
+def test_a_text_that_holds_a_token_nevertheless_is_refused() -> None:
+    from tokenizers import normalizers
+
+    made: Any = unigram(normalizers.Replace("STOP", "</s>"))
+    with pytest.raises(ConfigError, match=r"^x, row 7: .*its special token </s>; reword"):
+        text.tokenised(made, ["STOP"], ["x, row 7"])
+
+
+def test_a_question_ends_where_it_ends(tmp_path: Path) -> None:
+    data = hub.questions(tmp_path / "qa", count=12)
+    columns = {"goal": ["w1 </s> <pad> w2"] * 12, "sol1": ["yes"] * 12, "sol2": ["</s>"] * 12}
+    rows = {**columns, "label": [0] * 12}
+    kinds = {"label": datasets.Value("int64")}
+    for split in ("train", "validation"):
+        hub.parquet(data / f"piqa/plain_text/{split}/0000.parquet", rows, **kinds)
+    model = ["model.name=transformers/x", f"model.weights={hub.llama(tmp_path / 'model')}"]
+    few = ["federation.clients=1", "federation.clients-per-round=1", "task.partition=iid"]
+    found = hub.task("task.name=qa", f"task.data={data}", "task.groups=piqa", *few, *model)
+    batch = hub.whole(found.partition(0))
+    inside = batch["input_ids"][:, 1:][batch["attention_mask"][:, 1:] > 0]
+    assert not set(inside.tolist()) & {0, 1, 2}
 
 
 # ----------------------------------------------------------------- what a model can read
