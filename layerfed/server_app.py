@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from logging import INFO, WARNING
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from layerfed.server.budgets import Budgets
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
 from layerfed.server.population import federation_size
 from layerfed.server.private import Accounting, CentralNoise
-from layerfed.server.resuming import check_base
+from layerfed.server.resuming import check_base, check_data
 from layerfed.server.secure_sums import SecureSums
 from layerfed.server.steps import CappedWeights, Clipping, Decoding, ServerStep
 from layerfed.strategies import RoundSettings, SelectiveStrategy, checked, options_of
@@ -155,7 +156,7 @@ def _run(
     opened: Callable[[RunFolder], None],
 ) -> Path:
     bench = workbench(context.run_config)
-    test = bench.task.test_examples()
+    test, data = bench.task.test_examples(), bench.task.fingerprint()
     if not config.federation.clients:
         config = config.of_size(federation_size(grid, config.federation.timeout))
     config = checked(config)
@@ -182,13 +183,14 @@ def _run(
             )
         # Before anything of the run folder is touched.
         check_base(resumed, bench.resident.base)
+        check_data(resumed, data, f"task.data = '{config.task.data}'")
         strategy.resume(resumed)
     strategy.connect(grid, config.federation.timeout)
     engine = engine_of(grid)
     if resumed is None:
-        entered = RunFolder.create(config, engine)
+        entered = RunFolder.create(config, engine, data)
     else:
-        entered = RunFolder.reopen(Path(config.run.resume), config, engine, resumed.round)
+        entered = RunFolder.reopen(Path(config.run.resume), config, engine, resumed.round, data)
     with entered as folder:
         opened(folder)
         example = next(iter(test.in_order(1, bench.device)))
@@ -203,7 +205,7 @@ def _run(
             strategy.observers += (
                 Checkpoints(
                     folder.path,
-                    strategy.checkpoint,
+                    lambda: replace(strategy.checkpoint(), data=data),
                     config.run.checkpoint_every,
                     config.run.checkpoints,
                 ),

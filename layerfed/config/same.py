@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from layerfed.config.run import RunConfig
+from layerfed.config.run import RunConfig, absolute
 
 __all__ = ["differing"]
 
@@ -32,9 +32,11 @@ def differing(mine: RunConfig, theirs: Mapping[str, object], *, goes_on: bool = 
         Empty for configurations of the same run.
     """
     free = {FREE, ROUNDS} if goes_on else {FREE}
+    # Paths may be written in two ways, of which a run folder has the absolute one.
+    theirs = absolute(theirs)
     return [
         key
-        for key, value in mine.to_flat().items()
+        for key, value in mine.absolute().to_flat().items()
         if theirs.get(key) != value
         and key not in free
         and (key == BUT or not key.startswith(FREE_SECTION))

@@ -65,12 +65,15 @@ class RunFolder(Observer):
     config : RunConfig
     engine : str
         What the clients run on.
+    data : str
+        Fingerprint of the server's data.
     """
 
-    def __init__(self, path: Path, config: RunConfig, engine: str) -> None:
+    def __init__(self, path: Path, config: RunConfig, engine: str, data: str = "") -> None:
         self.path = path
         self.config = config
         self.engine = engine
+        self.data = data
         self._lock: FileLock | None = None
         # Who stops a run may be another thread than the one that writes, or a signal handler in it.
         self._writing = threading.RLock()
@@ -89,13 +92,14 @@ class RunFolder(Observer):
 
     def _open(self) -> Self:
         """Write what is known before the first round."""
-        # Ready to be run again, which is not to go on with it.
-        write_json(self.path / "config.json", self.config.to_flat() | {"run.resume": ""})
+        # Ready to be run again from any folder, which is not to go on with it.
+        settings = self.config.absolute().to_flat()
+        write_json(self.path / "config.json", settings | {"run.resume": ""})
         self._summarise("running")
         return self
 
     @classmethod
-    def create(cls, config: RunConfig, engine: str) -> RunFolder:
+    def create(cls, config: RunConfig, engine: str, data: str = "") -> RunFolder:
         """Make a new folder `run.dir`/`run.name`.
 
         Raises
@@ -110,7 +114,7 @@ class RunFolder(Observer):
         for attempt in range(2, 100):
             try:
                 path.mkdir(parents=True)
-                folder = cls(path, config, engine)
+                folder = cls(path, config, engine, data)
                 folder._lock = lock(path)
                 return folder._open()
             except FileExistsError:
@@ -126,7 +130,9 @@ class RunFolder(Observer):
         raise ConfigError(f"run.dir = '{root}' is full of runs named {name}")
 
     @classmethod
-    def reopen(cls, path: Path, config: RunConfig, engine: str, last_round: int) -> RunFolder:
+    def reopen(
+        cls, path: Path, config: RunConfig, engine: str, last_round: int, data: str = ""
+    ) -> RunFolder:
         """Go on with a run's folder after a round; what was written of later rounds is dropped.
 
         Parameters
@@ -138,6 +144,8 @@ class RunFolder(Observer):
         engine : str
         last_round : int
             The round of the checkpoint that the run goes on from.
+        data : str
+            Fingerprint of the server's data. The same data may lie elsewhere than before.
 
         Raises
         ------
@@ -145,12 +153,14 @@ class RunFolder(Observer):
             If the folder's run had another configuration.
         """
         theirs = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        if data and before.get("data") == data:
+            theirs["task.data"] = config.task.data
         if other := differing(config, theirs, goes_on=True):
             raise ConfigError(
                 f"run.resume = '{path}' had another configuration ({', '.join(other)}); resume with "
                 "its own config.json"
             )
-        before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         try:
             found = {name: read_lines(path / name) for name in LINES if (path / name).exists()}
         except ValueError as error:
@@ -170,7 +180,7 @@ class RunFolder(Observer):
             kept[name] = [row for row in found.get(name, []) if row["round"] <= last_round]
             write_lines(path / name, kept[name])
         # Nothing is written before all is known again: the run may be killed here too.
-        folder = cls(path, config, engine)
+        folder = cls(path, config, engine, data)
         folder.repeated_rounds = repeated
         folder._initial = before["initial_accuracy"]
         folder._before = sum(row["seconds"] for row in kept["metrics.jsonl"])
@@ -304,6 +314,7 @@ class RunFolder(Observer):
                     "task": config.task.name,
                     "strategy": config.strategy.name,
                     "seed": config.run.seed,
+                    "data": self.data,
                     "engine": self.engine,
                     "rounds": len(self._accuracies),
                     "initial_accuracy": self._initial,

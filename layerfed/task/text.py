@@ -146,9 +146,9 @@ def tokenised(
 ) -> list[list[int]]:
     """Return the token ids of texts in which nothing acts as a special token.
 
-    A review that quotes `</s>` or `[SEP]` would otherwise end, or be two. A space after
-    the first character prevents it. The tokenizers' own `split_special_tokens` does not: a unigram model,
-    such as XLM-R's, has these tokens among its words.
+    A review that quotes `</s>` or `[SEP]` would otherwise end, or be two. A space after the first
+    character prevents it. The tokenizers' own `split_special_tokens` does not: a unigram model, such as
+    XLM-R's, has these tokens among its words.
 
     Parameters
     ----------
@@ -164,6 +164,7 @@ def tokenised(
     ConfigError
         If a text holds a special token nevertheless.
     """
+    ids: list[list[int]] = tokenizer(list(texts), **how)["input_ids"]
     special = _special_tokens(tokenizer)
     words = sorted(special.values(), key=len, reverse=True)
     spelled = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
@@ -171,7 +172,6 @@ def tokenised(
     def acting(row: Sequence[int]) -> Counter[str]:
         return Counter(special[token] for token in row if token in special)
 
-    ids: list[list[int]] = tokenizer(list(texts), **how)["input_ids"]
     around = acting(tokenizer("", **how)["input_ids"])
     for i, row in enumerate(ids):
         if not acting(row) - around:
