@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from layerfed.config import load_config
@@ -23,6 +25,16 @@ def test_what_may_differ(setting: str, to_be_done: list[str], to_go_on: list[str
     mine, theirs = load_config(None), load_config(None, [setting]).to_flat()
     assert differing(mine, theirs) == to_be_done
     assert differing(mine, theirs, goes_on=True) == to_go_on
+
+
+def test_a_path_may_be_written_in_two_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    mine = load_config(None, ["task.data=data.csv"])
+    theirs = load_config(None, [f"task.data={tmp_path / 'data.csv'}"]).to_flat()
+    assert differing(mine, theirs) == []
+    monkeypatch.chdir("/")
+    assert differing(mine, theirs) == ["task.data"]
 
 
 def test_a_key_that_was_not_written_down_differs() -> None:
