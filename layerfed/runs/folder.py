@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import threading
 import time
@@ -107,7 +108,7 @@ class RunFolder(Observer):
         ConfigError
             If the folder is there already (no run is ever overwritten) or cannot be written.
         """
-        root = Path(config.run.dir or "runs").expanduser().resolve()
+        root = Path(os.path.expanduser(config.run.dir or "runs")).resolve()
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = config.run.name or f"{config.task.name}-{config.strategy.name}-{stamp}"
         path = root / name
