@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -287,7 +288,7 @@ def report(
     if tables and not (folder / "config.json").exists():
         for table in tables:
             typer.echo(table.read_text(encoding="utf-8"))
-            for picture in sorted(folder.glob(f"{table.stem}-*.png")):
+            for picture in sorted(folder.glob(f"{glob.escape(table.stem)}-*.png")):
                 typer.echo(f"picture     {picture.resolve()}")
         return
     with one_line_errors(OSError, ValueError):

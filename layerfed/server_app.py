@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from logging import INFO, WARNING
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from layerfed.server.budgets import Budgets
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
 from layerfed.server.population import federation_size
 from layerfed.server.private import Accounting, CentralNoise
-from layerfed.server.resuming import check_base
+from layerfed.server.resuming import check_base, check_data
 from layerfed.server.secure_sums import SecureSums
 from layerfed.server.steps import CappedWeights, Clipping, Decoding, ServerStep
 from layerfed.strategies import (
@@ -164,23 +165,25 @@ def _run(
     opened: Callable[[RunFolder], None],
 ) -> Path:
     bench = workbench(context.run_config)
-    test = bench.task.test_examples()
+    test, data = bench.task.test_examples(), bench.task.fingerprint()
     if not config.federation.clients:
         config = config.of_size(federation_size(grid, config.federation.timeout))
     config = checked(config)
     strategy = build_strategy(config, bench.resident.layers, node_store(context))
     account = build_account(config, strategy)
-    resumed = _to_resume(config, bench)
+    resumed = _to_resume(config, bench, data)
     if resumed is not None:
         strategy.resume(resumed)
     strategy.observers = tuple(observers)
     strategy.connect(grid, config.federation.timeout)
     engine = engine_of(grid)
     if resumed is None:
-        entered = RunFolder.create(config, engine)
+        entered = RunFolder.create(config, engine, data)
     else:
         defaults = option_defaults(config.strategy.name)
-        entered = RunFolder.reopen(Path(config.run.resume), config, engine, resumed.round, defaults)
+        entered = RunFolder.reopen(
+            Path(config.run.resume), config, engine, resumed.round, defaults, data
+        )
     with entered as folder:
         opened(folder)
         example = next(iter(test.in_order(1, bench.device)))
@@ -192,7 +195,12 @@ def _run(
             account.announce()
             strategy.add_step(Accounting(account))
         if every := config.run.checkpoint_every:
-            kept = Checkpoints(folder.path, strategy.checkpoint, every, config.run.checkpoints)
+            kept = Checkpoints(
+                folder.path,
+                lambda: replace(strategy.checkpoint(), data=data),
+                every,
+                config.run.checkpoints,
+            )
             strategy.observers += (kept,)
         strategy.start(
             grid,
@@ -210,7 +218,7 @@ def _run(
     return folder.path
 
 
-def _to_resume(config: RunConfig, bench: Workbench) -> Checkpoint | None:
+def _to_resume(config: RunConfig, bench: Workbench, data: str) -> Checkpoint | None:
     """Return the checkpoint that a run continues from; None for a new run."""
     if not config.run.resume:
         return None
@@ -221,6 +229,7 @@ def _to_resume(config: RunConfig, bench: Workbench) -> Checkpoint | None:
             "from the beginning, under another run.name"
         )
     check_base(found, bench.resident.base)
+    check_data(found, data, f"task.data = '{config.task.data}'")
     return found
 
 

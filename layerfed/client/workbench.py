@@ -143,6 +143,8 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
     config = run_config_of(flat)
     if node is not None:
         config = node.applied_to(config)
+    # A relative path means other data once the process has another working folder.
+    config = config.absolute()
     defaults = RunConfig()
     shared = config.model_copy(
         update={

@@ -9,6 +9,7 @@ budget above the number of layers, before any client works.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import tomllib
@@ -37,6 +38,7 @@ __all__ = [
     "Flat",
     "RunConfig",
     "Scalar",
+    "absolute",
     "explain",
     "flatten",
     "load_config",
@@ -52,6 +54,8 @@ Flat = dict[str, Scalar]
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
 # Libraries of models; in `model.name` a slash and the model's name follow.
 MODEL_FAMILIES = ("layerfed", "open_clip", "timm", "transformers")
+# What `model.weights` says without naming a place.
+WEIGHTS = ("embedded", "pretrained", "random")
 Positive = Annotated[int, Field(ge=1)]
 # Clients of a federation that LayerFed makes itself, if the configuration states no number.
 SIMULATED_CLIENTS = 10
@@ -357,10 +361,37 @@ class RunConfig(Section):
         """Return this configuration for a federation that LayerFed makes itself."""
         return self.of_size(self.federation.population)
 
+    def absolute(self) -> RunConfig:
+        """Return this configuration with absolute paths, so that it means the same in any folder."""
+        return RunConfig.from_flat(absolute(self.to_flat()))
+
     def to_flat(self) -> Flat:
         """Return every key with its value, in the order of the sections."""
         nested = self.model_dump(by_alias=True)
         return {f"{s}.{k}": v for s, keys in nested.items() for k, v in keys.items()}
+
+
+def absolute(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with absolute paths.
+
+    What may also be a name, such as a hub id, is a path if there is a file or folder of that name here.
+    """
+    found = dict(flat)
+    for key in ("task.data", "model.weights", "model.tokenizer"):
+        if str(flat.get(key)) not in WEIGHTS and os.path.exists(path := _path(flat.get(key))):
+            found[key] = path
+    family, _, name = str(flat.get("model.name", "")).partition("/")
+    if family == "transformers" and os.path.exists(path := _path(name)):
+        found["model.name"] = f"{family}/{path}"
+    if flat.get("exchange.store") not in ("", "memory", None):
+        found["exchange.store"] = _path(flat["exchange.store"])
+    found["run.dir"] = _path(flat.get("run.dir") or "runs")
+    return found
+
+
+def _path(text: object) -> str:
+    """Return an absolute path; empty for an empty text."""
+    return os.path.abspath(os.path.expanduser(str(text))) if text else ""
 
 
 def explain(error: ValidationError, keys: Sequence[str] = (), prefix: str = "") -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from layerfed.config.errors import ConfigError
-from layerfed.config.run import RunConfig
+from layerfed.config.run import RunConfig, absolute
 
 __all__ = ["differing"]
 
@@ -43,13 +43,15 @@ def differing(
         The keys; an empty list means the same run.
     """
     free = {*FREE, ROUNDS} if goes_on else FREE
+    # A path may be written in two ways, of which a run folder has the absolute one.
+    theirs = absolute(theirs)
     # If a setting is gone or has another meaning now, the written values are compared.
     with suppress(ConfigError):
         # A setting that did not exist when the run began had the effect of its default.
         theirs = {**defaults, **RunConfig.from_flat(theirs).to_flat(), **theirs}
     return [
         key
-        for key, value in mine.to_flat().items()
+        for key, value in mine.absolute().to_flat().items()
         if theirs.get(key) != value
         and key not in free
         and (key == BUT or not key.startswith(FREE_SECTION))

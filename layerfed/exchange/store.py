@@ -242,8 +242,17 @@ class FolderStore(LayerStore):
 
 
 def user_cache() -> Path:
-    """Return this user's cache folder; its content can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerfed"
+    """Return this user's cache folder; its content can be made again.
+
+    Raises
+    ------
+    ConfigError
+        If the user has no home.
+    """
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if place.startswith("~"):
+        raise ConfigError("this user has no home folder for a cache; set HOME or XDG_CACHE_HOME")
+    return Path(place) / "layerfed"
 
 
 def open_store(location: str = "", gigabytes: float = 20.0) -> LayerStore:
@@ -263,7 +272,7 @@ def open_store(location: str = "", gigabytes: float = 20.0) -> LayerStore:
     """
     if location == MEMORY:
         return _memory()
-    folder = Path(location).expanduser() if location else user_cache() / "layers"
+    folder = Path(os.path.expanduser(location)) if location else user_cache() / "layers"
     return _folder(folder.resolve(), gigabytes * 1e9)
 
 

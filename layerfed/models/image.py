@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
@@ -111,7 +112,7 @@ def _shipped(section: ModelConfig, classes: int, weights: str) -> Built:
 def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
     timm, data = require("timm", section.name), require("timm.data", section.name)
 
-    name, path = section.architecture, Path(section.weights).expanduser()
+    name, path = section.architecture, Path(os.path.expanduser(section.weights))
     file = _weights_in(path) if path.is_dir() else path if path.is_file() else None
     options: dict[str, Any] = {
         "num_classes": classes,
@@ -158,7 +159,7 @@ def _weights_in(folder: Path) -> Path | None:
 def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
     open_clip = require("open_clip", section.name)
     name, asked = section.architecture, section.weights
-    path, repository = Path(asked).expanduser(), None
+    path, repository = Path(os.path.expanduser(asked)), None
     tags = open_clip.list_pretrained_tags_by_model(name)
     options: dict[str, Any] = {
         "load_weights": weights != "random",

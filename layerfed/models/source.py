@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def loading(
     repository : str, optional
         The hub id of a tag; empty if the tag is not on the hub.
     """
-    there = Path(source).expanduser().exists()
+    there = os.path.exists(os.path.expanduser(source))
     if not there and (source.startswith(("/", ".", "~")) or source.endswith(FILES)):
         raise ConfigError(
             f"{key} names '{source}', which does not exist; give a folder, a file or a hub id"

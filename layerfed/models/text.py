@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,7 +157,7 @@ def _source(section: ModelConfig) -> tuple[str, str]:
 
 
 def _path(text: str) -> str:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     return str(path) if text and path.exists() else text
 
 

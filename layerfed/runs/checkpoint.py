@@ -5,7 +5,8 @@ flushed to the disk and renamed, so that the last checkpoint is whole however a 
 
 - `layers.safetensors`: tensors of the layers that differ from the pretrained base;
 - `state.safetensors`: arrays of the server's optimiser and of the strategy, by name;
-- `state.json`: round, fingerprint of the base, the run's token, and a digest of each file.
+- `state.json`: round, fingerprints of the base and of the data, the run's token, and a digest of each
+  file.
 
 Random draws need no state, since each has its own seed from purpose, round and client.
 """
@@ -50,6 +51,8 @@ class Checkpoint:
         Tensors of changed layers, by tensor name.
     state : Mapping[str, numpy.ndarray]
         The state of the server's optimiser and of the strategy, by name.
+    data : str
+        Fingerprint of the server's data; empty in checkpoints of version 0.1.
     """
 
     round: int
@@ -57,6 +60,7 @@ class Checkpoint:
     run_token: str
     layers: Mapping[str, np.ndarray]
     state: Mapping[str, np.ndarray] = field(default_factory=dict)
+    data: str = ""
 
 
 class Checkpoints(Observer):
@@ -122,6 +126,7 @@ def _fill(folder: Path, checkpoint: Checkpoint) -> None:
     index = {
         "round": checkpoint.round,
         "base": checkpoint.base,
+        "data": checkpoint.data,
         "run_token": checkpoint.run_token,
         "digests": digests,
     }
@@ -157,4 +162,5 @@ def _read(folder: Path) -> Checkpoint:
         run_token=index["run_token"],
         layers=tensors[LAYERS],
         state=tensors[STATE],
+        data=index.get("data", ""),
     )

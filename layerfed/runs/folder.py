@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import threading
 import time
@@ -65,12 +66,15 @@ class RunFolder(Observer):
     config : RunConfig
     engine : str
         What the clients run on.
+    data : str
+        Fingerprint of the server's data.
     """
 
-    def __init__(self, path: Path, config: RunConfig, engine: str) -> None:
+    def __init__(self, path: Path, config: RunConfig, engine: str, data: str = "") -> None:
         self.path = path
         self.config = config
         self.engine = engine
+        self.data = data
         self._lock: FileLock | None = None
         # Who stops a run may be another thread than the one that writes, or a signal handler in it.
         self._writing = threading.RLock()
@@ -89,13 +93,14 @@ class RunFolder(Observer):
 
     def _open(self) -> Self:
         """Write what is known before the first round."""
-        # Ready to be run again, which is not to go on with it.
-        write_json(self.path / "config.json", self.config.to_flat() | {"run.resume": ""})
+        # Ready to be run again from any folder, which is not to go on with it.
+        settings = self.config.absolute().to_flat()
+        write_json(self.path / "config.json", settings | {"run.resume": ""})
         self._summarise("running")
         return self
 
     @classmethod
-    def create(cls, config: RunConfig, engine: str) -> RunFolder:
+    def create(cls, config: RunConfig, engine: str, data: str = "") -> RunFolder:
         """Make a new folder `run.dir`/`run.name`.
 
         Raises
@@ -103,14 +108,14 @@ class RunFolder(Observer):
         ConfigError
             If the folder is there already (no run is ever overwritten) or cannot be written.
         """
-        root = Path(config.run.dir or "runs").expanduser().resolve()
+        root = Path(os.path.expanduser(config.run.dir or "runs")).resolve()
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = config.run.name or f"{config.task.name}-{config.strategy.name}-{stamp}"
         path = root / name
         for attempt in range(2, 100):
             try:
                 path.mkdir(parents=True)
-                folder = cls(path, config, engine)
+                folder = cls(path, config, engine, data)
                 folder._lock = lock(path)
                 return folder._open()
             except FileExistsError:
@@ -133,6 +138,7 @@ class RunFolder(Observer):
         engine: str,
         last_round: int,
         defaults: Mapping[str, object],
+        data: str = "",
     ) -> RunFolder:
         """Go on with a run's folder after a round; what was written of later rounds is dropped.
 
@@ -147,6 +153,8 @@ class RunFolder(Observer):
             The round of the checkpoint that the run continues from.
         defaults : Mapping[str, object]
             Those of the strategy's options, which an earlier version may not have written down.
+        data : str
+            Fingerprint of the server's data. The same data may lie elsewhere than before.
 
         Raises
         ------
@@ -154,12 +162,14 @@ class RunFolder(Observer):
             If the folder's run had another configuration.
         """
         theirs = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        if data and before.get("data") == data:
+            theirs["task.data"] = config.task.data
         if other := differing(config, theirs, defaults, goes_on=True):
             raise ConfigError(
                 f"run.resume = '{path}' had another configuration ({', '.join(other)}); resume with "
                 "its own config.json"
             )
-        before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         try:
             found = {name: read_lines(path / name) for name in LINES if (path / name).exists()}
         except ValueError as error:
@@ -179,7 +189,7 @@ class RunFolder(Observer):
             kept[name] = [row for row in found.get(name, []) if row["round"] <= last_round]
             write_lines(path / name, kept[name])
         # Nothing is written before all is known again: the run may be killed here too.
-        folder = cls(path, config, engine)
+        folder = cls(path, config, engine, data)
         folder.repeated_rounds = repeated
         folder._initial = before["initial_accuracy"]
         folder._before = sum(row["seconds"] for row in kept["metrics.jsonl"])
@@ -313,6 +323,7 @@ class RunFolder(Observer):
                     "task": config.task.name,
                     "strategy": config.strategy.name,
                     "seed": config.run.seed,
+                    "data": self.data,
                     "engine": self.engine,
                     "rounds": len(self._accuracies),
                     "initial_accuracy": self._initial,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from logging import WARNING
+
 import numpy as np
+from flwr.common.logger import log
 
 from layerfed.config import ConfigError
 from layerfed.runs.checkpoint import Checkpoint
@@ -10,7 +13,7 @@ from layerfed.server.global_model import GlobalModel
 from layerfed.server.memory import Memory
 from layerfed.server.optimizers import ServerOptimizer
 
-__all__ = ["check_base", "restore", "take"]
+__all__ = ["check_base", "check_data", "restore", "take"]
 
 MEMORY, OPTIMIZER = "memory", "optimizer"
 
@@ -44,6 +47,23 @@ def check_base(checkpoint: Checkpoint, base: str) -> None:
         raise ConfigError(
             f"the checkpoint belongs to another pretrained model ({checkpoint.base}) than this run's "
             f"({base}); resume with the weights that the run began with"
+        )
+
+
+def check_data(checkpoint: Checkpoint, data: str, where: str) -> None:
+    """Refuse a checkpoint of a run on other data than those of this fingerprint.
+
+    Raises
+    ------
+    ConfigError
+        Naming where the data lie.
+    """
+    if not checkpoint.data:
+        log(WARNING, "the checkpoint does not say on which data it was made; nothing checks them")
+    elif checkpoint.data != data:
+        raise ConfigError(
+            f"the checkpoint was made on other data ({checkpoint.data}) than {where} now holds "
+            f"({data}); resume with the data that the run began with, or start a new run"
         )
 
 

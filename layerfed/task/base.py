@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from layerfed.config import ConfigError, RunConfig, TaskConfig
 from layerfed.config.seeding import Stream, generator
+from layerfed.digests import content_digest, digest
 from layerfed.models.layers import LayerMap, LayerMapError
 
 __all__ = ["Batch", "Examples", "InMemory", "Store", "Task"]
@@ -81,6 +82,10 @@ class Examples:
         """Yield all examples once, in order; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):
             yield self._batch(slice(start, start + batch_size), device)
+
+    def digest(self) -> str:
+        """Return a digest of the examples' content, in order."""
+        return content_digest("".join(map(digest, self.in_order(1024, torch.device("cpu")))))
 
     def shuffled(
         self, batch_size: int, device: torch.device, rng: np.random.Generator
@@ -204,6 +209,10 @@ class Task(ABC):
             f"own-data = '{self.config.task.data}': task.name = '{self.config.task.name}' takes no data "
             "of a node's own; leave own-data out, or choose a task that does, such as custom"
         )
+
+    def fingerprint(self) -> str:
+        """Return the identity of the data: a digest of the test set's content."""
+        return self.test_examples().digest()
 
     def client_examples(self, partition_id: int) -> tuple[Examples, Examples]:
         """Return one client's training examples and its held-out share (`task.local-test`)."""

@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from torch import Tensor
 
 from layerfed.config import ConfigError
+from layerfed.digests import content_digest
 from layerfed.models.block_finder import some
 from layerfed.task.base import Batch, Examples, Task
 from layerfed.task.loading import (
@@ -28,11 +29,12 @@ from layerfed.task.loading import (
 )
 from layerfed.task.names import NameReader, names_in
 from layerfed.task.partition import partition_indices
+from layerfed.task.prepared import prepared
 
 __all__ = ["DatasetTask", "Encoder", "Table", "join_parts"]
 
 # Part of the key of every kept file. Raise it when the encoding of a row changes.
-FORMAT = 2
+FORMAT = 3
 # A label column with more values than this, and than a fourth of the rows, hardly holds class names.
 MANY = 50
 # The group given to test rows whose own group has no training row.
@@ -356,6 +358,16 @@ class DatasetTask(Task):
     def partition(self, partition_id: int) -> Examples:
         """Return one client's rows."""
         return Examples(self._tables[0], self._indices[partition_id])
+
+    def fingerprint(self) -> str:
+        """Return the identity of the data: a digest of all rows to train on and to test on."""
+        tables = [table for table in self._tables if table is not None]
+        # Computed once a machine, since it takes a pass over all rows.
+        known = {"rows": [table.rows._fingerprint for table in tables]}
+        found = prepared(
+            known, lambda: {"digests": np.array([Examples.of(t).digest() for t in tables])}
+        )
+        return content_digest(*found["digests"].tolist())
 
     def own_examples(self) -> Examples:
         """Return all of a node's own training rows; none are held out for the server."""

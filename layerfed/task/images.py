@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Image, List, Value
 from PIL import Image as Pixels
+from PIL import ImageOps
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
@@ -25,6 +26,7 @@ from layerfed.task.loading import (
     TEST_SPLITS,
     TRAIN_SPLITS,
     Part,
+    changed,
     data_files,
     image_folders,
     image_rows,
@@ -33,6 +35,7 @@ from layerfed.task.loading import (
     pick_columns,
     pick_splits,
     require_type,
+    walk,
 )
 
 __all__ = ["ImageTask"]
@@ -75,7 +78,7 @@ class ImageTask(DatasetTask):
     def parts(self) -> tuple[list[Part], list[Part]]:
         """The parts of a folder of images, with labels from folder names, or of tables of images."""
         root = local_path(self.data)
-        if root is None or not root.is_dir() or any(root.rglob("metadata.*")):
+        if root is None or not root.is_dir() or _described(root):
             return super().parts
         folders, tables = image_folders(root), data_files(root)
         if folders and tables:
@@ -167,18 +170,23 @@ class ImageTask(DatasetTask):
         return scores
 
 
+def _described(root: Path) -> bool:
+    """Return whether a table describes the images, as the hub's `imagefolder` has it."""
+    names = {f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet")}
+    return any(file.name in names for _, files in walk(root) for file in files)
+
+
 def _with_paths(rows: Dataset, column: str, folder: Path, where: str) -> Dataset:
     """Make paths absolute, and add the files' times so that a changed file makes another table."""
     paths = [os.path.join(folder, path or "") for path in rows[column]]
-    # A text that is too long for a path counts as a path that does not exist.
-    changed = [os.stat(path).st_mtime_ns if os.path.isfile(path) else 0 for path in paths]
-    if paths and not any(changed):
+    times = [changed(path) for path in paths]
+    if paths and not any(times):
         raise ConfigError(
             f"{where}: column '{column}' is text, and no value is the path of an image in {folder}; "
             "choose another by task.input-columns=NAME, or for text a model of transformers (model.name)"
         )
     rows = rows.remove_columns(column).add_column(column, paths)
-    return rows.add_column(CHANGED, changed)
+    return rows.add_column(CHANGED, times)
 
 
 def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
@@ -194,7 +202,7 @@ def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
     source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]
     name = cell.get("path") or "without a name"
     try:
-        image: Pixels.Image = Pixels.open(source)
+        image: Pixels.Image = ImageOps.exif_transpose(Pixels.open(source))
         if image.mode in ("I", "F"):
             raise ConfigError(
                 f"{where}: image {name} has values of 32 bits (mode {image.mode}), and the value of "
@@ -203,13 +211,21 @@ def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
         if image.mode.startswith("I;16"):
             # Conversion alone would turn all values above 255 white.
             image = Pixels.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+        return _as_seen(image)
     except ConfigError:
         raise
     except (OSError, SyntaxError, ValueError, Pixels.DecompressionBombError) as error:
         raise ConfigError(
             f"{where}: image {name} cannot be decoded ({type(error).__name__}); mend it or leave it out"
         ) from error
+
+
+def _as_seen(image: Pixels.Image) -> Pixels.Image:
+    """Return an image in three colours; what is transparent shows white, as on a page."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    page = Pixels.new("RGBA", image.size, "white")
+    return Pixels.alpha_composite(page, image.convert("RGBA")).convert("RGB")
 
 
 def _square(image: Pixels.Image, size: int) -> np.ndarray:

@@ -6,10 +6,16 @@ of a machine share. Rows that were decoded or tokenised once are found again by 
 
 from __future__ import annotations
 
+import csv
+import glob
+import gzip
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +23,18 @@ import datasets
 from datasets import (
     Dataset,
     DatasetDict,
+    DownloadManager,
     Features,
+    Value,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
 )
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
 from filelock import FileLock
+from PIL import Image as Pixels
 
 from layerfed.config import ConfigError
 from layerfed.models.block_finder import some
@@ -34,6 +44,7 @@ __all__ = [
     "TEST_SPLITS",
     "TRAIN_SPLITS",
     "Part",
+    "changed",
     "data_files",
     "download",
     "image_folders",
@@ -50,18 +61,15 @@ __all__ = [
     "words",
 ]
 
-# Only an empty cell is a missing value: a class may be called None, and a region NA.
-CSV = {"keep_default_na": False, "na_values": [""]}
-READERS = {
-    ".parquet": ("parquet", {}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", CSV),
-    ".tsv": ("csv", {**CSV, "sep": "\t"}),
-}
+# Kinds of tables, by suffix; those with a separator are read here, as text.
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# The library decodes JSON, and finds what is not UTF-8, if the encoding has a name other than utf-8.
+STRICT = {"encoding": "utf8"}
 # Owner, name and, if a data set has subsets, the name of one.
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?")
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What systems leave in folders of images.
+LITTER = ("Thumbs.db", "desktop.ini")
 # A column with the modification times of a table's image files. Nothing reads it, but it changes the
 # table's fingerprint when a file changes.
 CHANGED = "__changed__"
@@ -101,9 +109,10 @@ def local_path(data: str) -> Path | None:
     ConfigError
         If it is neither an existing path nor of the form of a hub id.
     """
-    path = Path(data).expanduser()
-    if path.exists():
-        return path.resolve()
+    # A path that the system refuses, such as one that is too long, does not exist either.
+    path = os.path.expanduser(data)
+    if os.path.exists(path):
+        return Path(path).resolve()
     if HUB_ID.fullmatch(data):
         return None
     raise ConfigError(
@@ -132,15 +141,11 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
         If there is nothing to read, or the hub cannot be reached. The message says what to do.
     """
     path = local_path(data)
+    check_cache()
+    found: Dataset | DatasetDict | dict[str, Dataset]
     try:
         if path is None:
-            name = HUB_ID.fullmatch(data)
-            assert name  # `local_path` refuses everything else
-            if revision is None:
-                found = load_dataset(name[1], subset or name[2])
-            else:
-                # The hub's own conversions have no card, so the library does not know their subsets.
-                found = load_dataset(name[1], data_dir=subset, revision=revision)
+            found = _load_from_hub(data, subset, revision)
         elif path.is_file():
             return {"train": load_file_list([path])}
         else:
@@ -149,8 +154,44 @@ def load_splits(data: str, subset: str = "", revision: str | None = None) -> dic
     except ConfigError:
         raise
     except Exception as error:  # the library raises many types; the user needs the reason only
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from error
         raise ConfigError(_unreadable(data, subset, revision, path, error)) from error
     return {"train": found} if isinstance(found, Dataset) else dict(found)
+
+
+def _load_from_hub(data: str, subset: str, revision: str | None) -> dict[str, Dataset]:
+    name = HUB_ID.fullmatch(data)
+    assert name  # `local_path` refuses everything else
+    if revision is None:
+        found = load_dataset_builder(name[1], subset or name[2])
+    else:
+        # The hub's own conversions have no card, so the library does not know their subsets.
+        found = load_dataset_builder(name[1], data_dir=subset, revision=revision)
+    if isinstance(found, Csv):
+        return _load_text_tables(found)
+    found.download_and_prepare()
+    return dict(found.as_dataset())
+
+
+def check_cache() -> Path:
+    """Return the folder for encoded rows, in that of the `datasets` library.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be written.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "layerfed"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ConfigError(
+            f"the cache for data, {folder}, cannot be written: {error.strerror}; set "
+            "HF_DATASETS_CACHE to a folder that can"
+        ) from None
 
 
 def is_saved(folder: Path) -> bool:
@@ -160,7 +201,8 @@ def is_saved(folder: Path) -> bool:
 
 def data_files(folder: Path) -> list[Path]:
     """Return the tables in a folder and its subfolders, in order."""
-    return sorted(f for f in folder.rglob("*") if f.suffix in READERS and f.is_file())
+    found = (file for _, files in walk(folder) for file in files)
+    return sorted(file for file in found if file.suffix.lower() in READERS)
 
 
 def load_file_list(files: Sequence[Path]) -> Dataset:
@@ -171,56 +213,237 @@ def load_file_list(files: Sequence[Path]) -> Dataset:
     ConfigError
         If they are of an unknown kind, or cannot be read.
     """
-    kinds = {file.suffix for file in files}
+    kinds = {file.suffix.lower() for file in files}
     if len(kinds) != 1 or not kinds <= READERS.keys():
         raise ConfigError(
             f"{some([str(f) for f in files])}: cannot read files of kind {', '.join(sorted(kinds))} as "
             f"one table; give files of one kind of {', '.join(READERS)}"
         )
-    reader, options = READERS[kinds.pop()]
-    names = [str(file) for file in files]
+    kind = kinds.pop()
+    check_cache()
     try:
-        found = load_dataset(reader, data_files={"train": names}, split="train", **options)
+        if kind in SEPARATORS:
+            return _load_text_table(files, SEPARATORS[kind])
+        return _load_typed(files, READERS[kind])
     except Exception as error:  # the library raises many types; the user needs the reason only
-        raise ConfigError(f"cannot read {some(names)}: {_reason(error)}") from error
-    if reader == "csv":
-        _refuse_shifted(found, some(names))
-    return found
+        refused = error.__cause__ if isinstance(error.__cause__, ConfigError) else None
+        raise refused or ConfigError(
+            f"cannot read {some([str(f) for f in files])}: {_reason(error)}"
+        ) from error
 
 
-def _load_folder(folder: Path) -> DatasetDict:
-    """Read a folder in the hub's layout, and its CSV and TSV files as single files are read."""
-    found = load_dataset_builder(str(folder))
-    # The library caches a folder with a card by its name, even if its files have changed, unless they
-    # are named one by one.
-    files = {str(split): list(names) for split, names in (found.config.data_files or {}).items()}
-    separated = isinstance(found, Csv)
-    splits = load_dataset(
-        str(folder), found.config.name, data_files=files, **(CSV if separated else {})
-    )
-    for split, rows in splits.items() if separated else ():
-        _refuse_shifted(rows, f"{folder}, split '{split}'")
-    return splits
+def _load_typed(files: Sequence[Path], reader: str) -> Dataset:
+    """Read files whose cells have types of their own."""
+    given: dict[str, Any] = {
+        "data_files": {"train": [glob.escape(str(file)) for file in files]},
+        "split": "train",
+        **(STRICT if reader == "json" else {}),
+    }
+    try:
+        return load_dataset(reader, **given)
+    except datasets.exceptions.DatasetGenerationError:
+        if reader != "json":
+            raise
+    # A column that changes its type is found only within one piece of a file.
+    return load_dataset(reader, **given, chunksize=max(file.stat().st_size for file in files) + 1)
 
 
-def _refuse_shifted(rows: Dataset, where: str) -> None:
-    """Refuse a table whose lines have more fields than its header, which pandas reads as an index."""
-    if any(name.startswith("__index_level_") for name in rows.column_names):
+def _load_text_table(files: Sequence[Path], separator: str) -> Dataset:
+    """Read files of separated values, every cell as the text that the file has."""
+    columns = [_header(file, separator) for file in files]
+    if other := next((i for i, names in enumerate(columns) if names != columns[0]), 0):
         raise ConfigError(
-            f"{where}: lines have more fields than the header, so columns are unknown; put text with "
-            "commas in quotes"
+            f"{files[other]} has the columns {', '.join(columns[other])}, but {files[0]} has "
+            f"{', '.join(columns[0])}; give files with the same columns"
         )
+    given = {
+        "files": [str(file) for file in files],
+        "changed": [file.stat().st_mtime_ns for file in files],
+        "separator": separator,
+    }
+    features = Features({name: Value("string") for name in columns[0]})
+    return Dataset.from_generator(_rows, features=features, gen_kwargs=given)
+
+
+def _rows(
+    files: Sequence[str], changed: Sequence[int], separator: str
+) -> Iterator[dict[str, str | None]]:
+    """Yield the rows of files; only an empty cell is missing: a class may be called None or NA."""
+    for file in files:
+        lines = _lines(Path(file), separator)
+        _, names = next(lines)
+        header = _names(names)
+        for line, cells in lines:
+            if len(cells) != len(header):
+                more = "more" if len(cells) > len(header) else "fewer"
+                advice = "put text with commas in quotes"
+                if separator == "\t":
+                    advice = (
+                        "a TSV file has no quotes; text with tabs or line breaks goes into a CSV"
+                    )
+                raise ConfigError(
+                    f"{file}, line {line}: {len(cells)} fields, {more} fields than the header's "
+                    f"{len(header)}; {advice}"
+                )
+            yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
+
+
+def _header(file: Path, separator: str) -> list[str]:
+    _, names = next(_lines(file, separator), (0, []))
+    if not names:
+        raise ConfigError(f"{file} is empty; its first line should name the columns")
+    columns = _names(names)
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise ConfigError(f"{file}: two columns are called '{twice[0]}'; rename one of them")
+    return columns
+
+
+def _names(header: Sequence[str]) -> list[str]:
+    """Return the names of columns; one without a name, such as an index, gets one."""
+    return [name or f"unnamed {i}" for i, name in enumerate(header)]
+
+
+def _lines(file: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the cells of each line that is not blank, with the number of the line."""
+    csv.field_size_limit(2**31 - 1)
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        # In a TSV file a quote is a character like any other.
+        reader = csv.reader(
+            _decoded(stream, file),
+            delimiter=separator,
+            quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
+            strict=True,
+        )
+        try:
+            for cells in reader:
+                if cells:
+                    yield reader.line_num, cells
+        except csv.Error as error:
+            raise ConfigError(
+                f"{file}, line {reader.line_num}: {error}; write a quote inside quotes twice, and end "
+                "lines as Unix or Windows does"
+            ) from None
+
+
+def _decoded(stream: Iterable[bytes], file: Path) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{file}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8; save the table as "
+                "UTF-8"
+            ) from None
+
+
+def _load_folder(folder: Path) -> dict[str, Dataset]:
+    """Read a folder in the hub's layout."""
+    with _as_it_is():
+        found = load_dataset_builder(str(folder))
+        if isinstance(found, Csv):
+            return _load_text_tables(found)
+        # The library caches a folder with a card by its name, even if its files have changed, unless
+        # they are named one by one.
+        files = {
+            str(split): [glob.escape(name) for name in names]
+            for split, names in (found.config.data_files or {}).items()
+        }
+        more = STRICT if isinstance(found, Json) else {}
+        return dict(load_dataset(str(folder), found.config.name, data_files=files, **more))
+
+
+def _load_text_tables(found: Csv) -> dict[str, Dataset]:
+    """Read the splits of a data set of separated values, of a folder or of the hub."""
+    files = {str(split): list(names) for split, names in (found.config.data_files or {}).items()}
+    here = DownloadManager().download(files)
+    return {
+        split: _load_text_table([Path(name) for name in names], found.config.sep)
+        for split, names in here.items()
+    }
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    """Let `datasets` take a folder's path as it is, not as a pattern."""
+    library = datasets.data_files
+    resolve = library.resolve_pattern
+
+    def literally(pattern: str, base_path: str, *args: Any, **more: Any) -> list[str]:
+        # Paths on the hub have a protocol, and no such characters.
+        base = base_path if "://" in base_path else glob.escape(base_path)
+        found: list[str] = resolve(pattern, base, *args, **more)
+        return found
+
+    library.resolve_pattern = literally
+    try:
+        yield
+    finally:
+        library.resolve_pattern = resolve
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield each folder below and including a root with its files, both in order.
+
+    Links are followed. What is hidden (`.name`) is left out: notebooks, macOS and downloads leave copies
+    there.
+
+    Raises
+    ------
+    ConfigError
+        If a folder cannot be read, or holds a link to itself.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}")
+
+    for folder, inside, files in os.walk(root, onerror=refuse, followlinks=True):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        real = Path(folder).resolve()
+        for name in inside:
+            path = Path(folder, name)
+            if path.is_symlink() and real.is_relative_to(path.resolve()):
+                raise ConfigError(f"{path} links to a folder that it is in; remove the link")
+        yield Path(folder), [Path(folder, n) for n in sorted(files) if not n.startswith(".")]
 
 
 def image_folders(root: Path) -> dict[tuple[str, ...], list[Path]]:
-    """Return the images below a folder, by the path of their own folder relative to it."""
+    """Return the images below a folder, by the path of their own folder relative to it.
+
+    Raises
+    ------
+    ConfigError
+        If a folder for images has a file that is none, or no file: its class would silently vanish.
+    """
     found: dict[tuple[str, ...], list[Path]] = {}
-    for folder, inside, files in os.walk(root):
-        inside.sort()
-        images = [Path(folder, name) for name in sorted(files) if name.lower().endswith(IMAGES)]
+    others: dict[tuple[str, ...], list[Path]] = {}
+    for folder, files in walk(root):
+        inside = folder.relative_to(root).parts
+        images = [file for file in files if file.suffix.lower() in image_suffixes()]
         if images:
-            found[Path(folder).relative_to(root).parts] = images
+            found[inside] = images
+        others[inside] = [f for f in files if f not in set(images) and f.name not in LITTER]
+    # A folder of folders with images, such as the root, may hold anything: a README, say.
+    above = {path[:depth] for path in found for depth in range(len(path))}
+    for inside, left in others.items() if found else ():
+        if inside in above - found.keys():
+            continue
+        if left:
+            raise ConfigError(
+                f"{left[0]} is not an image of a kind that can be read, such as .jpg or .png; convert "
+                f"it, or move it out of {root}"
+            )
+        if inside not in found:
+            raise ConfigError(
+                f"{root.joinpath(*inside)} holds no images; add some, or remove the folder"
+            )
     return found
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of all kinds of images that Pillow reads."""
+    kinds = Pixels.registered_extensions()
+    return frozenset(suffix for suffix, kind in kinds.items() if kind in Pixels.OPEN)
 
 
 def image_rows(files: Mapping[str, Sequence[Path]]) -> Dataset:
@@ -230,9 +453,15 @@ def image_rows(files: Mapping[str, Sequence[Path]]) -> Dataset:
         {
             "image": [str(path) for path in paths],
             "label": [label for label, images in files.items() for _ in images],
-            CHANGED: [path.stat().st_mtime_ns for path in paths],
+            CHANGED: [changed(path) for path in paths],
         }
     )
+
+
+def changed(path: str | Path) -> int:
+    """Return the modification time of a file, or 0 for what is none; a row names it when it is read."""
+    # A text that is too long for a path counts as a path that does not exist.
+    return os.stat(path).st_mtime_ns if os.path.isfile(path) else 0
 
 
 def _reason(error: Exception) -> str:
@@ -367,8 +596,7 @@ def kept(
     """
     # The library's own fingerprint of `make` would change with the state of a tokenizer or an address.
     fingerprint = Hasher.hash((part.rows._fingerprint, key))
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "layerfed"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = check_cache()
     with FileLock(folder / f"{fingerprint}.lock"):
         return part.rows.map(
             make,

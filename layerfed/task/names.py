@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from datasets import ClassLabel
@@ -10,6 +11,8 @@ from layerfed.config import ConfigError
 from layerfed.task.loading import Part
 
 __all__ = ["NameReader", "names_in"]
+
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
 def names_in(columns: Sequence[tuple[Part, str]]) -> tuple[str, ...]:
@@ -21,9 +24,12 @@ def names_in(columns: Sequence[tuple[Part, str]]) -> tuple[str, ...]:
             found |= dict.fromkeys(feature.names)
         else:
             values = part.rows.data.column(column).unique().to_pylist()
-            # Numbers are sorted as numbers. A missing value is refused later, where its row is known.
-            ordered = sorted(v for v in values if v is not None)
-            found |= dict.fromkeys(map(str, ordered))
+            # A missing value is refused later, where its row is known.
+            names = sorted(str(value) for value in values if value is not None)
+            # Numbers are sorted as numbers, also those of a table of text.
+            if all(NUMBER.fullmatch(name) for name in names):
+                names.sort(key=float)
+            found |= dict.fromkeys(names)
     return tuple(found)
 
 

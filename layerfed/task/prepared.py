@@ -16,6 +16,7 @@ from zipfile import BadZipFile
 import numpy as np
 from flwr.common.logger import log
 
+from layerfed.config import ConfigError
 from layerfed.digests import content_digest
 from layerfed.exchange.store import user_cache
 from layerfed.files import whole
@@ -42,7 +43,11 @@ def prepared(
     Files are in the folder `prepared` of the user's cache, with checksums. A damaged file is made again.
     If nothing can be written, the arrays are made each time.
     """
-    file = user_cache() / "prepared" / f"{content_digest(*_parts(key))}.npz"
+    try:
+        file = user_cache() / "prepared" / f"{content_digest(*_parts(key))}.npz"
+    except ConfigError as error:
+        log(DEBUG, "nothing can be kept: %s", error)
+        return dict(make())
     try:
         with np.load(file, allow_pickle=False) as found:
             return dict(found)

@@ -35,7 +35,7 @@ from layerfed.task.loading import (
     pick_splits,
     words,
 )
-from layerfed.task.text import TextTask, padded, token_features
+from layerfed.task.text import TextTask, padded, token_features, tokenised
 
 LETTERS = ("A", "B", "C", "D", "E")
 CUE = "Answer:"
@@ -261,15 +261,17 @@ class QuestionAnswering(TextTask):
                 except ValueError as error:
                     raise ConfigError(f"{part.where}, row {row}: {error}") from None
                 questions.append(question)
-            prompts = self.tokenizer([_prompt(q) for q in questions], add_special_tokens=False)
-            if any(tokens[-1] != letters[0] for tokens in prompts["input_ids"]):
+            named = [f"{part.where}, row {row}" for row in rows]
+            texts = [_prompt(q) for q in questions]
+            prompts = tokenised(self.tokenizer, texts, named, add_special_tokens=False)
+            if any(tokens[-1] != letters[0] for tokens in prompts):
                 raise ConfigError(
                     f"{part.where}: the tokenizer of model.name = '{self.config.model.name}' joins the "
                     "answer's letter with what precedes it; choose another (model.tokenizer)"
                 )
             # The prompt ends with a letter only so that the tokens before it are those of a real answer.
             room = limit - len(start)
-            ids = [start + tokens[:-1][-room:] for tokens in prompts["input_ids"]]
+            ids = [start + tokens[:-1][-room:] for tokens in prompts]
             return {
                 "input_ids": ids,
                 "choices": [len(q.choices) for q in questions],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,7 +29,7 @@ from layerfed.task.loading import Part, is_text, require_type
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextTask", "by_length", "padded", "token_features"]
+__all__ = ["TextTask", "by_length", "padded", "token_features", "tokenised"]
 
 # Lengths are rounded up to a multiple of this, which suits matrix units and makes fewer shapes: FLOPs
 # are counted once a shape (`client/flops.py`).
@@ -67,7 +70,10 @@ class TextTask(DatasetTask):
                     )
             if not texts:
                 return {"input_ids": []}
-            return {"input_ids": tokenizer(texts, truncation=True, max_length=limit)["input_ids"]}
+            named = [f"{where}, row {row}" for row in rows]
+            return {
+                "input_ids": tokenised(tokenizer, texts, named, truncation=True, max_length=limit)
+            }
 
         pad = self.pad
         key = "text", limit, tokenizer_key(tokenizer)
@@ -133,6 +139,62 @@ class TextTask(DatasetTask):
         last = hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
         scores = net.score(last)
         return scores
+
+
+def tokenised(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], named: Sequence[str], **how: Any
+) -> list[list[int]]:
+    """Return the token ids of texts in which nothing acts as a special token.
+
+    A review that quotes `</s>` or `[SEP]` would otherwise end, or be two. A space after the first
+    character prevents it. The tokenizers' own `split_special_tokens` does not: a unigram model, such as
+    XLM-R's, has these tokens among its words.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    texts : Sequence[str]
+    named : Sequence[str]
+        The place of each text, for messages.
+    how
+        Options of the tokenizer.
+
+    Raises
+    ------
+    ConfigError
+        If a text holds a special token nevertheless.
+    """
+    ids: list[list[int]] = tokenizer(list(texts), **how)["input_ids"]
+    special = _special_tokens(tokenizer)
+    words = sorted(special.values(), key=len, reverse=True)
+    spelled = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
+
+    def acting(row: Sequence[int]) -> Counter[str]:
+        return Counter(special[token] for token in row if token in special)
+
+    around = acting(tokenizer("", **how)["input_ids"])
+    for i, row in enumerate(ids):
+        if not acting(row) - around:
+            continue
+        # A tokenizer may take a fullwidth letter for the plain one.
+        plain = unicodedata.normalize("NFKC", texts[i])
+        apart = spelled.sub(lambda found: f"{found[0][0]} {found[0][1:]}", plain)
+        ids[i] = tokenizer(apart, **how)["input_ids"]
+        if left := acting(ids[i]) - around:
+            raise ConfigError(
+                f"{named[i]}: the tokenizer reads a part of the text as its special token "
+                f"{next(iter(left))}; reword the text, or choose another model.tokenizer"
+            )
+    return ids
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the tokens with a meaning of their own; an unknown word is rightly read as unknown."""
+    found = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found |= {number: token.content for number, token in added.items() if token.special}
+    found.pop(tokenizer.unk_token_id, None)
+    return found
 
 
 def token_features() -> dict[str, object]:

@@ -37,6 +37,46 @@ def test_flat_and_back_is_the_same_configuration() -> None:
     assert RunConfig.from_flat(config.to_flat()) == config
 
 
+def test_paths_become_absolute_and_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("data.csv", "bert", "pretrained", "spoken"):
+        (tmp_path / name).touch()
+    given = {
+        "task.name": "custom",
+        "task.data": "data.csv",
+        "model.name": "transformers/bert",
+        "model.weights": "~/bert",
+        "model.tokenizer": "spoken",
+        "exchange.store": "store",
+        "run.dir": "",
+    }
+    found = RunConfig.from_flat(given).absolute()
+    at = {key: str(value).replace(str(tmp_path), "HERE") for key, value in found.to_flat().items()}
+    assert {key: at[key] for key in given} == {
+        "task.name": "custom",
+        "task.data": "HERE/data.csv",
+        "model.name": "transformers/HERE/bert",
+        "model.weights": "HERE/bert",
+        "model.tokenizer": "HERE/spoken",
+        "exchange.store": "HERE/store",
+        "run.dir": "HERE/runs",
+    }
+    assert found.absolute() == found
+    assert found.model.architecture == str(tmp_path / "bert")
+    names = {
+        "task.data": "owner/reviews",
+        "model.name": "transformers/FacebookAI/xlm-roberta-base",
+        "model.weights": "pretrained",
+        "exchange.store": "memory",
+    }
+    flat = RunConfig.from_flat(given | names).absolute().to_flat()
+    assert {key: flat[key] for key in names} == names
+    assert RunConfig().absolute().task.data == ""
+
+
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text('[strategy]\nname = "top"\n[train]\nlr = 0.5\n')

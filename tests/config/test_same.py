@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from layerfed.config import RunConfig, load_config
@@ -42,3 +44,13 @@ def test_an_option_counts_under_its_key_however_it_was_given() -> None:
     config = checked(load_config(None, ["strategy.consistency=2"]))
     theirs = config.to_flat() | {"strategy.options": "consistency=2"}
     assert differing(config, theirs, DEFAULTS) == []
+
+
+def test_a_path_may_be_written_in_two_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    mine = load_config(None, ["task.data=data.csv"])
+    theirs = load_config(None, [f"task.data={tmp_path / 'data.csv'}"]).to_flat()
+    assert differing(mine, theirs, DEFAULTS) == []
+    monkeypatch.chdir("/")
+    assert differing(mine, theirs, DEFAULTS) == ["task.data"]

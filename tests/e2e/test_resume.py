@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from layerfed.config import ConfigError, RunConfig, load_config
@@ -174,6 +175,51 @@ def test_another_configuration_is_refused(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"had another configuration \(train\.lr\)"):
         run_on("inprocess", resumed(other, whole))
     assert (whole / "metrics.jsonl").read_text() == before
+
+
+def images(folder: Path, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(24):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{name}/{i}.png")
+    return folder
+
+
+def test_a_run_goes_on_with_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another folder of that name, in the folder where it is resumed, was taken without a word."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number, name in enumerate(("one", "two")):
+        images(tmp_path / name / "photos", number)
+    monkeypatch.chdir(tmp_path / "one")
+    settings = [
+        *("task.name=custom", "task.data=photos", "task.image-size=32", "task.alpha=50"),
+        *("federation.clients=2", "federation.clients-per-round=2", "federation.rounds=2"),
+        *("strategy.period=1", "strategy.name=top", "run.dir=runs"),
+    ]
+    whole = run_on("inprocess", load_config(None, [*QUICK, *settings, "run.name=whole"]))
+    short = [*QUICK, *settings, "run.name=short", "federation.rounds=1"]
+    folder = run_on("inprocess", load_config(None, short))
+    written = json.loads((folder / "config.json").read_text())
+    assert written["task.data"] == str(tmp_path / "one/photos")
+    assert written["run.dir"] == str(tmp_path / "one/runs")
+    before = (folder / "metrics.jsonl").read_text()
+
+    monkeypatch.chdir(tmp_path / "two")
+    named = load_config(None, [*short, "federation.rounds=2"])
+    with pytest.raises(
+        ConfigError, match=r"made on other data \(\w+\) than task\.data = 'photos' now"
+    ):
+        run_on("inprocess", resumed(named, folder))
+    assert (folder / "metrics.jsonl").read_text() == before
+    # From any folder, with its own configuration, and if its data moved.
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "one/photos").rename(moved)
+    more = ["federation.rounds=2", f"task.data={moved}"]
+    run_on("inprocess", resumed(load_config(folder / "config.json", more), folder))
+    same(whole, folder)
 
 
 @pytest.mark.parametrize("other", ["run.seed=1", "federation.clients-per-round=3"])

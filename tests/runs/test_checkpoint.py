@@ -108,4 +108,4 @@ def test_one_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None
 def test_its_index_can_be_read_by_people(tmp_path: Path) -> None:
     place = save_checkpoint(tmp_path, checkpoint(), keep=1)
     index = json.loads((place / "state.json").read_text())
-    assert set(index) == {"round", "base", "run_token", "digests"}
+    assert set(index) == {"round", "base", "data", "run_token", "digests"}

@@ -326,6 +326,78 @@ def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path: Path) -> Non
     refused(lambda: custom(both), "holds images and tables", "table.csv")
 
 
+@pytest.mark.parametrize("suffix", ["jfif", "JPG", "jp2", "ppm", "tga", "ico"])
+def test_all_kinds_of_images_are_read(suffix: str, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(24):
+            hub.noise(i).save(tmp_path / f"{name}/{i}.{suffix}")
+    found = custom(tmp_path)
+    assert found.classes == ("cat", "dog")  # type: ignore[attr-defined]
+    assert sum(len(found.partition(i)) for i in range(4)) == 38
+
+
+def test_what_systems_hide_is_no_class_and_no_image(tmp_path: Path) -> None:
+    hub.image_files(tmp_path, ["cat", "dog", ".ipynb_checkpoints"], 24)
+    for name in ("cat/._000.png", "cat/.DS_Store", "dog/Thumbs.db", "README.md"):
+        (tmp_path / name).write_bytes(b"no image")
+    found = custom(tmp_path)
+    assert found.classes == ("cat", "dog")  # type: ignore[attr-defined]
+    assert sum(len(found.partition(i)) for i in range(4)) == 38
+
+
+def test_linked_folders_and_files_are_read(tmp_path: Path) -> None:
+    hub.image_files(tmp_path / "elsewhere", ["cat", "dog"], 24)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "cat").symlink_to(tmp_path / "elsewhere/cat")
+    (data / "dog").mkdir()
+    for i in range(24):
+        (data / f"dog/{i}.png").symlink_to(tmp_path / f"elsewhere/dog/{i:03}.png")
+    assert sum(len(custom(data).partition(i)) for i in range(4)) == 38
+    (tmp_path / "elsewhere/dog/007.png").unlink()
+    refused(lambda: custom(data), "dog/7.png", "cannot be decoded")
+    (data / "dog/in").symlink_to(data)
+    refused(lambda: custom(data), str(data / "dog/in"), "links to a folder that it is in")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("fox/1.heic", ["fox/1.heic", "not an image", "convert it"]),
+        ("cat/1.heic", ["cat/1.heic", "not an image", "convert it"]),
+        ("fox/deep/1.svg", ["fox", "holds no images"]),
+        ("fox/.keep", ["fox", "holds no images", "remove the folder"]),
+    ],
+)
+def test_a_class_does_not_vanish(wrong: str, says: list[str], tmp_path: Path) -> None:
+    hub.image_files(tmp_path, ["cat", "dog"], 24)
+    (tmp_path / wrong).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / wrong).touch()
+    refused(lambda: custom(tmp_path), *says)
+
+
+def test_a_class_of_the_test_folder_alone_is_named(tmp_path: Path) -> None:
+    hub.image_files(tmp_path / "train", ["cat", "dog"], 30)
+    hub.image_files(tmp_path / "test", ["cat", "fox"], 5)
+    refused(lambda: custom(tmp_path), str(tmp_path / "test"), "label = 'fox'", "cat, dog")
+
+
+def test_a_path_of_images_is_no_pattern(tmp_path: Path) -> None:
+    hub.image_files(tmp_path / "x1", ["cat", "dog"], 5)
+    hub.image_files(tmp_path / "x[12]", ["cat", "dog"], 24)
+    assert sum(len(custom(tmp_path / "x[12]").partition(i)) for i in range(4)) == 38
+    lines = [f"{'cd'[i % 2]}/{i}.png,{'cd'[i % 2]}\n" for i in range(80)]
+    table = tmp_path / "x[12]/a*b"
+    table.mkdir()
+    for line in lines:
+        file = table / line.partition(",")[0]
+        file.parent.mkdir(exist_ok=True)
+        hub.noise(1).save(file)
+    (table / "train.csv").write_text("image,label\n" + "".join(lines))
+    assert sum(len(custom(table / "train.csv").partition(i)) for i in range(4)) == 64
+
+
 def test_without_data_custom_says_what_it_needs() -> None:
     refused(lambda: hub.task("task.name=custom"), "task.data", "folder")
 

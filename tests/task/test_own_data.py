@@ -102,6 +102,20 @@ def test_a_table_of_text(tmp_path: Path) -> None:
     assert labels(own(*text, *transformer, classes)) == [0] * 3 + [1] * 3 + [2] * 3
 
 
+def test_a_path_is_that_path(tmp_path: Path) -> None:
+    """Not a pattern, of which the data of another node on the machine are the first match."""
+    model = hub.xlm_roberta(tmp_path / "model")
+    for node, count in (("x1", 3), ("x[12]", 5)):
+        (tmp_path / node).mkdir()
+        for name in ("reviews.csv", "folder/train.csv"):
+            (tmp_path / node / name).parent.mkdir(exist_ok=True)
+            (tmp_path / node / name).write_text("text,label\n" + "w1,a\n" * count)
+    text = ["task.name=custom", "task.classes=a,b", "model.name=transformers/tiny"]
+    for name in ("reviews.csv", "folder"):
+        data = f"task.data={tmp_path / 'x[12]' / name}"
+        assert labels(own(*text, data, f"model.weights={model}")) == [0] * 5
+
+
 def test_news_of_one_language(tmp_path: Path) -> None:
     made = hub.news(WORDS, 12, 3)
     columns = {"news_title": ["w1"] * 12, "news_body": made["text"]}

@@ -6,6 +6,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from PIL import ExifTags
 from PIL import Image as Pixels
 
 from layerfed.config import ConfigError
@@ -61,3 +62,59 @@ def test_the_middle_square_is_kept(size: tuple[int, int]) -> None:
     rows, columns = np.indices(kept.shape)
     centre = (rows * kept).sum() / kept.sum(), (columns * kept).sum() / kept.sum()
     assert centre == pytest.approx((15.5, 15.5), abs=1.5)
+
+
+# ------------------------------------------------------------------------ what a person sees
+def opened(image: Pixels.Image, kind: str = "PNG", **how: object) -> np.ndarray:
+    file = BytesIO()
+    image.save(file, kind, **how)
+    return np.asarray(images._open({"bytes": file.getvalue(), "path": None}, "here"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_stands_as_its_camera_was_held(kind: str, orientation: int) -> None:
+    seen = np.zeros((16, 32, 3), np.uint8)
+    seen[:8, :8] = 255  # the top left corner
+    exif = Pixels.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    turn = {
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.transpose(1, 0, 2),
+        6: lambda x: np.rot90(x),
+        7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda x: np.rot90(x, -1),
+    }.get(orientation, lambda x: x)
+    stored = Pixels.fromarray(np.ascontiguousarray(turn(seen)))
+    how: dict[str, object] = {"exif": exif} | ({"lossless": True} if kind == "WEBP" else {})
+    found = opened(stored, kind, **how)
+    assert found.shape == seen.shape
+    assert np.abs(found.astype(int) - seen).max() < 40
+
+
+def test_an_orientation_that_is_damaged_turns_nothing() -> None:
+    file = BytesIO()
+    exif = Pixels.Exif()
+    exif[ExifTags.Base.Orientation] = 77
+    hub.noise(0, (8, 12)).save(file, "PNG", exif=exif)
+    found = images._open({"bytes": file.getvalue(), "path": None}, "here")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(hub.noise(0, (8, 12))))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode: str) -> None:
+    """The colours below it are any: a logo on nothing would stand on black."""
+    image = Pixels.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    expected = np.full((8, 8, 3), 255)
+    expected[:, :4] = 0
+    np.testing.assert_array_equal(opened(image.convert(mode)), expected)
+
+
+def test_a_colour_that_is_transparent_and_half_of_one() -> None:
+    keyed = Pixels.new("RGB", (4, 4), (10, 20, 30))
+    assert opened(keyed, transparency=(10, 20, 30)).min() == 255
+    half = Pixels.new("RGBA", (4, 4), (0, 0, 0, 128))
+    assert set(np.unique(opened(half))) == {127}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from layerfed.config import ConfigError
+from layerfed.exchange import open_store
 from layerfed.task.digits import Digits
 from layerfed.task.prepared import MOST_FILES, prepared
 from tests.task import hub
@@ -79,6 +80,17 @@ def test_where_nothing_can_be_written_it_is_made_each_time(cache: Path) -> None:
     for times in (1, 2):
         same(prepared({"a": 1}, maker))
         assert maker.times == times
+
+
+def test_without_a_home_it_is_made_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where nothing says a home
+    maker = Maker()
+    for times in (1, 2):
+        same(prepared({"a": 1}, maker))
+        assert maker.times == times
+    with pytest.raises(ConfigError, match=r"no home folder .* set HOME or XDG_CACHE_HOME"):
+        open_store()
 
 
 def test_the_oldest_go_first(cache: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import torch
 
 from layerfed.config import ConfigError
-from layerfed.task import Task, text
+from layerfed.task import Task, loading, text
 from tests.task import hub
 from tests.task.hub import WORDS, refused
 
@@ -57,7 +59,12 @@ def test_commas_outside_quotes_shift_no_column(
     file.parent.mkdir(exist_ok=True)
     file.write_text("label,text\n" + "".join(f"{'ab'[i % 2]},w1, w2\n" for i in range(40)))
     data = file if file.parent == tmp_path else file.parent
-    says = [str(data), "more fields than the header", "put text with commas in quotes"]
+    says = [
+        str(file),
+        "line 2",
+        "3 fields, more fields than the header's 2",
+        "put text with commas in quotes",
+    ]
     refused(lambda: hub.task("task.name=custom", f"task.data={data}", *model), *says)
 
 
@@ -77,6 +84,143 @@ def test_labels_that_are_not_known_are_named(
         hub.parquet(tmp_path / f"{split}-00000-of-00001.parquet", columns)
     few = ["federation.clients=1", "federation.clients-per-round=1"]
     refused(lambda: hub.task("task.name=custom", f"task.data={tmp_path}", *few, *model), *says)
+
+
+# ------------------------------------------------------------------ a cell is what the file says
+def cells_task(file: Path, model: list[str], *more: str) -> Task:
+    few = ["federation.clients=1", "federation.clients-per-round=1", "task.test-share=0.1"]
+    return hub.task("task.name=custom", f"task.data={file}", *few, *model, *more)
+
+
+def read(file: Path) -> dict[str, list[object]]:
+    return loading.load_file_list([file]).to_dict()  # type: ignore[no-any-return]
+
+
+def test_a_quote_in_a_tsv_is_a_character(tmp_path: Path) -> None:
+    """It does not open a cell that swallows the rows up to the next one."""
+    file = tmp_path / "table.tsv"
+    texts = ['"w1', "w2", 'w3 "w4"', '"w5" w6']
+    file.write_text("text\tlabel\n" + "".join(f"{t}\ta\n" for t in texts), encoding="utf-8")
+    assert read(file) == {"text": texts, "label": ["a"] * 4}
+
+
+def test_a_csv_keeps_what_stands_in_quotes(tmp_path: Path) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text('\ufefftext,label\r\n"a ""b"", c\nd",1\r\n\r\n007,\r\n', encoding="utf-8")
+    assert read(file) == {"text": ['a "b", c\nd', "007"], "label": ["1", None]}
+
+
+def test_the_index_of_a_table_has_no_name(tmp_path: Path) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text(",text,label\n0,w1,a\n")
+    assert read(file) == {"unnamed 0": ["0"], "text": ["w1"], "label": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "says"),
+    [
+        (".tsv", b"text\tlabel\nw1\ta\nw2\n", ["line 3", "1 fields, fewer", "no quotes"]),
+        (".csv", b"text,label\nw1,a\nw2\n", ["line 3", "1 fields, fewer", "in quotes"]),
+        (".csv", b'text,label\n"w1,a\nw2,b\n', ["line 3", "unexpected end", "quote"]),
+        (".csv", b'text,label\n"w1" w2,a\n', ["line 2", "expected after", "quote"]),
+        (".csv", "text,label\nw1,a\ncafé,b\n".encode("latin-1"), ["line 3", "0xe9", "as UTF-8"]),
+        (".csv", "text,label\nw1,a\n".encode("utf-16"), ["line 1", "0xff", "as UTF-8"]),
+        (".csv", b"text,label,text\nw1,a,w2\n", ["two columns are called 'text'"]),
+        (".csv", b"", ["is empty"]),
+        (".jsonl", '{"text": "café", "label": "a"}\n'.encode("latin-1"), ["table.jsonl", "utf-8"]),
+    ],
+)
+def test_cells_that_cannot_be_read_are_named(
+    suffix: str, content: bytes, says: list[str], tmp_path: Path, model: list[str]
+) -> None:
+    file = tmp_path / f"table{suffix}"
+    file.write_bytes(content)
+    refused(lambda: cells_task(file, model), str(file), *says)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file.rename(folder / f"train{suffix}")
+    told = [text for text in says if text != "table.jsonl"]
+    refused(lambda: cells_task(folder, model), str(folder), *told)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_column_that_is_not_used_may_change_its_type(
+    suffix: str, tmp_path: Path, model: list[str]
+) -> None:
+    count = 12_000
+    rows = [
+        {"text": "w1", "label": "ab"[i % 2], "price": i if i < count - 1 else "on request"}
+        for i in range(count)
+    ]
+    file = tmp_path / f"table.{suffix}"
+    if suffix == "csv":
+        lines = [",".join(map(str, row.values())) for row in rows]
+        file.write_text("\n".join(["text,label,price", *lines]))
+    else:
+        # As long as the pieces in which the library reads it.
+        text = " ".join(["w1"] * 300)
+        file.write_text("\n".join(json.dumps(row | {"text": text}) for row in rows))
+    assert len(cells_task(file, model).partition(0)) == count * 9 // 10
+
+
+def test_labels_stay_as_they_are_written(tmp_path: Path, model: list[str]) -> None:
+    """An empty cell would turn a column of whole numbers into 1.0, 2.0 …; their order is of numbers."""
+    file = tmp_path / "table.csv"
+    lines = [f"w{i % 9},{i % 10 + 1},{'' if i == 3 else i}\n" for i in range(40)]
+    file.write_text("text,stars,age\n" + "".join(lines))
+    found = cells_task(file, model, "task.label-column=stars")
+    assert found.classes == tuple(map(str, range(1, 11)))  # type: ignore[attr-defined]
+    file.write_text(file.read_text().replace("w5,6,", "w5,,"))
+    found = cells_task(file, model, "task.label-column=stars")
+    refused(lambda: found, str(file.parent), "row 5", "stars = None", "1, 2, 3")
+
+
+def test_files_of_one_table_need_the_same_columns(tmp_path: Path) -> None:
+    files = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for file, header in zip(files, ("text,label", "label,text"), strict=True):
+        file.write_text(f"{header}\nw1,w2\n")
+    with pytest.raises(
+        ConfigError, match=r"b\.csv has the columns label, text, but .*a\.csv has tex"
+    ):
+        loading.load_file_list(files)
+
+
+@pytest.mark.parametrize("name", ["x[12]", "a*b", "what?", "{a,b}", "~x", "a b#c%20"])
+@pytest.mark.parametrize("kind", ["file", "json", "folder", "card", "saved"])
+def test_a_path_is_no_pattern(name: str, kind: str, tmp_path: Path) -> None:
+    """`x[12]` matches its sibling `x1`, whose reviews are of someone else."""
+    for folder in (name, "x1", "axb", "whatx"):
+        whose = "mine" if folder == name else "theirs"
+        place = tmp_path / folder
+        place.mkdir()
+        (place / "train.csv").write_text(f"text,label\n{whose},a\n")
+        (place / "table.jsonl").write_text(json.dumps({"text": whose, "label": "a"}))
+        if kind == "card":
+            card = "configs: [{config_name: default, data_files: train.csv}]"
+            (place / "README.md").write_text(f"---\n{card}\n---\n")
+        if kind == "folder":
+            (place / "table.jsonl").unlink()
+        if kind == "saved":
+            loading.load_file_list([place / "train.csv"]).save_to_disk(str(place / "saved"))
+    inside = {"file": "train.csv", "json": "table.jsonl", "saved": "saved"}.get(kind, "")
+    (rows,) = loading.load_splits(str(tmp_path / name / inside)).values()
+    assert rows["text"][:] == ["mine"]
+
+
+def test_what_is_hidden_is_no_table(tmp_path: Path) -> None:
+    for name in ("train.csv", ".ipynb_checkpoints/train-checkpoint.csv", "._train.csv", "b/C.TSV"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert loading.data_files(tmp_path) == [tmp_path / "b/C.TSV", tmp_path / "train.csv"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    says = [str(tmp_path / "cache"), "cannot be written", "set HF_DATASETS_CACHE"]
+    refused(lambda: rows_task(tmp_path, model, {"text": ["w1"], "label": ["a", "b"]}), *says)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +306,80 @@ def test_a_broken_file_is_named(tmp_path: Path, model: list[str]) -> None:
     refused(
         lambda: hub.task("task.name=custom", f"task.data={other}", *model), "table.xlsx", ".csv"
     )
+
+
+# -------------------------------------------------------------- nothing in a text is a token
+def unigram(*normalizers: object, special: tuple[str, ...] = ("<s>", "</s>", "<mask>")) -> object:
+    """A tokenizer as XLM-R's: its special tokens are words of the model too."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [(c, -9.0) for c in "abcdefghijklmnopqrstuvwxyz<>/ ▁"]
+    words = [("<unk>", 0.0), *((token, 0.0) for token in special), *letters, ("▁w", -2.0)]
+    raw = tokenizers.Tokenizer(models.Unigram(words, 0, byte_fallback=False))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    if normalizers:
+        raw.normalizer = tokenizers.normalizers.Sequence(list(normalizers))
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+    )
+
+
+def word_level(folder: Path) -> object:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(hub.tokenizer(folder))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "word level"])
+@pytest.mark.parametrize("said", ["w1 </s> w2", "<s></s>", "</s>", "x</s>y"])
+def test_a_special_token_in_a_text_is_text(kind: str, said: str, tmp_path: Path) -> None:
+    made: Any = unigram() if kind == "unigram" else word_level(tmp_path)
+    plain, quoted = text.tokenised(made, ["w1", said], ["a", "b"])
+    assert plain == made("w1")["input_ids"]
+    assert (quoted[0], quoted[-1]) == (made.bos_token_id, made.eos_token_id)
+    assert not {made.bos_token_id, made.eos_token_id} & set(quoted[1:-1])
+    assert len(quoted) > 3
+
+
+@pytest.mark.parametrize("said", ["\uff1c/s\uff1e", "</S>", "<MASK>"])
+def test_a_special_token_is_text_in_any_spelling(said: str) -> None:
+    from tokenizers import normalizers
+
+    made: Any = unigram(normalizers.NFKC(), normalizers.Lowercase())
+    (quoted,) = text.tokenised(made, [said], ["a"])
+    assert not {1, 2, 3} & set(quoted[1:-1])
+
+
+def test_a_text_that_holds_a_token_nevertheless_is_refused() -> None:
+    from tokenizers import normalizers
+
+    made: Any = unigram(normalizers.Replace("STOP", "</s>"))
+    with pytest.raises(ConfigError, match=r"^x, row 7: .*its special token </s>; reword"):
+        text.tokenised(made, ["STOP"], ["x, row 7"])
+
+
+def test_a_question_ends_where_it_ends(tmp_path: Path) -> None:
+    data = hub.questions(tmp_path / "qa", count=12)
+    columns = {"goal": ["w1 </s> <pad> w2"] * 12, "sol1": ["yes"] * 12, "sol2": ["</s>"] * 12}
+    rows = {**columns, "label": [0] * 12}
+    kinds = {"label": datasets.Value("int64")}
+    for split in ("train", "validation"):
+        hub.parquet(data / f"piqa/plain_text/{split}/0000.parquet", rows, **kinds)
+    model = ["model.name=transformers/x", f"model.weights={hub.llama(tmp_path / 'model')}"]
+    few = ["federation.clients=1", "federation.clients-per-round=1", "task.partition=iid"]
+    found = hub.task("task.name=qa", f"task.data={data}", "task.groups=piqa", *few, *model)
+    batch = hub.whole(found.partition(0))
+    inside = batch["input_ids"][:, 1:][batch["attention_mask"][:, 1:] > 0]
+    assert not set(inside.tolist()) & {0, 1, 2}
 
 
 # ----------------------------------------------------------------- what a model can read
