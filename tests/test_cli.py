@@ -263,7 +263,7 @@ def test_compare_goes_on_with_what_was_interrupted_and_runs_the_rest(tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--strategies", "ilpp"], "row 'ilpp': there is no strategy 'ilpp'"),
+        (["--strategies", "ilpp"], "row 'ilpp': strategy.name = 'ilpp' is not allowed"),
         (["--strategies", "ilpp"], "did you mean ilp?"),
         (["--strategies", "top,top"], "row 'top' occurs twice"),
         (["--budgets", "two"], "budget 'two' is neither a number nor half-normal"),
