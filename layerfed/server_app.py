@@ -168,7 +168,7 @@ def _run(
             return None
         # Read from the strategy's own tensors: only layers that changed are copied to the device.
         bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
-        batches = test.in_order(256, bench.device)
+        batches = test.in_order(config.run.evaluate_batch, bench.device)
         accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
         return MetricRecord({"accuracy": accuracy, "loss": loss})
 
