@@ -199,7 +199,7 @@ def evaluate_locally(message: Message, context: Context) -> Message:
     bench.resident.move_to(*read_manifest(message), node.store)
     _, held_out = bench.examples(node.partition)
     work = Work("evaluate", bench.device)
-    batches = held_out.in_order(256, bench.device)
+    batches = held_out.in_order(node.run.run.evaluate_batch, bench.device)
     work.accuracy, work.loss = evaluate(bench.resident.model, batches, bench.task.logits)
     return evaluate_reply(message, len(held_out), **work.numbers())
 

@@ -243,7 +243,7 @@ def _evaluation(
             return None
         # From the strategy's own tensors, so that only changed layers are copied to the device.
         bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
-        batches = test.in_order(256, bench.device)
+        batches = test.in_order(config.run.evaluate_batch, bench.device)
         accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
         return MetricRecord({"accuracy": accuracy, "loss": loss})
 

@@ -279,6 +279,7 @@ class RunSection(Section):
     checkpoint_every: Annotated[int, Field(ge=0)] = 1
     checkpoints: Positive = 2
     evaluate_every: Positive = 1
+    evaluate_batch: Positive = 256
     device: DeviceName = "auto"
     threads: Annotated[int, Field(ge=0)] = 1
     client_cpus: Annotated[float, Field(gt=0)] = 1.0

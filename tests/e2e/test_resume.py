@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from layerfed.client.training import evaluate
 from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.engine import run_on
 from layerfed.runs import latest_checkpoint, lock, read_lines
 from layerfed.runs.files import NotWritten, append_line, write_json
+from layerfed.task import Batch
 
 QUICK = [
     *("federation.clients=4", "federation.clients-per-round=2", "federation.rounds=8"),
@@ -175,6 +178,27 @@ def test_another_configuration_is_refused(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"had another configuration \(train\.lr\)"):
         run_on("inprocess", resumed(other, whole))
     assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_the_size_of_batches_changes_no_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def recorded(model: object, batches: Iterable[Batch], logits: object) -> tuple[float, float]:
+        found = list(batches)
+        seen.append(max(len(batch["label"]) for batch in found))
+        return evaluate(model, found, logits)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("layerfed.server_app.evaluate", recorded)
+    monkeypatch.setattr("layerfed.client_app.evaluate", recorded)
+    accuracies = []
+    for size in (7, 256):
+        more = ["federation.rounds=1", "task.local-test=0.5", f"run.evaluate-batch={size}"]
+        folder = run_on("inprocess", configured(tmp_path, f"of-{size}", *more))
+        accuracies.append(read_lines(folder / "metrics.jsonl")[0]["accuracy"])
+        assert max(seen) <= size
+    assert accuracies[0] == accuracies[1]
 
 
 def images(folder: Path, seed: int) -> Path:
