@@ -89,6 +89,7 @@ class ModelConfig(Section):
     tokenizer: str = ""
     blocks: str = ""
     head: str = ""
+    embeddings: str = ""
 
     @property
     def family(self) -> str:

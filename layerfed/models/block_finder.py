@@ -3,6 +3,9 @@
 A stack is a sequence of modules that a forward pass goes through: the members of a list of composite
 modules, or siblings of one class. The blocks are the stack with most of the parameters. If another stack
 is as plausible, the user has to choose.
+
+With a trace of a forward pass more is known. Stages give way to the residual blocks inside them, and
+stacks that follow each other, such as those of an encoder and its decoder, are one stack.
 """
 
 from __future__ import annotations
@@ -12,17 +15,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from layerfed.models.trace import Trace
+
 __all__ = [
     "LayerMapError",
+    "are_convolutions",
     "find_blocks",
     "lies_in",
     "match_blocks",
-    "match_head",
+    "match_tensors",
     "refuse_lazy",
     "refuse_left_over",
     "refuse_no_head",
@@ -37,17 +43,34 @@ class LayerMapError(ValueError):
     """Error for a model that cannot be split as asked; the message says why and what to do."""
 
 
-def find_blocks(model: nn.Module, head: Sequence[str] = ()) -> list[str]:
+def find_blocks(
+    model: nn.Module, head: Sequence[str] = (), trace: Trace | None = None
+) -> list[str]:
     """Return the names of the blocks, input first, without modules of the head.
+
+    Parameters
+    ----------
+    model : nn.Module
+    head : Sequence[str]
+        Names of modules and tensors that are in no block.
+    trace : Trace, optional
+        A forward pass of the model.
 
     Raises
     ------
     LayerMapError
         If there is no stack, or more than one plausible stack. The message gives a pattern that works.
     """
-    found = _stacks(dict(model.named_modules()), "", head)
+    modules = dict(model.named_modules())
+    found = _stacks(modules, "", head)
+    if trace is not None:
+        convolutions = _convolutions(modules, head, trace)
+        found = _stacks_in_use(modules, found, convolutions, head, trace)
     # Sibling projections are a stack too, but only if no stack is made of composite modules.
-    found = [stack for stack in found if stack.composite] or found
+    composite = [stack for stack in found if stack.composite]
+    if trace is not None and convolutions and not composite:
+        return convolutions
+    found = composite or found
     if not found:
         raise LayerMapError(
             "no blocks were found: no list of modules, and no two modules of one class that follow "
@@ -55,6 +78,11 @@ def find_blocks(model: nn.Module, head: Sequence[str] = ()) -> list[str]:
         )
     best = max(found, key=lambda stack: stack.elements)
     meant = [stack for stack in found if stack is best or stack.rivals(best)]
+    if trace is not None:
+        meant = [s for s in meant if s.kinds & best.kinds or not _is_stem(modules, s, best, trace)]
+        together = sorted((p for stack in meant for p in stack.paths), key=trace.order.__getitem__)
+        if len(meant) == 1 or _follow_each_other(together, trace):
+            return together
     # Stages that hold stacks longer than their own; not layers that each hold the same experts.
     longer = [s for s in best.inner if s.composite and len(s.paths) > len(best.paths)]
     inner = longer if len(meant) == 1 and not best.alike else []
@@ -65,6 +93,11 @@ def find_blocks(model: nn.Module, head: Sequence[str] = ()) -> list[str]:
             f"'{_pattern(model, meant[-1].paths)}'"
         )
     return list(best.paths)
+
+
+def are_convolutions(model: nn.Module, blocks: Sequence[str]) -> bool:
+    """Return whether the blocks are single convolutions, as in VGG and AlexNet."""
+    return all(isinstance(model.get_submodule(name), _Convolution) for name in blocks)
 
 
 def match_blocks(model: nn.Module, patterns: str) -> list[str]:
@@ -81,9 +114,7 @@ def match_blocks(model: nn.Module, patterns: str) -> list[str]:
             f"model.blocks = '{patterns}' names nothing; give a pattern, as in 'encoder.layer.*', or "
             "leave it empty to have the blocks found"
         )
-    rules = [
-        re.compile(re.escape(p).replace(r"\*", "[^.]+").replace(r"\{\}", "[^.]+")) for p in wanted
-    ]
+    rules = [_rule(pattern) for pattern in wanted]
     names = [name for name, module in model.named_modules() if name and _has_parameters(module)]
     for pattern, rule in zip(wanted, rules, strict=True):
         if not any(rule.fullmatch(name) for name in names):
@@ -100,26 +131,36 @@ def match_blocks(model: nn.Module, patterns: str) -> list[str]:
     return found
 
 
-def match_head(model: nn.Module, head: str | Sequence[str]) -> list[str]:
-    """Return the names of more modules or tensors of the head, as the user gave them.
+def match_tensors(model: nn.Module, given: str | Sequence[str], key: str) -> list[str]:
+    """Return the modules and tensors that match the user's names or patterns.
+
+    Parameters
+    ----------
+    model : nn.Module
+    given : str or Sequence[str]
+        Names, or patterns with `*` for one part of a name; a text has commas between them.
+    key : str
+        The setting that they come from, such as `model.head`.
 
     Raises
     ------
     LayerMapError
-        If a name does not exist.
+        If a pattern matches nothing.
     """
-    given = head.split(",") if isinstance(head, str) else head
-    wanted = [name.strip() for name in given if name.strip()]
     modules = model.named_modules(remove_duplicate=False)
     parameters = model.named_parameters(remove_duplicate=False)
     buffers = model.named_buffers(remove_duplicate=False)
     names = [name for name, _ in (*modules, *parameters, *buffers) if name]
-    for name in wanted:
-        if name not in names:
+    wanted = [part.strip() for part in (given.split(",") if isinstance(given, str) else given)]
+    found: list[str] = []
+    for pattern in filter(None, wanted):
+        matched = [name for name in names if _rule(pattern).fullmatch(name)]
+        if not matched:
             raise LayerMapError(
-                f"model.head = '{name}' is no module or tensor; {_near(name, names)}"
+                f"{key} = '{pattern}' is no module or tensor; {_near(pattern, names)}"
             )
-    return wanted
+        found += matched
+    return found
 
 
 def refuse_lazy(model: nn.Module) -> None:
@@ -138,8 +179,12 @@ def refuse_lazy(model: nn.Module) -> None:
         )
 
 
-def refuse_left_over(model: nn.Module, blocks: Sequence[str], head: Sequence[str]) -> None:
+def refuse_left_over(
+    model: nn.Module, blocks: Sequence[str], head: Sequence[str], trace: Trace | None = None
+) -> None:
     """Refuse blocks that are followed by others, which would silently become part of the head.
+
+    They follow in order of use, or without a trace in order of registration.
 
     Raises
     ------
@@ -147,8 +192,9 @@ def refuse_left_over(model: nn.Module, blocks: Sequence[str], head: Sequence[str
         If the rest of the blocks' own stack or a rival stack follows. The message names it.
     """
     modules = dict(model.named_modules())
-    order = {name: index for index, name in enumerate(modules)}
-    final = [name for name, module in modules.items() if _has_parameters(module)][-1]
+    order = trace.order if trace else {name: index for index, name in enumerate(modules)}
+    owners = [name for name, m in modules.items() if name in order and _has_parameters(m)]
+    final = max(owners, key=order.__getitem__)
     chosen = _Stack.of({name: modules[name] for name in blocks})
 
     def touched(path: str) -> bool:
@@ -156,7 +202,7 @@ def refuse_left_over(model: nn.Module, blocks: Sequence[str], head: Sequence[str
 
     top = _stacks(modules, "", head)
     for stack in (*top, *(deep for outer in top for deep in outer.within())):
-        rest = [p for p in stack.paths if order[p] > order[blocks[-1]] and not touched(p)]
+        rest = [p for p in stack.paths if order.get(p, -1) > order[blocks[-1]] and not touched(p)]
         if not stack.composite and rest[-1:] == [final]:
             # The last one of plain linear layers is a head.
             rest.pop()
@@ -299,6 +345,128 @@ def _is_stack(group: str, modules: Sequence[nn.Module], inner: Sequence[_Stack])
     return len(modules) > 1 or group != "listed"
 
 
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def _is_stem(modules: Mapping[str, nn.Module], stack: _Stack, best: _Stack, trace: Trace) -> bool:
+    """Return whether a stack is a stem or neck beside the blocks `best`.
+
+    It is one if it has no residual blocks and they have, or if it is convolutions and they are not.
+    """
+
+    def holds(part: _Stack, kind: Any) -> bool:
+        return any(isinstance(m, kind) for path in part.paths for m in modules[path].modules())
+
+    def residual(part: _Stack) -> bool:
+        return any(trace.is_residual(path) for path in part.paths)
+
+    convolved = holds(stack, _Convolution) and not holds(stack, nn.Linear)
+    return (residual(best) and not residual(stack)) or (convolved and holds(best, nn.Linear))
+
+
+def _convolutions(modules: Mapping[str, nn.Module], head: Sequence[str], trace: Trace) -> list[str]:
+    """Return a model's convolutions in order of use, if one module directly holds most of them."""
+    found: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        if isinstance(module, _Convolution) and name in trace.calls and not lies_in(name, head):
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+    longest = max(found.values(), key=len, default=[])
+    most = len(longest) > max(1, sum(map(len, found.values())) / 2)
+    return sorted(longest, key=trace.order.__getitem__) if most else []
+
+
+def _used(modules: Mapping[str, nn.Module], paths: Sequence[str], trace: Trace) -> list[str]:
+    """Return the modules that the pass used and that have parameters, in order of use."""
+    used = [path for path in paths if path in trace.order and _has_parameters(modules[path])]
+    return sorted(used, key=trace.order.__getitem__)
+
+
+def _with_siblings(
+    modules: Mapping[str, nn.Module], paths: Sequence[str], trace: Trace
+) -> list[str]:
+    """Return a stack's modules and the residual blocks of other classes in the same list."""
+    parents = {path.rpartition(".")[0] for path in paths}
+    others = [
+        f"{parent}.{name}" if parent else name
+        for parent in sorted(parents)
+        if isinstance(modules[parent], nn.Sequential | nn.ModuleList)
+        for name, child in modules[parent].named_children()
+        if _is_composite(child)
+    ]
+    return [*paths, *(o for o in others if o not in paths and trace.is_residual(o))]
+
+
+def _unfolded(
+    modules: Mapping[str, nn.Module], paths: Sequence[str], head: Sequence[str], trace: Trace
+) -> list[str]:
+    """Return a stack's modules, or the blocks inside them if they are stages.
+
+    Stages differ in the shapes of input and output. Layers of a transformer do not, so the parts of a
+    layer are never taken for blocks.
+    """
+    if len({trace.shapes(path) for path in paths}) == 1:
+        return list(paths)
+    inside = [block for path in paths for block in _of_stage(modules, path, head, trace)]
+    return [path for path in _used(modules, inside, trace) if not lies_in(path, head)]
+
+
+def _stacks_in_use(
+    modules: Mapping[str, nn.Module],
+    found: Iterable[_Stack],
+    convolutions: Sequence[str],
+    head: Sequence[str],
+    trace: Trace,
+) -> list[_Stack]:
+    """Return the stacks that the pass used, with blocks in place of stages.
+
+    A stack of lists, one of which holds the model's convolutions directly, is left out.
+    """
+    used = [_used(modules, _with_siblings(modules, s.paths, trace), trace) for s in found]
+    outermost = [
+        paths
+        for paths in used
+        if paths
+        and not any(paths != more and all(lies_in(p, more) for p in paths) for more in used)
+        and not any(lies_in(name, paths) for name in convolutions if name not in paths)
+    ]
+    return [
+        _Stack.of({path: modules[path] for path in _unfolded(modules, paths, head, trace)})
+        for paths in outermost
+    ]
+
+
+def _of_stage(
+    modules: Mapping[str, nn.Module], path: str, head: Sequence[str], trace: Trace
+) -> Sequence[str]:
+    """Return the blocks in a stage, or the stage itself if it holds no residual blocks."""
+    if isinstance(modules[path], nn.Sequential | nn.ModuleList):
+        return _flat(modules, [path], trace)
+    inner = []
+    for stack in _stacks(modules, path, head):
+        names = _flat(modules, _with_siblings(modules, stack.paths, trace), trace)
+        if stack.composite and any(trace.is_residual(name) for name in names):
+            inner.append(_Stack.of({name: modules[name] for name in names}))
+    largest = max(inner, key=lambda stack: stack.elements, default=None)
+    return largest.paths if largest else [path]
+
+
+def _flat(modules: Mapping[str, nn.Module], paths: Sequence[str], trace: Trace) -> list[str]:
+    """Return modules with the composite members of a list in place of the list."""
+    flat: list[str] = []
+    for path in _used(modules, paths, trace):
+        is_list = isinstance(modules[path], nn.Sequential | nn.ModuleList)
+        members = [f"{path}.{name}" for name, _ in modules[path].named_children()] * is_list
+        members = [member for member in members if _is_composite(modules[member])]
+        flat += _flat(modules, members, trace) or [path]
+    return flat
+
+
+def _follow_each_other(blocks: Sequence[str], trace: Trace) -> bool:
+    """Return whether each block reads the output of the one before it."""
+    reach = trace.uses(blocks).reach
+    return all(index - 1 in reach[index].blocks for index in range(1, len(blocks)))
+
+
 def _members(
     modules: Mapping[str, nn.Module], parent: str, head: Sequence[str]
 ) -> Iterator[_Member]:
@@ -373,6 +541,11 @@ def _pattern(model: nn.Module, paths: Sequence[str]) -> str:
 def lies_in(name: str, prefixes: Iterable[str]) -> bool:
     """Return whether a name is one of `prefixes` or lies inside one."""
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _rule(pattern: str) -> re.Pattern[str]:
+    """Return the expression for a pattern in which `*` stands for one part of a name."""
+    return re.compile(re.escape(pattern).replace(r"\*", "[^.]+").replace(r"\{\}", "[^.]+"))
 
 
 def _near(name: str, names: Sequence[str]) -> str:

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from layerfed.models.block_finder import (
     LayerMapError,
+    are_convolutions,
     find_blocks,
     lies_in,
     match_blocks,
-    match_head,
+    match_tensors,
     refuse_lazy,
     refuse_left_over,
     refuse_no_head,
     some,
 )
+from layerfed.models.trace import Forward, Trace, Uses, trace
 
 __all__ = ["Layer", "LayerMap", "LayerMapError", "layer_costs"]
 
@@ -89,13 +91,22 @@ class LayerMap:
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, *, blocks: str | None = None, head: str | Sequence[str] = ()
+        cls,
+        model: nn.Module,
+        *,
+        blocks: str | None = None,
+        head: str | Sequence[str] = (),
+        embeddings: str | Sequence[str] = (),
+        forward: Forward | None = None,
     ) -> LayerMap:
         """Split a model.
 
         The blocks are the members of the outermost list of composite modules, or consecutive siblings of
-        one class (see `block_finder`). Parameters before them are embeddings, and parameters after them
-        are the head. A tied parameter in both is an embedding.
+        one class (see `block_finder`). With `forward`, every other tensor goes by its use: a tensor that
+        several blocks or the first block use is an embedding, one that is used after the last block is
+        in the head, and one between two blocks, such as a downsampler, is in the block after it. Without
+        `forward`, tensors registered before the blocks are embeddings, and those after them are the
+        head. A tied parameter in both is an embedding.
 
         Parameters
         ----------
@@ -104,27 +115,48 @@ class LayerMap:
             Patterns for the blocks' names, separated by commas, with `*` for one part of a name:
             `encoder.layer.*`, or `layer1.*, layer2.*`. If only some modules of a stack are blocks, those
             before them are embeddings, and those after them must be named in the head.
-        head : str or Sequence[str]
-            Names of more modules or tensors that belong to the head.
+        head, embeddings : str or Sequence[str]
+            Names or patterns of more modules or tensors that belong to the head or to the embeddings.
+        forward : Callable[[nn.Module], object], optional
+            Runs the model on an example and returns its scores.
 
         Raises
         ------
         LayerMapError
             If there are no blocks or several candidates, if a tensor belongs to no layer, if a name does
-            not exist, or if parameters are not initialised yet.
+            not exist, if parameters are not initialised yet, or if backward from a layer would reach
+            the layers below it.
         """
         refuse_lazy(model)
-        prefixes = match_head(model, head)
-        names = match_blocks(model, blocks) if blocks else find_blocks(model, prefixes)
-        names = [name for name in names if not lies_in(name, prefixes)]
+        in_head = match_tensors(model, head, "model.head")
+        frozen = match_tensors(model, embeddings, "model.embeddings")
+        apart = [*in_head, *frozen]
+        seen = None if forward is None else _traced(model, forward)
+        names = match_blocks(model, blocks) if blocks else find_blocks(model, apart, seen)
+        names = [name for name in names if not lies_in(name, apart)]
         if not names:
-            raise LayerMapError(f"model.head = '{', '.join(prefixes)}' leaves no blocks to select")
-        owner = _Placement(model, names, prefixes)
+            keys = {"model.head": in_head, "model.embeddings": frozen}
+            given = " with ".join(f"{key} = '{', '.join(n)}'" for key, n in keys.items() if n)
+            raise LayerMapError(f"{given} leaves no blocks to select")
+        if seen is None:
+            owner = _Placement(model, names, in_head, frozen)
+        else:
+            names = _in_order_of_use(names, seen)
+            owner = _ByUse(model, names, in_head, frozen, seen.uses(names))
         layer_of, aliases = _place(model, owner)
-        refuse_left_over(model, names, prefixes)
+        if blocks or seen is None:
+            refuse_left_over(model, names, apart, seen)
         layers = _layers(model, layer_of, _outermost(model, layer_of, owner), len(names))
         if not layers[-1].parameters:
             refuse_no_head(names)
+        for layer, name in zip(layers[1:], names, strict=False):
+            if not layer.parameters:
+                raise LayerMapError(
+                    f"{name} has no tensors of its own, so it cannot be a block; name others "
+                    "(model.blocks)"
+                )
+        if isinstance(owner, _ByUse):
+            owner.refuse_reaching_down(layer_of)
         shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
         return cls(layers, aliases, shapes)
 
@@ -201,7 +233,13 @@ class LayerMap:
 class _Placement:
     """The rule that gives each tensor and module of a model its layer."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], head: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        head: Sequence[str],
+        embeddings: Sequence[str],
+    ) -> None:
         modules = dict(model.named_modules())
         block = {id(modules[name]): f"blocks.{index}" for index, name in enumerate(blocks)}
         # A block that is used more than once counts as one block under all its names.
@@ -211,6 +249,7 @@ class _Placement:
             if id(module) in block
         }
         self.head = head
+        self.embeddings = embeddings
         self._position = {name: index for index, (name, _) in enumerate(_walk(model))}
         self._first = min(self._position[name] for name in self.blocks)
         self._last = max(self._position[name] for name in self.blocks)
@@ -224,6 +263,8 @@ class _Placement:
         """Return the name of a tensor's layer, or None for a tensor between the blocks."""
         if lies_in(name, self.head):
             return HEAD
+        if lies_in(name, self.embeddings):
+            return EMBEDDINGS
         inside = self.block_of(name)
         if inside:
             return inside
@@ -259,6 +300,154 @@ class _Placement:
     def of_module(self, name: str) -> str | None:
         """Return the layer of a module that has no tensors (dropout, activations)."""
         return HEAD if lies_in(name, self.head) else self.block_of(name) or self._around(name)
+
+    def of_tied(self, names: Sequence[str]) -> str | None:
+        """Return the layer of a tensor with several names.
+
+        Raises
+        ------
+        LayerMapError
+            If it is in a block and in another layer.
+        """
+        places = [self.of_tensor(name) for name in names]
+        if set(self.blocks.values()).intersection(places) and len(set(places)) > 1:
+            other = next(i for i, place in enumerate(places) if place != places[0])
+            raise LayerMapError(
+                f"'{names[other]}' and '{names[0]}' are one tensor in two layers ({places[other]}, "
+                f"{places[0]}); a layer that is used twice cannot be selected by halves: name blocks "
+                "that share nothing (model.blocks)"
+            )
+        # Embeddings that are tied with the head stay frozen.
+        return EMBEDDINGS if EMBEDDINGS in places else next(filter(None, places), None)
+
+
+class _ByUse(_Placement):
+    """The rule by use: what backward reaches from the blocks and from the result.
+
+    Parameters
+    ----------
+    model : nn.Module
+    blocks, head, embeddings : Sequence[str]
+    uses : Uses
+        How the blocks use the model's tensors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        head: Sequence[str],
+        embeddings: Sequence[str],
+        uses: Uses,
+    ) -> None:
+        super().__init__(model, blocks, head, embeddings)
+        self._names = blocks
+        self._uses = uses
+        self._model = model
+        self._tables = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        }
+        self._convolutions = are_convolutions(model, blocks)
+        first = {parameter: name for name, parameter in model.named_parameters()}
+        self._first_names = {
+            name: first[parameter]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+
+    def of_tensor(self, name: str) -> str:
+        """Return the name of a tensor's layer."""
+        if lies_in(name, self.head):
+            return HEAD
+        if lies_in(name, self.embeddings):
+            return EMBEDDINGS
+        return self.block_of(name) or (
+            self._of_parameter(name) if name in self._first_names else self._of_buffer(name)
+        )
+
+    def _of_parameter(self, name: str) -> str:
+        first = self._first_names[name]
+        users = [i for i, reach in enumerate(self._uses.reach) if first in reach.tensors]
+        if users == [len(self._names)]:
+            return HEAD
+        shared = len(users) > 1 and first not in self._uses.once
+        if not users or users[0] == 0 or shared or name in self._tables:
+            return EMBEDDINGS
+        # The norm of a convolution follows it; what else lies between blocks leads to the next one.
+        return f"blocks.{users[0] - self._convolutions}"
+
+    def _of_buffer(self, name: str) -> str:
+        """Return the layer of the parameters around a buffer, if it is one layer."""
+        while name:
+            name = name.rpartition(".")[0]
+            module = self._model.get_submodule(name)
+            prefix = f"{name}." if name else ""
+            around = {self.of_tensor(prefix + n) for n, _ in module.named_parameters()}
+            if around:
+                return around.pop() if len(around) == 1 else EMBEDDINGS
+        return EMBEDDINGS
+
+    def of_tied(self, names: Sequence[str]) -> str:
+        """Return the layer of a tensor with several names: embeddings, if the names disagree."""
+        places = {self.of_tensor(name) for name in names}
+        return places.pop() if len(places) == 1 else EMBEDDINGS
+
+    def refuse_reaching_down(self, layer_of: Mapping[str, str]) -> None:
+        """Refuse a split in which a step on a layer reaches a layer below it.
+
+        Raises
+        ------
+        LayerMapError
+            If a block's output depends on the head or on a block above it.
+        """
+        for index, reach in enumerate(self._uses.reach[:-1]):
+            below = {EMBEDDINGS, *(f"blocks.{i}" for i in range(index + 1))}
+            above = [name for name in sorted(reach.tensors) if layer_of[name] not in below]
+            above += [self._names[other] for other in reach.blocks if other > index]
+            if above:
+                raise LayerMapError(
+                    f"{self._names[index]} depends on {some(above)}, of a layer above it, so that a "
+                    "step there would run back through this block; leave it out of model.head, or name "
+                    "other blocks (model.blocks)"
+                )
+
+
+def _traced(model: nn.Module, forward: Forward) -> Trace | None:
+    """Return a trace of the model, or None for a skeleton with an operation that needs values.
+
+    Raises
+    ------
+    LayerMapError
+        If a model with weights cannot run.
+    """
+    try:
+        return trace(model, forward)
+    except Exception as error:  # a model may raise anything
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise LayerMapError(
+            f"the model cannot score an example, so the use of its layers is unknown: {reason}; choose "
+            "another model, or sizes that fit it (model.name, task.max-tokens, task.image-size)"
+        ) from error
+
+
+def _in_order_of_use(blocks: Sequence[str], seen: Trace) -> list[str]:
+    """Return the blocks in the order in which the pass entered them.
+
+    Raises
+    ------
+    LayerMapError
+        If the pass did not call a block.
+    """
+    unused = [name for name in blocks if name not in seen.calls]
+    if unused:
+        raise LayerMapError(
+            f"{some(unused)} would be blocks, but the model does not call them for an example; name "
+            "modules that it calls (model.blocks)"
+        )
+    return sorted(blocks, key=seen.order.__getitem__)
 
 
 def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -301,20 +490,10 @@ def _place(model: nn.Module, owner: _Placement) -> tuple[dict[str, str], dict[st
     groups: dict[int, list[str]] = {}
     for name, tensor in _tensors(model, tied=True).items():
         groups.setdefault(id(tensor), []).append(name)
-    blocks = set(owner.blocks.values())
     layer_of: dict[str, str] = {}
     orphans = []
     for names in groups.values():
-        places = [owner.of_tensor(name) for name in names]
-        if blocks.intersection(places) and len(set(places)) > 1:
-            other = next(i for i, place in enumerate(places) if place != places[0])
-            raise LayerMapError(
-                f"'{names[other]}' and '{names[0]}' are one tensor in two layers ({places[other]}, "
-                f"{places[0]}); a layer that is used twice cannot be selected by halves: name blocks "
-                "that share nothing (model.blocks)"
-            )
-        # Embeddings that are tied with the head stay frozen.
-        place = EMBEDDINGS if EMBEDDINGS in places else next(filter(None, places), None)
+        place = owner.of_tied(names)
         if place is None:
             orphans.append(names[0])
         else:

@@ -182,6 +182,14 @@ class Task(ABC):
         """Return the mean cross-entropy of a batch with integer labels under `label`."""
         return nn.functional.cross_entropy(self.logits(model, batch).float(), batch["label"])
 
+    def example(self) -> Batch | None:
+        """Return a made-up batch, on which the model shows how it uses its layers.
+
+        It must be the same on the server and on every client. Without one, the model is split by the
+        order in which its modules are registered.
+        """
+        return None
+
     def layers(self, model: nn.Module) -> LayerMap:
         """Split the model into layers, by the configuration's patterns or, without any, by search.
 
@@ -190,10 +198,20 @@ class Task(ABC):
         ConfigError
             If the model cannot be split that way.
         """
-        section = self.config.model
-        extra = [name.strip() for name in section.head.split(",") if name.strip()]
+        section, example = self.config.model, self.example()
+
+        def forward(model: nn.Module) -> Tensor:
+            device = next(model.parameters()).device
+            return self.logits(model, {k: v.to(device) for k, v in (example or {}).items()})
+
         try:
-            return LayerMap.from_model(model, blocks=section.blocks or None, head=extra)
+            return LayerMap.from_model(
+                model,
+                blocks=section.blocks or None,
+                head=section.head,
+                embeddings=section.embeddings,
+                forward=forward if example else None,
+            )
         except LayerMapError as error:
             raise ConfigError(str(error)) from None
 

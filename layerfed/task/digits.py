@@ -64,6 +64,10 @@ class Digits(Task):
         """Return the 360 test digits."""
         return self._test
 
+    def example(self) -> Batch:
+        """Return a blank image."""
+        return {"image": torch.zeros(1, 1, 32, 32)}
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return scores of the ten digits; the grey channel is expanded to colour without a copy."""
         scores: Tensor = model(batch["image"].expand(-1, 3, -1, -1))

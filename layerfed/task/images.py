@@ -164,6 +164,11 @@ class ImageTask(DatasetTask):
             self.config.model, len(self.classes), self.config.run.seed, skeleton=True
         )
 
+    def example(self) -> Batch:
+        """Return a blank image."""
+        size = self.config.task.image_size or self.image_size
+        return {"image": torch.zeros(1, 3, size, size, dtype=torch.uint8)}
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Score the classes."""
         scores: Tensor = model(batch["image"])

@@ -295,6 +295,10 @@ class QuestionAnswering(TextTask):
         rows = range(len(LETTERS))
         return build_choice_model(self.config.model, rows, self.config.run.seed, skeleton=True)
 
+    def example(self) -> Batch:
+        """Return a short question with two choices."""
+        return {**super().example(), "choices": torch.tensor([2])}
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the letters' scores at the answer's position; letters without a choice get -inf."""
         mask = batch["attention_mask"]

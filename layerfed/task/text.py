@@ -125,6 +125,12 @@ class TextTask(DatasetTask):
         """Return the server's test set, ordered by the length of texts."""
         return by_length(super().test_examples())
 
+    def example(self) -> Batch:
+        """Return a short text."""
+        ids = self.tokenizer("1 2 3")["input_ids"] or [self.pad]
+        row = torch.tensor([ids])
+        return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return class scores; a decoder's are those at the last token of each text."""
         net: Any = model
