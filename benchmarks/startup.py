@@ -71,7 +71,7 @@ def first_message(client_app: object, name: str) -> None:
             "train": ("train", {"mask": mask, "lr": 0.05, "codec": "float32", "run": "x"}),
         }[name]
     message = instruction(
-        kind, 1, server_round=1, timeout=60, manifest=manifest, arrays=arrays, **config
+        kind, 1, server_round=1, timeout=60, manifest=manifest, arrays=arrays, config=config
     )
     context = Context(1, 1, node, RecordDict(), flat)
     reply = client_app(message, context)  # type: ignore[operator]

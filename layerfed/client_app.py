@@ -1,8 +1,8 @@
 """The ClientApp: one client's side of a round.
 
-Flower loads `client_app`. `build_client_app` makes another one, with mods or steps of your own. The only
-state between messages is the resident workbench: task and model, built once for each process and
-configuration.
+Flower loads `client_app`. `build_client_app` makes another one, with mods or steps of your own. Between
+messages a process keeps the resident workbench: task and model, built once for each configuration. What
+a client must know in its next process is in Flower's context, or in the layer store.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
-from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 
 from layerfed.client.costs import MEASURED_UNITS
@@ -42,6 +41,7 @@ from layerfed.exchange import (
     read_manifest,
     train_reply,
 )
+from layerfed.flower_compat import ErrorCode
 from layerfed.secure.client import add_secure_sums
 from layerfed.task import Batch
 

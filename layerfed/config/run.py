@@ -365,7 +365,14 @@ class RunConfig(Section):
 
     def absolute(self) -> RunConfig:
         """Return this configuration with absolute paths, so that it means the same in any folder."""
-        return RunConfig.from_flat(absolute(self.to_flat()))
+        flat = self.to_flat()
+        sections: dict[str, dict[str, str]] = {}
+        for key, path in absolute(flat).items():
+            section, _, name = key.partition(".")
+            if path != flat[key]:
+                sections.setdefault(section, {})[name.replace("-", "_")] = path
+        copies = {s: getattr(self, s).model_copy(update=changed) for s, changed in sections.items()}
+        return self.model_copy(update=copies)
 
     def to_flat(self) -> Flat:
         """Return every key with its value, in the order of the sections."""

@@ -50,7 +50,7 @@ def certificates(
         int, typer.Option(help="How long the server's certificate is valid", min=1, max=3650)
     ] = 365,
 ) -> None:
-    """On the server: make the authority, once, and the server's certificate, anew each time."""
+    """On the server: make the authority once, and the server's certificate each time."""
     federation = _federation(folder)
     federation.create_certificates(hosts, days)
     typer.echo(f"{federation.ca}: copy it to every node")
@@ -81,7 +81,7 @@ def superlink(
 
     federation = _federation(folder)
     command = federation.superlink_command(port)
-    # The same process from here on: signals reach it, and whoever started this sees its exit status.
+    # The same process from here on: signals reach it, and its exit status is this command's.
     os.execve(command[0], command, environment(federation.flower_home))
 
 
