@@ -291,13 +291,18 @@ class RunFolder(Observer):
             **{key: getattr(total, field) for key, field in TRAFFIC.items()},
             **record.metrics,
         }
-        self._count(line)
-        append_line(self.path / "metrics.jsonl", line)
-        append_line(self.path / "ledger.jsonl", _ledger_line(record.round, record.ledger))
-        append_line(self.path / "clients.jsonl", *_client_lines(record))
-        if record.selection is not None:
-            append_line(self.path / "selection.jsonl", _selection_line(record, record.selection))
-        self._summarise("running")
+        with self._writing:
+            if self._ended:  # the process may work on for some seconds
+                return
+            self._count(line)
+            append_line(self.path / "metrics.jsonl", line)
+            append_line(self.path / "ledger.jsonl", _ledger_line(record.round, record.ledger))
+            append_line(self.path / "clients.jsonl", *_client_lines(record))
+            if record.selection is not None:
+                append_line(
+                    self.path / "selection.jsonl", _selection_line(record, record.selection)
+                )
+            self._summarise("running")
 
     def _count(self, line: Mapping[str, Any]) -> None:
         """Add a line of `metrics.jsonl` to the run's totals."""

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from layerfed.config import ConfigError, load_config
 from layerfed.runs import RunFolder, lock, read_lines
 from layerfed.runs.files import NotWritten, append_line, write_json, write_lines, write_tensors
+from layerfed.runs.records import RoundRecord
 
 ROWS = [{"round": 1, "accuracy": 0.5}, {"round": 2, "accuracy": 0.75}]
 
@@ -161,8 +162,10 @@ def test_a_run_that_is_stopped_from_another_thread_stays_stopped(tmp_path: Path)
         stopping = threading.Thread(target=folder.stop)
         stopping.start()
         stopping.join()
+        folder.on_round(RoundRecord(1))
         folder.finish({})
     assert json.loads((tmp_path / "a/summary.json").read_text())["status"] == "stopped"
+    assert not (tmp_path / "a/metrics.jsonl").exists(), "a round that ends after it is not written"
 
 
 def test_a_run_that_is_over_cannot_be_stopped(tmp_path: Path) -> None:
