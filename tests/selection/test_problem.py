@@ -153,3 +153,8 @@ def test_a_certificate_never_puts_the_bound_below_the_objective() -> None:
 
     assert selection.bound == selection.objective == 14.0
     assert selection.gap == 0.0
+
+
+def test_the_gap_to_an_unknown_bound_is_infinite() -> None:
+    problem = SelectionProblem(np.ones((1, 2)), np.ones(2), np.ones(1), 0.0)
+    assert problem.relative_gap(1.0, np.inf) == np.inf

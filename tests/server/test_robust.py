@@ -100,7 +100,7 @@ def test_rounds_are_the_formula_over_the_clients_of_each_layer(rule: str, budget
     grid = Federation(CLIENTS)
     found = run(grid, budget=budget, aggregation=Aggregation(rule, 0.3))
     same_model(found, expected(grid, rule, trim=0.3))
-    assert [r.failures for r in found.rounds] == [[], []]
+    assert [(r.failures, r.late) for r in found.rounds] == [([], 0), ([], 0)]
     for record in found.rounds:
         assert record.e1 is not None
         # The weights that E2 speaks of exist in a mean only.

@@ -178,6 +178,9 @@ def test_a_run_stops_after_a_round_when_asked() -> None:
         should_stop=lambda: len(rounds) == 3,
     )
     assert [record.round for record in rounds] == [0, 1, 2]
+    assert [record.lr for record in rounds] == [None, 0.1, 0.1], (
+        "unless asked for, it does not decay"
+    )
 
 
 def test_shipped_configurations_go_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
