@@ -129,6 +129,14 @@ def test_only_the_statistics_asked_for_are_returned_in_that_order(
     assert some == {name: everything[name] for name in some}
 
 
+def _nothing_is_left(model: nn.Module, batch: Batch) -> None:
+    """Fail if a gradient is left, or a hook that would take the next one away."""
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    model.requires_grad_(True)
+    cross_entropy(model, batch).backward()
+    assert all(p.grad is not None for p in model.parameters()), "a hook was left behind"
+
+
 def test_the_model_is_as_it_was(tiny: nn.Module, layers: LayerMap, batches: list[Batch]) -> None:
     """Weights and BatchNorm's statistics do not move, and no gradient or hook is left."""
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
@@ -136,11 +144,7 @@ def test_the_model_is_as_it_was(tiny: nn.Module, layers: LayerMap, batches: list
     probe_layers(tiny, layers, batches, cross_entropy)
     for name, tensor in tiny.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    assert all(p.grad is None and not p.requires_grad for p in tiny.parameters())
-
-    tiny.requires_grad_(True)
-    cross_entropy(tiny, batches[0]).backward()
-    assert all(p.grad is not None for p in tiny.parameters()), "a hook was left behind"
+    _nothing_is_left(tiny, batches[0])
 
 
 def test_no_hook_or_gradient_stays_behind_when_a_batch_fails(
@@ -148,10 +152,7 @@ def test_no_hook_or_gradient_stays_behind_when_a_batch_fails(
 ) -> None:
     with pytest.raises(KeyError):
         probe_layers(tiny, layers, [batches[0], {"x": batches[1]["x"]}], cross_entropy)
-    assert all(p.grad is None and not p.requires_grad for p in tiny.parameters())
-    tiny.requires_grad_(True)
-    cross_entropy(tiny, batches[0]).backward()
-    assert all(p.grad is not None for p in tiny.parameters()), "a hook was left behind"
+    _nothing_is_left(tiny, batches[0])
 
 
 def test_training_after_a_probe_equals_training_without_one(

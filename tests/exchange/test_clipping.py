@@ -6,19 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
 
 from layerfed.exchange.clipping import clipped, norm_of
-
-UPDATES = st.dictionaries(
-    st.sampled_from(["a", "b", "c"]),
-    arrays(
-        np.float32,
-        array_shapes(max_dims=2, max_side=4),
-        elements=st.floats(-1e6, 1e6, width=32),
-    ),
-    min_size=1,
-)
+from tests.updates import UPDATES
 
 
 @given(UPDATES, st.floats(1e-3, 1e3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -162,28 +163,33 @@ def mixed_up(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"layer{i}": tensor for i, tensor in enumerate(tensors.values())}
 
 
-@pytest.mark.parametrize("kind", [".safetensors", ".pth", ".bin", ".ckpt"])
+FILE_CONTENTS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Any]], str | None]] = {
+    "as is": (lambda tensors: tensors, None),
+    "with a prefix": (
+        lambda tensors: {f"module.{k}": v for k, v in tensors.items()},
+        "prefix 'module.'",
+    ),
+    "in a checkpoint": (lambda tensors: {"state_dict": tensors, "epoch": 3}, None),
+    "in order": (mixed_up, "in the file's order, 'cls_token' first"),
+}
+
+
+# safetensors holds tensors only, and sorts them by name.
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("kind", "content"),
     [
-        (lambda tensors: tensors, None),
-        (lambda tensors: {"state_dict": tensors, "epoch": 3}, None),
-        (lambda tensors: {f"module.{k}": v for k, v in tensors.items()}, "prefix 'module.'"),
-        (mixed_up, "in the file's order, 'cls_token' first"),
+        *itertools.product([".pth", ".bin", ".ckpt"], FILE_CONTENTS),
+        (".safetensors", "as is"),
+        (".safetensors", "with a prefix"),
     ],
-    ids=["as is", "in a checkpoint", "with a prefix", "in order"],
 )
 def test_weights_of_every_kind_of_file_are_taken(
-    kind: str, change: Any, said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    change, said = FILE_CONTENTS[content]
     trained, file = timm.create_model("vit_tiny_patch16_224"), tmp_path / f"own{kind}"
-    content = change(trained.state_dict())
-    if kind == ".safetensors":
-        if "epoch" in content or (said is not None and "order" in said):
-            pytest.skip("safetensors holds tensors only, and sorts them")
-        save_file(content, file)
-    else:
-        torch.save(content, file)
+    save: Callable[..., object] = save_file if kind == ".safetensors" else torch.save
+    save(change(trained.state_dict()), file)
     with caplog.at_level("WARNING", "flwr"):
         model = image("timm/vit_tiny_patch16_224", file)
     for name, tensor in trained.state_dict().items():

@@ -163,6 +163,14 @@ T5 = {
     "decoder_start_token_id": 0,
     "num_labels": 3,
 }
+WINDOWS: dict[str, Any] = {
+    "image_size": 64,
+    "window_size": 4,
+    "embed_dim": 8,
+    "depths": [2, 2],
+    "num_heads": [1, 2],
+    "num_labels": 3,
+}
 STAGES = {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32], "num_labels": 3}
 PAIR = {**ROWS, "decoder_input_ids": IDS}
 
@@ -461,26 +469,8 @@ ZOO: dict[str, Entry] = {
         text_config={**TEXT},
         num_labels=3,
     ),
-    "transformers/swin": _other(
-        "SwinForImageClassification",
-        _pixels(64),
-        image_size=64,
-        window_size=4,
-        embed_dim=8,
-        depths=[2, 2],
-        num_heads=[1, 2],
-        num_labels=3,
-    ),
-    "transformers/swinv2": _other(
-        "Swinv2ForImageClassification",
-        _pixels(64),
-        image_size=64,
-        window_size=4,
-        embed_dim=8,
-        depths=[2, 2],
-        num_heads=[1, 2],
-        num_labels=3,
-    ),
+    "transformers/swin": _other("SwinForImageClassification", _pixels(64), **WINDOWS),
+    "transformers/swinv2": _other("Swinv2ForImageClassification", _pixels(64), **WINDOWS),
     "transformers/resnet": _other(
         "ResNetForImageClassification", _pixels(64), embedding_size=8, **STAGES
     ),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
 
 from layerfed.config import ConfigError, NodeConfig, PrivacyConfig
@@ -17,16 +16,8 @@ from layerfed.exchange.clipping import norm_of
 from layerfed.models.layers import LayerMap
 from layerfed.privacy.protection import Protection, add_noise, gaussian, refuse_buffers
 from tests.conftest import TinyNet
+from tests.updates import UPDATES
 
-UPDATES = st.dictionaries(
-    st.sampled_from(["a", "b", "c"]),
-    arrays(
-        np.float32,
-        array_shapes(max_dims=2, max_side=4),
-        elements=st.floats(-1e6, 1e6, width=32),
-    ),
-    min_size=1,
-)
 SAMPLES = 200_000
 
 
