@@ -104,7 +104,8 @@ def refuse_different_masks(flat: Mapping[str, Any], masks: str) -> None:
             "strategy.name",
             strategy,
             OWN_LAYERS,
-            "use top, bottom, cyclic, full, fedtlu with side=server, or ilp with a large consistency",
+            "use top, bottom, cyclic, full, head, fedtlu with side=server, or ilp with a large "
+            "consistency",
         )
     kind, low, high = flat["budget.kind"], flat["budget.min"], flat["budget.max"]
     if kind == "per-node" or (kind == "half-normal" and low != high):

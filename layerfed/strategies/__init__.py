@@ -24,6 +24,7 @@ from layerfed.strategies.bottom import Bottom
 from layerfed.strategies.cyclic import Cyclic
 from layerfed.strategies.fedtlu import FedTLU
 from layerfed.strategies.full import Full
+from layerfed.strategies.head import Head
 from layerfed.strategies.ilp import ILP
 from layerfed.strategies.random import Random
 from layerfed.strategies.rgn import RGN
@@ -40,6 +41,7 @@ __all__ = [
     "Cyclic",
     "FedTLU",
     "Full",
+    "Head",
     "Masks",
     "Random",
     "RoundSettings",
@@ -54,7 +56,7 @@ __all__ = [
 
 STRATEGIES: dict[str, type[SelectiveStrategy]] = {
     strategy.name: strategy
-    for strategy in (ILP, Full, Top, Bottom, Both, Random, Cyclic, SNR, RGN, FedTLU)
+    for strategy in (ILP, Full, Head, Top, Bottom, Both, Random, Cyclic, SNR, RGN, FedTLU)
 }
 
 

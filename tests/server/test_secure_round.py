@@ -83,7 +83,7 @@ def examples(clients: Iterable[int]) -> int:
 
 
 # ------------------------------------------------------------------------------- the same model
-@pytest.mark.parametrize("strategy", ["top", "both", "cyclic", "full", "fedtlu"])
+@pytest.mark.parametrize("strategy", ["top", "both", "cyclic", "full", "head", "fedtlu"])
 def test_the_model_is_that_of_the_plain_run(strategy: str) -> None:
     options = [f"strategy.name={strategy}", "budget.layers=2"]
     grid = Recorded(secure(*options))

@@ -114,6 +114,7 @@ def test_reaching_down_to_the_lowest_layer_is_paid_for_once() -> None:
 
 def test_full_selects_everything_whatever_the_budget() -> None:
     assert picks("full", candidates([0, 1, 3], UNIT)) == [[0, 1, 2, 3, 4]] * 3
+    assert picks("head", candidates([0, 1, 3], UNIT)) == [[]] * 3
 
 
 # -------------------------------------------------------------------------------- by position
