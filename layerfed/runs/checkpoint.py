@@ -64,7 +64,7 @@ class Checkpoint:
 
 
 class Checkpoints(Observer):
-    """An observer that writes a checkpoint after every k-th round, and after the last.
+    """An observer that writes a checkpoint after every k-th round, and when the run ends or is stopped.
 
     If a checkpoint cannot be written, it logs a warning. The run continues, and older checkpoints stay.
 
@@ -83,16 +83,18 @@ class Checkpoints(Observer):
         self, run_folder: Path, state: Callable[[], Checkpoint], every: int, keep: int
     ) -> None:
         self._folder, self._state, self._every, self._keep = run_folder, state, every, keep
-        self._rounds = 0
-
-    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Take the number of rounds."""
-        self._rounds = rounds
 
     def on_round(self, record: RoundRecord) -> None:
         """Write a checkpoint, if one is due."""
-        if record.round % self._every and record.round != self._rounds:
-            return
+        if record.round % self._every == 0:
+            self._save(record)
+
+    def on_end(self, record: RoundRecord) -> None:
+        """Write the last checkpoint, unless `on_round` has."""
+        if record.round % self._every:
+            self._save(record)
+
+    def _save(self, record: RoundRecord) -> None:
         try:
             save_checkpoint(self._folder, self._state(), self._keep)
         except OSError as error:

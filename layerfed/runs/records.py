@@ -148,3 +148,6 @@ class Observer:
 
     def on_round(self, record: RoundRecord) -> None:
         """Note a finished round."""
+
+    def on_end(self, record: RoundRecord) -> None:
+        """Note that the run ends after this round, planned or as asked."""

@@ -283,7 +283,8 @@ class SelectiveStrategy(Strategy):
         evaluate_fn : Callable[[int, ArrayRecord], MetricRecord | None], optional
             Called with round 0 and after each round.
         should_stop : Callable[[], bool], optional
-            Called after each round; the run ends when it returns True.
+            Called after each round; the run ends when it returns True. Its last checkpoint is of that
+            round, so that it can be resumed.
 
         Returns
         -------
@@ -335,6 +336,8 @@ class SelectiveStrategy(Strategy):
             if should_stop is not None and should_stop():
                 log(INFO, "stopped after round %d, as asked", server_round)
                 break
+        for observer in self.observers:
+            observer.on_end(self.round.record)
         return result
 
     # ---------------------------------------------------------- Flower's four steps of a round

@@ -10,9 +10,11 @@ import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from flwr.serverapp.strategy import Result
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -21,6 +23,7 @@ from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.engine import run_on
 from layerfed.runs import latest_checkpoint, lock, read_lines
 from layerfed.runs.files import NotWritten, append_line, write_json
+from layerfed.strategies import SelectiveStrategy
 from layerfed.task import Batch
 
 QUICK = [
@@ -170,6 +173,26 @@ def test_a_finished_run_can_be_given_more_rounds(whole: Path, tmp_path: Path) ->
     more = configured(tmp_path, "short")
     assert run_on("inprocess", resumed(more, short)) == short
     same(whole, short)
+
+
+def test_a_run_that_was_asked_to_stop_goes_on(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked after round 3, between two checkpoints."""
+
+    def stopped(self: SelectiveStrategy, *given: Any, **named: Any) -> Result:
+        return start(self, *given, **named, should_stop=lambda: self.round.record.round == 3)
+
+    start, config = SelectiveStrategy.start, configured(tmp_path, "x", "run.checkpoint-every=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(SelectiveStrategy, "start", stopped)
+        folder = run_on("inprocess", config)
+    assert [row["round"] for row in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
+    found = latest_checkpoint(folder)
+    assert found is not None
+    assert found.round == 3
+    run_on("inprocess", resumed(config, folder))
+    same(whole, folder)
 
 
 def test_another_configuration_is_refused(whole: Path, tmp_path: Path) -> None:

@@ -92,9 +92,9 @@ def test_one_that_was_being_written_is_no_checkpoint(
 def test_they_are_written_every_so_often_and_at_the_end(tmp_path: Path) -> None:
     now = [0]
     observer = Checkpoints(tmp_path, lambda: checkpoint(now[0]), every=3, keep=9)
-    observer.on_start(8, None)
     for now[0] in range(1, 9):
         observer.on_round(RoundRecord(now[0]))
+    observer.on_end(RoundRecord(8))
     assert rounds(tmp_path) == ["round-000003", "round-000006", "round-000008"]
 
 
