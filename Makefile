@@ -74,10 +74,8 @@ faults: $(VENV)/.installed ## what faults do to real processes on loopback (half
 kills: $(VENV)/.installed ## kill the server of a real run twenty times, resume it, and compare (half an hour)
 	$(BIN)/python benchmarks/kills.py
 
-mutants: $(VENV)/.installed-dev ## changes to the code that no test notices (hours; one part: MUTANTS='layerfed.server.aggregation*')
-	$(BIN)/python -m pip install --quiet "mutmut>=3.8"
-	$(BIN)/mutmut run $(if $(MUTANTS),'$(MUTANTS)')
-	$(BIN)/mutmut results
+mutants: $(VENV)/.installed-dev ## a sample of changes to the core that no test notices (an hour; MUTANTS='--only aggregation')
+	$(BIN)/python -m scripts.mutants $(MUTANTS)
 
 clean: ## remove the environment and caches (never your runs)
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
