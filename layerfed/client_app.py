@@ -17,16 +17,17 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 from flwr.common.logger import log
+from torch import nn
 
 from layerfed.client.costs import MEASURED_UNITS
 from layerfed.client.limits import paced
-from layerfed.client.local_sgd import LocalSGD
+from layerfed.client.local_sgd import Clipped, LocalOptimizer, LocalSGD
 from layerfed.client.probe import probe_layers
 from layerfed.client.resident import keeping_layers
 from layerfed.client.statistics import load_statistic
 from layerfed.client.steps import ClientStep, Departure, steps_of
 from layerfed.client.training import OptimizerFn, evaluate, train_update
-from layerfed.client.workbench import Node, node_store, run_config_of
+from layerfed.client.workbench import Node, Workbench, node_store, run_config_of
 from layerfed.config import ConfigError, NodeConfig, TrainConfig
 from layerfed.config.seeding import Stream, generator, torch_seed
 from layerfed.exchange import (
@@ -118,7 +119,7 @@ def probe(message: Message, context: Context) -> Message:
         bench.resident.model,
         bench.resident.layers,
         islice(examples.shuffled(settings.batch_size, bench.device, rng), count),
-        bench.task.loss,
+        bench.loss(node.partition),
         asked["statistics"],
         precision=settings.precision,
     )
@@ -149,7 +150,7 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
         bench.resident,
         instruction.mask,
         _batches(node, instruction, settings),
-        bench.task.loss,
+        bench.loss(node.partition),
         _optimizer(settings, settings.lr if instruction.lr is None else instruction.lr),
         precision=settings.precision,
         schedule=schedule,
@@ -173,21 +174,46 @@ def _batches(node: Node, instruction: TrainInstruction, settings: TrainConfig) -
     rng = generator(seed, Stream.TRAIN, number, partition)
     torch.manual_seed(torch_seed(seed, Stream.TRAIN, number, partition))  # dropout
     examples, _ = bench.examples(partition)
-    batches = islice(
-        examples.shuffled(settings.batch_size, bench.device, rng), settings.steps(len(examples))
+    # Images are changed one by one, which the processor does faster than a GPU.
+    place = torch.device("cpu") if settings.augment != "none" else bench.device
+    batches: Iterator[Batch] = islice(
+        examples.shuffled(settings.batch_size, place, rng), settings.steps(len(examples))
     )
+    if settings.augment != "none":
+        batches = _augmented(batches, bench, number, partition)
     if node.settings.max_step_seconds is None:
         return batches
     return paced(batches, node.settings.max_step_seconds, bench.device)
 
 
+def _augmented(
+    batches: Iterator[Batch], bench: Workbench, number: int, partition: int
+) -> Iterator[Batch]:
+    """Yield the batches of a round with random changes, which do not disturb other draws."""
+    for step, batch in enumerate(batches):
+        with torch.random.fork_rng(devices=[]):
+            seed = bench.config.run.seed
+            # Not `torch.manual_seed`, which would set the generators of GPUs too.
+            torch.default_generator.manual_seed(
+                torch_seed(seed, Stream.AUGMENT, number, partition, step)
+            )
+            changed = bench.task.augment(batch)
+        yield {name: tensor.to(bench.device) for name, tensor in changed.items()}
+
+
 def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
     """Return a function that builds the local optimiser from the parameters to train."""
-    if train.optimizer == "adamw":
-        return lambda parameters: torch.optim.AdamW(
-            parameters, lr=lr, weight_decay=train.weight_decay
-        )
-    return lambda parameters: LocalSGD(parameters, lr, train.momentum, train.weight_decay)
+
+    def build(parameters: list[nn.Parameter]) -> LocalOptimizer:
+        optimizer: LocalOptimizer
+        if train.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=train.weight_decay)
+        else:
+            optimizer = LocalSGD(parameters, lr, train.momentum, train.weight_decay)
+        bound = train.clip_gradient
+        return Clipped(optimizer, parameters, bound) if bound else optimizer
+
+    return build
 
 
 def evaluate_locally(message: Message, context: Context) -> Message:

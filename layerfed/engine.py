@@ -197,7 +197,7 @@ def prepare(config: RunConfig) -> Workbench:
     config = config.simulated()
     bench = workbench(config.to_flat())
     build_account(config, build_strategy(config, bench.resident.layers))
-    bench.examples(0)
+    bench.loss(0)
     return bench
 
 

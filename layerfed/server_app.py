@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from layerfed.client.flops import forward_flops
+from layerfed.client.objective import objective
 from layerfed.client.statistics import load_statistic
 from layerfed.client.training import evaluate
 from layerfed.client.workbench import Workbench, node_store, workbench
@@ -72,7 +74,8 @@ def build_strategy(
             clients=config.federation.population,
             min_replies=config.federation.needed_replies,
             over_provision=config.federation.over_provision,
-            lr_decay=config.train.lr_decay,
+            lr_factor=partial(config.train.factor, rounds=config.federation.rounds),
+            server_lr_factor=partial(server.factor, rounds=config.federation.rounds),
             local_steps=config.train.steps,
             probe_batches=section.probe_batches,
             period=section.period,
@@ -169,6 +172,7 @@ def _run(
     if not config.federation.clients:
         config = config.of_size(federation_size(grid, config.federation.timeout))
     config = checked(config)
+    objective(bench.task, bench.resident.model, test)  # refuses what does not fit the task
     strategy = build_strategy(config, bench.resident.layers, node_store(context))
     account = build_account(config, strategy)
     resumed = _to_resume(config, bench, data)

@@ -1,13 +1,24 @@
-"""Local SGD (eq. 2) without torch's optimiser."""
+"""Local SGD (eq. 2) without torch's optimiser, and steps with clipped gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LocalSGD"]
+__all__ = ["Clipped", "LocalOptimizer", "LocalSGD"]
+
+
+class LocalOptimizer(Protocol):
+    """The interface of a local optimiser; every optimiser of torch has it."""
+
+    def step(self) -> object:
+        """Move the parameters by their gradients."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
 
 
 class LocalSGD:
@@ -57,3 +68,29 @@ class LocalSGD:
         """Clear the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+
+class Clipped:
+    """A local optimiser whose gradient is scaled down before each step if its norm exceeds a bound.
+
+    Parameters
+    ----------
+    optimizer : LocalOptimizer
+    parameters : Sequence[nn.Parameter]
+        All trained parameters; the norm is that of their gradients together.
+    bound : float
+    """
+
+    def __init__(
+        self, optimizer: LocalOptimizer, parameters: Sequence[nn.Parameter], bound: float
+    ) -> None:
+        self.optimizer, self.parameters, self.bound = optimizer, parameters, bound
+
+    def step(self) -> None:
+        """Clip the gradients and move the parameters."""
+        nn.utils.clip_grad_norm_(self.parameters, self.bound)
+        self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.optimizer.zero_grad(set_to_none)

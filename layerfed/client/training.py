@@ -12,19 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from layerfed.client.flops import counted
+from layerfed.client.local_sgd import LocalOptimizer
 from layerfed.client.resident import ResidentModel
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 
 __all__ = [
-    "LocalOptimizer",
     "LossFn",
     "OptimizerFn",
     "TrainResult",
@@ -36,16 +35,6 @@ __all__ = [
 ]
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
-
-
-class LocalOptimizer(Protocol):
-    """The interface of a local optimiser; every optimiser of torch has it."""
-
-    def step(self) -> object:
-        """Move the parameters by their gradients."""
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
 
 
 OptimizerFn = Callable[[list[nn.Parameter]], LocalOptimizer]

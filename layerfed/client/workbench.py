@@ -20,7 +20,9 @@ from flwr.app import Context
 from layerfed.client.costs import MeasuredUnit, measure_costs, step_cost
 from layerfed.client.devices import choose_device
 from layerfed.client.limits import Allowance, LayerCosts, free_memory
+from layerfed.client.objective import objective
 from layerfed.client.resident import ResidentModel
+from layerfed.client.training import LossFn
 from layerfed.config import BudgetUnit, Flat, NodeConfig, RunConfig, Scalar
 from layerfed.exchange import LayerStore, open_store
 from layerfed.models.layers import layer_costs
@@ -44,6 +46,7 @@ class Workbench:
         self.device = choose_device(config.run.device)
         self.resident = ResidentModel(self.task.build_model, self.task.layers, self.device)
         self._examples: dict[int, tuple[Examples, Examples]] = {}
+        self._losses: dict[int, LossFn] = {}
         self._costs: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def examples(self, partition: int) -> tuple[Examples, Examples]:
@@ -51,6 +54,13 @@ class Workbench:
         if partition not in self._examples:
             self._examples[partition] = self.task.client_examples(partition)
         return self._examples[partition]
+
+    def loss(self, partition: int) -> LossFn:
+        """Return the loss that a client trains and probes."""
+        if partition not in self._losses:
+            examples, _ = self.examples(partition)
+            self._losses[partition] = objective(self.task, self.resident.model, examples)
+        return self._losses[partition]
 
     def costs(self, partition: int, unit: MeasuredUnit) -> tuple[np.ndarray, np.ndarray]:
         """Return c_l and D_l, measured on this device once for each batch size; shape (L,) each."""

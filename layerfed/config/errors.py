@@ -73,6 +73,7 @@ EXTRAS = {
     "ray": "simulation",
     "starlette": "deploy",
     "timm": "images",
+    "torchvision": "images",
     "transformers": "text",
     "uvicorn": "deploy",
 }

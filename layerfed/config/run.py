@@ -9,13 +9,14 @@ budget above the number of layers, before any client works.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -217,18 +218,84 @@ class BudgetConfig(Section):
         return self
 
 
-class TrainConfig(Section):
+class Scheduled(Section):
+    """A learning rate, and how it changes over the rounds of a run."""
+
+    key: ClassVar[str]
+    """The section's name in keys."""
+
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    lr_schedule: Literal["constant", "step", "cosine"] = "step"
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lr_step: Positive = 1
+    lr_warmup: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Self:
+        unread = {"lr-decay": self.lr_decay, "lr-step": self.lr_step}
+        if self.lr_schedule != "step" and (given := [key for key in unread if unread[key] != 1]):
+            raise ConfigError(
+                f"{self.key}.{given[0]} = {unread[given[0]]:g} has no use for {self.key}.lr-schedule "
+                f"= '{self.lr_schedule}'; leave it out, or choose 'step'"
+            )
+        return self
+
+    def factor(self, number: int, rounds: int) -> float:
+        """Return what `lr` is multiplied by in a round.
+
+        Parameters
+        ----------
+        number : int
+            t, from 1. In the first `lr_warmup` rounds the rate rises linearly to its value.
+        rounds : int
+            T, the rounds of the run. A cosine would be 0 in round T + 1 [Loshchilov & Hutter, SGDR,
+            2017, eq. 5].
+        """
+        if number <= self.lr_warmup:
+            return number / (self.lr_warmup + 1)
+        done = number - self.lr_warmup - 1
+        if self.lr_schedule == "cosine":
+            return (1 + math.cos(math.pi * done / (rounds - self.lr_warmup))) / 2
+        return self.lr_decay ** (done // self.lr_step)
+
+
+class TrainConfig(Scheduled):
     """A client's local work in one round."""
+
+    key: ClassVar[str] = "train"
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.05
-    lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     batch_size: Positive = 32
     local_steps: Annotated[int, Field(ge=0)] = 5
     local_epochs: Annotated[int, Field(ge=0)] = 0
     precision: Literal["float32", "bfloat16"] = "float32"
+    clip_gradient: Annotated[float, Field(ge=0)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: str = ""
+    augment: Literal["none", "light", "randaugment"] = "none"
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each class; empty if there are none, or if each client balances its own."""
+        if self.class_weights in ("", "balanced"):
+            return ()
+        return tuple(float(number) for number in self.class_weights.split(","))
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        try:
+            usable = all(0 < weight < math.inf for weight in self.weights)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ConfigError(
+                f"train.class-weights = '{self.class_weights}' is not allowed: it should be empty, "
+                "balanced, or a number above 0 for each class, as in '1, 2.5, 1'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:
@@ -249,14 +316,15 @@ class TrainConfig(Section):
         return self.local_steps or self.local_epochs * -(-examples // self.batch_size)
 
 
-class ServerConfig(Section):
+class ServerConfig(Scheduled):
     """The server's aggregation and its optimiser, which turn updates into new layers."""
+
+    key: ClassVar[str] = "server"
 
     aggregation: Literal["mean", "median", "trimmed-mean"] = "mean"
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     clip: Annotated[float, Field(ge=0)] = 0.0
     optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Annotated[float, Field(gt=0)] = 1e-3
@@ -317,6 +385,16 @@ class RunConfig(Section):
     def _sums_can_be_secure(self) -> Self:
         if self.secagg.enabled:
             refuse_with_secagg(self.to_flat())
+        return self
+
+    @model_validator(mode="after")
+    def _warm(self) -> Self:
+        for section in (self.train, self.server):
+            if section.lr_warmup >= self.federation.rounds:
+                raise ConfigError(
+                    f"{section.key}.lr-warmup = {section.lr_warmup} leaves none of federation.rounds = "
+                    f"{self.federation.rounds} for the full {section.key}.lr; lower it"
+                )
         return self
 
     @classmethod

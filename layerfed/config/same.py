@@ -34,15 +34,17 @@ def differing(
     defaults : Mapping[str, object]
         Those of the strategy's options (`strategies.option_defaults`).
     goes_on : bool (default: False)
-        Whether the run is continued, and may then have more rounds than before. Otherwise the number of
-        rounds must be equal.
+        Whether the run is continued, and may then have more rounds than before, unless its learning
+        rate depends on their number. Otherwise the number of rounds must be equal.
 
     Returns
     -------
     list[str]
         The keys; an empty list means the same run.
     """
-    free = {*FREE, ROUNDS} if goes_on else FREE
+    # A cosine's rate in each round depends on the number of rounds.
+    to_the_end = "cosine" in (mine.train.lr_schedule, mine.server.lr_schedule)
+    free = {*FREE, ROUNDS} if goes_on and not to_the_end else FREE
     # A path may be written in two ways, of which a run folder has the absolute one.
     theirs = absolute(theirs)
     # If a setting is gone or has another meaning now, the written values are compared.

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     PROBE = 6
     MASK = 7
     LOCAL_TEST = 8
+    AUGMENT = 9
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

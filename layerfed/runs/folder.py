@@ -278,6 +278,7 @@ class RunFolder(Observer):
             "epsilon": _finite(record.epsilon),
             "epsilon_covers": record.epsilon_covers,
             "lr": record.lr,
+            "server_lr": record.server_lr,
             "clients": record.replies,
             "late": record.late,
             "clipped": record.clipped,

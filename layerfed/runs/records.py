@@ -86,8 +86,8 @@ class RoundRecord:
     ----------
     accuracy, loss : float | None
         On the server's test set.
-    lr : float | None
-        η of the round.
+    lr, server_lr : float | None
+        η and η_s of the round.
     replies : int
         Usable updates.
     clipped : int
@@ -114,6 +114,7 @@ class RoundRecord:
     accuracy: float | None = None
     loss: float | None = None
     lr: float | None = None
+    server_lr: float | None = None
     replies: int = 0
     clipped: int = 0
     failures: list[Failure] = field(default_factory=list)

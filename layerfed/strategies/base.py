@@ -65,8 +65,9 @@ class RoundSettings:
     over_provision : float (default: 0)
         Share of clients sampled beyond `clients_per_round`. A round ends with the first
         `clients_per_round` updates; later ones are dropped.
-    lr_decay : float (default: 1.0)
-        The `lr` of the train config is multiplied by this after each round.
+    lr_factor, server_lr_factor : Callable[[int], float]
+        The `lr` of the train config, and that of the server's optimiser, are multiplied by these in
+        each round, from 1.
     local_steps : Callable[[int], int] | None (default: None)
         τ_i, the local steps of a client by its number of examples. Strategies that change masks within
         a round need it.
@@ -96,7 +97,8 @@ class RoundSettings:
     clients: int | None = None
     min_replies: int = 1
     over_provision: float = 0.0
-    lr_decay: float = 1.0
+    lr_factor: Callable[[int], float] = lambda number: 1.0
+    server_lr_factor: Callable[[int], float] = lambda number: 1.0
     local_steps: Callable[[int], int] | None = None
     probe_batches: int = 0
     period: int = 1
@@ -179,6 +181,7 @@ class SelectiveStrategy(Strategy):
         self.budgets = budget if isinstance(budget, Budgets) else Budgets.identical(budget, layers)
         self.settings = settings = settings or RoundSettings()
         self.optimizer = optimizer or SERVER_OPTIMIZERS["sgd"]()
+        self._server_lr = self.optimizer.lr
         self.store = store
         self.observers = tuple(observers)
         self.options: Any = self.read_options(options)
@@ -367,7 +370,7 @@ class SelectiveStrategy(Strategy):
             selection = record.selection = self.choose(server_round, described, statistics)
         lr, rest = train_config(config)
         if lr is not None:
-            record.lr = lr * settings.lr_decay ** (server_round - 1)
+            record.lr = lr * settings.lr_factor(server_round)
         instructions = {}
         for row, client in enumerate(clients):
             record.ledger[client].full_down = self.model.bytes(self.layers.names)
@@ -392,6 +395,8 @@ class SelectiveStrategy(Strategy):
         """Add replies to the mean until there are enough, and move the layers that clients trained."""
         record = self.round.record
         asked = 0 if record.selection is None else len(record.selection.clients)
+        self.optimizer.lr = self._server_lr * self.settings.server_lr_factor(server_round)
+        record.server_lr = self.optimizer.lr
         with self._phase("train"):
             self.round.take_updates(replies, min(asked, self.settings.clients_per_round or asked))
             self._publish(

@@ -33,6 +33,9 @@ class Store(Protocol):
     def batch(self, indices: np.ndarray) -> Batch:
         """Return the examples at `indices`, in this order, as tensors of equal first dimension."""
 
+    def column(self, name: str) -> np.ndarray:
+        """Return the values of a column of numbers, such as `label`, shape (N,)."""
+
 
 @dataclass(frozen=True)
 class InMemory:
@@ -48,6 +51,10 @@ class InMemory:
         """Return some of the examples."""
         index = torch.as_tensor(indices)
         return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+    def column(self, name: str) -> np.ndarray:
+        """Return the values of a column of numbers."""
+        return self.tensors[name].numpy()
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,11 @@ class Examples:
     def select(self, positions: np.ndarray) -> Examples:
         """Return some of the examples, by their positions among these."""
         return Examples(self.store, self.indices[positions])
+
+    def column(self, name: str) -> np.ndarray:
+        """Return the examples' values of a column of numbers, such as `label`, shape (N,)."""
+        values: np.ndarray = self.store.column(name)[self.indices]
+        return values
 
     def in_order(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Yield all examples once, in order; the last batch may be smaller."""
@@ -138,6 +150,8 @@ class Task(ABC):
     """Fields of `TaskConfig` that this task reads, besides those that every task reads."""
     families: ClassVar[tuple[str, ...]] = ("layerfed",)
     """Families of models (`model.name`) that fit the task's data."""
+    never_augmented: ClassVar[str] = "its examples are no images"
+    """Why `train.augment` is refused, unless the task has `augment`."""
     own_data = False
     """Whether `task.data` holds one node's own examples, instead of the run's data."""
 
@@ -156,6 +170,11 @@ class Task(ABC):
             raise ConfigError(
                 f"model.name = '{config.model.name}' does not fit task.name = '{section.name}', whose "
                 f"models come from {', '.join(self.families)}"
+            )
+        if config.train.augment != "none" and type(self).augment is Task.augment:
+            raise ConfigError(
+                f"train.augment = '{config.train.augment}' has no use for task.name = "
+                f"'{section.name}': {self.never_augmented}"
             )
 
     @abstractmethod
@@ -181,6 +200,14 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of a batch with integer labels under `label`."""
         return nn.functional.cross_entropy(self.logits(model, batch).float(), batch["label"])
+
+    def augment(self, batch: Batch) -> Batch:
+        """Return a training batch with the random changes of `train.augment`.
+
+        It draws from torch's global generator, which the caller seeds for each batch. The batch is in
+        the main memory. Batches of probes and evaluations are never changed.
+        """
+        return batch
 
     def example(self) -> Batch | None:
         """Return a made-up batch, on which the model shows how it uses its layers.

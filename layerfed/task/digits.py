@@ -25,6 +25,8 @@ CLASSES = 10
 class Digits(Task):
     """Digits on the shipped ViT: 1,437 training and 360 test images, the same for every seed."""
 
+    never_augmented = "a mirrored digit is no digit, or another one"
+
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         with np.load(DIGITS) as raw:

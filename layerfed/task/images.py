@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from PIL import ImageOps
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
+from layerfed.config.errors import naming_extras
 from layerfed.models.image import build_image_classifier
 from layerfed.task.base import Batch
 from layerfed.task.dataset_task import Columns, DatasetTask, Encoder
@@ -154,6 +155,11 @@ class ImageTask(DatasetTask):
             rows = _with_paths(rows, column, folder, found.where)
         return Part(rows.cast_column(column, Image(decode=False)), found.where, found.group)
 
+    def augment(self, batch: Batch) -> Batch:
+        """Shift and mirror each image, and with `randaugment` distort it, by torchvision."""
+        change = _augmentation(self.config.train.augment, batch["image"].shape[-1])
+        return {**batch, "image": torch.stack([change(image) for image in batch["image"]])}
+
     def build_model(self) -> nn.Module:
         """Return the pretrained image tower with a new linear head."""
         return build_image_classifier(self.config.model, len(self.classes), self.config.run.seed)
@@ -173,6 +179,21 @@ class ImageTask(DatasetTask):
         """Score the classes."""
         scores: Tensor = model(batch["image"])
         return scores
+
+
+@cache
+def _augmentation(kind: str, side: int) -> Callable[[Tensor], Tensor]:
+    """Return a random change of an image, uint8 of shape (3, side, side)."""
+    # Imported late: it takes a second, and most runs do not need it.
+    with naming_extras(f"train.augment = '{kind}'"):
+        from torchvision.transforms import v2
+    # As on CIFAR: an eighth of the side at most, filled with the image's own reflection.
+    light = [v2.RandomCrop(side, side // 8, padding_mode="reflect"), v2.RandomHorizontalFlip()]
+    # Two operations an image, of torchvision's default strength (9 of 31).
+    change: Callable[[Tensor], Tensor] = v2.Compose(
+        [*light, v2.RandAugment()] if kind == "randaugment" else light
+    )
+    return change
 
 
 def _described(root: Path) -> bool:

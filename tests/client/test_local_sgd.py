@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerfed.client.local_sgd import LocalSGD
+from layerfed.client.local_sgd import Clipped, LocalSGD
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -31,3 +31,17 @@ def test_its_steps_are_torchs(tiny: nn.Module, momentum: float, decay: float) ->
     for (name, mine), expected in zip(tiny.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, expected), name
     assert not torch.equal(tiny.head.weight, started)
+
+
+@pytest.mark.parametrize(("bound", "share"), [(0.5, 0.1), (5.0, 1.0), (50.0, 1.0)])
+def test_a_gradient_above_the_bound_is_scaled_down_as_a_whole(bound: float, share: float) -> None:
+    """The norm of (3, 4) is 5, over both parameters together."""
+    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    optimizer = Clipped(LocalSGD(parameters, 1.0), parameters, bound)
+    for parameter, gradient in zip(parameters, (3.0, 4.0), strict=True):
+        parameter.grad = torch.tensor([gradient])
+    optimizer.step()
+    optimizer.zero_grad()
+    moved = [parameter.item() for parameter in parameters]
+    assert moved == pytest.approx([-3 * share, -4 * share], rel=1e-5)
+    assert all(parameter.grad is None for parameter in parameters)

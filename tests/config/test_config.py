@@ -108,6 +108,14 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("strategy.theory=2", ["strategy.theory", "2", "boolean"]),
         ("train.lr=-1", ["train.lr", "-1", "greater than 0"]),
         ("train.lr=nan", ["train.lr", "finite"]),
+        ("train.clip-gradient=-1", ["train.clip-gradient", "-1", "greater than or equal to 0"]),
+        ("train.label-smoothing=1", ["train.label-smoothing", "less than 1"]),
+        ("train.class-weights=1,0", ["train.class-weights = '1,0'", "balanced", "each class"]),
+        ("train.class-weights=equal", ["train.class-weights = 'equal'", "balanced"]),
+        ("train.augment=heavy", ["train.augment", "'heavy'", "'light'", "'randaugment'"]),
+        ("train.lr-schedule=linear", ["train.lr-schedule", "'linear'", "'cosine'"]),
+        ("server.lr-step=0", ["server.lr-step", "greater than or equal to 1"]),
+        ("train.lr-warmup=30", ["train.lr-warmup = 30", "federation.rounds = 30"]),
         ("train.local-epochs=1", ["train.local-steps = 5", "train.local-epochs = 1"]),
         ("task.alpha=0", ["task.alpha", "greater than 0"]),
         ("budget.min=5", ["budget.min = 5", "budget.max = 4"]),
@@ -134,6 +142,31 @@ def test_wrong_settings_give_one_clear_line(override: str, says: list[str]) -> N
     message = str(caught.value)
     assert "\n" not in message
     assert [text for text in says if text not in message] == []
+
+
+@pytest.mark.parametrize("other", ["constant", "cosine"])
+def test_a_decay_that_a_schedule_does_not_read_is_refused(other: str) -> None:
+    with pytest.raises(ConfigError, match=r"^server\.lr-decay = 0.5 has no use .* = '" + other):
+        load_config(None, ["server.lr-decay=0.5", f"server.lr-schedule={other}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ([], [1, 1, 1, 1]),
+        (["lr-schedule=constant", "lr-warmup=1"], [0.5, 1, 1, 1]),
+        (["lr-decay=0.5"], [1, 0.5, 0.25, 0.125]),
+        (["lr-decay=0.5", "lr-step=2"], [1, 1, 0.5, 0.5]),
+        (["lr-decay=0.5", "lr-warmup=2"], [1 / 3, 2 / 3, 1, 0.5]),
+        (["lr-schedule=cosine"], [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]),
+        (["lr-schedule=cosine", "lr-warmup=2"], [1 / 3, 2 / 3, 1, 0.5]),
+    ],
+)
+def test_rates_over_the_rounds(settings: list[str], factors: list[float]) -> None:
+    for section in ("train", "server"):
+        config = load_config(None, [f"{section}.{s}" for s in settings])
+        found = [getattr(config, section).factor(number, 4) for number in range(1, 5)]
+        assert found == pytest.approx(factors)
 
 
 @pytest.mark.parametrize(

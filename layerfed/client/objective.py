@@ -1,0 +1,78 @@
+"""The loss that a client trains and probes: the task's, with class weights and label smoothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from layerfed.client.training import LossFn
+from layerfed.config import ConfigError
+from layerfed.task import Batch, Examples, Task
+
+__all__ = ["balanced", "objective"]
+
+
+def objective(task: Task, model: nn.Module, examples: Examples) -> LossFn:
+    """Return a client's training loss, which is the task's own unless the run changes it.
+
+    Parameters
+    ----------
+    task : Task
+        With `train.class-weights` and `train.label-smoothing` in its configuration.
+    model : nn.Module
+        Tells the number of classes.
+    examples : Examples
+        The client's examples, whose labels `train.class-weights = "balanced"` counts.
+
+    Raises
+    ------
+    ConfigError
+        If the task has a loss of its own, or the number of weights is not that of the classes.
+    """
+    train = task.config.train
+    smoothing = train.label_smoothing
+    if not (smoothing or train.class_weights):
+        return task.loss
+    if type(task).loss is not Task.loss:
+        key = "class-weights" if train.class_weights else "label-smoothing"
+        raise ConfigError(
+            f"train.{key} = {train.class_weights or smoothing} has no use for task.name = "
+            f"'{task.config.task.name}', which has a loss of its own"
+        )
+    device = next(model.parameters()).device
+    weights: Tensor | None = None
+    if train.class_weights:
+        model.eval()  # what is measured here must not move BatchNorm's statistics
+        with torch.no_grad():
+            one = next(iter(examples.in_order(1, device)))
+            classes = task.logits(model, one).shape[1]
+        given = train.weights or balanced(examples.column("label"), classes)
+        if len(given) != classes:
+            raise ConfigError(
+                f"train.class-weights = '{train.class_weights}' has {len(given)} numbers, and the task "
+                f"has {classes} classes"
+            )
+        weights = torch.tensor(given, device=device)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        scores = task.logits(model, batch).float()
+        return nn.functional.cross_entropy(
+            scores, batch["label"], weight=weights, label_smoothing=smoothing
+        )
+
+    return loss
+
+
+def balanced(labels: np.ndarray, classes: int) -> Sequence[float]:
+    """Return n / (k n_c) for each class: equal total weight for the k classes that occur.
+
+    A class without examples has the weight 1. Label smoothing alone then gives it a gradient.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = counts > 0
+    weights = np.ones(classes)
+    weights[present] = len(labels) / (present.sum() * counts[present])
+    return weights.tolist()

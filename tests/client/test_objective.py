@@ -1,0 +1,122 @@
+"""The training loss with class weights and label smoothing, and runs that train with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layerfed.client.objective import balanced, objective
+from layerfed.client.workbench import workbench
+from layerfed.config import ConfigError
+from layerfed.task.base import Batch
+from tests.tiny_task import TinyTask, configured, run
+
+TASK = "task.name=tests.tiny_task:TinyTask"
+
+
+class OwnLoss(TinyTask):
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.logits(model, batch).square().mean()
+
+
+def by_hand(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray, smooth: float) -> float:
+    """Weighted cross-entropy against smoothed labels, as torch's documentation defines it."""
+    classes = scores.shape[1]
+    logs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    own = -(logs[np.arange(len(labels)), labels] * weights[labels]).sum()
+    all_ = -(logs * weights).sum()
+    return float(((1 - smooth) * own + smooth / classes * all_) / weights[labels].sum())
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "smooth"),
+    [
+        (["train.label-smoothing=0.2"], lambda labels, k: np.ones(k), 0.2),
+        (["train.class-weights=1, 2.5, 4"], lambda labels, k: np.array([1, 2.5, 4]), 0.0),
+        (
+            ["train.class-weights=balanced", "train.label-smoothing=0.1"],
+            lambda labels, k: len(labels) / (k * np.bincount(labels, minlength=k)),
+            0.1,
+        ),
+    ],
+)
+def test_the_loss_is_that_of_the_formula(
+    settings: list[str], weights: Callable[[np.ndarray, int], np.ndarray], smooth: float
+) -> None:
+    bench = workbench(configured(TASK, *settings).to_flat())
+    examples, _ = bench.examples(1)
+    batch = next(examples.in_order(8, torch.device("cpu")))
+    bench.resident.model.eval()
+    labels = examples.column("label")
+    scores = bench.task.logits(bench.resident.model, batch).detach().double().numpy()
+    expected = by_hand(
+        scores, batch["label"].numpy(), weights(labels, scores.shape[1]).astype(float), smooth
+    )
+    found = bench.loss(1)(bench.resident.model, batch)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    assert found.item() != pytest.approx(bench.task.loss(bench.resident.model, batch).item())
+
+
+def test_without_settings_the_loss_is_the_tasks() -> None:
+    bench = workbench(configured(TASK).to_flat())
+    assert bench.loss(0) == bench.task.loss
+
+
+def test_classes_that_occur_have_equal_weight_together() -> None:
+    labels = np.array([0] * 6 + [2] * 2)
+    weights = np.array(balanced(labels, 4))
+    assert weights[labels][labels == 0].sum() == pytest.approx(4)
+    assert weights[labels][labels == 2].sum() == pytest.approx(4)
+    assert weights[[1, 3]].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "says"),
+    [
+        ("TinyTask", "train.class-weights=1,2", "has 2 numbers, and the task has 3 classes"),
+        ("OwnLoss", "train.class-weights=balanced", "train.class-weights = balanced has no use"),
+        ("OwnLoss", "train.label-smoothing=0.1", "train.label-smoothing = 0.1 has no use"),
+    ],
+)
+def test_what_does_not_fit_the_task_is_refused(task: str, setting: str, says: str) -> None:
+    place = {"TinyTask": "tests.tiny_task", "OwnLoss": "tests.client.test_objective"}[task]
+    bench = workbench(configured(f"task.name={place}:{task}", setting).to_flat())
+    with pytest.raises(ConfigError, match=says):
+        objective(bench.task, bench.resident.model, bench.task.test_examples())
+
+
+def test_clients_train_and_probe_with_it() -> None:
+    plain = run(configured(TASK))
+    for setting in ("train.label-smoothing=0.3", "train.class-weights=balanced"):
+        found = run(configured(TASK, setting)).rounds[0]
+        assert found.metrics["train_loss"] != plain.rounds[0].metrics["train_loss"]
+        assert found.selection is not None
+        assert plain.rounds[0].selection is not None
+        mine, theirs = (
+            x.statistics["grad_norm_sq"] for x in (found.selection, plain.rounds[0].selection)
+        )
+        assert not np.array_equal(mine, theirs)
+
+
+def test_a_clipped_step_moves_a_client_by_the_rate_times_the_bound() -> None:
+    found = run(configured(TASK, "train.clip-gradient=0.01", "federation.clients-per-round=1"))
+    moved = sum(
+        np.square(found.after[name] - tensor, dtype=np.float64).sum()
+        for name, tensor in found.before.items()
+        if "running" not in name and "tracked" not in name
+    )
+    # Two steps of rate 0.1, nearly in the same direction.
+    assert 0.8 * 2 * 0.1 * 0.01 < moved**0.5 <= 2 * 0.1 * 0.01 * 1.001
+
+
+def test_the_servers_rate_follows_its_schedule() -> None:
+    found = run(configured(TASK, "server.lr-decay=0.5", "server.lr=0.8", "federation.rounds=3"), 3)
+    assert [record.server_lr for record in found.rounds] == [0.8, 0.4, 0.2]
+    half = run(configured(TASK, "server.lr=0.5", "train.momentum=0.1"))
+    warm = run(configured(TASK, "server.lr-warmup=1", "train.momentum=0.1"))
+    for name, tensor in half.after.items():
+        np.testing.assert_array_equal(tensor, warm.after[name], err_msg=name)
