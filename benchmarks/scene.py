@@ -157,7 +157,7 @@ def changed_app(scene: Scene, change: str) -> Path:
     code = CHANGED_CLIENT.format(faulty=FAULTY, change=change)
     (copy / "layerfed/changed.py").write_text(code, encoding="utf-8")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    project = project.replace("layerfed.client_app:client_app", "layerfed.changed:client_app")
+    project = project.replace("layerfed.node_app:client_app", "layerfed.changed:client_app")
     (copy / "pyproject.toml").write_text(project, encoding="utf-8")
     return copy
 

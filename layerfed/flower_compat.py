@@ -12,9 +12,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from flwr.app import Array, Message
+from flwr.app import Array, Context, Message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SType
+from flwr.common.serde import context_from_proto, context_to_proto
+from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.supercore.exit import add_exit_handler
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -27,12 +31,18 @@ __all__ = [
     "Run",
     "SType",
     "add_exit_handler",
+    "context_bytes",
+    "context_from",
     "empty_run",
     "engine_of",
     "enter_run",
+    "enter_task",
     "in_one_line",
+    "message_from",
+    "objects_of",
     "passes_as_array",
     "stamp",
+    "task_identity",
     "withdraw",
     "without_deprecation",
 ]
@@ -46,7 +56,40 @@ ENGINES = {"InProcessGrid": "inprocess", "InMemoryGrid": "ray"}
 
 def enter_run() -> None:
     """Mark this process as the server of a run, since Flower makes messages only inside a run."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 1
+    enter_task(1, SUPERLINK_NODE_ID, 1)
+
+
+def enter_task(run: int, node: int, task: int) -> None:
+    """Mark this process as one that works on a task of Flower; its messages bear these ids."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, node, task
+
+
+def task_identity() -> tuple[int, int, int]:
+    """Return the ids of run, node and task that this process works on."""
+    return TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id
+
+
+def objects_of(message: Message) -> dict[str, bytes]:
+    """Return the objects in which Flower sends a message, by id; the last is the message itself."""
+    return {identity: part.deflate() for identity, part in get_all_nested_objects(message).items()}
+
+
+def message_from(objects: dict[str, bytes], message_id: str) -> Message:
+    """Return the message of `objects_of`. The objects do not hold its id. `objects` is emptied."""
+    message = inflate_object_from_contents(list(objects)[-1], objects)
+    assert isinstance(message, Message)
+    stamp(message, message_id=message_id)
+    return message
+
+
+def context_bytes(context: Context) -> bytes:
+    """Return a context in Flower's serialisation."""
+    return bytes(context_to_proto(context).SerializeToString())
+
+
+def context_from(content: bytes) -> Context:
+    """Return the context of `context_bytes`."""
+    return context_from_proto(ContextProto.FromString(content))
 
 
 def empty_run() -> Run:

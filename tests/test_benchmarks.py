@@ -29,6 +29,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> object:
 @pytest.mark.parametrize(
     "command",
     [
+        "deployed.py --contender nonsense",
         "faults.py --fault nonsense",
         "load.py --engine nonsense",
         "selection.py --part nonsense",

@@ -7,6 +7,7 @@ few of its layers.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +30,14 @@ from layerfed.models.layers import layer_costs
 from layerfed.privacy.protection import Protection
 from layerfed.task import Batch, Examples, Task, load_task
 
-__all__ = ["Node", "Workbench", "node_store", "run_config_of", "workbench"]
+__all__ = [
+    "Node",
+    "Workbench",
+    "forget_workbenches",
+    "node_store",
+    "run_config_of",
+    "workbench",
+]
 
 
 # Bytes of a GPU that the driver's context and the libraries' workspaces take in each process.
@@ -172,6 +180,13 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     return _workbench(shared, node is not None and node.own_data is not None)
+
+
+def forget_workbenches() -> None:
+    """Free the data and models that this process keeps."""
+    _workbench.cache_clear()
+    gc.collect()  # a model's modules refer to one another
+    torch.cuda.empty_cache()
 
 
 def node_store(context: Context) -> LayerStore:

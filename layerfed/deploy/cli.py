@@ -131,12 +131,29 @@ def supernode(
         int,
         typer.Option(help="Loopback port; another for each node of a machine", min=1, max=65535),
     ] = 9094,
+    keep_model: Annotated[
+        bool,
+        typer.Option(
+            help="Keep model and data in a process of the node, or load them for every message"
+        ),
+    ] = True,
+    free_after: Annotated[
+        float,
+        typer.Option(
+            help="Seconds without a message after which their memory is freed; 0 for never", min=0
+        ),
+    ] = 0.0,
 ) -> None:
     """On a node: run its SuperNode."""
+    from layerfed.deploy import node_process
     from layerfed.deploy.federation import environment, supernode_command
 
     node_config = dict(parse_override(setting) for setting in settings)
     command = supernode_command(superlink, ca, key, node_config, port)
+    if keep_model:
+        command = node_process.command(command, free_after)
+    elif free_after:
+        raise ConfigError("--free-after frees a model that is kept; leave out --no-keep-model")
     variables = environment(home.resolve())
     os.execve(command[0], command, variables)
 

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from layerfed.config import RunConfig, Scalar
+from layerfed.deploy import node_process
 from layerfed.deploy.credentials import create_node_key
 from layerfed.deploy.federation import Federation, environment, program, supernode_command
 from layerfed.deploy.processes import Processes, free_ports
@@ -98,6 +99,7 @@ class Loopback:
         ca: Path | None = None,
         door: str | None = None,
         options: Sequence[str] = (),
+        keep_model: bool = True,
     ) -> Popen[bytes]:
         """Start a SuperNode as on a machine of its own, with further options of `flower-supernode`.
 
@@ -113,7 +115,10 @@ class Loopback:
         command = supernode_command(
             door or self.gateway, ca or self.federation.ca, key, settings, port
         )
-        return self.processes.start(name, [*command, *options], environment(home / "flower"))
+        command = [*command, *options]
+        if keep_model:
+            command = node_process.command(command)
+        return self.processes.start(name, command, environment(home / "flower"))
 
     def start_run(self, app: Path, config: RunConfig) -> int:
         """Hand a run to the SuperLink, with a layer store that no node reads, and return its id."""
@@ -129,6 +134,7 @@ def on_loopback(
     say: Callable[[str], None] = lambda text: None,
     *,
     logs: Path | None = None,
+    keep_model: bool = True,
 ) -> Iterator[Loopback]:
     """Run SuperLink, gateway and a SuperNode for each of `nodes`, until the context ends.
 
@@ -142,6 +148,8 @@ def on_loopback(
         Called with a line for each step.
     logs : Path, optional
         Folder for the log of each process; by default `folder`/logs.
+    keep_model : bool (default: True)
+        Whether each node keeps its model in a process between messages.
 
     Raises
     ------
@@ -162,7 +170,7 @@ def on_loopback(
         for number, settings in enumerate(nodes):
             listed = ", ".join(f"{k}={v}" for k, v in settings.items())
             say(f"SuperNode {number + 1} of {len(nodes)}: {listed}")
-            loopback.start_node(f"node-{number}", settings)
+            loopback.start_node(f"node-{number}", settings, keep_model=keep_model)
         processes.wait(
             "all SuperNodes are connected",
             lambda: federation.online() >= len(nodes),

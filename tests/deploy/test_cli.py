@@ -102,6 +102,8 @@ def test_a_supernode_starts_with_its_key_and_settings(
     done = deploy("supernode", "fed.example.org:9092", *files, "--port", 9100, *settings)
     assert done.exit_code == 0, done.output
     ((command, variables),) = started
+    keeping, command = command[: command.index("--")], command[command.index("--") + 1 :]
+    assert keeping[1:] == ["-m", "layerfed.deploy.node_process", "--free-after", "0"]
     assert Path(command[0]).name == "flower-supernode"
     assert option(command, "--superlink") == "fed.example.org:9092"
     assert option(command, "--root-certificates") == str(federation.ca)
