@@ -3,10 +3,10 @@
     python benchmarks/deployed.py --json deployed.json
     python benchmarks/deployed.py --contender node-process --nodes 2 --rounds 2
 
-SuperLink, gateway and SuperNodes run on loopback, on the digits job. The contender `stock` is the same app
-with a stock ClientApp: Flower's process for each message imports torch, loads the model and works itself.
-Every Python process of the federation writes its CPU time when it ends, and processes that outlive the
-run are read from /proc before and after it, so that a round's CPU time is that of all processes together.
+SuperLink, gateway and SuperNodes run on loopback, on the digits job. The contender `stock` is the same
+app with a stock ClientApp: Flower's process for each message imports torch, loads the model and works
+itself. Every Python process of the federation writes its CPU time when it ends, and processes that
+outlive the run are read from /proc before and after it. A round's CPU time is that of all of them.
 """
 
 from __future__ import annotations
