@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint lock bench table deploy-demo faults kills mutants clean
+.PHONY: help setup run test test-slow chromium lint lock bench table deploy-demo faults kills mutants clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -40,8 +40,16 @@ run: $(VENV)/.installed ## the main job: ten simulated clients fine-tune a pretr
 test: $(VENV)/.installed-dev ## set up and pass the tests, on all cores
 	$(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadscope
 
-test-slow: $(VENV)/.installed-dev ## pass the tests that start deployments, Ray or many processes, or kill
+test-slow: $(VENV)/.installed-dev chromium ## pass the tests that start deployments, Ray, many processes or a browser, or kill
 	$(BIN)/python -m pytest -q -m slow
+
+# The browser that pages are tested in. It comes from the system, never from a test.
+chromium:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get; \
+		then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+		else echo "the tests of pages need Chromium: apt-get install chromium fonts-dejavu-core"; exit 1; \
+	fi
 
 lint: $(VENV)/.installed-dev ## ruff, mypy --strict, and the direction of imports
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command `layerfed`: run, compare, report, layers, solve, deploy."""
+"""The command `layerfed`: run, compare, report, watch, layers, solve, deploy."""
 
 from __future__ import annotations
 
@@ -152,12 +152,14 @@ def _say_how_to_resume(folders: Sequence[Path]) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_summary(folder: Path) -> None:
-    from layerfed.report import run_table
+def _print_summary(folder: Path, page: Path | None = None) -> None:
+    from layerfed.report import PAGE, run_table
 
     Console(markup=False).print(run_table(folder))
     for picture in sorted(folder.glob("*.png")):
         typer.echo(f"picture     {picture}")
+    if (page := page or folder / PAGE).exists():
+        typer.echo(f"page        {page}")
     typer.echo(f"run folder  {folder}")
 
 
@@ -273,32 +275,68 @@ def _words(text: str) -> list[str]:
 
 @app.command()
 def report(
-    folder: Annotated[
-        Path,
+    runs: Annotated[
+        list[Path],
         typer.Argument(
-            exists=True, file_okay=False, help="A run folder, or the folder of a comparison"
+            exists=True,
+            file_okay=False,
+            metavar="RUN...",
+            help="A run folder; or several, or folders of runs, which are compared",
         ),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", dir_okay=False, help="The page", show_default="report.html in the folder"
+        ),
+    ] = None,
 ) -> None:
-    """Draw a run folder's pictures again and print its figures, or print a comparison's tables."""
-    from layerfed.report import draw_run
+    """Write the page of a run, with its pictures and figures, or of a comparison of runs."""
+    from layerfed.report import (
+        PAGE,
+        comparison_view,
+        draw_run,
+        run_folders,
+        run_view,
+        sections_of,
+        write_page,
+    )
 
-    # `layerfed compare` writes its tables after each run, so they are up to date.
-    tables = [file for file in sorted(folder.glob("*.md")) if file.with_suffix(".csv").exists()]
-    if tables and not (folder / "config.json").exists():
-        for table in tables:
-            typer.echo(table.read_text(encoding="utf-8"))
-            for picture in sorted(folder.glob(f"{glob.escape(table.stem)}-*.png")):
-                typer.echo(f"picture     {picture.resolve()}")
-        return
     with one_line_errors(OSError, ValueError):
-        if not (folder / "summary.json").exists():
+        if len(runs) == 1 and (runs[0] / "summary.json").exists():
+            folder = runs[0].resolve()
+            draw_run(folder)
+            page = write_page(run_view(folder), (out or folder / PAGE).expanduser().resolve())
+            _print_summary(folder, page)
+            return
+        # `layerfed compare` writes tables and page after each run, so they are up to date.
+        if len(runs) == 1 and _print_tables(runs[0].resolve()) and out is None:
+            return
+        found = {each.resolve(): None for place in runs for each in run_folders(place)}
+        if not found:
             raise ConfigError(
-                f"{folder} is no run folder and no folder of a comparison: it has neither "
-                "summary.json nor a table"
+                f"{', '.join(map(str, runs))}: no run folder and no folder of a comparison; it has "
+                "neither summary.json nor a table, and neither has a folder in it"
             )
-        draw_run(folder)
-    _print_summary(folder.resolve())
+        sections, left_out = sections_of(found)
+        for name, reason in left_out:
+            console.print(f"left out: {name}: {reason}", markup=False, highlight=False)
+        place = runs[0].resolve() if len(runs) == 1 else Path.cwd()
+        page = (out or place / PAGE).expanduser().resolve()
+        title = runs[0].resolve().name if len(runs) == 1 else "comparison"
+        typer.echo(f"page        {write_page(comparison_view(title, sections, left_out), page)}")
+
+
+def _print_tables(folder: Path) -> bool:
+    """Print a comparison's tables and where its pictures are; return whether there are any."""
+    tables = [file for file in sorted(folder.glob("*.md")) if file.with_suffix(".csv").exists()]
+    for table in tables:
+        typer.echo(table.read_text(encoding="utf-8"))
+        for picture in sorted(folder.glob(f"{glob.escape(table.stem)}-*.png")):
+            typer.echo(f"picture     {picture}")
+        if (page := table.with_suffix(".html")).exists():
+            typer.echo(f"page        {page}")
+    return bool(tables)
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
@@ -24,7 +25,7 @@ from layerfed.flower_compat import add_exit_handler, engine_of, in_one_line
 from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
 from layerfed.privacy.protection import refuse_buffers
-from layerfed.report import draw_run
+from layerfed.report import PAGE, draw_run, run_view, write_page
 from layerfed.runs import Checkpoint, Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
 from layerfed.runs.records import Observer
 from layerfed.server.aggregation import Aggregation
@@ -188,7 +189,7 @@ def _run(
         entered = RunFolder.reopen(
             Path(config.run.resume), config, engine, resumed.round, defaults, data
         )
-    with entered as folder:
+    with _page_of(entered.path), entered as folder:
         opened(folder)
         example = next(iter(test.in_order(1, bench.device)))
         flops = forward_flops(bench.resident.model, strategy.layers, example, bench.task.logits)
@@ -220,6 +221,25 @@ def _run(
     except OSError as error:
         log(WARNING, "no pictures: %s; `layerfed report %s` draws them", error, folder.path)
     return folder.path
+
+
+@contextmanager
+def _page_of(folder: Path) -> Iterator[None]:
+    """Write the run's page at its end, also that of a failed run, which says why it failed."""
+    try:
+        yield
+    except Exception:
+        _write_page(folder)
+        raise
+    _write_page(folder)
+
+
+def _write_page(folder: Path) -> None:
+    try:
+        write_page(run_view(folder), folder / PAGE)
+    except (ImportError, OSError, ValueError) as error:
+        # In Flower's bundle of the app the page's script comes from the installed package.
+        log(WARNING, "no page: %s; `layerfed report %s` writes it", error, folder)
 
 
 def _to_resume(config: RunConfig, bench: Workbench, data: str) -> Checkpoint | None:

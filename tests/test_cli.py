@@ -72,6 +72,7 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
         "ledger.jsonl",
         "metrics.jsonl",
         "model.safetensors",
+        "report.html",
         "selection.jsonl",
         "summary.json",
         "theory.png",

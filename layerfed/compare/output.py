@@ -1,4 +1,4 @@
-"""The files of a comparison beside its run folders: NAME.md, NAME.csv and pictures."""
+"""The files of a comparison beside its run folders: NAME.md, NAME.csv, NAME.html and pictures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from layerfed.report import (
     RunFigures,
     Section,
     accuracy_table,
+    comparison_view,
     differences,
     draw_accuracy,
     draw_terms,
@@ -20,6 +21,7 @@ from layerfed.report import (
     paired_differences,
     paper_accounting,
     runs_csv,
+    write_page,
 )
 
 __all__ = ["Output"]
@@ -119,7 +121,7 @@ class Output:
         return list(written)
 
     def draw(self) -> list[Path]:
-        """Draw accuracy by round, accuracy against uplink, and the theory's terms if known."""
+        """Draw accuracy by round, accuracy against uplink, the theory's terms if known, and the page."""
         if not self._runs:
             return []
         sections = self.sections
@@ -129,7 +131,10 @@ class Output:
         ]
         if any(any(run.terms.values()) for run in self._runs.values()):
             pictures.append(draw_terms(sections, self._file("-theory.png")))
-        return pictures
+        return [
+            *pictures,
+            write_page(comparison_view(self._plan.title, sections), self._file(".html")),
+        ]
 
     def _file(self, ending: str) -> Path:
         return self._directory / f"{self._plan.name}{ending}"

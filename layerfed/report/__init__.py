@@ -1,4 +1,4 @@
-"""Pictures and tables, made from run folders only."""
+"""Pictures, tables and pages, made from run folders only."""
 
 from layerfed.report.comparison import (
     PAPER_COSTS,
@@ -10,23 +10,35 @@ from layerfed.report.comparison import (
     runs_csv,
 )
 from layerfed.report.comparison_plots import draw_accuracy, draw_terms, draw_uplink
+from layerfed.report.comparison_view import comparison_view, run_folders, sections_of
 from layerfed.report.figures import RunFigures, Section
+from layerfed.report.page import PAGE, page, plain, write_page
 from layerfed.report.plots import draw_run
+from layerfed.report.run_view import metric_of, run_view
 from layerfed.report.tables import run_table
 
 __all__ = [
+    "PAGE",
     "PAPER_COSTS",
     "RunFigures",
     "Section",
     "accuracy_table",
+    "comparison_view",
     "differences",
     "draw_accuracy",
     "draw_run",
     "draw_terms",
     "draw_uplink",
     "measured_costs",
+    "metric_of",
+    "page",
     "paired_differences",
     "paper_accounting",
+    "plain",
+    "run_folders",
     "run_table",
+    "run_view",
     "runs_csv",
+    "sections_of",
+    "write_page",
 ]

@@ -123,6 +123,7 @@ def test_only_what_is_missing_is_run(launcher: Launcher, tmp_path: Path) -> None
         "table-accuracy.png",
         "table-uplink.png",
         "table-theory.png",
+        "table.html",
     ]
     text = files[0].read_text()
     compare(plan(), tmp_path)

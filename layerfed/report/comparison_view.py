@@ -1,0 +1,186 @@
+"""What the page of several runs shows, as plain data from the files of the run folders only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerfed.config import ConfigError
+from layerfed.report.comparison import differences
+from layerfed.report.comparison_plots import mean_curve, pareto_front
+from layerfed.report.figures import RunFigures, Section
+from layerfed.report.run_view import metric_of
+from layerfed.runs.files import read_json
+
+__all__ = ["comparison_view", "run_folders", "sections_of"]
+
+COSTS = ("bytes_up", "flops", "seconds")
+# What makes runs comparable in one picture, and what names an entry by itself.
+EXPERIMENT = ("task.name", "task.data", "model.name")
+BUDGET = ("budget.kind", "budget.unit", "budget.layers", "budget.min", "budget.max")
+# Settings in which the runs of one entry may differ.
+FREE = ("run.", "federation.timeout", "strategy.options", "strategy.name")
+
+
+def run_folders(place: Path, depth: int = 3) -> list[Path]:
+    """Return the run folders at or below a place, by name.
+
+    Links are not followed, so nothing outside of the place is found.
+    """
+    if (place / "summary.json").is_file():
+        return [place]
+    if not depth or not place.is_dir():
+        return []
+    inner = sorted(p for p in place.iterdir() if p.is_dir() and not p.is_symlink())
+    return [found for folder in inner for found in run_folders(folder, depth - 1)]
+
+
+def sections_of(folders: Iterable[Path]) -> tuple[list[Section], list[tuple[str, str]]]:
+    """Arrange any completed runs by experiment, by entry (what their settings differ in) and by seed.
+
+    Returns
+    -------
+    tuple[list[Section], list[tuple[str, str]]]
+        The sections, and folders that were left out, each with the reason.
+
+    Raises
+    ------
+    ConfigError
+        If no folder holds a completed run.
+    """
+    runs: list[tuple[RunFigures, dict[str, Any]]] = []
+    left_out = []
+    for folder in folders:
+        try:
+            status = read_json(folder / "summary.json").get("status")
+            if status != "completed":
+                raise ValueError(f"its status is '{status}'")
+            runs.append((RunFigures.read(folder), read_json(folder / "config.json")))
+        except (OSError, ValueError, KeyError) as error:
+            left_out.append((str(folder), f"{error}" or type(error).__name__))
+    if not runs:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in left_out)
+        raise ConfigError(f"there is no completed run to compare{reasons}")
+    experiments: dict[tuple[Any, ...], list[tuple[RunFigures, dict[str, Any]]]] = {}
+    for run, config in runs:
+        experiments.setdefault(tuple(config.get(key) for key in EXPERIMENT), []).append(
+            (run, config)
+        )
+    return [_section(found) for found in experiments.values()], left_out
+
+
+def _section(runs: Sequence[tuple[RunFigures, Mapping[str, Any]]]) -> Section:
+    configs = [config for _, config in runs]
+    varied = [
+        key
+        for key in configs[0]
+        if not key.startswith(FREE) and len({str(config.get(key)) for config in configs}) > 1
+    ]
+    entries: dict[tuple[str, str | None], list[RunFigures]] = {}
+    for run, config in runs:
+        row = " · ".join(
+            [
+                str(config["strategy.name"]),
+                *(f"{key} = {config.get(key)}" for key in varied if key not in BUDGET),
+            ]
+        )
+        kind = config["budget.kind"]
+        budget = f"R = {config['budget.layers']:g}" if kind == "identical" else str(kind)
+        same = any(key in BUDGET for key in varied)
+        entries.setdefault((row, budget if same else None), []).append(run)
+    return Section(
+        title=" · ".join(str(configs[0].get(key)) for key in EXPERIMENT if configs[0].get(key)),
+        rows=list(dict.fromkeys(row for row, _ in entries)),
+        budgets=list(dict.fromkeys(budget for _, budget in entries if budget)),
+        runs=entries,
+        seeds=len({run.seed for run, _ in runs}),
+    )
+
+
+def comparison_view(
+    title: str, sections: Sequence[Section], left_out: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """Return the page's data for runs that are arranged by experiment, entry and seed."""
+    shown = [section for section in sections if any(section.runs.values())]
+    runs = [run for section in shown for found in section.runs.values() for run in found]
+    metric = metric_of(read_json(runs[0].folder / "summary.json")) if runs else metric_of({})
+    seeds = sorted({run.seed for run in runs})
+    entries = sum(bool(found) for section in shown for found in section.runs.values())
+    return {
+        "kind": "comparison",
+        "title": title,
+        "sentence": f"{len(runs)} runs: {entries} entries in {len(shown)} "
+        f"{'experiment' if len(shown) == 1 else 'experiments'}, seeds {', '.join(map(str, seeds))}. "
+        "The best mean need not be better than the others: look at the differences paired by seed.",
+        "metric": metric,
+        "warning": differences(shown).replace("**", ""),
+        "experiments": [_experiment(section, metric["higher_is_better"]) for section in shown],
+        "settings": _varied([read_json(run.folder / "config.json") for run in runs]),
+        "left_out": list(left_out),
+    }
+
+
+def _experiment(section: Section, higher_is_better: bool) -> dict[str, Any]:
+    entries: list[dict[str, Any]] = [
+        {
+            "name": f"{row} · {budget}" if budget else row,
+            "curve": _curve(found),
+            "runs": [_run(run) for run in found],
+        }
+        for (row, budget), found in section.runs.items()
+        if found
+    ]
+    sign = 1 if higher_is_better else -1
+
+    def front(cost: str) -> list[tuple[float, float]]:
+        means = [
+            [float(np.mean([run[key] for run in entry["runs"]])) for key in (cost, "score")]
+            for entry in entries
+        ]
+        points = [(spent, sign * score) for spent, score in means if not np.isnan(score)]
+        return [(spent, sign * score) for spent, score in pareto_front(points)]
+
+    return {
+        "title": section.title,
+        "entries": entries,
+        "fronts": {cost: front(cost) for cost in COSTS},
+    }
+
+
+def _curve(runs: Sequence[RunFigures]) -> list[list[float]]:
+    if not all(run.curve for run in runs):
+        return []
+    rounds, mean, spread = mean_curve([run.curve for run in runs])
+    rows = np.stack([rounds, mean, mean - spread, mean + spread]).T
+    return rows.tolist() if len(runs) > 1 else rows[:, :2].tolist()  # type: ignore[no-any-return]
+
+
+def _run(run: RunFigures) -> dict[str, Any]:
+    return {
+        "folder": run.folder.name,
+        "seed": run.seed,
+        "score": run.accuracy,
+        "best": run.best_accuracy,
+        "loss": run.loss,
+        "bytes_up": run.bytes_up,
+        "bytes_down": run.bytes_down,
+        "share_up": run.bytes_up / run.bytes_full_up if run.bytes_full_up else None,
+        "flops": run.metrics["flops"] + run.metrics["flops_probe"],
+        "seconds": run.seconds,
+        "engine": run.engine,
+        "device": run.device,
+    }
+
+
+def _varied(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return the settings with more than one value, each with its values."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    values = {key: sorted({str(config.get(key, "–")) for config in configs}) for key in keys}
+    return [
+        (key, found)
+        for key, found in values.items()
+        if len(found) > 1 and not key.startswith(("run.name", "run.dir", "run.resume"))
+    ]

@@ -1,0 +1,227 @@
+"""The page of a run or of several: its numbers are the files', and no name in them becomes markup."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import zlib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from layerfed.cli import app
+from layerfed.report import (
+    RunFigures,
+    comparison_view,
+    page,
+    plain,
+    run_folders,
+    run_view,
+    sections_of,
+    write_page,
+)
+from layerfed.selection import SelectionProblem, solve
+from tests.report.made_folder import EVIL, make_folder
+
+MOST_BYTES = 2_000_000
+
+
+def content(html: str) -> dict[str, Any]:
+    """Return the data inside a page."""
+    found = re.search(r'id="data">([^<]*)<', html)
+    assert found is not None
+    data: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(found[1])))
+    return data
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("runs") / "one")
+
+
+def test_what_a_page_shows_is_in_the_files(folder: Path) -> None:
+    view, metrics = content(page(run_view(folder))), lines(folder, "metrics")
+    assert view["scores"]["accuracy"] == [0.1, *(row["accuracy"] for row in metrics)]
+    assert view["scores"]["f1"] == [None, *(row["scores"]["f1"] for row in metrics)]
+    np.testing.assert_allclose(view["losses"]["test loss"][1:], [r["loss"] for r in metrics], 1e-6)
+    sent = np.cumsum([row["bytes_up"] + row["bytes_down"] for row in metrics])
+    assert view["spent"]["bytes"] == [0, *sent.tolist()]
+    assert view["terms"]["e2_masks"] == [0] * len(metrics)
+    assert view["terms_floor"] > max(row["e2"] for row in metrics), "noise would stretch an axis"
+    failed = view["clients"][1]
+    assert (failed["failures"], failed["reason"]) == (1, f"train: {EVIL}")
+    assert failed["bytes_up"] == sum(
+        row["bytes_up"] for row in lines(folder, "clients") if row["client"] == 1
+    )
+    reason = {"phase": "train", "reason": EVIL, "count": 1, "clients": [1], "rounds": [2]}
+    assert view["failures"] == [reason]
+    assert view["evaluation"] == plain(json.loads((folder / "evaluation.json").read_text()))
+
+
+def test_what_was_gained_and_what_consistency_cost_follow_from_p1(folder: Path) -> None:
+    selections = lines(folder, "selection")
+    for row, shown in zip(selections, run_view(folder)["selection"], strict=True):
+        gains, masks = np.array(row["statistics"]["grad_norm_sq"]), np.array(row["masks"])
+        assert shown["gain"] == pytest.approx((gains * masks).sum())
+        assert shown["penalty"] == pytest.approx(0.25), "objective = gain - penalty"
+        # A budget of all layers: without the penalty every client takes all with a gain.
+        assert shown["best_gain"] == pytest.approx(gains.sum())
+        assert shown["spent"] == masks.sum(axis=1).tolist()
+        np.testing.assert_allclose(np.square(shown["norms"]), gains, rtol=1e-4)
+
+
+def test_the_gain_given_up_is_the_difference_to_own_best_layers(tmp_path: Path) -> None:
+    gains = np.array([[3.0, 2.0, 0.0, 0.0], [1.0, 4.0, 0.0, 0.0]])
+    folder = make_folder(tmp_path / "run", rounds=1, clients=2)
+    solved = solve(SelectionProblem(gains, np.ones(4), np.ones(2), 2.0))
+    row = lines(folder, "selection")[0] | {
+        "budgets": [1.0, 1.0],
+        "statistics": {"grad_norm_sq": gains.tolist()},
+        "masks": solved.masks.astype(int).tolist(),
+        "objective": solved.objective,
+    }
+    (folder / "selection.jsonl").write_text(json.dumps(row) + "\n")
+    shown = run_view(folder)["selection"][0]
+    # Both take layer 1 (6); each one's own best are 3 and 4.
+    assert (shown["gain"], shown["penalty"], shown["best_gain"]) == (6.0, 0.0, 7.0)
+
+
+def test_parts_without_a_file_are_left_out(tmp_path: Path) -> None:
+    """As in folders of earlier versions, and of a run that has just begun."""
+    folder = make_folder(tmp_path / "run")
+    for name in ("evaluation.json", "data.json", "clients.jsonl", "metrics.jsonl", "layers.json"):
+        (folder / name).unlink()
+    (folder / "selection.jsonl").unlink()
+    summary = json.loads((folder / "summary.json").read_text())
+    for key in ("metric", "best"):
+        del summary[key]
+    summary |= {"rounds": 0, "status": "running", "accuracy": None, "epsilon": None}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    view = content(page(run_view(folder)))
+    assert view["scores"] == {"accuracy": [0.1]}
+    assert (view["clients"], view["selection"], view["evaluation"]) == ([], [], {})
+    assert view["sentence"].endswith("The run is not finished.")
+
+
+def test_a_page_says_why_a_run_failed(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(
+        json.dumps(summary | {"status": "failed", "error": "RoundFailed: nobody answered"})
+    )
+    assert "RoundFailed: nobody answered" in run_view(folder)["sentence"]
+
+
+def test_settings_that_differ_repeat_the_run(folder: Path) -> None:
+    view = run_view(folder)
+    differ = {key: value for key, value, _, differs in view["settings"] if differs}
+    assert differ == {
+        "federation.clients": 6,
+        "federation.rounds": 5,
+        "privacy.mode": "central",
+        "privacy.noise": 1.0,
+    }
+    words = view["commands"]["from its settings"].split()
+    assert words[:2] == ["layerfed", "run"]
+    assert dict(word.split("=") for word in words[2:]) == {k: str(v) for k, v in differ.items()}
+
+
+def test_no_name_becomes_markup(folder: Path, tmp_path: Path) -> None:
+    view = run_view(folder)
+    html = page(view | {"title": EVIL, "sentence": EVIL})
+    assert EVIL not in html
+    assert "onerror=document" not in html.replace("onerror=document.title=&#x27;owned", "")
+    assert html.count("</script>") == 2
+    assert content(html)["failures"][0]["reason"] == EVIL
+    script = (resources.files("layerfed_assets") / "page/page.js").read_text()
+    for sink in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacent",
+        "document.write",
+        "eval(",
+        "Function(",
+    ):
+        assert sink not in script
+
+
+def test_a_page_of_100_rounds_and_100_clients_is_below_2_megabytes(tmp_path: Path) -> None:
+    """Of a model with 24 blocks, whose gradient norms are drawn and do not compress."""
+    folder = make_folder(tmp_path / "big", rounds=100, clients=100, layers=24)
+    assert write_page(run_view(folder), tmp_path / "big.html").stat().st_size < MOST_BYTES
+
+
+def test_numbers_fit_json() -> None:
+    found = plain({"a": [math.nan, -math.inf, 1 / 3, 2.0], 1: (True, None, "x", 2**60)})
+    assert found == {"a": [None, None, 0.3333333, 2], "1": [True, None, "x", 2**60]}
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("several")
+    for strategy, better in (("ilp", 0.02), ("top", 0.0)):
+        for seed in (0, 1):
+            make_folder(
+                root / f"{strategy}-seed{seed}",
+                seed=seed,
+                better=better + 0.01 * seed,
+                settings=[f"strategy.name={strategy}"],
+            )
+    return root
+
+
+def test_a_comparison_has_every_run_under_its_entry(several: Path) -> None:
+    sections, left_out = sections_of(run_folders(several))
+    view = content(page(comparison_view("several", sections, left_out)))
+    (experiment,) = view["experiments"]
+    assert [entry["name"] for entry in experiment["entries"]] == ["ilp", "top"]
+    for entry in experiment["entries"]:
+        for shown in entry["runs"]:
+            run = RunFigures.read(several / shown["folder"])
+            assert (shown["seed"], shown["score"]) == (run.seed, run.accuracy)
+            assert (shown["bytes_up"], shown["seconds"]) == (run.bytes_up, run.seconds)
+        scores = [run["score"] for run in entry["runs"]]
+        assert entry["curve"][-1][:2] == [5, pytest.approx(np.mean(scores))]
+    # Costs are equal, so only the better entry is on the front.
+    best = np.mean([run["score"] for run in experiment["entries"][0]["runs"]])
+    assert experiment["fronts"]["bytes_up"] == [[pytest.approx(31_900, abs=1100), best]]
+    assert ["run.seed", ["0", "1"]] in view["settings"]
+
+
+def test_runs_that_are_not_complete_are_left_out_with_the_reason(
+    several: Path, tmp_path: Path
+) -> None:
+    broken = make_folder(tmp_path / "broken")
+    summary = json.loads((broken / "summary.json").read_text())
+    (broken / "summary.json").write_text(json.dumps(summary | {"status": "stopped"}))
+    _, left_out = sections_of([*run_folders(several), broken])
+    assert left_out == [(str(broken), "its status is 'stopped'")]
+
+
+def test_report_writes_the_page_of_a_run_and_of_several(several: Path, tmp_path: Path) -> None:
+    run = str(several / "ilp-seed0")
+    cli = CliRunner()
+    result = cli.invoke(app, ["report", run])
+    assert result.exit_code == 0, result.stderr
+    assert content((several / "ilp-seed0/report.html").read_text())["title"] == "ilp-seed0"
+    assert f"page        {several / 'ilp-seed0/report.html'}" in result.stdout
+
+    out = tmp_path / "mine.html"
+    result = cli.invoke(app, ["report", run, str(several / "top-seed0"), "-o", str(out)])
+    assert result.exit_code == 0, result.stderr
+    assert content(out.read_text())["kind"] == "comparison"
+
+    result = cli.invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "no run folder and no folder of a comparison" in " ".join(result.stderr.split())
