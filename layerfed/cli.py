@@ -315,8 +315,8 @@ def report(
         found = {each.resolve(): None for place in runs for each in run_folders(place)}
         if not found:
             raise ConfigError(
-                f"{', '.join(map(str, runs))}: no run folder and no folder of a comparison; it has "
-                "neither summary.json nor a table, and neither has a folder in it"
+                f"{', '.join(map(str, runs))} is no run folder and no folder of a comparison: it has "
+                "neither summary.json nor a table"
             )
         sections, left_out = sections_of(found)
         for name, reason in left_out:

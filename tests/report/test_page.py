@@ -224,4 +224,4 @@ def test_report_writes_the_page_of_a_run_and_of_several(several: Path, tmp_path:
 
     result = cli.invoke(app, ["report", str(tmp_path)])
     assert result.exit_code == 2
-    assert "no run folder and no folder of a comparison" in " ".join(result.stderr.split())
+    assert "is no run folder and no folder of a comparison" in " ".join(result.stderr.split())
