@@ -28,7 +28,7 @@ if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import layerfed
-from layerfed.config import ConfigError, RunConfig, nearest, parse_override, shipped
+from layerfed.config import ConfigError, RunConfig, expanded, nearest, parse_override, shipped
 from layerfed.config.command_line import App, complete_setting, read_settings
 from layerfed.config.errors import one_line_errors
 from layerfed.deploy.cli import app as deploy
@@ -212,7 +212,7 @@ def compare(
     try:
         files, failed = carry_out(
             plan,
-            (directory or place).expanduser().resolve(),
+            expanded(str(directory or place)).resolve(),
             jobs=jobs,
             engine=_engine(engine),
             say=lambda line: console.print(escape(line), highlight=False, soft_wrap=True),

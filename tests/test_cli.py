@@ -56,6 +56,24 @@ def test_impossible_runs_end_with_one_line_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--dir", "~nobody-here/runs"],
+        ["compare", "--dir", "~nobody-here/runs", "--strategies", "top"],
+    ],
+)
+def test_the_folder_of_an_unknown_user_is_refused(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder `~nobody-here` was made in the current one, or a traceback was printed."""
+    monkeypatch.chdir(tmp_path)
+    result = cli.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "error: '~nobody-here/runs': there is no user 'nobody-here'" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
     arguments = ["run", *QUICK, "run.name=x", "--dir", str(tmp_path), "--engine", "inprocess"]
     result = cli.invoke(app, arguments)

@@ -40,6 +40,7 @@ __all__ = [
     "RunConfig",
     "Scalar",
     "absolute",
+    "expanded",
     "explain",
     "flatten",
     "load_config",
@@ -479,6 +480,23 @@ def absolute(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _path(text: object) -> str:
     """Return an absolute path; empty for an empty text."""
     return os.path.abspath(os.path.expanduser(str(text))) if text else ""
+
+
+def expanded(path: str) -> Path:
+    """Return a path with its `~` or `~user` replaced.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such user, since a folder of that name would be made in the current one.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ConfigError(
+            f"'{path}': there is no user '{path[1:].partition('/')[0]}' on this machine; give the "
+            f"folder in full, or as ./{path} if its name begins with ~"
+        )
+    return Path(found)
 
 
 def explain(error: ValidationError, keys: Sequence[str] = (), prefix: str = "") -> str:

@@ -22,7 +22,7 @@ from flwr.common.logger import log
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from layerfed.config import ConfigError
+from layerfed.config import ConfigError, expanded
 from layerfed.digests import content_digest, digest
 from layerfed.files import save_tensors, whole
 
@@ -268,11 +268,11 @@ def open_store(location: str = "", gigabytes: float = 20.0) -> LayerStore:
     Raises
     ------
     ConfigError
-        If the folder cannot be written.
+        If the folder cannot be written, or is of a user that does not exist.
     """
     if location == MEMORY:
         return _memory()
-    folder = Path(os.path.expanduser(location)) if location else user_cache() / "layers"
+    folder = expanded(location) if location else user_cache() / "layers"
     return _folder(folder.resolve(), gigabytes * 1e9)
 
 

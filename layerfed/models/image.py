@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError, ModelConfig, nearest
+from layerfed.models.block_finder import lies_in, some
 from layerfed.models.source import FILES, loading, new_weights, require
-from layerfed.models.weights import load_weights
+from layerfed.models.weights import left_as_they_are, load_weights
 from layerfed_assets import BACKBONE, backbone
 
 __all__ = ["ImageClassifier", "Tower", "build_image_classifier"]
@@ -135,15 +136,20 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
             f"model.name = '{section.name}': timm has no '{name}'"
             f"{nearest(name, timm.list_models()) or '; see timm.list_models()'}"
         )
-    with loading(section, source):
+    with loading(section, source), left_as_they_are() as missing:
         net = timm.create_model(name, **options)
+        # A file's head is of other classes, unless there are as many as its configuration has, or else
+        # the architecture's.
+        heads = net.pretrained_cfg.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else heads
+        if lacking := [name for name in missing if not lies_in(name, heads)]:
+            raise ConfigError(
+                f"'{source}' has no weights for {some(lacking)} of model.name = '{section.name}', which "
+                "timm would leave at random; give weights of this architecture (model.weights)"
+            )
         if file is not None and weights != "random":
-            # timm itself would leave what the file lacks at random. A file's head is of other classes,
-            # unless there are as many as its configuration has, or else the architecture's.
             same = classes == net.pretrained_cfg["num_classes"]
             convert = getattr(import_module(type(net).__module__), "checkpoint_filter_fn", None)
-            heads = net.pretrained_cfg.get("classifier") or ()
-            heads = (heads,) if isinstance(heads, str) else heads
             load_weights(net, file, convert, () if same else heads)
     taken = data.resolve_model_data_config(net)
     return net, taken["input_size"][-1], taken["mean"], taken["std"]

@@ -8,11 +8,13 @@ the head in every round [S, section V].
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from layerfed.models.block_finder import (
@@ -362,13 +364,17 @@ class _ByUse(_Placement):
             return HEAD
         if lies_in(name, self.embeddings):
             return EMBEDDINGS
-        return self.block_of(name) or (
-            self._of_parameter(name) if name in self._first_names else self._of_buffer(name)
-        )
+        if name not in self._first_names:
+            return self.block_of(name) or self._of_buffer(name)
+        return self._of_parameter(name)
 
     def _of_parameter(self, name: str) -> str:
         first = self._first_names[name]
         users = [i for i, reach in enumerate(self._uses.reach) if first in reach.tensors]
+        inside = self.block_of(name)
+        if inside:
+            several = first in self._uses.handed_on and len(users) > 1
+            return EMBEDDINGS if several else inside
         if users == [len(self._names)]:
             return HEAD
         shared = len(users) > 1 and first not in self._uses.once
@@ -413,24 +419,37 @@ class _ByUse(_Placement):
                 )
 
 
-def _traced(model: nn.Module, forward: Forward) -> Trace | None:
-    """Return a trace of the model, or None for a skeleton with an operation that needs values.
+def _traced(model: nn.Module, forward: Forward) -> Trace:
+    """Return a trace of the model.
 
     Raises
     ------
     LayerMapError
-        If a model with weights cannot run.
+        If the model cannot run.
     """
     try:
         return trace(model, forward)
     except Exception as error:  # a model may raise anything
         if any(parameter.is_meta for parameter in model.parameters()):
-            return None
+            # Some operations need values, as those that send tokens to experts do.
+            return _traced(_of_zeros(model), forward)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise LayerMapError(
             f"the model cannot score an example, so the use of its layers is unknown: {reason}; choose "
             "another model, or sizes that fit it (model.name, task.max-tokens, task.image-size)"
         ) from error
+
+
+def _of_zeros(model: nn.Module) -> nn.Module:
+    """Return a copy of a skeleton on the CPU, of zeros, which take memory once they are written to."""
+
+    def zeros(tensor: Tensor) -> Tensor:
+        memory = torch.from_numpy(np.zeros(tensor.numel() * tensor.element_size(), dtype=np.uint8))
+        return memory.view(tensor.dtype).view(tensor.shape)
+
+    tensors: dict[int, Tensor] = {id(b): zeros(b) for b in model.buffers()}
+    tensors |= {id(p): nn.Parameter(zeros(p), p.requires_grad) for p in model.parameters()}
+    return deepcopy(model, tensors)
 
 
 def _in_order_of_use(blocks: Sequence[str], seen: Trace) -> list[str]:

@@ -62,10 +62,14 @@ class Uses:
         What backward reaches from each block, and last from the model's result.
     once : frozenset[str]
         Parameters that a single operation uses together with the output of a block.
+    handed_on : frozenset[str]
+        Parameters from which alone a block computes a value that it returns, such as a table of
+        relative positions that all later blocks read.
     """
 
     reach: Sequence[Reach]
     once: frozenset[str]
+    handed_on: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,23 @@ class Trace:
     def uses(self, blocks: Sequence[str]) -> Uses:
         """Return how blocks, in this order, use the model's tensors."""
         made: dict[Node, int] = {}  # a tensor that later blocks pass on belongs to the first
+        weights: set[Node] = set()  # what blocks return although it depends on no input
         for index, name in enumerate(blocks):
             for call in self.calls.get(name, ()):
-                made |= {node: index for node in call.made if node not in made}
+                for node in call.made:
+                    if call.given and set(_upwards([node])).isdisjoint([*call.given, *made]):
+                        weights.add(node)
+                    elif node not in weights:
+                        made.setdefault(node, index)
         roots = [[node for node, at in made.items() if at == i] for i in range(len(blocks))]
         reach = [self._reach(r, made, i) for i, r in enumerate([*roots, list(self.result)])]
-        return Uses(reach, self._used_once(made))
+        handed_on = frozenset(self._tensors_of(_upwards(weights)))
+        return Uses(reach, self._used_once(made), handed_on)
+
+    def _tensors_of(self, nodes: Iterable[Node]) -> set[str]:
+        """Return the parameters among the nodes of a graph."""
+        leaves = (getattr(node, "variable", None) for node in nodes)
+        return {self.names[leaf] for leaf in leaves if leaf is not None and leaf in self.names}
 
     def _reach(self, roots: Sequence[Node], made: Mapping[Node, int], own: int) -> Reach:
         tensors: set[str] = set()
@@ -118,9 +133,7 @@ class Trace:
             if other != own:
                 met.add(other)
                 continue
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and leaf in self.names:
-                tensors.add(self.names[leaf])
+            tensors |= self._tensors_of([node])
             fresh = set(_parts(node)) - seen
             seen |= fresh
             todo += fresh
@@ -137,9 +150,8 @@ class Trace:
             seen = set(todo)
             while todo:
                 part = todo.pop()
-                leaf = getattr(part, "variable", None)
-                if leaf is not None and leaf in self.names:
-                    users.setdefault(self.names[leaf], set()).add(node)
+                for name in self._tensors_of([part]):
+                    users.setdefault(name, set()).add(node)
                 fresh = set(_parts(part)) - seen
                 seen |= fresh
                 todo += fresh

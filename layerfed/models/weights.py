@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from logging import INFO, WARNING
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.common.logger import log
@@ -13,7 +15,14 @@ from torch import Tensor, nn
 from layerfed.config import ConfigError
 from layerfed.models.block_finder import some
 
-__all__ = ["in_float32", "load_weights", "matched", "read_weights", "refuse_not_finite"]
+__all__ = [
+    "in_float32",
+    "left_as_they_are",
+    "load_weights",
+    "matched",
+    "read_weights",
+    "refuse_not_finite",
+]
 
 # Where trainers keep a model's weights in a checkpoint, the smoothed ones first.
 INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "net")
@@ -104,6 +113,24 @@ def load_weights(model: nn.Module, path: Path, convert: object, heads: Collectio
     if how:
         log(WARNING, "model.weights = '%s': %d tensors are taken %s", path, len(taken), how)
     model.load_state_dict(taken, strict=False)
+
+
+@contextmanager
+def left_as_they_are() -> Iterator[list[str]]:
+    """Collect the tensors that a library's own loading in this context leaves at random."""
+    names: list[str] = []
+    load = nn.Module.load_state_dict
+
+    def noted(model: nn.Module, *given: Any, **named: Any) -> Any:
+        keys = load(model, *given, **named)
+        names.extend(keys.missing_keys)
+        return keys
+
+    nn.Module.load_state_dict = noted  # type: ignore[method-assign, assignment]
+    try:
+        yield names
+    finally:
+        nn.Module.load_state_dict = load  # type: ignore[method-assign]
 
 
 def in_float32(model: nn.Module) -> nn.Module:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import threading
 import time
@@ -24,7 +23,7 @@ import numpy as np
 from filelock import FileLock
 from flwr.common.logger import log
 
-from layerfed.config import ConfigError, RunConfig
+from layerfed.config import ConfigError, RunConfig, expanded
 from layerfed.config.same import differing
 from layerfed.exchange.metrics import METRICS
 from layerfed.models.layers import LayerMap
@@ -108,7 +107,7 @@ class RunFolder(Observer):
         ConfigError
             If the folder is there already (no run is ever overwritten) or cannot be written.
         """
-        root = Path(os.path.expanduser(config.run.dir or "runs")).resolve()
+        root = expanded(config.run.dir or "runs").resolve()
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = config.run.name or f"{config.task.name}-{config.strategy.name}-{stamp}"
         path = root / name

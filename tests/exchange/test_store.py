@@ -219,3 +219,8 @@ def test_processes_that_write_read_and_evict_at_once_never_see_a_broken_layer(
         worker.join(timeout=30)
     assert identities == {FolderStore(tmp_path, 1e9).identity}
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_folder_of_an_unknown_user_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'~nobody-here/x': there is no user 'nobody-here'"):
+        open_store("~nobody-here/x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +221,24 @@ def test_a_folder_that_lacks_weights_is_refused_too(saved: dict[str, Path], tmp_
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"no weights of the right size for blocks\.1\.mlp"):
         image("timm/vit_tiny_patch16_224", tmp_path)
+
+
+def test_a_repository_that_lacks_weights_is_refused_too(
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm leaves what is missing at random, if the classes are others."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--me--vit"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("abc")
+    shutil.copytree(saved["timm"], repository / "snapshots/abc")
+    state = load_file(saved["timm"] / "model.safetensors")
+    model = image("timm/vit_tiny_patch16_224", "me/vit")
+    assert torch.equal(model.net.cls_token, state["cls_token"])
+    del state["blocks.1.mlp.fc1.weight"]
+    save_file(state, repository / "snapshots/abc/model.safetensors")
+    with pytest.raises(ConfigError, match=r"'me/vit' has no weights for blocks\.1\.mlp\.fc1"):
+        image("timm/vit_tiny_patch16_224", "me/vit")
 
 
 def test_a_file_with_code_is_not_run(tmp_path: Path) -> None:

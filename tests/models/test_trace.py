@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layerfed.models.layers import LayerMap, LayerMapError
 from layerfed.models.trace import trace
-from tests.small_models import linear, tied, two_stacks
+from tests.small_models import linear, two_stacks
 
 
 class Used(nn.Module):
@@ -75,18 +75,81 @@ def test_a_skeleton_is_split_as_its_model() -> None:
     assert layers == LayerMap.from_model(Used(), forward=forward)
 
 
-def test_a_skeleton_that_needs_values_is_split_by_registration() -> None:
-    with torch.device("meta"):
-        model = tied("lm_head", "embed")
-
+def test_a_skeleton_that_needs_values_is_traced_with_zeros() -> None:
     def reads(model: nn.Module) -> Tensor:
+        model.get_buffer("table").tolist()
+        return forward(model)
+
+    def built() -> nn.Module:
+        model = Used()
+        model.blocks[2][0].weight = model.blocks[0][0].weight
+        model.register_buffer("table", torch.arange(3))
+        return model
+
+    with torch.device("meta"):
+        skeleton = built()
+    with pytest.raises(NotImplementedError, match="meta"):
+        reads(skeleton)
+    assert LayerMap.from_model(skeleton, forward=reads) == LayerMap.from_model(
+        built(), forward=reads
+    )
+    assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+
+
+def test_a_model_that_cannot_run_is_refused() -> None:
+    def fails(model: nn.Module) -> Tensor:
         raise RuntimeError("no values")
 
-    assert LayerMap.from_model(model, forward=reads) == LayerMap.from_model(model)
-    with pytest.raises(
-        LayerMapError, match=r"cannot score an example.*: no values; choose another"
-    ):
-        LayerMap.from_model(tied("lm_head", "embed"), forward=reads)
+    for device in ("meta", "cpu"):
+        with (
+            torch.device(device),
+            pytest.raises(
+                LayerMapError, match=r"cannot score an example.*: no values; choose another"
+            ),
+        ):
+            LayerMap.from_model(Used(), forward=fails)
+
+
+class Table(nn.Module):
+    """A block that makes a table in its first use, which later blocks are given, as in T5."""
+
+    def __init__(self, *, makes: bool) -> None:
+        super().__init__()
+        self.mix = nn.Sequential(linear(), nn.ReLU())
+        self.table = nn.Embedding(4, 4) if makes else None
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if table is None:
+            assert self.table is not None
+            table = self.table(torch.arange(4)).mean(0)
+        return self.mix(x) + table, table
+
+
+class Tables(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.embed = linear()
+        self.blocks = nn.ModuleList(Table(makes=index == 0) for index in range(depth))
+        self.head = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, table = self.embed(x), None
+        for block in self.blocks:
+            x, table = block(x, table)
+        return self.head(x)
+
+
+def test_what_a_block_makes_for_later_ones_is_an_embedding() -> None:
+    layers = LayerMap.from_model(Tables(3), forward=forward, blocks="blocks.*")
+    assert layers.embeddings.parameters == (
+        "embed.weight",
+        "embed.bias",
+        "blocks.0.table.weight",
+    )
+    assert layers.blocks[0].parameters == ("blocks.0.mix.0.weight", "blocks.0.mix.0.bias")
+    # Nobody else reads the table of a single block.
+    alone = LayerMap.from_model(Tables(1), forward=forward, blocks="blocks.*")
+    assert alone.layer_of("blocks.0.table.weight") is alone.blocks[0]
 
 
 @pytest.mark.parametrize("key", ["embeddings", "head"])

@@ -38,7 +38,8 @@ One forward pass of an example shows how a model uses its tensors.
   residual blocks of all stages. The blocks of an encoder come before those of its decoder. In VGG and
   AlexNet the blocks are the convolutions.
 - **Embeddings** are the tensors that several blocks or the first block use, wherever they are
-  registered, and tensors that the example does not use.
+  registered, and tensors that the example does not use. So is a table in the first block that it hands
+  on to the others, such as the relative positions of T5 and WavLM.
 - **The head** is what only the result uses: the final norm, pooling and classifier.
 - A tensor **between two blocks** belongs to the block after it, so a downsampler trains with the block
   that reads it. The norm of a single convolution belongs to that convolution. Tables of embeddings stay
@@ -56,6 +57,9 @@ them is the head, and models with stages need `model.blocks`.
 # Branches side by side; a model whose output layer is tied to the embeddings and that has no final norm.
 REFUSED = {"timm/hrnet", "transformers/led"}
 
+# It computes its sizes from values of tensors.
+NO_SKELETON = {"torchvision/regnet_y"}
+
 # In the fast tests: one of each kind.
 FEW = (
     "timm/vit",
@@ -68,6 +72,8 @@ FEW = (
     "transformers/opt",
     "transformers/gemma3n",
     "transformers/t5",
+    "transformers/mixtral",
+    "transformers/wavlm",
     "transformers/resnet",
     "transformers/led",
     "transformers/wav2vec2, stable",
@@ -156,6 +162,12 @@ def check(name: str) -> None:
             LayerMap.from_model(model, forward=entry.scores)
         return
     layers = LayerMap.from_model(model, forward=entry.scores, **entry.split)
+
+    # `layerfed layers` splits a model without weights alike.
+    if name not in NO_SKELETON:
+        with torch.device("meta"):
+            skeleton = entry.build().eval()
+        assert LayerMap.from_model(skeleton, forward=entry.scores, **entry.split) == layers
 
     # Every tensor is somewhere once.
     held = [n for layer in layers.layers for n in (*layer.parameters, *layer.buffers)]
