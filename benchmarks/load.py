@@ -136,8 +136,7 @@ def deployed(nodes: int, rounds: int, note: Callable[[list[Sample]], None]) -> l
 def of_federation(loopback: Loopback, scene: Scene) -> Sample:
     """Return the usage of the federation's processes, and of its files on disk."""
     server = loopback.server.pid
-    started = loopback.processes.by_name
-    nodes = [process.pid for name, process in started.items() if name.startswith("node-")]
+    nodes = [pid for pid, said in commands(os.getpid()).items() if "flower-supernode" in said]
     others = set(commands(server)) - {server}  # some have left its tree, not its group
     state = sum(file.stat().st_size for file in loopback.federation.folder.glob("state.db*"))
     return {

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from layerfed.config.privacy import refuse_half
 from layerfed.config.run import (
     BudgetUnit,
     ConfigError,
@@ -109,12 +110,9 @@ class NodeConfig(Section):
                 f"privacy-noise = {self.privacy_noise:g} is a multiple of privacy-clip, which is not "
                 "set; give the node a bound of its own"
             )
-        if (self.privacy_statistics_clip > 0) != (self.privacy_statistics_noise > 0):
-            raise ConfigError(
-                f"privacy-statistics-clip = {self.privacy_statistics_clip:g} with "
-                f"privacy-statistics-noise = {self.privacy_statistics_noise:g} protects nothing; set "
-                "both above 0, or neither"
-            )
+        refuse_half(
+            "privacy-statistics-", self.privacy_statistics_clip, self.privacy_statistics_noise
+        )
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from layerfed.config.section import ConfigError, Section
 if TYPE_CHECKING:
     from layerfed.config.run import RunConfig
 
-__all__ = ["PrivacyConfig", "check_private"]
+__all__ = ["PrivacyConfig", "check_private", "refuse_half"]
 
 
 class PrivacyConfig(Section):
@@ -50,13 +50,23 @@ class PrivacyConfig(Section):
                     f"privacy.{key} = {value:g} does nothing under privacy.mode = 'none'; choose the "
                     "mode central or local, or leave it at 0"
                 )
-        if (self.statistics_clip > 0) != (self.statistics_noise > 0):
-            raise ConfigError(
-                f"privacy.statistics-clip = {self.statistics_clip:g} with privacy.statistics-noise = "
-                f"{self.statistics_noise:g} protects nothing: noise needs a bound and a bound needs "
-                "noise; set both above 0, or both to 0"
-            )
+        refuse_half("privacy.statistics-", self.statistics_clip, self.statistics_noise)
         return self
+
+
+def refuse_half(keys: str, clip: float, noise: float) -> None:
+    """Refuse a bound on statistics without noise, or noise without a bound.
+
+    Raises
+    ------
+    ConfigError
+        If one of the two is 0 and the other is not; `keys` is how the names of both begin.
+    """
+    if (clip > 0) != (noise > 0):
+        raise ConfigError(
+            f"{keys}clip = {clip:g} with {keys}noise = {noise:g} protects nothing: noise needs a bound "
+            "and a bound needs noise; set both above 0, or both to 0"
+        )
 
 
 def check_private(config: RunConfig) -> None:

@@ -117,11 +117,6 @@ class Processes:
                     f"{member.name} ended with status {status}:\n" + "\n".join(lines)
                 )
 
-    @property
-    def by_name(self) -> dict[str, subprocess.Popen[bytes]]:
-        """Return all processes by name, also those that have ended."""
-        return {member.name: member.process for member in self._members}
-
     def signal(self, process: subprocess.Popen[bytes], number: Signals) -> None:
         """Send a signal to a process and its descendants, as if a machine died or hung."""
         _signal(_family(process.pid), number)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +91,15 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+Flwr = Callable[..., str]
+
+
 @pytest.fixture
-def flower(tmp_path: Path) -> dict[str, str]:
-    """A Flower home and ports for the tests, so that no SuperLink of the user is touched."""
+def flwr(tmp_path: Path) -> Iterator[Flwr]:
+    """`flwr` in a folder, a home and with ports of the test; it returns what the command says."""
     home = tmp_path / "flwr"
     home.mkdir()
-    return {
+    environment = {
         **os.environ,
         **QUIET,
         # `flwr` finds its SuperLink on the path, which an environment need not be activated to use.
@@ -103,7 +107,24 @@ def flower(tmp_path: Path) -> dict[str, str]:
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+        "PYTHONPATH": str(tmp_path),
     }
+
+    def run(*words: str | Path) -> str:
+        done = subprocess.run(
+            [BIN / "flwr", *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=240,
+            check=False,
+            cwd=tmp_path,
+        )
+        return done.stdout
+
+    yield run
+    stop_superlink(str(home))
 
 
 def stop_superlink(home: str) -> None:
@@ -118,7 +139,20 @@ def stop_superlink(home: str) -> None:
             time.sleep(0.1)
 
 
-def test_flwr_run_works_from_the_app_bundle(tmp_path: Path, flower: dict[str, str]) -> None:
+def statuses(flwr: Flwr) -> dict[str, str]:
+    """The runs of the SuperLink: {status: one run's details}."""
+    listed = flwr("list", "--format", "json")
+    return {run["status"]: run["status-details"] for run in json.loads(listed)["runs"]}
+
+
+def in_one_line(output: str, says: str) -> None:
+    """Check that a run ended with one line for the user."""
+    assert says in output
+    assert len([line for line in output.splitlines() if "error: " in line]) == 1
+    assert "Traceback" not in output
+
+
+def test_flwr_run_works_from_the_app_bundle(tmp_path: Path, flwr: Flwr) -> None:
     run_config = tmp_path / "run.toml"
     run_config.write_text(
         "".join(
@@ -131,65 +165,53 @@ def test_flwr_run_works_from_the_app_bundle(tmp_path: Path, flower: dict[str, st
         )
     )
     federation = "num-supernodes=10 client-resources-num-cpus=1"
-    command = [BIN / "flwr", "run", ROOT, "--stream", "--federation-config", federation]
-
-    def flwr(*run_config: str) -> str:
-        done = subprocess.run(
-            [*command, "--run-config", *run_config],
-            env=flower,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-            cwd=tmp_path,
-        )
-        return done.stdout + done.stderr
-
-    try:
-        output = flwr(str(run_config))
-        refused = flwr("strategy.name='ilpp'")
-        misfit = flwr("federation.clients=11")
-        listing = subprocess.run(
-            [BIN / "flwr", "list", "--format", "json"],
-            env=flower,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-    finally:
-        stop_superlink(flower["FLWR_HOME"])
+    command = ["run", ROOT, "--stream", "--federation-config", federation, "--run-config"]
+    output = flwr(*command, run_config)
+    refused = flwr(*command, "strategy.name='ilpp'")
+    misfit = flwr(*command, "federation.clients=11")
+    runs = statuses(flwr)
 
     summary = json.loads((tmp_path / "runs/x/summary.json").read_text())
     assert summary["status"] == "completed", output
     assert summary["accuracy"] > summary["initial_accuracy"] + 0.3
     assert "[round 3/3] accuracy" in output
     # Flower's own exit status does not tell; its list does, with our one line.
-    assert "strategy.name = 'ilpp' is not allowed" in refused
-    assert "federation.clients = 11, but the federation has 10 SuperNodes" in misfit
-    for said in (refused, misfit):
-        assert len([line for line in said.splitlines() if "error: " in line]) == 1
-        assert "Traceback" not in said
-    runs = {run["status"]: run["status-details"] for run in json.loads(listing.stdout)["runs"]}
+    in_one_line(refused, "strategy.name = 'ilpp' is not allowed")
+    in_one_line(misfit, "federation.clients = 11, but the federation has 10 SuperNodes")
     assert set(runs) == {"finished:completed", "finished:failed"}
     assert "is not allowed" in runs["finished:failed"] or "11" in runs["finished:failed"]
 
 
+def test_flwr_run_takes_a_strategy_of_ones_own(tmp_path: Path, flwr: Flwr) -> None:
+    """Its module is on the path of the SuperLink, and not in the app."""
+    shutil.copy(ROOT / "tests/strategies/own_strategy.py", tmp_path / "my_strategy.py")
+
+    def run(name: str, *more: str) -> str:
+        settings = [f"strategy.name='my_strategy:{name}'", "federation.rounds=1", *more]
+        given = " ".join([*settings, f"run.name='{name}'"])
+        return flwr("run", ROOT, "--stream", "--run-config", given)
+
+    output = run("Middle", "strategy.options='shift=1'")
+    folder = tmp_path / "runs/Middle"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "completed", output
+    blocks = len(json.loads((folder / "layers.json").read_text())["layers"]) - 2
+    masks = [row["masks"] for row in read_lines(folder / "selection.jsonl")]
+    assert masks == [[[int(block == blocks // 2 + 1) for block in range(blocks)]] * 2]
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["strategy.name"], written["strategy.shift"]) == ("my_strategy:Middle", 1)
+
+    in_one_line(run("Stranger"), "is not a subclass of layerfed.strategies.SelectiveStrategy")
+    in_one_line(run("Middle", "strategy.options='sihft=1'"), "unknown key 'strategy.sihft'")
+    in_one_line(run("Silent"), "NoneType")
+    in_one_line(run("Greedy"), "spends 12")
+    runs = statuses(flwr)
+    assert set(runs) == {"finished:completed", "finished:failed"}
+
+
 def test_a_bare_flwr_run_takes_the_federation_as_it_is_and_can_be_stopped(
-    tmp_path: Path, flower: dict[str, str]
+    tmp_path: Path, flwr: Flwr
 ) -> None:
     """Flower gives an app two SuperNodes; the run folder is in the current folder."""
-
-    def flwr(*words: str) -> str:
-        return subprocess.run(
-            [BIN / "flwr", *words],
-            env=flower,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=True,
-            cwd=tmp_path,
-        ).stdout
 
     def wait(ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 100
@@ -197,20 +219,17 @@ def test_a_bare_flwr_run_takes_the_federation_as_it_is_and_can_be_stopped(
             assert time.monotonic() < deadline
             time.sleep(0.5)
 
-    try:
-        started = flwr("run", str(ROOT), "--run-config", "federation.rounds=300 run.name='x'")
-        found = re.search(r"started run (\d+)", started)
-        assert found is not None
-        folder = tmp_path / "runs/x"
-        wait((folder / "metrics.jsonl").exists)
-        assert json.loads((folder / "config.json").read_text())["federation.clients"] == 2
-        flwr("stop", found.group(1))
-        summary = folder / "summary.json"
-        wait(lambda: json.loads(summary.read_text())["status"] == "stopped")
-        # The process works on for some seconds, and the folder says nothing of it.
-        rounds = len(read_lines(folder / "metrics.jsonl"))
-        time.sleep(10)
-        assert len(read_lines(folder / "metrics.jsonl")) == rounds
-        assert json.loads(summary.read_text())["rounds"] == rounds
-    finally:
-        stop_superlink(flower["FLWR_HOME"])
+    started = flwr("run", ROOT, "--run-config", "federation.rounds=300 run.name='x'")
+    found = re.search(r"started run (\d+)", started)
+    assert found is not None
+    folder = tmp_path / "runs/x"
+    wait((folder / "metrics.jsonl").exists)
+    assert json.loads((folder / "config.json").read_text())["federation.clients"] == 2
+    flwr("stop", found.group(1))
+    summary = folder / "summary.json"
+    wait(lambda: json.loads(summary.read_text())["status"] == "stopped")
+    # The process works on for some seconds, and the folder says nothing of it.
+    rounds = len(read_lines(folder / "metrics.jsonl"))
+    time.sleep(10)
+    assert len(read_lines(folder / "metrics.jsonl")) == rounds
+    assert json.loads(summary.read_text())["rounds"] == rounds
