@@ -3,6 +3,7 @@
 from layerfed.config.node import NodeConfig
 from layerfed.config.privacy import PrivacyConfig
 from layerfed.config.run import (
+    FAMILIES,
     BudgetConfig,
     BudgetUnit,
     DeviceName,
@@ -30,6 +31,7 @@ from layerfed.config.secagg import SecAggConfig, refuse_different_masks, refuse_
 from layerfed.config.section import ConfigError, Section, imported
 
 __all__ = [
+    "FAMILIES",
     "BudgetConfig",
     "BudgetUnit",
     "ConfigError",

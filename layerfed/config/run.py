@@ -54,8 +54,8 @@ Scalar = str | int | float | bool
 Flat = dict[str, Scalar]
 
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
-# Libraries of models; in `model.name` a slash and the model's name follow.
-MODEL_FAMILIES = ("layerfed", "open_clip", "timm", "transformers")
+# Libraries of models, which `model.name` begins with, and what their models read.
+FAMILIES = {"layerfed": "image", "open_clip": "image", "timm": "image", "transformers": "text"}
 # What `model.weights` says without naming a place.
 WEIGHTS = ("embedded", "pretrained", "random")
 Positive = Annotated[int, Field(ge=1)]
@@ -105,11 +105,11 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _loadable(self) -> Self:
-        if self.family not in MODEL_FAMILIES or not self.architecture:
+        if self.family not in FAMILIES or not self.architecture:
             raise ConfigError(
                 f"model.name = '{self.name}' is not allowed: it should be layerfed/vit, open_clip/NAME, "
                 "timm/NAME or transformers/HUB-ID-OR-FOLDER, as in open_clip/ViT-B-32"
-                f"{nearest(self.family, MODEL_FAMILIES)}"
+                f"{nearest(self.family, FAMILIES)}"
             )
         if self.family == "layerfed":
             if self.architecture != "vit" or self.weights not in ("embedded", "random"):
@@ -125,10 +125,10 @@ class ModelConfig(Section):
                 + ("a tag of open_clip" if self.family == "open_clip" else "'pretrained'")
                 + " or 'random'"
             )
-        if self.tokenizer and self.family != "transformers":
+        if self.tokenizer and FAMILIES[self.family] != "text":
             raise ConfigError(
                 f"model.tokenizer = '{self.tokenizer}' has no use for model.name = '{self.name}'; leave "
-                "it empty, or name a transformers model"
+                "it empty, or name a model that reads texts"
             )
         return self
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerfed.config import ConfigError, RunConfig, TaskConfig
+from layerfed.config import FAMILIES, ConfigError, RunConfig, TaskConfig
 from layerfed.config.seeding import Stream, generator
 from layerfed.digests import content_digest, digest
 from layerfed.models.layers import LayerMap, LayerMapError
@@ -148,8 +148,8 @@ class Task(ABC):
 
     settings: ClassVar[frozenset[str]] = frozenset()
     """Fields of `TaskConfig` that this task reads, besides those that every task reads."""
-    families: ClassVar[tuple[str, ...]] = ("layerfed",)
-    """Families of models (`model.name`) that fit the task's data."""
+    reads: ClassVar[str] = ""
+    """What its models read, "image" or "text"; empty if it builds one model, whatever `model.name`."""
     never_augmented: ClassVar[str] = "its examples are no images"
     """Why `train.augment` is refused, unless the task has `augment`."""
     own_data = False
@@ -166,10 +166,11 @@ class Task(ABC):
                     f"{_key(name)} = {getattr(section, name)!r} has no use for task.name = "
                     f"'{section.name}', which reads {read}"
                 )
-        if config.model.family not in self.families:
+        fitting = [name for name, reads in FAMILIES.items() if reads == self.reads] or ["layerfed"]
+        if config.model.family not in fitting:
             raise ConfigError(
                 f"model.name = '{config.model.name}' does not fit task.name = '{section.name}', whose "
-                f"models come from {', '.join(self.families)}"
+                f"models come from {', '.join(fitting)}"
             )
         if config.train.augment != "none" and type(self).augment is Task.augment:
             raise ConfigError(

@@ -2,19 +2,19 @@
 
 Images: folders `CLASS/image`, `GROUP/CLASS/image`, both also below `train/` and `test/`; or tables with
 a column of images or of their paths. Text: CSV, TSV, JSON lines or parquet with columns of text and a
-label. The model decides between the two: models of `transformers` read text, all others read images.
+label. The model decides between the two: it reads texts or images.
 """
 
 from __future__ import annotations
 
-from layerfed.config import RunConfig
+from layerfed.config import FAMILIES, RunConfig
 from layerfed.task.base import Task
 
 
 def custom(config: RunConfig) -> Task:
     """Return the task for the kind of data that the model is for."""
     # Imported late: each of the two kinds needs libraries that the other does without.
-    if config.model.family == "transformers":
+    if FAMILIES[config.model.family] == "text":
         from layerfed.task.text import TextTask
 
         return TextTask(config)

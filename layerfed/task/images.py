@@ -45,10 +45,10 @@ SPLITS = (*TRAIN_SPLITS, *TEST_SPLITS)
 
 
 class ImageTask(DatasetTask):
-    """Image classification with a model of `layerfed`, `open_clip` or `timm`."""
+    """Image classification."""
 
     settings: ClassVar[frozenset[str]] = DatasetTask.settings | {"image_size"}
-    families: ClassVar[tuple[str, ...]] = ("layerfed", "open_clip", "timm")
+    reads: ClassVar[str] = "image"
     inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("image",), ("img",))
     image_size: ClassVar[int] = 224
     """Side in pixels at which images are kept; the model scales them to its input size."""

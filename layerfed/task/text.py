@@ -40,7 +40,7 @@ class TextTask(DatasetTask):
     """Text classification with a sequence classifier of `transformers`."""
 
     settings: ClassVar[frozenset[str]] = DatasetTask.settings | {"max_tokens"}
-    families: ClassVar[tuple[str, ...]] = ("transformers",)
+    reads: ClassVar[str] = "text"
     inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("text",),)
 
     @cached_property
