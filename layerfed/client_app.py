@@ -227,7 +227,7 @@ def evaluate_locally(message: Message, context: Context) -> Message:
     work = Work("evaluate", bench.device)
     batches = held_out.in_order(node.run.run.evaluate_batch, bench.device)
     work.accuracy, work.loss = evaluate(bench.resident.model, batches, bench.task.logits)
-    return evaluate_reply(message, len(held_out), **work.numbers())
+    return evaluate_reply(message, len(held_out), **work.numbers(private=False))
 
 
 def build_client_app(

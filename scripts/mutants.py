@@ -78,7 +78,7 @@ class Mutant:
 
     def __str__(self) -> str:
         before, text = (" ".join(part.split())[:90] for part in (self.before, self.text))
-        return f"layerfed/{self.file}:{self.line}: {before}  ->  {text}"
+        return f"layerfed/{self.file}:{self.line}: {before}  ->  {text}   in   {self.around}"
 
 
 def changed(node: ast.AST) -> ast.AST | None:

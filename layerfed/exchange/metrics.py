@@ -48,7 +48,7 @@ class Work:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def numbers(self, *, private: bool = False) -> dict[str, float]:
+    def numbers(self, *, private: bool) -> dict[str, float]:
         """Return the metrics that a client states about the work, by name.
 
         Parameters

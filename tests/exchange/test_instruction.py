@@ -133,6 +133,11 @@ def test_entries_that_none_can_be_are_refused(entry: str, value: object, says: s
         TrainInstruction.read(message, 4)
 
 
+def test_the_rate_is_taken_out_of_a_train_config() -> None:
+    assert train_config({"lr": 2, "warmup": 3}) == (2.0, {"warmup": 3})
+    assert train_config({"warmup": 3}) == (None, {"warmup": 3})
+
+
 @pytest.mark.parametrize("lr", ["0.1", True, 0, float("inf")])
 def test_a_train_config_without_a_number_for_the_rate_is_refused(lr: object) -> None:
     with pytest.raises(ConfigError, match="the train config's lr"):

@@ -121,6 +121,18 @@ def test_the_least_recently_used_goes_first_and_what_is_needed_stays(tmp_path: P
     assert sum(f.stat().st_size for f in store.folder.glob("*.safetensors")) <= 4 * KB
 
 
+def test_what_is_put_in_once_more_is_used_now(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path, 3 * KB)
+    layers = [layer(seed) for seed in range(4)]
+    for position, (name, tensors) in enumerate(layers[:3]):
+        store.put(name, tensors, keep=[])
+        os.utime(store.folder / f"{name}.safetensors", (position, position))
+    store.put(*layers[0], keep=[])
+    store.put(*layers[3], keep=[])
+    assert layers[0][0] in kept(store)
+    assert layers[1][0] not in kept(store)
+
+
 def test_what_the_round_needs_is_kept_even_beyond_the_limit(tmp_path: Path) -> None:
     store = FolderStore(tmp_path, 1 * KB)
     layers = [layer(seed) for seed in range(4)]
