@@ -91,7 +91,7 @@ def simulated(engine: str, clients: int, rounds: int) -> list[Sample]:
             gc.collect()
             sample = named("this process", of_processes([os.getpid()]))
             if others := descendants(os.getpid()):
-                clients = [pid for pid in others if command(pid).startswith("ray::ClientAppActor")]
+                clients = [pid for pid in others if command(pid).startswith("ray::Clients")]
                 sample |= named("clients' processes", of_processes(clients))
                 sample |= named("Ray itself", of_processes(set(others) - set(clients)))
             return (

@@ -92,7 +92,7 @@ def _engine(name: str) -> EngineName:
 def run(
     settings: Settings = None,
     engine: Annotated[
-        str, typer.Option(help="auto, inprocess (no Ray) or ray (Flower's simulation)")
+        str, typer.Option(help="auto, inprocess (one client at a time) or ray (several)")
     ] = "auto",
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Where run folders go", show_default="./runs")
@@ -132,9 +132,6 @@ def run(
             run_on(chosen, config, [progress], verbose=verbose, opened=folders.append)
     except KeyboardInterrupt:
         _say_how_to_resume([folder.path for folder in folders])
-        if chosen == "ray":
-            # Threads that wait for clients which are gone would keep the process alive for ever.
-            os._exit(130)
         raise typer.Exit(130) from None
     _print_summary(folders[0].path)
 

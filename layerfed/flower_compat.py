@@ -8,8 +8,7 @@ messages do not import too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 from flwr.app import Array, Context, Message
@@ -44,14 +43,13 @@ __all__ = [
     "stamp",
     "task_identity",
     "withdraw",
-    "without_deprecation",
 ]
 
 A = TypeVar("A", bound=type[Array])
 
-# The engine of a run's clients, by the class of the ServerApp's grid. The first class is LayerFed's own.
-# Flower does not export the second one; it exists only inside its simulation.
-ENGINES = {"InProcessGrid": "inprocess", "InMemoryGrid": "ray"}
+# The engine of a run's clients, by the class of the ServerApp's grid. The first two are LayerFed's own.
+# Flower does not export the third one; it exists only inside its simulation, which works on Ray.
+ENGINES = {"InProcessGrid": "inprocess", "RayGrid": "ray", "InMemoryGrid": "ray"}
 
 
 def enter_run() -> None:
@@ -132,24 +130,6 @@ def withdraw(grid: Grid, message_ids: Iterable[str]) -> bool:
     if take_back is not None:
         take_back(list(message_ids))
     return take_back is not None
-
-
-@contextmanager
-def without_deprecation() -> Iterator[None]:
-    """Keep Flower's notes on deprecated entry points out of its log.
-
-    Flower calls `run_simulation` deprecated, in favour of `flwr run`. That command starts a SuperLink
-    which outlives the run, and LayerFed must leave no process behind.
-    """
-
-    def quiet(record: logging.LogRecord) -> bool:
-        return "DEPRECATED" not in record.getMessage()
-
-    logging.getLogger("flwr").addFilter(quiet)
-    try:
-        yield
-    finally:
-        logging.getLogger("flwr").removeFilter(quiet)
 
 
 def in_one_line(error: Exception) -> None:

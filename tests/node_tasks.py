@@ -1,8 +1,10 @@
-"""A task for tests of a node's process: it waits as long as a file exists."""
+"""Tasks for tests of processes: one waits while a file exists, one ends the process that trains."""
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -21,4 +23,20 @@ class Waiting(TinyTask):
         while flag.is_file():
             flag.with_suffix(".reached").touch()
             time.sleep(0.02)
+        return super().loss(model, batch)
+
+
+class Deadly(TinyTask):
+    """The tiny task; a training step ends its process if the folder `task.data` holds a file.
+
+    The step takes the file away, so that one file is one death.
+    """
+
+    settings = frozenset({"data"})
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        for token in Path(self.config.task.data).glob("*"):
+            with suppress(FileNotFoundError):  # another process took it
+                token.unlink()
+                os._exit(1)
         return super().loss(model, batch)

@@ -13,11 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Array, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Array, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
-from flwr.serverapp import ServerApp
-from flwr.simulation import run_simulation
 from flwr.supercore import exit as flower_exit
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
@@ -27,17 +24,23 @@ import layerfed
 from layerfed import flower_compat
 from layerfed.deploy.gateway import FLEET, REPEATABLE
 from layerfed.engine import InProcessGrid
-from layerfed.exchange import encode
+from layerfed.exchange import encode, record_of
 from layerfed.flower_compat import (
     add_exit_handler,
+    context_bytes,
+    context_from,
     empty_run,
     engine_of,
     enter_run,
+    enter_task,
     in_one_line,
+    message_from,
+    objects_of,
     stamp,
+    task_identity,
     withdraw,
-    without_deprecation,
 )
+from layerfed.grids.ray import RayGrid
 
 PACKAGE = Path(layerfed.__file__).parent
 
@@ -103,12 +106,43 @@ def test_flower_reads_a_live_array_as_one_of_its_own() -> None:
         Array.inflate(other.deflate(), other.children)
 
 
+def test_a_message_and_its_context_pass_between_processes() -> None:
+    made = message()
+    made.content["config"] = ConfigRecord({"round": 3})
+    made.content["arrays"] = record_of({"a": np.arange(4.0), "b": np.zeros((0, 2), np.int8)})
+    stamp(made, message_id="m7")
+    found = message_from(objects_of(made), "m7")
+    assert vars(found.metadata) == vars(made.metadata)
+    assert found.content["config"] == made.content["config"]
+    for name, array in found.content.array_records["arrays"].items():
+        np.testing.assert_array_equal(array.numpy(), made.content["arrays"][name].numpy())
+    state = RecordDict({"own": MetricRecord({"limit": 2.0})})
+    context = Context(1, 2, {"partition-id": 0}, state, {"run.seed": 3})
+    assert vars(context_from(context_bytes(context))) == vars(context)
+
+
+def test_an_error_passes_between_processes() -> None:
+    made = Message(Error(5, "no room"), reply_to=message())
+    assert message_from(objects_of(made), "").error.reason == "no room"
+
+
+def test_a_process_takes_over_the_identity_of_a_task() -> None:
+    before = task_identity()
+    try:
+        enter_task(5, 6, 7)
+        assert task_identity() == (5, 6, 7)
+        assert message().metadata.run_id == 5
+    finally:
+        enter_task(*before)
+
+
 def test_grids_tell_what_clients_run_on() -> None:
     class HttpGrid:
         pass
 
-    grids = [grid(), object.__new__(InMemoryGrid), HttpGrid()]
-    assert [engine_of(g) for g in grids] == ["inprocess", "ray", "superlink"]  # type: ignore[arg-type]
+    ours, flowers = object.__new__(RayGrid), object.__new__(InMemoryGrid)
+    grids = [grid(), ours, flowers, HttpGrid()]
+    assert [engine_of(g) for g in grids] == ["inprocess", "ray", "ray", "superlink"]  # type: ignore[arg-type]
 
 
 def test_messages_are_taken_back_where_the_grid_can() -> None:
@@ -117,19 +151,6 @@ def test_messages_are_taken_back_where_the_grid_can() -> None:
     assert withdraw(ours, identities)
     assert list(ours.pull_messages(identities)) == []
     assert not withdraw(object.__new__(InMemoryGrid), identities)
-
-
-def test_the_note_that_simulation_is_deprecated_is_not_shown(
-    lines: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = sys.modules[run_simulation.__module__]
-    for name in ("_run_simulation", "event"):
-        monkeypatch.setattr(module, name, ignored)
-    with without_deprecation():
-        run_simulation(ServerApp(), ClientApp(), num_supernodes=1)
-    assert lines == []
-    run_simulation(ServerApp(), ClientApp(), num_supernodes=1)
-    assert "DEPRECATED" in "".join(lines)
 
 
 def test_an_error_that_flower_logs_is_one_line(

@@ -76,7 +76,9 @@ class Run(Observer):
         return {client: np.flatnonzero(mask).tolist() for client, mask in rows}
 
 
-def run(config: RunConfig, rounds: int = 1, grid: InProcessGrid | None = None) -> Run:
+def run(
+    config: RunConfig, rounds: int = 1, grid: InProcessGrid | None = None, timeout: float = 60
+) -> Run:
     bench, found = workbench(config.to_flat()), Run()
     strategy = build_strategy(config, bench.resident.layers)
     strategy.observers = (found,)
@@ -85,7 +87,7 @@ def run(config: RunConfig, rounds: int = 1, grid: InProcessGrid | None = None) -
         grid if grid is not None else Recorded(config),
         record_of(found.before),
         rounds,
-        timeout=60,
+        timeout=timeout,
         train_config=ConfigRecord({"lr": config.train.lr}),
     )
     found.after = strategy.model.tensors

@@ -353,7 +353,8 @@ class RunSection(Section):
     device: DeviceName = "auto"
     threads: Annotated[int, Field(ge=0)] = 1
     client_cpus: Annotated[float, Field(gt=0)] = 1.0
-    client_gpus: Annotated[float, Field(ge=0)] = 0.25
+    client_gpus: Annotated[float, Field(ge=0)] = 0.0
+    ray_address: str = ""
 
 
 class RunConfig(Section):

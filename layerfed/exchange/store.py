@@ -87,8 +87,8 @@ class MemoryStore(LayerStore):
 
     def __init__(self) -> None:
         self.identity = uuid4().hex
-        self._layers: dict[str, dict[str, np.ndarray]] = {}
-        self._own: dict[str, dict[str, np.ndarray]] = {}
+        self._layers: Mapping[str, dict[str, np.ndarray]] = {}
+        self.own: dict[str, dict[str, np.ndarray]] = {}
 
     def has(self, name: str) -> bool:
         """Return whether a layer of that digest is kept."""
@@ -100,18 +100,27 @@ class MemoryStore(LayerStore):
 
     def put(self, name: str, tensors: Tensors, keep: Collection[str]) -> None:
         """Keep a layer, by reference, and drop all that are not in `keep`."""
-        self._layers = {n: t for n, t in self._layers.items() if n in keep}
-        self._layers[name] = dict(tensors)
+        kept = {n: t for n, t in self._layers.items() if n in keep}
+        self._layers = {**kept, name: dict(tensors)}
+
+    def borrow(
+        self,
+        identity: str,
+        layers: Mapping[str, dict[str, np.ndarray]],
+        own: Mapping[str, dict[str, np.ndarray]],
+    ) -> None:
+        """Show another process's store: its identity, its layers, and what one client remembers."""
+        self.identity, self._layers, self.own = identity, layers, dict(own)
 
     def recall(self, key: str) -> dict[str, np.ndarray] | None:
         """Return the tensors that were remembered under a key, or None."""
-        return self._own.get(key)
+        return self.own.get(key)
 
     def remember(self, key: str, tensors: Tensors) -> None:
         """Keep tensors by reference, and drop those of other runs."""
         run = key.partition("/")[0]
-        self._own = {k: t for k, t in self._own.items() if k.partition("/")[0] == run}
-        self._own[key] = dict(tensors)
+        self.own = {k: t for k, t in self.own.items() if k.partition("/")[0] == run}
+        self.own[key] = dict(tensors)
 
 
 class FolderStore(LayerStore):

@@ -1,0 +1,401 @@
+"""Clients in actors of Ray: several at once, on the cores and GPUs of a machine or of a cluster.
+
+Only Ray's public interface is used. Each actor keeps data and model between messages, as a node does.
+The server puts each version of a layer into Ray's object store once, and actors of the same machine read
+it there without a copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import WARNING
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Error, Message, RecordDict
+from flwr.common.logger import log
+
+from layerfed.client.workbench import workbench
+from layerfed.client_app import client_app
+from layerfed.config import ConfigError, Flat, NodeConfig, Scalar
+from layerfed.exchange import open_store
+from layerfed.exchange.messages import has_manifest, read_manifest
+from layerfed.exchange.store import MEMORY, MemoryStore
+from layerfed.flower_compat import ErrorCode
+from layerfed.grids.inprocess import InProcessGrid
+
+__all__ = ["Actors", "Clients", "RayGrid"]
+
+# Seconds that a pull waits for a reply if there is none: a reply is taken at once, and an exchange still
+# sees its deadline.
+WAIT_SECONDS = 0.05
+# How often a message is asked before a client whose actors died counts as failed.
+ATTEMPTS = 2
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Actors:
+    """How many actors to start, with which share of a machine each, and where.
+
+    Attributes
+    ----------
+    count : int
+    cpus, gpus : float
+        Cores and GPUs of each.
+    address : str
+        Address of a Ray cluster; empty starts Ray on this machine.
+    device : str
+        The run's device. `cuda:1` starts Ray on this GPU only.
+    verbose : bool
+        Whether to show Ray's own log.
+    """
+
+    count: int
+    cpus: float = 1.0
+    gpus: float = 0.0
+    address: str = ""
+    device: str = "auto"
+    verbose: bool = False
+
+
+class Lent(Mapping[str, Tensors]):
+    """Layers in Ray's object store by digest; one is fetched when it is read."""
+
+    def __init__(self, references: Mapping[str, Any]) -> None:
+        self._references = references
+
+    def __getitem__(self, name: str) -> Tensors:
+        import ray
+
+        found: Tensors = ray.get(self._references[name])
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._references)
+
+    def __len__(self) -> int:
+        return len(self._references)
+
+
+class Clients:
+    """The clients that work in one actor, one after another; parameters are those of `InProcessGrid`."""
+
+    def __init__(
+        self, num_supernodes: int, run_config: Flat, nodes: Sequence[Mapping[str, Scalar]]
+    ) -> None:
+        self._grid = InProcessGrid(client_app, num_supernodes, run_config, nodes)
+        self._store = _memory()
+        first = next(iter(self._grid._contexts.values()))
+        workbench(run_config, NodeConfig.read(first.node_config))
+
+    def ready(self) -> None:
+        """Return when data and model are loaded."""
+
+    def work(
+        self,
+        message: Message,
+        state: RecordDict,
+        own: Mapping[str, Tensors],
+        store: str,
+        layers: Mapping[str, Any],
+    ) -> tuple[tuple[Message, RecordDict], Mapping[str, Tensors]]:
+        """Let a client work on a message.
+
+        Parameters
+        ----------
+        message : flwr.app.Message
+        state : flwr.app.RecordDict
+            What the client's context remembers.
+        own : Mapping[str, dict[str, numpy.ndarray]]
+            What the client remembers in its store.
+        store : str
+            Identity of the server's store.
+        layers : Mapping[str, ray.ObjectRef]
+            The layers in that store, by digest.
+
+        Returns
+        -------
+        tuple[tuple[flwr.app.Message, flwr.app.RecordDict], Mapping[str, dict[str, numpy.ndarray]]]
+            The reply with the client's new state, and what it now remembers in its store.
+        """
+        context = self._grid._contexts[message.metadata.dst_node_id]
+        context.state = state
+        self._store.borrow(store, Lent(layers), own)
+        reply = self._grid._work(message)
+        return (reply, context.state), self._store.own
+
+
+def _memory() -> MemoryStore:
+    store = open_store(MEMORY)
+    assert isinstance(store, MemoryStore)
+    return store
+
+
+@dataclass
+class _Asked:
+    """A message in work: its id, its actor, what the actor returns, and how often it was asked."""
+
+    identity: str
+    message: Message
+    actor: Any
+    answer: Any
+    own: Any
+    attempt: int
+
+
+class RayGrid(InProcessGrid):
+    """A Grid whose nodes work in actors of Ray, as many at once as there are actors.
+
+    Ray starts in the background, which takes seconds. Until the first actor is ready, clients work in
+    this process, which has data and model already. Use the grid as a context: Ray ends with it.
+
+    Parameters
+    ----------
+    actors : Actors
+    num_supernodes, run_config, nodes
+        As for `InProcessGrid`.
+    """
+
+    def __init__(
+        self,
+        actors: Actors,
+        num_supernodes: int,
+        run_config: Flat,
+        nodes: Sequence[Mapping[str, Scalar]] = (),
+    ) -> None:
+        super().__init__(client_app, num_supernodes, run_config, nodes)
+        self._actors = actors
+        self._arguments = num_supernodes, dict(run_config), tuple(map(dict, nodes))
+        self._store = _memory()
+        self._starting: dict[Any, Any] = {}
+        self._idle: list[Any] = []
+        self._asked: dict[Any, _Asked] = {}
+        self._attempts: dict[str, int] = {}
+        self._replies: dict[str, Message] = {}
+        self._unwanted: set[str] = set()
+        self._layers: dict[str, Any] = {}
+        self._own: dict[int, Any] = {}
+        self._failure: BaseException | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._stay, daemon=True)
+
+    def __enter__(self) -> RayGrid:
+        """Start Ray, in the background if it is on this machine."""
+        if self._actors.address:
+            self._start()
+            if self._failure is not None:
+                raise ConfigError(
+                    f"run.ray-address = '{self._actors.address}': no Ray cluster can be used there "
+                    f"({self._failure})"
+                ) from None
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End Ray, with its actors."""
+        import ray
+
+        self._over.set()
+        if self._thread.ident is None:
+            ray.shutdown()
+        else:
+            self._thread.join()
+
+    # ------------------------------------------------------------------------------------- actors
+    def _stay(self) -> None:
+        """Start Ray, and end it after the run. Ray's processes die with the thread that started them."""
+        import ray
+
+        self._start()
+        self._over.wait()
+        ray.shutdown()
+
+    def _start(self) -> None:
+        import ray
+
+        own = self._actors
+        # Ray sets a handler of SIGTERM that ends the process at once, with the run folder as it is.
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with _environment(own):
+                ray.init(
+                    address=own.address or "local",
+                    include_dashboard=None if own.address else False,
+                    logging_level=logging.INFO if own.verbose else logging.ERROR,
+                    log_to_driver=own.verbose,
+                )
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+            made = [self._new_actor() for _ in range(min(own.count, self._room()))]
+        except Exception as error:
+            # Nothing is lost, since clients then work in this process.
+            self._failure = error
+            if not own.address:
+                log(WARNING, "Ray did not start, and clients work in this process: %s", error)
+            return
+        self._starting = {actor.ready.remote(): actor for actor in made}
+
+    def _room(self) -> int:
+        """Return for how many actors Ray has cores and GPUs, on all machines."""
+        import ray
+
+        own = self._actors
+        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        room = math.floor(there.get("CPU", 0.0) / own.cpus)
+        if own.gpus:
+            cards = there.get("GPU", 0.0)
+            shares = cards * math.floor(1 / own.gpus) if own.gpus <= 1 else cards / own.gpus
+            room = min(room, math.floor(shares))
+        if not room:
+            wants = f"a client takes {own.cpus:g} CPU and {own.gpus:g} GPU"
+            raise ConfigError(f"{wants}, and Ray has {dict(there)}")
+        return room
+
+    def _new_actor(self) -> Any:
+        import ray
+
+        own = self._actors
+        made = ray.remote(num_cpus=own.cpus, num_gpus=own.gpus)(Clients)
+        return made.remote(*self._arguments)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether an actor has taken over from this process."""
+        self._welcome()
+        return bool(self._idle or self._asked)
+
+    def _welcome(self) -> None:
+        """Take the actors that have become ready, or could not start and will say so when asked."""
+        if not self._starting:
+            return
+        import ray
+
+        there, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)
+        self._idle += [self._starting.pop(reference) for reference in there]
+
+    # ----------------------------------------------------------------------------------- messages
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there; wait a moment for one if there are none."""
+        wanted = list(message_ids)
+        if not self.parallel:
+            return super().pull_messages(wanted)
+        self._dispatch()
+        found = [i for i in wanted if i in self._replies]
+        if not found:
+            self._collect()
+            found = [i for i in wanted if i in self._replies]
+        return [self._replies.pop(identity) for identity in found]
+
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Withdraw messages; a client that works on one already goes on, and its reply is dropped."""
+        unwanted = set(message_ids)
+        super().withdraw(unwanted)
+        for identity in unwanted:
+            self._replies.pop(identity, None)
+        self._unwanted |= unwanted & {asked.identity for asked in self._asked.values()}
+
+    def _dispatch(self) -> None:
+        """Give each idle actor a message, of a client that no other actor works for."""
+        busy = {asked.message.metadata.dst_node_id for asked in self._asked.values()}
+        for message in list(self._queue):
+            if not self._idle:
+                return
+            node = message.metadata.dst_node_id
+            if node not in busy:
+                busy.add(node)
+                self._queue.remove(message)
+                self._ask(self._idle.pop(0), message)
+
+    def _ask(self, actor: Any, message: Message) -> None:
+        import ray
+
+        node, identity = message.metadata.dst_node_id, message.metadata.message_id
+        attempt = self._attempts[identity] = self._attempts.get(identity, 0) + 1
+        digests = read_manifest(message)[0].digests.values() if has_manifest(message) else ()
+        held = {name for name in digests if self._store.has(name)}
+        self._layers = {
+            name: self._layers.get(name) or ray.put(self._store.get(name)) for name in held
+        }
+        answer, own = actor.work.options(num_returns=2).remote(
+            message,
+            self._contexts[node].state,
+            self._own.get(node, {}),
+            self._store.identity,
+            self._layers,
+        )
+        self._asked[answer] = _Asked(identity, message, actor, answer, own, attempt)
+
+    def _collect(self) -> None:
+        """Wait a moment for a reply, take all that are there, and give their actors new messages."""
+        import ray
+
+        if not self._asked:
+            return
+        there, _ = ray.wait(list(self._asked), timeout=WAIT_SECONDS)
+        if there:
+            there, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
+        for reference in there:
+            asked = self._asked.pop(reference)
+            try:
+                reply, state = ray.get(reference)
+            except ray.exceptions.RayActorError as error:
+                self._idle.append(self._new_actor())
+                reply = self._again(asked, error)
+            except Exception as error:  # every error of a client becomes that client's reply
+                self._idle.append(asked.actor)
+                reply = _failed(asked.message, str(error))
+            else:
+                self._idle.append(asked.actor)
+                node = asked.message.metadata.dst_node_id
+                self._contexts[node].state, self._own[node] = state, asked.own
+            if reply is not None and asked.identity not in self._unwanted:
+                self._replies[asked.identity] = reply
+            self._unwanted.discard(asked.identity)
+        self._dispatch()
+
+    def _again(self, asked: _Asked, error: Exception) -> Message | None:
+        """Ask a dead actor's message again, or return an error in its place."""
+        reason = str(error).strip().partition("\n")[0]
+        if asked.attempt < ATTEMPTS and asked.identity not in self._unwanted:
+            log(WARNING, "an actor of Ray died; its message is asked again (%s)", reason)
+            self._queue.appendleft(asked.message)
+            return None
+        return _failed(
+            asked.message, f"the actor died {asked.attempt} times at this message: {reason}"
+        )
+
+
+def _failed(message: Message, reason: str) -> Message:
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+@contextmanager
+def _environment(actors: Actors) -> Iterator[None]:
+    """Let Ray's processes find this package, and no other GPU than the one that the run names."""
+    changes = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    index = torch.device(actors.device).index if actors.device.startswith("cuda:") else None
+    if index is not None:
+        visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
+        changes["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

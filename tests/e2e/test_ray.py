@@ -1,0 +1,92 @@
+"""Clients in actors of Ray: the run of the in-process engine, also when actors die."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layerfed.config import ConfigError, RunConfig
+from layerfed.grids.inprocess import InProcessGrid
+from layerfed.grids.ray import Actors, RayGrid
+from tests.tiny_task import configured, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ROUNDS = 3
+# Seconds for a round: a new actor imports torch, perhaps on a busy machine.
+PATIENCE = 300
+
+
+@pytest.fixture(scope="module")
+def deaths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which each file is the end of a process."""
+    return tmp_path_factory.mktemp("deaths")
+
+
+@pytest.fixture(scope="module")
+def config(deaths: Path) -> RunConfig:
+    return configured(
+        *("task.name=tests.node_tasks:Deadly", f"task.data={deaths}"),
+        *("budget.kind=half-normal", "strategy.name=ilp"),
+    )
+
+
+@pytest.fixture(scope="module")
+def grid(config: RunConfig) -> Iterator[RayGrid]:
+    with RayGrid(Actors(2), config.federation.clients, config.to_flat()) as made:
+        deadline = time.monotonic() + 300
+        while not made.parallel:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield made
+
+
+def test_masks_and_weights_are_those_of_one_process(config: RunConfig, grid: RayGrid) -> None:
+    expected = run(config, ROUNDS, InProcessGrid(grid._app, 6, config.to_flat()))
+    work = grid._work
+    grid._work = None  # type: ignore[assignment, method-assign]  # no client works in this process
+    found = run(config, ROUNDS, grid, PATIENCE)
+    grid._work = work  # type: ignore[method-assign]
+    for number in range(1, ROUNDS + 1):
+        assert found.masks(number) == expected.masks(number)
+    moved = 0.0
+    for name, value in expected.after.items():
+        np.testing.assert_allclose(found.after[name], value, rtol=0, atol=1e-6, err_msg=name)
+        moved = max(moved, float(np.abs(value - expected.before[name]).max()))
+    assert moved > 1e-3
+    # Layers were read from Ray's object store, in the versions of the last round.
+    assert grid._layers
+
+
+def test_a_message_whose_actor_died_is_asked_again(
+    config: RunConfig, grid: RayGrid, deaths: Path
+) -> None:
+    (deaths / "1").touch()
+    found = run(config, 1, grid, PATIENCE)
+    assert not list(deaths.iterdir())
+    assert found.rounds[0].failures == []
+    expected = run(config, 1, InProcessGrid(grid._app, 6, config.to_flat()))
+    for name, value in expected.after.items():
+        np.testing.assert_allclose(found.after[name], value, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_a_client_whose_actors_die_twice_is_left_out(
+    config: RunConfig, grid: RayGrid, deaths: Path
+) -> None:
+    for number in range(3):  # both actors, and one of the two that took their places
+        (deaths / str(number)).touch()
+    found = run(config, 1, grid, PATIENCE)
+    (failure,) = found.rounds[0].failures
+    assert "the actor died 2 times" in failure.reason
+    assert found.rounds[0].selection is not None
+
+
+def test_a_cluster_that_is_not_there_is_refused(config: RunConfig) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"run\.ray-address = 'nowhere"),
+        RayGrid(Actors(2, address="nowhere.invalid:1"), 2, config.to_flat()),
+    ):
+        pass
