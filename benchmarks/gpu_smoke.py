@@ -25,7 +25,7 @@ from layerfed.client.devices import synchronize
 from layerfed.client.training import selected_layers
 from layerfed.client.workbench import Workbench, workbench
 from layerfed.config import RunConfig, load_config
-from layerfed.engine import run_on
+from layerfed.engine import Engine, run_on
 from layerfed.runs import read_lines
 
 COMMON = (
@@ -54,7 +54,7 @@ def configured(folder: str, device: str, *overrides: str) -> RunConfig:
     return load_config(None, [*COMMON, f"run.dir={folder}", f"run.device={device}", *overrides])
 
 
-def losses(folder: str, device: str, *overrides: str) -> list[float]:
+def losses(folder: str, device: str, *overrides: str, engine: Engine = "inprocess") -> list[float]:
     """Run, and return the loss of each round, of training where it is not private."""
     auto = "budget.kind=per-node" in overrides
     config = configured(folder, device, *overrides)
@@ -62,7 +62,7 @@ def losses(folder: str, device: str, *overrides: str) -> list[float]:
         own, depth = workbench(config.to_flat()).costs(0, config.budget.unit)
         half = float(own.sum() + depth[0]) / 2
         config = configured(folder, device, *overrides, f"budget.layers={half}")
-    path = run_on("inprocess", config, nodes=[{"budget": "auto"}] * 4 if auto else ())
+    path = run_on(engine, config, nodes=[{"budget": "auto"}] * 4 if auto else ())
     rows = [row for row in read_lines(path / "metrics.jsonl") if row["round"]]
     if failed := [row["failures"] for row in rows if row.get("failures")]:
         raise RuntimeError(f"clients failed: {failed}")
@@ -77,6 +77,15 @@ def as_on_the_cpu(folder: str, device: str) -> str:
     worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     if worst > CLOSE:
         raise RuntimeError(f"losses {ours}, on the CPU {theirs}")
+    return f"losses differ by {worst:.1e}"
+
+
+def on_ray(folder: str, device: str) -> str:
+    """Compare clients that share the card, in actors of Ray, with clients one after another."""
+    ours, theirs = losses(folder, device, engine="ray"), losses(folder, device)
+    worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    if worst > CLOSE:
+        raise RuntimeError(f"losses {ours}, in one process {theirs}")
     return f"losses differ by {worst:.1e}"
 
 
@@ -130,6 +139,7 @@ def main() -> None:
             for case, overrides in CASES.items()
         }
         cases["as on the CPU"] = lambda: as_on_the_cpu(folder, device)
+        cases["clients on Ray"] = lambda: on_ray(folder, device)
         cases["memory of a step"] = lambda: memory_kept(device)
         print(f"{name}, torch {torch.__version__}\n\n| case | seconds | |\n|---|---|---|")
         for case, check in cases.items():

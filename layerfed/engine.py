@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -49,7 +48,7 @@ def choose_engine(config: RunConfig, engine: EngineName) -> tuple[Engine, str]:
     if find_spec("ray") is None:
         return "inprocess", "Ray is not installed"
     bench = workbench(config.to_flat())
-    needed, seconds = _first_step(bench)
+    needed, seconds = bench.first_step
     abreast = _actors(config, bench, needed).count
     if abreast < 2:
         return "inprocess", "there is room for one client at a time"
@@ -59,17 +58,6 @@ def choose_engine(config: RunConfig, engine: EngineName) -> tuple[Engine, str]:
     if work * (1 - 1 / abreast) < WORTH_SECONDS:
         return "inprocess", f"{work:.0f} s of clients' work are not worth starting Ray"
     return "ray", f"{abreast} clients at a time, for about {work:.0f} s of work"
-
-
-def _first_step(bench: Workbench) -> tuple[float, float]:
-    """Return the bytes that a client needs, and the seconds of its step on all blocks."""
-    if bench.device.type == "cuda":
-        bench.memory_needed(0)  # the first steps on a GPU load its libraries
-    began = time.perf_counter()
-    needed = bench.memory_needed(0)
-    taken = time.perf_counter() - began
-    # On a GPU the measurement makes two steps.
-    return needed, taken / (2 if bench.device.type == "cuda" else 1)
 
 
 def _actors(config: RunConfig, bench: Workbench, needed: float) -> Actors:
@@ -191,7 +179,7 @@ def _checked_actors(config: RunConfig, bench: Workbench, verbose: bool) -> Actor
         raise MissingExtra(
             '--engine ray needs ray: pip install ".[simulation]" in the clone of LayerFed'
         )
-    needed = bench.memory_needed(0)
+    needed, _ = bench.first_step
     actors = _actors(config, bench, needed)
     cores = os.cpu_count() or 1
     if not actors.address and actors.cpus > cores:

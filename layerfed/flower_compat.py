@@ -42,6 +42,7 @@ __all__ = [
     "passes_as_array",
     "stamp",
     "task_identity",
+    "waits",
     "withdraw",
 ]
 
@@ -119,6 +120,11 @@ def passes_as_array(kind: A) -> A:
 def engine_of(grid: Grid) -> str:
     """Return the engine of the clients behind a grid: `inprocess`, `ray` or `superlink`."""
     return ENGINES.get(type(grid).__name__, "superlink")
+
+
+def waits(grid: Grid) -> bool:
+    """Return whether a grid's pull itself waits for a reply, so that the caller need not pause."""
+    return bool(getattr(grid, "waits", False))
 
 
 def withdraw(grid: Grid, message_ids: Iterable[str]) -> bool:

@@ -33,7 +33,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, cores: int = 4, free: float = 1e
 # ------------------------------------------------------------------------------------- auto
 def test_a_long_run_is_worth_ray_and_a_short_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
-    monkeypatch.setattr(engine, "_first_step", lambda bench: (1e6, 0.5))
+    monkeypatch.setattr(Workbench, "first_step", (1e6, 0.5))
     # Four clients a round, two steps and a batch of the probe each: 6 s of work a round.
     assert choose_engine(configured(TINY, "federation.rounds=2"), "auto")[0] == "inprocess"
     chosen, why = choose_engine(configured(TINY, "federation.rounds=10"), "auto")
@@ -48,14 +48,14 @@ def test_room_for_one_client_is_no_case_for_ray(
     cores: int, free: float, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, cores=cores, free=free)
-    monkeypatch.setattr(engine, "_first_step", lambda bench: (1e9, 100.0))
+    monkeypatch.setattr(Workbench, "first_step", (1e9, 100.0))
     chosen, why = choose_engine(configured(TINY, setting), "auto")
     assert (chosen, why) == ("inprocess", "there is room for one client at a time")
 
 
-def test_the_first_step_is_measured_on_the_first_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_step_is_measured_on_the_first_client() -> None:
     bench = workbench(configured(TINY).to_flat())
-    needed, seconds = engine._first_step(bench)
+    needed, seconds = bench.first_step
     assert needed == bench.memory_needed(0) > 0
     assert 0 < seconds < 60
 
@@ -73,9 +73,7 @@ def test_without_ray_clients_work_in_this_process(monkeypatch: pytest.MonkeyPatc
 def on_cards(monkeypatch: pytest.MonkeyPatch, cards: int, free: float) -> Workbench:
     machine(monkeypatch, cores=64, free=free)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
-    return cast(
-        Workbench, SimpleNamespace(device=torch.device("cuda", 0), memory_needed=lambda p: 27e9)
-    )
+    return cast(Workbench, SimpleNamespace(device=torch.device("cuda", 0), first_step=(27e9, 1.0)))
 
 
 def config_of(*settings: str) -> RunConfig:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import cast
 
 import numpy as np
@@ -84,6 +85,17 @@ class Workbench:
                 precision=self.config.train.precision,
             )
         return self._costs[key]
+
+    @cached_property
+    def first_step(self) -> tuple[float, float]:
+        """Bytes that the first client needs, and seconds of its step on all blocks; measured once."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            self.memory_needed(0)  # the first steps on a GPU load its libraries
+        began = time.perf_counter()
+        needed = self.memory_needed(0)
+        # On a GPU the measurement makes two steps.
+        return needed, (time.perf_counter() - began) / (2 if on_gpu else 1)
 
     def head_memory(self, partition: int) -> float:
         """Return the bytes of a training step on the head alone, on this device."""

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,6 +168,8 @@ class RayGrid(InProcessGrid):
         As for `InProcessGrid`.
     """
 
+    waits = True
+
     def __init__(
         self,
         actors: Actors,
@@ -292,11 +295,24 @@ class RayGrid(InProcessGrid):
         if not self.parallel:
             return super().pull_messages(wanted)
         self._dispatch()
-        found = [i for i in wanted if i in self._replies]
-        if not found:
+        if not self._replies:
             self._collect()
-            found = [i for i in wanted if i in self._replies]
-        return [self._replies.pop(identity) for identity in found]
+        return [self._replies.pop(identity) for identity in wanted if identity in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Let all asked clients work, and return the replies that come in time."""
+        missing = set(self.push_messages(messages))
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        found: list[Message] = []
+        while missing and time.monotonic() < deadline:
+            for identity in list(missing):
+                if replies := list(self.pull_messages([identity])):
+                    missing.remove(identity)
+                    found += replies
+        self.withdraw(missing)
+        return found
 
     def withdraw(self, message_ids: Iterable[str]) -> None:
         """Withdraw messages; a client that works on one already goes on, and its reply is dropped."""

@@ -10,7 +10,7 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from layerfed.exchange.arrays import printable
-from layerfed.flower_compat import ErrorCode, withdraw
+from layerfed.flower_compat import ErrorCode, waits, withdraw
 
 __all__ = ["exchange"]
 
@@ -80,7 +80,7 @@ def exchange(
             if time.monotonic() > deadline:
                 break
             wait = FIRST_WAIT if found else min(wait * 1.5, LONGEST_WAIT)
-            if waiting and not found:
+            if waiting and not found and not waits(grid):
                 # Polling itself takes time if the SuperLink is another process.
                 time.sleep(max(wait, time.monotonic() - began))
         for asked in [*waiting.values(), *unsent]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from layerfed.config import ConfigError, RunConfig
 from layerfed.grids.inprocess import InProcessGrid
@@ -18,6 +19,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROUNDS = 3
 # Seconds for a round: a new actor imports torch, perhaps on a busy machine.
 PATIENCE = 300
+
+
+def describe(node: int) -> Message:
+    content = RecordDict({"config": ConfigRecord({"round": 0})})
+    return Message(content, node, "query.describe")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,7 @@ def test_masks_and_weights_are_those_of_one_process(config: RunConfig, grid: Ray
         np.testing.assert_allclose(found.after[name], value, rtol=0, atol=1e-6, err_msg=name)
         moved = max(moved, float(np.abs(value - expected.before[name]).max()))
     assert moved > 1e-3
+    assert len(list(grid.send_and_receive([describe(n) for n in (2, 3, 4)], timeout=PATIENCE))) == 3
     # Layers were read from Ray's object store, in the versions of the last round.
     assert grid._layers
 

@@ -71,3 +71,24 @@ def test_what_a_reply_says_it_answers_is_not_believed() -> None:
 
     found = [r.metadata.src_node_id for r in exchange(Forging({}), questions(), 5)]
     assert found == [5, 6, 7]
+
+
+def test_a_grid_whose_pull_waits_is_asked_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Builds):
+        waits = True
+        pulls = 0
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            self.pulls += 1
+            return super().pull_messages(message_ids) if self.pulls > 5 else []
+
+    def paused(seconds: float) -> None:
+        raise AssertionError(f"paused for {seconds} s")
+
+    monkeypatch.setattr("layerfed.server.transport.time.sleep", paused)
+    found = exchange(Slow({}), questions(), 5)
+    assert sorted(reply.metadata.src_node_id for reply in found) == [5, 6, 7]
+    with pytest.raises(AssertionError, match="paused"):
+        grid = Slow({})
+        grid.waits = False
+        list(exchange(grid, questions(), 5))
