@@ -30,6 +30,7 @@ from scene import FAULTY, NODES, Scene, changed_app, verdict
 
 from layerfed.config import Scalar
 from layerfed.deploy.federation import RunStatus
+from layerfed.deploy.processes import commands
 from layerfed.deploy.rehearsal import on_loopback
 from layerfed.runs import read_lines
 from layerfed.runs.signals import clean_up_on_sigterm
@@ -77,6 +78,17 @@ def out_of_memory(scene: Scene) -> RunStatus:
     """Kill the node's ClientApp process in the first round's training, but not its SuperNode."""
     scene.app = changed_app(scene, KILLED)
     return scene.finish(scene.start())
+
+
+def process_killed(scene: Scene) -> RunStatus:
+    """Kill the node's own process in the first round's training; the next round has another one."""
+    run = scene.start()
+    scene.wait_for_message("train")
+    family = commands(scene.nodes[FAULTY].pid)
+    # The keeper has started it, so that its id is the later one.
+    process = max(pid for pid, line in family.items() if "layerfed.deploy.node_process" in line)
+    os.kill(process, signal.SIGKILL)
+    return scene.finish(run)
 
 
 def layer_without_nodes(scene: Scene) -> RunStatus:
@@ -215,6 +227,7 @@ FAULTS: dict[str, Callable[[Scene], RunStatus]] = {
     "killed-in-training": killed_in_training,
     "killed-between-rounds": killed_between_rounds,
     "out-of-memory": out_of_memory,
+    "process-killed": process_killed,
     "layer-without-nodes": layer_without_nodes,
     "empty-cache": empty_cache,
     "joins-late": joins_late,

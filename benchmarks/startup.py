@@ -2,9 +2,10 @@
 
     python benchmarks/startup.py --json startup.json
 
-Each stage runs in processes of its own: torch alone; Flower's ClientApp with torch, which is the least
-that any app takes; the import of this app; and the import with the first message of each kind, on
-digits. The first process of a machine fills caches; it runs before and does not count.
+Each stage runs in processes of its own: what Flower's process imports for any app, without torch; this
+with the app that passes messages to a node's process; torch alone; Flower's ClientApp with torch, which
+is the least that any app with torch takes; the import of this app; and the import with the first message
+of each kind, on digits. The first process of a machine fills caches; it runs before and does not count.
 """
 
 from __future__ import annotations
@@ -17,12 +18,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-STAGES = ("torch", "stock Flower app", "import", "describe", "probe", "train")
+STAGES = (
+    "flwr-clientapp",
+    "node app",
+    "torch",
+    "stock Flower app",
+    "import",
+    "describe",
+    "probe",
+    "train",
+)
 SETTINGS = ["federation.clients=4", "federation.clients-per-round=4", "run.device=cpu"]
 
 
 def stage(name: str) -> None:
     """Run a ClientApp's process up to some stage."""
+    if name in ("flwr-clientapp", "node app"):
+        import flwr.clientapp
+        import flwr.supernode.cli.flwr_clientapp  # noqa: F401
+
+        if name == "node app":
+            import layerfed.node_app  # noqa: F401
+        return
     import torch
 
     torch.set_num_threads(1)

@@ -196,6 +196,7 @@ def _answer(
     message, context = receive(connection)
     if context.run_id != last:
         forget()
+        log(logging.INFO, "the node's process works for run %d", context.run_id)
     working = threading.Event()
     working.set()
 

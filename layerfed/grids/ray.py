@@ -339,11 +339,13 @@ class RayGrid(InProcessGrid):
 
         node, identity = message.metadata.dst_node_id, message.metadata.message_id
         attempt = self._attempts[identity] = self._attempts.get(identity, 0) + 1
-        digests = read_manifest(message)[0].digests.values() if has_manifest(message) else ()
-        held = {name for name in digests if self._store.has(name)}
-        self._layers = {
-            name: self._layers.get(name) or ray.put(self._store.get(name)) for name in held
-        }
+        if has_manifest(message):
+            digests = read_manifest(message)[0].digests.values()
+            self._layers = {
+                name: self._layers.get(name) or ray.put(self._store.get(name))
+                for name in digests
+                if self._store.has(name)
+            }
         answer, own = actor.work.options(num_returns=2).remote(
             message,
             self._contexts[node].state,

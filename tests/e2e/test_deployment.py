@@ -110,6 +110,14 @@ def test_a_run_on_real_machines_is_that_of_the_simulation(deployed: Path, tmp_pa
     assert found.accuracies[0] == found.accuracies[1]
 
 
+def test_each_nodes_process_answers_all_its_messages(loopback: Loopback, deployed: Path) -> None:
+    for number in range(2):
+        said = (loopback.folder / f"logs/node-{number}.log").read_text()
+        assert said.count("the node's process works for run") == 1
+        assert "refuses" not in said
+        assert "is gone" not in said
+
+
 def test_each_node_trains_what_it_affords(deployed: Path) -> None:
     rows = read_lines(deployed / "selection.jsonl")
     assert [row["budgets"] for row in rows] == [[1, 3]] * 2

@@ -88,7 +88,7 @@ def test_a_grid_whose_pull_waits_is_asked_without_a_pause(monkeypatch: pytest.Mo
     monkeypatch.setattr("layerfed.server.transport.time.sleep", paused)
     found = exchange(Slow({}), questions(), 5)
     assert sorted(reply.metadata.src_node_id for reply in found) == [5, 6, 7]
+    grid = Slow({})
+    grid.waits = False
     with pytest.raises(AssertionError, match="paused"):
-        grid = Slow({})
-        grid.waits = False
         list(exchange(grid, questions(), 5))
