@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from layerfed.config import RunConfig, load_config
 from layerfed.config.seeding import Stream, generator
 from layerfed.engine import InProcessGrid
 from layerfed.exchange import record_of
+from layerfed.runs.checkpoint import Checkpoint
 from layerfed.runs.records import Observer, RoundRecord
 from layerfed.server_app import build_strategy
 from layerfed.task.base import Batch, Examples, Task
@@ -92,3 +93,29 @@ def run(
     )
     found.after = strategy.model.tensors
     return found
+
+
+def check_resumed(config: RunConfig) -> None:
+    """A run that is resumed after two of four rounds ends with the same model to the bit."""
+    checkpoints: dict[int, Checkpoint] = {}
+
+    class Kept(Observer):
+        def on_round(self, record: RoundRecord) -> None:
+            taken = strategy.checkpoint()
+            copies = {name: array.copy() for name, array in taken.layers.items()}
+            checkpoints[record.round] = replace(taken, layers=copies, state=dict(taken.state))
+
+    found = []
+    for after in (0, 2):
+        resident = workbench(config.to_flat()).resident
+        strategy = build_strategy(config, resident.layers)
+        strategy.observers = (Kept(),)
+        if after:
+            strategy.resume(checkpoints[after])
+            checkpoints.clear()
+        lr = ConfigRecord({"lr": config.train.lr})
+        base = record_of(resident.base_state())
+        strategy.start(Recorded(config), base, 4, timeout=60, train_config=lr)
+        found.append(strategy.model.tensors)
+    assert list(checkpoints) == [3, 4]
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])

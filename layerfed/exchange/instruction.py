@@ -2,8 +2,8 @@
 
 The server builds it once, and the client parses it once; the due content of the reply follows from it.
 Most clients train one mask and send all of it. A client with a *schedule* trains several masks in turn
-and sends their union. A client with an *upload* rule trains its whole mask, and sends the blocks that
-changed most and the head.
+and sends their union. A client may be told to send only some of its trained blocks: those that the
+server names (*sends*), or those that changed most (*upload*). It sends the head in any case.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Mask", "TrainInstruction", "Upload"]
 Mask = tuple[bool, ...]
 OWN = (
     *("round", "client", "examples", "run", "codec", "lr"),
-    *("mask", "schedule", "schedule-steps", "upload", "upload-norm"),
+    *("mask", "schedule", "schedule-steps", "sends", "upload", "upload-norm"),
 )
 
 
@@ -55,8 +55,10 @@ class TrainInstruction:
     lr : float | None
         η; None if the client has its own.
     codec : {"float32", "float16", "bfloat16", "int8"}
+    sends : Mask | None
+        The trained blocks that the client sends; None sends all, or those that `upload` chooses.
     upload : Upload | None
-        None sends all trained layers.
+        The rule by which the client chooses what it sends.
     config : Mapping[str, Any]
         The other entries of the train config that Flower's `start` got.
     """
@@ -67,6 +69,7 @@ class TrainInstruction:
     run: str = ""
     lr: float | None = None
     codec: str = "float32"
+    sends: Mask | None = None
     upload: Upload | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,10 +79,17 @@ class TrainInstruction:
         Raises
         ------
         ValueError
-            If there is no mask, or masks have different lengths.
+            If there is no mask, masks have different lengths, or blocks are to be sent that are not
+            trained.
         """
         if not self.masks or len({len(mask) for mask in self.masks}) > 1:
             raise ValueError("an instruction needs masks over the same layers")
+        if self.sends is not None:
+            kept = zip(self.sends, self.mask, strict=False)
+            if len(self.sends) != len(self.mask) or any(sent and not on for sent, on in kept):
+                raise ValueError("the server asks for blocks that the client is not to train")
+            if self.upload is not None:
+                raise ValueError("either the server or the client chooses the blocks that are sent")
 
     @property
     def mask(self) -> Mask:
@@ -111,6 +121,8 @@ class TrainInstruction:
         if len(self.masks) > 1:
             entries["schedule"] = [int(on) for mask in self.masks for on in mask]
             entries["schedule-steps"] = self.steps_each
+        if self.sends is not None:
+            entries["sends"] = [int(on) for on in self.sends]
         if self.upload is not None:
             entries |= {"upload": self.upload.count, "upload-norm": self.upload.norm}
         return entries
@@ -168,12 +180,17 @@ class TrainInstruction:
             run=str(entries.get("run", "")),
             lr=lr,
             codec=codec,
+            sends=_bits(entries["sends"], "sends") if "sends" in entries else None,
             upload=upload,
             config={key: value for key, value in entries.items() if key not in OWN},
         )
         if found.mask != mask:
             raise ValueError("the masks of the server's schedule together are not its mask")
         return found
+
+    def asked(self, layers: LayerMap) -> list[str]:
+        """Return the layers that the client may send: those that it trains, or those that are named."""
+        return layers.trained(self.mask if self.sends is None else self.sends)
 
     # -------------------------------------------------------------------------------- on a client
     def schedule(self, steps: int) -> list[tuple[Mask, int]]:
@@ -198,7 +215,7 @@ class TrainInstruction:
         ]
 
     def sent(self, layers: LayerMap, update: Mapping[str, np.ndarray]) -> list[str]:
-        """Return the trained layers that a client sends: all, or those that changed most.
+        """Return the layers that a client sends: those that are asked for, or those that changed most.
 
         Parameters
         ----------
@@ -206,7 +223,7 @@ class TrainInstruction:
         update : Mapping[str, numpy.ndarray]
             Δ_i by tensor.
         """
-        *blocks, head = layers.trained(self.mask)
+        *blocks, head = self.asked(layers)
         if self.upload is None:
             return [*blocks, head]
         scores = {

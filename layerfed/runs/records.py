@@ -30,6 +30,8 @@ class Choice:
         For each client the masks that it trains one after the other, shape (S_i, L), if clients change
         their layers within the round. A client's row of `masks` is their union. Each single mask keeps
         to the budget.
+    sent : numpy.ndarray, optional
+        Booleans: the layers that each client sends, if those are not all that it trains.
     """
 
     masks: np.ndarray
@@ -39,6 +41,12 @@ class Choice:
     gap: float | None = None
     rounding: float = 0.0
     schedules: Sequence[np.ndarray] | None = None
+    sent: np.ndarray | None = None
+
+    @property
+    def sends(self) -> np.ndarray:
+        """The layers that each client may send, shape (n, L)."""
+        return self.masks if self.sent is None else self.sent
 
     def schedule(self, row: int) -> np.ndarray:
         """Return the masks that one client trains one after the other, shape (S_i, L)."""

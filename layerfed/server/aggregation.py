@@ -102,6 +102,10 @@ class Aggregator(ABC):
         """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters, or None if there are no weights."""
 
     @abstractmethod
+    def update(self, layer: str) -> dict[str, np.ndarray]:
+        """Return a layer's update by tensor, in float64."""
+
+    @abstractmethod
     def pop(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's update by tensor, in float64, and forget it."""
 
@@ -148,6 +152,11 @@ class MaskedMean(Aggregator):
         """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters."""
         square = sum(float(np.vdot(change, change)) for change in self.changes(layer))
         return square / self.weights[layer] ** 2
+
+    def update(self, layer: str) -> dict[str, np.ndarray]:
+        """Return a copy of a layer's mean update by tensor."""
+        total = self.weights[layer]
+        return {name: self._sums[name] / total for name in self._layers[layer].tensors}
 
     def pop(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's mean update by tensor, Σ_i w_{i,l} Δ_{i,l} in float64, and forget its sum."""
@@ -210,10 +219,13 @@ class TrimmedMean(Aggregator):
         """Return None, since elements of one layer come from different clients."""
         return
 
+    def update(self, layer: str) -> dict[str, np.ndarray]:
+        """Return a layer's update by tensor, without a copy."""
+        return {name: self._result(name) for name in self._layers[layer].tensors}
+
     def pop(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's update by tensor, in float64, and forget it."""
-        for name in self._layers[layer].tensors:
-            self._result(name)
+        self.update(layer)
         return {name: self._results.pop(name) for name in self._layers[layer].tensors}
 
 

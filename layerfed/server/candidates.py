@@ -139,6 +139,8 @@ def check_choice(name: str, choice: Choice, candidates: Candidates, *, bounded: 
         )
     if choice.schedules is not None:
         _check_schedules(name, choice)
+    if choice.sends.shape != shape or (choice.sends & ~masks).any():
+        raise ConfigError(f"strategy '{name}' has clients send layers that they do not train")
     if not bounded:
         return
     schedules = [choice.schedule(row) for row in range(len(masks))]

@@ -29,6 +29,8 @@ class Memory:
         self._profiles: dict[str, dict[int, np.ndarray]] = {}
         self._mean_profile: dict[str, np.ndarray] = {}
         self._scale: dict[str, float] = {}
+        self.kept: dict[str, np.ndarray] = {}
+        """What the strategy itself keeps, by name."""
 
     def learn(self, candidates: Candidates, choice: Choice) -> None:
         """Remember a selection; its masks replace those of the previous one."""
@@ -110,6 +112,7 @@ class Memory:
     def state(self) -> dict[str, np.ndarray]:
         """Return the whole memory as arrays, by name."""
         found = {f"masks/{client}": masks for client, masks in self._masks.items()}
+        found |= {f"kept/{name}": array for name, array in self.kept.items()}
         for name, known in self._profiles.items():
             found |= {f"profile/{name}/{client}": row for client, row in known.items()}
             found[f"mean/{name}"] = self._mean_profile[name]
@@ -124,6 +127,8 @@ class Memory:
                 self._masks[int(rest[0])] = value
             elif kind == "profile":
                 self._profiles.setdefault(rest[0], {})[int(rest[1])] = value
+            elif kind == "kept":
+                self.kept["/".join(rest)] = value
             elif kind == "mean":
                 self._mean_profile[rest[0]] = value
             else:

@@ -237,8 +237,7 @@ class Round:
             arrays = answer.content.array_records.get("arrays", ArrayRecord()).values()
             record.ledger[partition].went_up(carried_bytes(arrays), moved=moved_bytes(arrays))
             own = self._instructions[partition]
-            names = self.model.layers.trained(own.mask)
-            asked = {name: self.model.layer(name) for name in names}
+            asked = {name: self.model.layer(name) for name in own.asked(self.model.layers)}
             stated = self.examples.get(partition, 2**62)
             codec = own.codec_for(self.model.layers)
             arrival = Arrival(partition, answer, own, asked, stated, codec)

@@ -186,7 +186,7 @@ def _refuse_different_masks(record: RoundRecord) -> None:
     if selection is None:
         raise RoundFailed(f"round {record.round}: no layers are selected")
     groups: dict[tuple[str, ...], list[int]] = {}
-    for client, mask in zip(selection.clients, selection.choice.masks, strict=True):
+    for client, mask in zip(selection.clients, selection.choice.sends, strict=True):
         names = [name for name, on in zip(selection.layers, mask, strict=True) if on]
         groups.setdefault(tuple(names), []).append(client)
     if len(groups) > 1:

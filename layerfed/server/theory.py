@@ -144,6 +144,8 @@ class UpdateSpread:
         term = 0.0
         for layer, mean_norm_sq in mean_norms_sq.items():
             there = [client for client in clients if layer in self._norms[client]]
+            if not there:
+                continue  # no client sent it: an earlier update was used again
             examples = np.array([self._examples[client] for client in there], dtype=np.float64)
             weights = examples / examples.sum()
             norms = [self._norms[client][layer] for client in there]

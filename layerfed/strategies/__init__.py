@@ -22,6 +22,8 @@ from layerfed.strategies.base import Masks, RoundSettings, SelectiveStrategy
 from layerfed.strategies.both import Both
 from layerfed.strategies.bottom import Bottom
 from layerfed.strategies.cyclic import Cyclic
+from layerfed.strategies.fedbcgd import FedBCGD
+from layerfed.strategies.fedluar import FedLUAR
 from layerfed.strategies.fedtlu import FedTLU
 from layerfed.strategies.full import Full
 from layerfed.strategies.head import Head
@@ -39,6 +41,8 @@ __all__ = [
     "Both",
     "Bottom",
     "Cyclic",
+    "FedBCGD",
+    "FedLUAR",
     "FedTLU",
     "Full",
     "Head",
@@ -56,7 +60,10 @@ __all__ = [
 
 STRATEGIES: dict[str, type[SelectiveStrategy]] = {
     strategy.name: strategy
-    for strategy in (ILP, Full, Head, Top, Bottom, Both, Random, Cyclic, SNR, RGN, FedTLU)
+    for strategy in (
+        *(ILP, Full, Head, Top, Bottom, Both, Random, Cyclic, SNR, RGN),
+        *(FedTLU, FedLUAR, FedBCGD),
+    )
 }
 
 

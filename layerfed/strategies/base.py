@@ -371,7 +371,7 @@ class SelectiveStrategy(Strategy):
         lr, rest = train_config(config)
         if lr is not None:
             record.lr = lr * settings.lr_factor(server_round)
-        instructions = {}
+        instructions, sent = {}, selection.choice.sent
         for row, client in enumerate(clients):
             record.ledger[client].full_down = self.model.bytes(self.layers.names)
             instructions[client] = self.instruct(
@@ -381,6 +381,7 @@ class SelectiveStrategy(Strategy):
                     run=self.run_token,
                     lr=record.lr,
                     codec=settings.codec,
+                    sends=None if sent is None else as_masks(sent[row : row + 1])[0],
                     config=rest,
                 )
             )
@@ -505,6 +506,11 @@ class SelectiveStrategy(Strategy):
         return choice
 
     # ------------------------------------------------------------- the model, clients and resuming
+    @property
+    def kept(self) -> dict[str, np.ndarray]:
+        """Arrays that the strategy keeps from round to round; they are part of every checkpoint."""
+        return self._memory.kept
+
     @property
     def model(self) -> GlobalModel:
         """The global model.

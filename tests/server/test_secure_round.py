@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.common.serde import context_from_proto, context_to_proto
 from flwr.proto.message_pb2 import Context as ProtoContext
@@ -16,15 +15,12 @@ from flwr.proto.message_pb2 import Context as ProtoContext
 from layerfed.client.workbench import workbench
 from layerfed.client_app import build_client_app, client_app
 from layerfed.config import RunConfig, Scalar
-from layerfed.exchange import encode, record_of
-from layerfed.runs.checkpoint import Checkpoint
-from layerfed.runs.records import Observer, RoundFailed, RoundRecord
+from layerfed.exchange import encode
+from layerfed.runs.records import RoundFailed
 from layerfed.secure import client as secure_client
 from layerfed.secure.messages import PADDED
-from layerfed.server_app import build_strategy
-from layerfed.strategies import SelectiveStrategy
 from tests.fakes import Recorded
-from tests.tiny_task import Run, configured, run
+from tests.tiny_task import Run, check_resumed, configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
 QUERIES = ("query.keys", "query.shares", "query.unmask")
@@ -83,7 +79,7 @@ def examples(clients: Iterable[int]) -> int:
 
 
 # ------------------------------------------------------------------------------- the same model
-@pytest.mark.parametrize("strategy", ["top", "both", "cyclic", "full", "head", "fedtlu"])
+@pytest.mark.parametrize("strategy", ["top", "both", "cyclic", "full", "head", "fedtlu", "fedluar"])
 def test_the_model_is_that_of_the_plain_run(strategy: str) -> None:
     options = [f"strategy.name={strategy}", "budget.layers=2"]
     grid = Recorded(secure(*options))
@@ -111,33 +107,7 @@ def test_every_optimizer_of_the_server_gets_the_mean() -> None:
 
 def test_a_resumed_run_ends_with_the_same_model_to_the_bit() -> None:
     """Nothing of a secure sum outlives its round, and sums of integers have no order."""
-    config = secure("strategy.name=cyclic")
-
-    class Kept(Observer):
-        def __init__(self, strategy: SelectiveStrategy) -> None:
-            self.strategy, self.checkpoints = strategy, dict[int, Checkpoint]()
-
-        def on_round(self, record: RoundRecord) -> None:
-            taken = self.strategy.checkpoint()
-            copies = {name: array.copy() for name, array in taken.layers.items()}
-            self.checkpoints[record.round] = replace(taken, layers=copies)
-
-    def rounds(checkpoint: Checkpoint | None) -> tuple[dict[str, np.ndarray], Kept]:
-        resident = workbench(config.to_flat()).resident
-        strategy = build_strategy(config, resident.layers)
-        kept = Kept(strategy)
-        strategy.observers = (kept,)
-        if checkpoint is not None:
-            strategy.resume(checkpoint)
-        lr = ConfigRecord({"lr": config.train.lr})
-        base = record_of(resident.base_state())
-        strategy.start(Recorded(config), base, 4, timeout=60, train_config=lr)
-        return strategy.model.tensors, kept
-
-    whole, kept = rounds(None)
-    resumed, again = rounds(kept.checkpoints[2])
-    assert list(again.checkpoints) == [3, 4]
-    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+    check_resumed(secure("strategy.name=cyclic"))
 
 
 # ------------------------------------------------------------------------------ clients that leave

@@ -49,7 +49,7 @@ def test_every_strategy_works_with_every_budget_and_codec(
 
 
 @pytest.mark.parametrize("unit", ["layers", "bytes", "parameters", "flops", "memory"])
-@pytest.mark.parametrize("way", ["full", "head", "fedtlu", "fedtlu, clients"])
+@pytest.mark.parametrize("way", ["full", "head", "fedtlu", "fedtlu, clients", "fedluar", "fedbcgd"])
 def test_what_keeps_to_no_budget_runs_whatever_it_is(way: str, unit: str) -> None:
     """The one that a comparison leaves in place may be out of any range."""
     for amount in (0, 1e-6, 1e12):

@@ -213,6 +213,7 @@ def test_each_strategy_takes_its_own_settings_from_the_configuration() -> None:
         "strategy.warmup-rounds": 5,
         "strategy.side": "client",
         "strategy.fraction": 0.25,
+        "strategy.recycled": 0.75,
         "strategy.norm": "l1",
     }
     known = {f"strategy.{field.replace('_', '-')}" for field in StrategyConfig.model_fields}

@@ -1,0 +1,56 @@
+"""A block for each client, such that the cohort covers all blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from layerfed.config.seeding import Stream, generator
+from layerfed.runs.records import Choice
+from layerfed.server.candidates import Candidates
+from layerfed.strategies.base import SelectiveStrategy
+from layerfed.strategies.ranking import affordable
+
+
+class FedBCGD(SelectiveStrategy):
+    """Every client trains all layers, and sends the block that it is given, and the head.
+
+    FedBCGD (Liu et al., ACM MM 2024, arXiv 2603.05116) cuts the model into N blocks and one that all
+    clients share, here the head. Block b moves by the mean update of its clients K_b:
+
+        θ_b ← θ_b + Σ_{i∈K_b} w_i Δ_{i,b},   θ_shared ← θ_shared + Σ_i w_i Δ_{i,shared}
+
+    Clients train the whole network all the same, since blocks that are frozen in turn drift apart. So
+    the uplink shrinks to 1/N, and compute does not. The authors' code draws an order of the blocks in
+    each round and gives them out in turn; so does this, and a cohort smaller than L continues the order
+    in the next round. A client is given a block that its node's own limit lets it train. Momentum on the
+    server, as in FedBCGD+, is `server.optimizer = "momentum"`; its control variates are not here.
+    """
+
+    name = "fedbcgd"
+    within_budget = False
+    masks = "own"
+
+    def selects_in(self, server_round: int) -> bool:
+        """Return True: blocks are given out in each round."""
+        return True
+
+    def select(self, candidates: Candidates) -> Choice:
+        """Give each client the next block of the order that it trains."""
+        choice = affordable(candidates)
+        clients, layers = choice.masks.shape
+        first = (candidates.round - 1) * clients
+        cycles = range(first // layers, (first + clients) // layers + 2)
+        order = [
+            int(block)
+            for cycle in cycles
+            for block in generator(candidates.seed, Stream.MASK, cycle).permutation(layers)
+        ][first % layers :]
+        sent = np.zeros_like(choice.masks)
+        for row, mask in enumerate(choice.masks):
+            if (
+                place := next((i for i, block in enumerate(order) if mask[block]), None)
+            ) is not None:
+                sent[row, order.pop(place)] = True
+        return replace(choice, sent=sent)
