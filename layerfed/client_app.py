@@ -122,6 +122,7 @@ def probe(message: Message, context: Context) -> Message:
         bench.loss(node.partition),
         asked["statistics"],
         precision=settings.precision,
+        lr=settings.lr,
     )
     if node.protection is not None:
         public = [name for name in statistics if load_statistic(name).public]

@@ -64,10 +64,8 @@ def build_strategy(
         refuse_buffers(layers)
     section, server = config.strategy, config.server
     strategy, options = options_of(config)
-    for name in strategy.statistics:
-        load_statistic(name)
     costs = layer_costs(layers, config.budget.unit)
-    return strategy(
+    built = strategy(
         layers,
         budget=Budgets(config.budget, costs, config.run.seed, kept=strategy.within_budget),
         settings=RoundSettings(
@@ -93,6 +91,9 @@ def build_strategy(
         store=store,
         **options.model_dump(),
     )
+    for name in built.statistics:
+        load_statistic(name)
+    return built
 
 
 def _steps(config: RunConfig) -> tuple[ServerStep, ...]:

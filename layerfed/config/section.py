@@ -53,7 +53,7 @@ def _run_name(value: Any) -> Any:
 
 
 def _plug_in(value: Any) -> Any:
-    if not isinstance(value, str) or not re.fullmatch(r"\w+|\w+(\.\w+)*:\w+", value):
+    if not isinstance(value, str) or not re.fullmatch(r"[\w-]+|\w+(\.\w+)*:\w+", value):
         raise PydanticCustomError("name", "a name, or one of your own as module:Class")
     return value
 

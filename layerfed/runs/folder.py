@@ -417,6 +417,8 @@ def _selection_line(round_record: RoundRecord, record: SelectionRecord) -> dict[
         line["depth_costs"] = _short(record.depth_costs)
     if choice.schedules is not None:
         line["schedules"] = [masks.astype(int).tolist() for masks in choice.schedules]
+    if choice.consistency is not None:
+        line["consistency"] = choice.consistency
     if choice.sent is not None:
         line["sent"] = choice.sent.astype(int).tolist()
     if record.held:

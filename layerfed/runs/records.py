@@ -32,6 +32,8 @@ class Choice:
         to the budget.
     sent : numpy.ndarray, optional
         Booleans: the layers that each client sends, if those are not all that it trains.
+    consistency : float, optional
+        The relative λ that the strategy found, if it was not given.
     """
 
     masks: np.ndarray
@@ -42,6 +44,7 @@ class Choice:
     rounding: float = 0.0
     schedules: Sequence[np.ndarray] | None = None
     sent: np.ndarray | None = None
+    consistency: float | None = None
 
     @property
     def sends(self) -> np.ndarray:

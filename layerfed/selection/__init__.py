@@ -10,7 +10,14 @@ from typing import Literal, get_args
 from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.lagrangian import solve_lagrangian
 from layerfed.selection.milp import solve_milp
-from layerfed.selection.preparing import limit_weights, round_costs, scale_consistency
+from layerfed.selection.preparing import (
+    charge_switching,
+    forgive_richer,
+    limit_weights,
+    mean_gain,
+    round_costs,
+    scale_consistency,
+)
 from layerfed.selection.problem import (
     PROVEN,
     Selection,
@@ -25,7 +32,10 @@ __all__ = [
     "SelectionError",
     "SelectionProblem",
     "Solver",
+    "charge_switching",
+    "forgive_richer",
     "limit_weights",
+    "mean_gain",
     "round_costs",
     "scale_consistency",
     "solve",

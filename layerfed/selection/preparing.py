@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from layerfed.selection.knapsack import ENUMERATION_LAYERS, MOST_CELLS, ClientOracle, Grid
-from layerfed.selection.problem import FloatArray, SelectionProblem
+from layerfed.selection.problem import BUDGET_TOLERANCE, FloatArray, SelectionProblem
 
 #: For the scale, a client's mean gain counts as at most this multiple of the median client's.
 MOST_FOR_SCALE = 3.0
@@ -61,11 +61,79 @@ def scale_consistency(
     )
     if not np.isfinite(relative):
         raise ValueError(f"the relative consistency is {relative}; expected a finite number")
+    return relative * mean_gain(problem) / max(problem.clients, 1)
+
+
+def mean_gain(problem: SelectionProblem) -> float:
+    """Return the mean gain over all picks that the clients make on their own (`scale_consistency`)."""
     gains, picks = _own_gains(problem)
     if not picks.any():
         return 0.0
     counted = np.minimum(gains, MOST_FOR_SCALE * _median(gains[picks > 0]))
-    return float(relative * np.average(counted, weights=picks) / problem.clients)
+    return float(np.average(counted, weights=picks))
+
+
+def forgive_richer(problem: SelectionProblem) -> SelectionProblem:
+    r"""Charge a client for disagreeing within what it can afford, and not for having more.
+
+    Of a pair of clients with different budgets, each layer costs 2 λ that only the poorer one has, and
+    nothing that only the richer one has. The cost of a pair is thus zero if the poorer one's layers are
+    among the richer one's. Pairs with equal budgets are charged as in (P1). In formulas, with
+    :math:`b_i` the clients richer than i less those poorer,
+
+    .. math:: 2 (m_i - m_j)_+ = |m_i - m_j| + m_i - m_j
+        \quad\Rightarrow\quad
+        \lambda \sum_{i<j} \ldots = \lambda \sum_{i<j} \lVert m_i - m_j \rVert_1
+        + \lambda \sum_{i,l} b_i m_{il}
+
+    so that the result is (P1) with other gains. A client's wealth is its budget relative to the cost of
+    all its layers, which compares devices whose costs are measured.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+        With λ set.
+
+    Returns
+    -------
+    SelectionProblem
+        The problem with the penalty in its gains. A large λ is lowered to one that already rules out
+        every avoidable disagreement.
+    """
+    total = problem.cost_matrix.sum(axis=1) + problem.depth_matrix.max(axis=1, initial=0.0)
+    wealth = problem.budgets / np.where(total > 0, total, 1.0)
+    richer = wealth[None, :] > wealth[:, None] * (1.0 + BUDGET_TOLERANCE)
+    balance = richer.sum(axis=1) - richer.sum(axis=0)
+    lam = min(problem.consistency, float(np.abs(problem.values).sum()) + 1e-300)
+    return replace(problem, consistency=lam, values=problem.values - lam * balance[:, None])
+
+
+def charge_switching(
+    problem: SelectionProblem, last: FloatArray, cost: float
+) -> tuple[SelectionProblem, float]:
+    r"""Charge each client for the layers in which its mask differs from the last selection.
+
+    .. math:: c \sum_{i,l} |m_{il} - p_{il}| = c \sum_{i,l} p_{il} + c \sum_{i,l} (1 - 2 p_{il}) m_{il}
+
+    for masks of 0 and 1, so that the result is (P1) with other gains.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+    last : array of shape (n, L)
+        p: 1 for a layer of the client's last selection; for a client without one, the share of the last
+        cohort that had the layer.
+    cost : float
+        c, in the unit of the gains.
+
+    Returns
+    -------
+    problem : SelectionProblem
+    constant : float
+        What the charge adds whatever is selected.
+    """
+    values = problem.values - cost * (1.0 - 2.0 * last)
+    return replace(problem, values=values), cost * float(last.sum())
 
 
 def limit_weights(problem: SelectionProblem) -> tuple[SelectionProblem, FloatArray]:

@@ -45,6 +45,9 @@ class Candidates:
         By row: the masks that a client keeps from the last selection, shape (S, L), one after the other.
         S is 1 unless the client changes its layers within a round. `select` may read them; its result
         for those rows is not used.
+    last : numpy.ndarray | None
+        The layers of each client's last selection, shape (n, L), as numbers from 0 to 1. A client that
+        took no part in it has the mean of those that did. None in the first selection, and between two.
     """
 
     round: int
@@ -57,6 +60,7 @@ class Candidates:
     examples: np.ndarray = field(default_factory=lambda: np.ones(1))
     limits: np.ndarray = field(default_factory=lambda: np.full(1, np.inf))
     held: Mapping[int, np.ndarray] = field(default_factory=dict)
+    last: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Expand costs, examples and limits to one entry for each client."""

@@ -45,6 +45,17 @@ class Memory:
             self._mean_profile[name] = profiles.sum(axis=0) / max(int(some.sum()), 1)
             self._scale[name] = float(np.median(totals[some])) if some.any() else 0.0
 
+    def last(self, clients: Sequence[int]) -> np.ndarray | None:
+        """Return the layers of clients' last selection, shape (n, L); None before the first.
+
+        A client that has none gets the share of the remembered clients that have each layer.
+        """
+        if not self._masks:
+            return None
+        known = {client: masks.any(axis=0) for client, masks in self._masks.items()}
+        shares = np.mean(list(known.values()), axis=0)
+        return np.array([known.get(client, shares) for client in clients], dtype=np.float64)
+
     def estimate(self, clients: Sequence[int]) -> dict[str, np.ndarray]:
         """Estimate clients' present statistics without a probe: {statistic: (n, L)}.
 

@@ -105,6 +105,8 @@ class Round:
         self._refused = refused
         self._mean = aggregation.begin(model.layers)
         self._spread = UpdateSpread()
+        self.disagreement: float | None = None
+        """The disagreement of this round's updates (`UpdateSpread`); None if it is unknown."""
         self._instructions: dict[int, TrainInstruction] = {}
         self._asked: dict[int, Message] = {}
         self._resent: set[tuple[int, str]] = set()
@@ -341,6 +343,9 @@ class Round:
         """Estimate E1 and E2 from this round's statistics and updates, given the layers that move."""
         record, blocks = self.record, self.model.layers.blocks
         record.update_norm = self._spread.median_norm()
+        norms_sq = {layer: self._mean.norm_sq(layer) for layer in names}
+        known = {layer: norm for layer, norm in norms_sq.items() if norm is not None}
+        self.disagreement = self._spread.disagreement(known)
         selection = record.selection
         if selection is not None and "grad_norm_sq" in selection.statistics:
             record.e1 = importance_term(
@@ -348,14 +353,11 @@ class Round:
                 np.array([self.weight(self.examples.get(c, 1)) for c in selection.clients]),
                 np.array([block.name in names for block in blocks]),
             )
-        if record.lr:
-            there = [block.name for block in blocks if block.name in names]
-            norms_sq = {layer: self._mean.norm_sq(layer) for layer in there}
-            known = {layer: norm for layer, norm in norms_sq.items() if norm is not None}
-            if len(known) == len(there):
-                everyone = sum(self.weight(self.examples.get(c, 1)) for c in self.nodes)
-                record.e2 = self._spread.heterogeneity_term(known, record.lr, everyone)
-                record.e2_masks = self._spread.heterogeneity_term(known, record.lr)
+        if record.lr and len(known) == len(names):
+            there = {block.name: known[block.name] for block in blocks if block.name in known}
+            everyone = sum(self.weight(self.examples.get(c, 1)) for c in self.nodes)
+            record.e2 = self._spread.heterogeneity_term(there, record.lr, everyone)
+            record.e2_masks = self._spread.heterogeneity_term(there, record.lr)
 
     def complete(self) -> RoundRecord:
         """Return the record, with the entries that steps add to it."""

@@ -20,10 +20,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-__all__ = ["UpdateSpread", "importance_term", "mask_divergence"]
+__all__ = ["UpdateSpread", "importance_term", "mask_divergence", "predicted_floor"]
 
 
 def importance_term(grad_norm_sq: np.ndarray, examples: np.ndarray, moved: np.ndarray) -> float:
@@ -49,7 +50,7 @@ def importance_term(grad_norm_sq: np.ndarray, examples: np.ndarray, moved: np.nd
     return float((shares @ grad_norm_sq)[~moved].sum())
 
 
-def mask_divergence(trained: float, total: float) -> float:
+def mask_divergence(trained: Any, total: float) -> Any:
     """Return χ_l of a layer: 1/p − 1, with p the share of the data whose clients train it.
 
     Parameters
@@ -63,6 +64,33 @@ def mask_divergence(trained: float, total: float) -> float:
     is p (1/p − 1)² + (1 − p) = 1/p − 1. It is 0 if every client trains the layer.
     """
     return total / trained - 1.0
+
+
+def predicted_floor(
+    grad_norm_sq: np.ndarray, examples: np.ndarray, masks: np.ndarray, disagreement: float
+) -> float:
+    """Predict E1 + E2 of masks before training, with E2's part that masks cause.
+
+    E1 is that of `importance_term`. For E2, χ_l follows from the masks, with α_i among these clients,
+    and κ_l² is the share `disagreement` of Σ_i α_i ‖g_{i,l}‖², which is its upper bound.
+
+    Parameters
+    ----------
+    grad_norm_sq : numpy.ndarray
+        ‖g_{i,l}‖² at θ^t, shape (n, L).
+    examples : numpy.ndarray
+        d_i, shape (n,).
+    masks : numpy.ndarray
+        Booleans, shape (n, L).
+    disagreement : float
+        In [0, 1]; see `UpdateSpread.disagreement`.
+    """
+    shares = examples / examples.sum()
+    trained, norms = shares @ masks, shares @ grad_norm_sq
+    moved = np.asarray(masks.any(axis=0))
+    chi = mask_divergence(trained[moved], 1.0)
+    spread = float((chi * norms[moved]).sum())
+    return importance_term(grad_norm_sq, examples, moved) + disagreement * spread
 
 
 class UpdateSpread:
@@ -117,6 +145,28 @@ class UpdateSpread:
         """Return the median over clients of ‖Δ_i‖ over all trained layers, or None if unknown."""
         norms = [math.sqrt(sum(own.values())) for own in self._norms.values() if own]
         return statistics.median(norms) if norms else None
+
+    def disagreement(self, mean_norms_sq: Mapping[str, float]) -> float | None:
+        """Return the share of clients' squared updates that their mean loses, in [0, 1].
+
+        It is Σ_l (Σ_i w_{i,l} ‖Δ_{i,l}‖² − ‖Σ_i w_{i,l} Δ_{i,l}‖²) / Σ_l Σ_i w_{i,l} ‖Δ_{i,l}‖² over the
+        layers that several clients sent, among them the head. 0 means equal updates; noise of
+        minibatches counts as disagreement. None if no layer has several updates.
+
+        Parameters
+        ----------
+        mean_norms_sq : Mapping[str, float]
+            ‖Σ_i w_{i,l} Δ_{i,l}‖² of each layer.
+        """
+        single, together = 0.0, 0.0
+        for layer, mean_norm_sq in mean_norms_sq.items():
+            there = [client for client, norms in sorted(self._norms.items()) if layer in norms]
+            if len(there) > 1:
+                weights = np.array([self._examples[client] for client in there], dtype=np.float64)
+                norms = [self._norms[client][layer] for client in there]
+                single += float(weights @ norms / weights.sum())
+                together += mean_norm_sq
+        return min(max(1.0 - together / single, 0.0), 1.0) if single > 0 else None
 
     def heterogeneity_term(
         self, mean_norms_sq: Mapping[str, float], lr: float, total: float | None = None

@@ -22,6 +22,8 @@ from layerfed.strategies.base import Masks, RoundSettings, SelectiveStrategy
 from layerfed.strategies.both import Both
 from layerfed.strategies.bottom import Bottom
 from layerfed.strategies.cyclic import Cyclic
+from layerfed.strategies.f3ocus import F3OCUS
+from layerfed.strategies.fed_hello import FedHeLLo
 from layerfed.strategies.fedbcgd import FedBCGD
 from layerfed.strategies.fedluar import FedLUAR
 from layerfed.strategies.fedtlu import FedTLU
@@ -34,6 +36,7 @@ from layerfed.strategies.snr import SNR
 from layerfed.strategies.top import Top
 
 __all__ = [
+    "F3OCUS",
     "ILP",
     "RGN",
     "SNR",
@@ -42,6 +45,7 @@ __all__ = [
     "Bottom",
     "Cyclic",
     "FedBCGD",
+    "FedHeLLo",
     "FedLUAR",
     "FedTLU",
     "Full",
@@ -62,7 +66,7 @@ STRATEGIES: dict[str, type[SelectiveStrategy]] = {
     strategy.name: strategy
     for strategy in (
         *(ILP, Full, Head, Top, Bottom, Both, Random, Cyclic, SNR, RGN),
-        *(FedTLU, FedLUAR, FedBCGD),
+        *(F3OCUS, FedHeLLo, FedTLU, FedLUAR, FedBCGD),
     )
 }
 

@@ -403,6 +403,8 @@ class SelectiveStrategy(Strategy):
             self._publish(
                 self.round.finish(self.settings.min_replies, self.optimizer, self.applied)
             )
+        if (disagreement := self.round.disagreement) is not None:
+            self.kept["disagreement"] = np.asarray(disagreement)
         loss = record.metrics["train_loss"]
         stated = {} if loss is None else {"loss": loss}
         return self.model.record(), MetricRecord({**stated, "replies": record.replies})
@@ -481,6 +483,7 @@ class SelectiveStrategy(Strategy):
         candidates = Candidates.of(server_round, clients, self.budgets, statistics, seed)
         began = time.perf_counter()
         if selected := self.selects_in(server_round):
+            candidates = replace(candidates, last=self._memory.last(candidates.clients))
             choice = self._checked(candidates)
             self._memory.learn(candidates, choice)
         else:

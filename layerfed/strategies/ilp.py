@@ -7,21 +7,49 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
-from layerfed.config import Section
+from layerfed.client.statistics import load_statistic
+from layerfed.config import ConfigError, RunConfig, Section
 from layerfed.runs.records import Choice
 from layerfed.selection import (
     SelectionProblem,
+    Solver,
+    charge_switching,
+    forgive_richer,
     limit_weights,
+    mean_gain,
     round_costs,
-    scale_consistency,
     solve,
 )
 from layerfed.server.candidates import Candidates
+from layerfed.server.theory import predicted_floor
 from layerfed.strategies.base import Masks, SelectiveStrategy
 
 logger = logging.getLogger(__name__)
+
+NORMS = "grad_norm_sq"
+
+
+def _statistic(name: str) -> str:
+    load_statistic(name)
+    return name
+
+
+def _consistency(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "auto" and not number:
+        raise PydanticCustomError("consistency", "a number, or auto")
+    return value
+
+
+Consistency = Annotated[float | Literal["auto"], BeforeValidator(_consistency)]
+Statistic = Annotated[str, BeforeValidator(_statistic)]
+
+
+#: The values of λ, relative, among which "auto" chooses.
+LADDER = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 class ILP(SelectiveStrategy):
@@ -36,17 +64,32 @@ class ILP(SelectiveStrategy):
     scaled down to that, and a warning says so. Otherwise the other clients' gains would be rounding
     errors beside its own (`limit_weights`).
 
+    Three options leave the paper's program. All are further linear terms, so the same solvers prove
+    their optima. `penalty = "affordable"` does not charge a client for having more than a poorer one
+    (`forgive_richer`). `switching` charges for leaving the layers of the last selection
+    (`charge_switching`). `consistency = "auto"` solves (P1) for each λ of a ladder, and takes the masks
+    for which the theory predicts the lowest error floor, E1 + E2, from the norms of this probe and the
+    disagreement of the last round's updates (`predicted_floor`). The terms' constants are not known, so
+    they count alike.
     """
 
     class Options(Section):
         """Settings of the integer program."""
 
-        consistency: float = 0.1
+        consistency: Consistency = 0.1
         """λ. With 0 each client gets its own best layers; larger values make masks more equal, and
-        negative values make them differ."""
+        negative values make them differ. "auto" chooses it in each selection."""
         consistency_scale: Literal["relative", "raw"] = "relative"
         """The unit of λ. `relative`: the mean selected gain of a client, so one value suits all models
         and tasks, and no client's claims decide it. `raw`: squared norms, as in the paper."""
+        statistic: Statistic = "grad_norm_sq"
+        """The gain of a layer on a client: a statistic of the probe. The paper's is the default."""
+        penalty: Literal["paper", "affordable"] = "paper"
+        """The differences between two masks that λ charges: all, or those that the poorer client can
+        avoid."""
+        switching: Annotated[float, Field(ge=0)] = 0.0
+        """The charge for each layer in which a client's mask differs from its last selection: relative
+        to the mean selected gain, or raw."""
         solver: Literal["auto", "lagrangian", "milp"] = "auto"
         """`auto` uses the Lagrangian bound, and the integer program only for a gap that is left."""
         solver_seconds: Annotated[float, Field(gt=0)] = 10.0
@@ -58,57 +101,132 @@ class ILP(SelectiveStrategy):
         costs exact, which is slow from 13 layers on."""
 
     name = "ilp"
-    statistics = ("grad_norm_sq",)
+    statistics: tuple[str, ...] = (NORMS,)
     masks = "shared"
     options: Options
 
     @classmethod
     def masks_with(cls, options: Options) -> Masks:
-        """Return "shared" if λ is above 0, since a large λ makes all masks equal."""
-        return "shared" if options.consistency > 0 else "own"
+        """Return "shared" if λ is above 0, since a large λ makes all masks equal.
+
+        With the penalty on what is affordable, a large λ makes those of equal budgets equal.
+        """
+        if options.consistency == "auto" or options.consistency <= 0:
+            return "own"
+        return "shared" if options.penalty == "paper" else "within-budget"
+
+    @classmethod
+    def refuse(cls, options: Options, config: RunConfig) -> None:
+        """Refuse a ladder in units that no ladder can have."""
+        if options.consistency == "auto" and options.consistency_scale == "raw":
+            raise ConfigError(
+                "strategy.consistency = 'auto' chooses among relative values; set "
+                "strategy.consistency-scale=relative"
+            )
+
+    def check(self) -> None:
+        """Probe the statistic that the options name, and norms if λ is to be found."""
+        wanted = (self.options.statistic, *([NORMS] if self.options.consistency == "auto" else []))
+        self.statistics = tuple(dict.fromkeys(wanted))
 
     def select(self, candidates: Candidates) -> Choice:
-        """Solve (P1) on the squared gradient norms."""
-        values = candidates.statistics["grad_norm_sq"]
-        problem = SelectionProblem(
-            values, candidates.costs, candidates.budgets, 0.0, candidates.depth_costs
-        )
-        problem, rounding = round_costs(problem, self.options.solver_rounding)
-        problem, weights = limit_weights(problem)
-        for client in np.flatnonzero(weights < 1.0):
-            logger.warning(
-                "the client of partition %d claims gains %.1e times the largest that counts; they "
-                "are scaled down",
-                candidates.clients[int(client)],
-                1.0 / weights[client],
-            )
-        problem = replace(problem, consistency=self._raw_consistency(problem))
-        solved = _holding(problem, candidates) if candidates.held else problem
-        found = solve(
-            solved,
-            solver=self.options.solver,
-            time_limit=self.options.solver_seconds,
-            gap=self.options.solver_gap,
-        )
-        # The artificial gains of held masks, which do not count in the objective.
-        promised = float((solved.values - problem.values)[found.masks].sum())
-        objective, bound = found.objective - promised, found.bound - promised
-        return Choice(
-            masks=found.masks,
-            solver=found.solver,
-            objective=objective,
-            bound=bound,
-            gap=problem.relative_gap(objective, bound) if candidates.held else found.gap,
-            rounding=rounding,
-        )
-
-    def _raw_consistency(self, problem: SelectionProblem) -> float:
+        """Solve (P1), or the best of several, on the statistic."""
         options = self.options
-        if options.consistency_scale == "raw":
-            return options.consistency
-        return scale_consistency(
-            problem.values, problem.costs, problem.budgets, options.consistency, problem.depth_costs
+        problem, rounding = prepared(
+            candidates, candidates.statistics[options.statistic], options.solver_rounding
         )
+        if options.consistency != "auto":
+            return self._solved(problem, candidates, options.consistency, rounding)
+        choices = [self._solved(problem, candidates, each, rounding) for each in LADDER]
+        disagreement = float(self.kept.get("disagreement", 1.0))
+        norms = candidates.statistics[NORMS]
+        best = min(
+            zip(LADDER, choices, strict=True),
+            key=lambda pair: predicted_floor(
+                norms, candidates.examples, pair[1].masks, disagreement
+            ),
+        )
+        return replace(best[1], consistency=best[0])
+
+    def _solved(
+        self, problem: SelectionProblem, candidates: Candidates, consistency: float, rounding: float
+    ) -> Choice:
+        options, constant = self.options, 0.0
+        # λ and the switching cost in the unit of gains.
+        own = 1.0 if options.consistency_scale == "raw" else mean_gain(problem)
+        clients = 1 if options.consistency_scale == "raw" else max(problem.clients, 1)
+        problem = replace(problem, consistency=consistency * own / clients)
+        last = candidates.last
+        if options.switching and last is not None:
+            problem, constant = charge_switching(problem, last, options.switching * own)
+        if options.penalty == "affordable":
+            problem = forgive_richer(problem)
+        ladder = len(LADDER) if options.consistency == "auto" else 1
+        limits = (options.solver_seconds / ladder, options.solver_gap)
+        choice = solved(problem, candidates, options.solver, *limits, constant=constant)
+        return replace(choice, rounding=rounding)
+
+
+def prepared(
+    candidates: Candidates, values: np.ndarray, rounding: float = 0.02
+) -> tuple[SelectionProblem, float]:
+    """Return (P1) without a consistency term on these gains, and the share that rounding took.
+
+    Parameters
+    ----------
+    candidates : Candidates
+    values : numpy.ndarray
+        Gains, shape (n, L).
+    rounding : float
+        The largest share of a budget that rounding of measured costs may take.
+    """
+    problem = SelectionProblem(
+        values, candidates.costs, candidates.budgets, 0.0, candidates.depth_costs
+    )
+    problem, taken = round_costs(problem, rounding)
+    problem, weights = limit_weights(problem)
+    for client in np.flatnonzero(weights < 1.0):
+        logger.warning(
+            "the client of partition %d claims gains %.1e times the largest that counts; they "
+            "are scaled down",
+            candidates.clients[int(client)],
+            1.0 / weights[client],
+        )
+    return problem, taken
+
+
+def solved(
+    problem: SelectionProblem,
+    candidates: Candidates,
+    solver: Solver = "auto",
+    seconds: float = 10.0,
+    gap: float = 1e-6,
+    *,
+    constant: float = 0.0,
+) -> Choice:
+    """Solve a problem with the candidates' held masks fixed.
+
+    Parameters
+    ----------
+    problem : SelectionProblem
+    candidates : Candidates
+    solver, seconds, gap
+        As in `layerfed.selection.solve`.
+    constant : float
+        Taken from objective and bound: the part of the objective that no mask changes.
+    """
+    working = _holding(problem, candidates) if candidates.held else problem
+    found = solve(working, solver=solver, time_limit=seconds, gap=gap)
+    # The artificial gains of held masks do not count in the objective.
+    constant += float((working.values - problem.values)[found.masks].sum())
+    objective, bound = found.objective - constant, found.bound - constant
+    return Choice(
+        masks=found.masks,
+        solver=found.solver,
+        objective=objective,
+        bound=bound,
+        gap=problem.relative_gap(objective, bound) if constant else found.gap,
+    )
 
 
 def _holding(problem: SelectionProblem, candidates: Candidates) -> SelectionProblem:

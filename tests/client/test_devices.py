@@ -93,7 +93,7 @@ def test_a_device_without_doubles_computes_in_float32(
     monkeypatch.setattr("layerfed.client.statistics.wide", lambda device: torch.float32)
     found = STATISTICS[name](gradients, gradients)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_local_step_stays_on_the_weights_device() -> None:

@@ -43,6 +43,11 @@ def naive(model: nn.Module, batches: list[Batch]) -> dict[str, np.ndarray]:
     ]
     return {
         "grad_norm_sq": np.mean([[g @ g for g in row] for row in per_batch], axis=0),
+        "grad_mean_sq": np.mean([[np.mean(g**2) for g in row] for row in per_batch], axis=0),
+        "relative_grad_sq": np.mean(
+            [[(g @ g) / (w @ w) for g, w in zip(row, weights, strict=True)] for row in per_batch],
+            axis=0,
+        ),
         "param_norm_sq": np.array([w @ w for w in weights]),
         "snr": np.mean([[abs(g.mean()) / g.var() for g in row] for row in per_batch], axis=0),
         "snr_code": np.mean([released(model, batch) for batch in batches], axis=0),

@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerfed.server.theory import UpdateSpread, importance_term, mask_divergence
+from layerfed.server.theory import (
+    UpdateSpread,
+    importance_term,
+    mask_divergence,
+    predicted_floor,
+)
 
 counts = st.lists(st.integers(1, 500), min_size=1, max_size=8)
 
@@ -109,3 +114,34 @@ def test_rounding_gives_no_negative_term() -> None:
     spread.add(0, 1, {"a": 1.0}, {"a": 1.0})
     spread.add(1, 1, {"a": 1.0}, {})
     assert spread.heterogeneity_term({"a": 1.0 + 1e-12}, 1.0) == 0.0
+
+
+def test_disagreement_is_the_share_of_updates_that_the_mean_loses() -> None:
+    rng = np.random.default_rng(0)
+    updates, examples = rng.standard_normal((3, 5)), np.array([1, 2, 3])
+    mean = examples @ updates / 6
+    spread = UpdateSpread()
+    for client, (update, count) in enumerate(zip(updates, examples, strict=True)):
+        alone = {"alone": 4.0} if client == 0 else {}
+        spread.add(client, int(count), None, {"all": norm_sq(update), **alone})
+    own = examples @ [norm_sq(update) for update in updates] / 6
+    found = spread.disagreement({"all": norm_sq(mean), "alone": 4.0, "recycled": 1.0})
+    assert found == pytest.approx(1 - norm_sq(mean) / own)
+    assert UpdateSpread().disagreement({"all": 1.0}) is None
+
+
+@given(st.integers(0, 1000), counts)
+def test_the_predicted_floor_has_the_two_terms(seed: int, examples: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    gradients = rng.standard_normal((len(examples), 4, 5))
+    norms, d = (gradients**2).sum(axis=2), np.array(examples, dtype=float)
+    masks = rng.random((len(examples), 4)) < 0.5
+    moved = masks.any(axis=0)
+    shares = d / d.sum()
+    expected = importance_term(norms, d, moved)
+    for layer in np.flatnonzero(moved):
+        weights = masks[:, layer] * shares
+        weights = weights / weights.sum()
+        chi = float(((weights - shares) ** 2 / shares).sum())
+        expected += 0.3 * chi * float(shares @ norms[:, layer])
+    assert predicted_floor(norms, d, masks, 0.3) == pytest.approx(expected)

@@ -21,6 +21,10 @@ pytestmark = pytest.mark.usefixtures("tiny_task")
 WAYS = {
     **{name: [f"strategy.name={name}"] for name in STRATEGIES},
     "ilp, diverse": ["strategy.name=ilp", "strategy.consistency=-1"],
+    "ilp, λ found": ["strategy.name=ilp", "strategy.consistency=auto"],
+    "ilp, affordable": ["strategy.name=ilp", "strategy.penalty=affordable"],
+    "ilp, switching": ["strategy.name=ilp", "strategy.switching=0.5"],
+    "fed-hello, bottleneck": ["strategy.name=fed-hello", "strategy.allocation=bottleneck"],
     "ilp, every other round": ["strategy.name=ilp", "strategy.period=2"],
     "snr, code": ["strategy.name=snr", "strategy.form=code"],
     "random, resampled": ["strategy.name=random", "strategy.resample-steps=1"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -9,11 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerfed.client.statistics import SEVERAL_PASSES, STATISTICS
+from layerfed.config import ConfigError, load_config
 from layerfed.models.layers import LayerMap
 from layerfed.server.candidates import Candidates
-from layerfed.strategies import ILP
+from layerfed.strategies import ILP, checked
+from layerfed.strategies.ilp import LADDER
 from tests.candidates import any_candidates, candidates, within_budgets
 from tests.conftest import TinyNet
+from tests.tiny_task import check_resumed, configured, run
 
 LAYERS = LayerMap.from_model(TinyNet())
 
@@ -188,3 +193,104 @@ def test_measured_costs_are_rounded_and_the_choice_says_so() -> None:
     assert within_budgets(case, rounded.masks)
     assert rounded.gap is not None
     assert rounded.gap <= 1e-6
+
+
+# ------------------------------------------------------------------------- beyond the paper's program
+def test_lambda_is_found_where_the_predicted_floor_is_lowest() -> None:
+    """With updates that agree, masks may differ; where they disagree, a common mask is better."""
+    rng = np.random.default_rng(0)
+    norms = rng.lognormal(sigma=1.0, size=(6, 4))
+    case = candidates([1] * 6, [1.0] * 4, {"grad_norm_sq": norms.tolist()})
+    strategy = ILP(LAYERS, consistency="auto")
+    for disagreement in (0.0, 0.3, 1.0):
+        strategy.kept["disagreement"] = np.asarray(disagreement)
+        choice = strategy.select(case)
+        floors = {}
+        for value in LADDER:
+            masks = ILP(LAYERS, consistency=value).select(case).masks
+            shares, moved = masks.mean(axis=0), masks.any(axis=0)
+            mean = norms.mean(axis=0)
+            e2 = sum((1 / p - 1) * g for p, g in zip(shares[moved], mean[moved], strict=True))
+            floors[value] = mean[~moved].sum() + disagreement * e2
+        assert choice.consistency == min(LADDER, key=lambda value: floors[value])
+        fixed = ILP(LAYERS, consistency=choice.consistency).select(case)
+        np.testing.assert_array_equal(choice.masks, fixed.masks)
+        assert choice.objective == fixed.objective
+    assert len({tuple(mask) for mask in choice.masks}) == 1
+
+
+@pytest.mark.usefixtures("tiny_task")
+def test_a_run_finds_and_records_lambda_and_resumes_alike() -> None:
+    settings = ["strategy.consistency=auto", "budget.kind=half-normal", "budget.max=3"]
+    result = run(configured(*settings), 3)
+    for record in result.rounds:
+        assert record.selection is not None
+        assert record.selection.choice.consistency in LADDER
+    check_resumed(configured(*settings, "strategy.switching=0.3"))
+
+
+def test_the_penalty_on_what_is_affordable_lets_the_rich_have_more() -> None:
+    norms = [[1.0, 2.0, 9.0, 3.0], [8.0, 7.0, 1.0, 6.0]]
+    case = candidates([1, 3], [1.0] * 4, {"grad_norm_sq": norms})
+    both = [
+        ILP(LAYERS, consistency=50.0, penalty=penalty).select(case).masks.astype(int).tolist()
+        for penalty in ("paper", "affordable")
+    ]
+    assert both[0] == [[0, 0, 1, 0], [0, 0, 1, 0]]
+    assert both[1][1] == [1, 1, 0, 1] or sum(both[1][1]) == 3
+    assert all(rich >= poor for poor, rich in zip(*both[1], strict=True))
+
+
+def test_switching_keeps_the_layers_of_the_last_selection_while_they_are_nearly_as_good() -> None:
+    last = np.array([[0.0, 1.0, 0.0]] * 2)
+    for gain, kept in ((1.2, True), (3.0, False)):
+        norms = [[0.1, 1.0, gain]] * 2
+        case = replace(candidates([1, 1], [1.0] * 3, {"grad_norm_sq": norms}), last=last)
+        rule = ILP(LAYERS, consistency=0.0, consistency_scale="raw", switching=0.5)
+        choice = rule.select(case)
+        assert choice.masks[:, 1].all() == kept
+        assert choice.objective == pytest.approx(2.0 if kept else 2 * gain - 2 * 2 * 0.5)
+        assert choice.gap == 0.0
+        first = rule.select(replace(case, last=None))
+        assert first.masks[:, 2].all()
+
+
+@pytest.mark.usefixtures("tiny_task")
+def test_a_large_charge_on_switching_keeps_the_first_selection_for_good() -> None:
+    settings = ["federation.clients-per-round=3", "budget.layers=1", "strategy.consistency=10"]
+    free, bound = (
+        run(configured(*settings, f"strategy.switching={cost}", "train.lr=1.0"), 5)
+        for cost in (0, 1e6)
+    )
+    first = set(map(tuple, bound.masks(1).values()))
+    assert all(set(map(tuple, bound.masks(n).values())) == first for n in range(2, 6))
+    assert any(free.masks(n) != free.masks(1) for n in range(2, 6)), "or this test shows nothing"
+
+
+@pytest.mark.usefixtures("tiny_task")
+@pytest.mark.parametrize("name", [*STATISTICS, *SEVERAL_PASSES, "tests.client.test_probe:largest"])
+def test_any_statistic_can_be_the_gain(name: str) -> None:
+    result = run(configured(f"strategy.statistic={name}", "budget.layers=2"), 2)
+    for record in result.rounds:
+        assert not record.failures
+        assert record.selection is not None
+        assert list(record.selection.statistics) == [name]
+        assert record.metrics["flops_probe"] > 0 or name == "param_norm_sq"
+
+
+def test_options_that_mean_nothing_together_are_refused() -> None:
+    for given_settings, says in (
+        (["strategy.consistency=auto", "strategy.consistency-scale=raw"], "relative values"),
+        (["strategy.consistency=often"], "strategy.consistency = 'often'"),
+        (["strategy.statistic=gradnorm"], "unknown statistic 'gradnorm'; known: grad_norm_sq"),
+        (["strategy.penalty=none"], "strategy.penalty = 'none'"),
+        (["strategy.consistency=true"], "it should be a number, or auto"),
+        (["strategy.consistency=nan"], "strategy.consistency"),
+        (["strategy.switching=-1"], "strategy.switching = -1"),
+        (
+            ["strategy.consistency=auto", "secagg.enabled=true"],
+            "different layers|own layers|secagg",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            checked(load_config(None, given_settings))
