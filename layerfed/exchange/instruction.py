@@ -55,12 +55,12 @@ class TrainInstruction:
     lr : float | None
         η; None if the client has its own.
     codec : {"float32", "float16", "bfloat16", "int8"}
-    sends : Mask | None
-        The trained blocks that the client sends; None sends all, or those that `upload` chooses.
     upload : Upload | None
         The rule by which the client chooses what it sends.
     config : Mapping[str, Any]
         The other entries of the train config that Flower's `start` got.
+    sends : Mask | None
+        The trained blocks that the client sends; None sends all, or those that `upload` chooses.
     """
 
     round: int
@@ -69,9 +69,9 @@ class TrainInstruction:
     run: str = ""
     lr: float | None = None
     codec: str = "float32"
-    sends: Mask | None = None
     upload: Upload | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    sends: Mask | None = None
 
     def __post_init__(self) -> None:
         """Refuse an instruction that no client could follow.

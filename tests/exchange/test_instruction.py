@@ -30,6 +30,7 @@ def sent(instruction: TrainInstruction) -> TrainInstruction:
     lr=st.none() | st.floats(1e-6, 10),
     codec=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
     upload=st.none() | st.builds(Upload, st.integers(1, 4), st.sampled_from(["l1", "l2"])),
+    kept=st.none() | st.tuples(*[st.booleans()] * 4),
 )
 def test_what_is_written_is_read(
     masks: list[tuple[bool, ...]],
@@ -37,12 +38,16 @@ def test_what_is_written_is_read(
     lr: float | None,
     codec: str,
     upload: Upload | None,
+    kept: tuple[bool, ...] | None,
 ) -> None:
     steps = each if len(masks) > 1 else 0
     trained = sum(map(any, zip(*masks, strict=True)))
     upload = Upload(min(upload.count, trained), upload.norm) if upload and trained else None
     own = {"weight-decay": 0.1, "name": "mine"}
     instruction = TrainInstruction(3, tuple(masks), steps, "run", lr, codec, upload, own)
+    if kept is not None and upload is None:
+        sends = tuple(a and b for a, b in zip(kept, instruction.mask, strict=True))
+        instruction = replace(instruction, sends=sends)
     assert sent(instruction) == instruction
 
 
