@@ -23,6 +23,7 @@ from layerfed.grids.inprocess import HERE, InProcessGrid
 from layerfed.grids.ray import Actors, RayGrid
 from layerfed.runs import RunFolder
 from layerfed.runs.records import Observer
+from layerfed.runs.trackers import load_trackers
 from layerfed.server_app import build_account, build_server_app, build_strategy
 
 __all__ = ["Engine", "EngineName", "InProcessGrid", "choose_engine", "prepare", "run_on"]
@@ -106,6 +107,7 @@ def prepare(config: RunConfig) -> Workbench:
     config = config.simulated()
     bench = workbench(config.to_flat())
     build_account(config, build_strategy(config, bench.resident.layers))
+    load_trackers(config)
     bench.loss(0)
     return bench
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
@@ -27,7 +27,9 @@ from layerfed.privacy.account import PrivacyAccount
 from layerfed.privacy.protection import refuse_buffers
 from layerfed.report import PAGE, draw_run, run_view, write_page
 from layerfed.runs import Checkpoint, Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
+from layerfed.runs.files import read_json
 from layerfed.runs.records import Observer
+from layerfed.runs.trackers import load_trackers
 from layerfed.server.aggregation import Aggregation
 from layerfed.server.budgets import Budgets
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
@@ -156,7 +158,8 @@ def run(
     # The folder is locked before its checkpoint is read: another process may still write it.
     held = lock(Path(config.run.resume)) if config.run.resume else None
     try:
-        return _run(config, grid, context, observers, opened)
+        with ExitStack() as ending:
+            return _run(config, grid, context, observers, opened, ending)
     finally:
         if held is not None:
             held.release()
@@ -168,7 +171,9 @@ def _run(
     context: Context,
     observers: Sequence[Observer],
     opened: Callable[[RunFolder], None],
+    ending: ExitStack,
 ) -> Path:
+    trackers = load_trackers(config)  # refused before anything is written
     bench = workbench(context.run_config)
     test, data = bench.task.test_examples(), bench.task.fingerprint()
     if not config.federation.clients:
@@ -192,6 +197,8 @@ def _run(
         )
     with _page_of(entered.path), entered as folder:
         opened(folder)
+        observers = (*observers, *(build(folder.path, config) for build in trackers))
+        ending.callback(_end, folder.path, observers)
         example = next(iter(test.in_order(1, bench.device)))
         flops = forward_flops(bench.resident.model, strategy.layers, example, bench.task.logits)
         folder.describe(strategy.layers, *flops)
@@ -241,6 +248,13 @@ def _write_page(folder: Path) -> None:
     except (ImportError, OSError, ValueError) as error:
         # In Flower's bundle of the app the page's script comes from the installed package.
         log(WARNING, "no page: %s; `layerfed report %s` writes it", error, folder)
+
+
+def _end(folder: Path, observers: Sequence[Observer]) -> None:
+    """Tell observers that a run is over, with the status in its folder."""
+    status = read_json(folder / "summary.json")["status"]
+    for observer in observers:
+        observer.on_close(status)
 
 
 def _to_resume(config: RunConfig, bench: Workbench, data: str) -> Checkpoint | None:

@@ -66,16 +66,20 @@ EXTRAS = {
     "highspy": "solvers",
     "httpx": "deploy",
     "matplotlib": "report",
+    "mlflow": "mlflow",
     "open_clip": "clip",
     "PIL": "images",
     "pulp": "solvers",
     "pyarrow": "data",
     "ray": "simulation",
     "starlette": "deploy",
+    "tensorboard": "tensorboard",
     "timm": "images",
     "torchvision": "images",
+    "trackio": "trackio",
     "transformers": "text",
     "uvicorn": "deploy",
+    "wandb": "wandb",
 }
 
 

@@ -350,6 +350,8 @@ class RunSection(Section):
     checkpoints: Positive = 2
     evaluate_every: Positive = 1
     evaluate_batch: Positive = 256
+    trackers: str = ""
+    project: Annotated[str, Field(min_length=1)] = "layerfed"
     device: DeviceName = "auto"
     threads: Annotated[int, Field(ge=0)] = 1
     client_cpus: Annotated[float, Field(gt=0)] = 1.0

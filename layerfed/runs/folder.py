@@ -39,7 +39,7 @@ from layerfed.runs.files import (
 from layerfed.runs.ledger import Ledger
 from layerfed.runs.records import Observer, RoundRecord, SelectionRecord
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "metrics_line"]
 
 PACKAGES = ("layerfed", "flwr", "torch", "timm", "numpy", "pulp")
 # Files with lines of each round.
@@ -265,32 +265,7 @@ class RunFolder(Observer):
 
     def on_round(self, record: RoundRecord) -> None:
         """Append what the round left to the files that hold lines of each round."""
-        total = record.ledger.total()
-        line: dict[str, Any] = {
-            "round": record.round,
-            "accuracy": record.accuracy,
-            "loss": record.loss,
-            "e1": record.e1,
-            "e2": record.e2,
-            "e2_masks": record.e2_masks,
-            "update_norm": record.update_norm,
-            "epsilon": _finite(record.epsilon),
-            "epsilon_covers": record.epsilon_covers,
-            "lr": record.lr,
-            "server_lr": record.server_lr,
-            "clients": record.replies,
-            "late": record.late,
-            "clipped": record.clipped,
-            "failures": len(record.failures),
-            "failure_reasons": [
-                {"client": f.partition, "phase": f.phase, "reason": f.reason}
-                for f in record.failures
-            ],
-            "seconds": record.seconds,
-            "seconds_by_phase": record.seconds_by_phase,
-            **{key: getattr(total, field) for key, field in TRAFFIC.items()},
-            **record.metrics,
-        }
+        line = metrics_line(record)
         with self._writing:
             if self._ended:  # the process may work on for some seconds
                 return
@@ -348,6 +323,35 @@ class RunFolder(Observer):
                     },
                 },
             )
+
+
+def metrics_line(record: RoundRecord) -> dict[str, Any]:
+    """Return the line of `metrics.jsonl` of a round."""
+    total = record.ledger.total()
+    return {
+        "round": record.round,
+        "accuracy": record.accuracy,
+        "loss": record.loss,
+        "e1": record.e1,
+        "e2": record.e2,
+        "e2_masks": record.e2_masks,
+        "update_norm": record.update_norm,
+        "epsilon": _finite(record.epsilon),
+        "epsilon_covers": record.epsilon_covers,
+        "lr": record.lr,
+        "server_lr": record.server_lr,
+        "clients": record.replies,
+        "late": record.late,
+        "clipped": record.clipped,
+        "failures": len(record.failures),
+        "failure_reasons": [
+            {"client": f.partition, "phase": f.phase, "reason": f.reason} for f in record.failures
+        ],
+        "seconds": record.seconds,
+        "seconds_by_phase": record.seconds_by_phase,
+        **{key: getattr(total, field) for key, field in TRAFFIC.items()},
+        **record.metrics,
+    }
 
 
 def _version(package: str) -> str | None:

@@ -158,8 +158,17 @@ class Observer:
     def on_phase(self, server_round: int, phase: str) -> None:
         """Note that a phase of a round begins."""
 
+    def on_reply(self, server_round: int, done: int, asked: int) -> None:
+        """Note that one more of the clients that were asked in this phase has answered."""
+
     def on_round(self, record: RoundRecord) -> None:
         """Note a finished round."""
+
+    def on_close(self, status: str) -> None:
+        """Note that the run is over, and its folder and pictures are written.
+
+        The status is that of `summary.json`: completed, failed, interrupted or stopped.
+        """
 
     def on_end(self, record: RoundRecord) -> None:
         """Note that the run ends after this round, planned or as asked."""

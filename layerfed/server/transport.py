@@ -28,6 +28,7 @@ def exchange(
     *,
     again: Again | None = None,
     late: dict[str, Message] | None = None,
+    replied: Callable[[int, int], None] = lambda done, asked: None,
 ) -> Iterator[Message]:
     """Send messages and yield each node's reply as soon as it is there.
 
@@ -46,6 +47,8 @@ def exchange(
     late : dict[str, flwr.app.Message], optional
         Messages of earlier exchanges whose replies are no longer awaited, by id. Replies to them are
         fetched and dropped. Messages that this exchange stops waiting for are added.
+    replied : Callable[[int, int], None]
+        Called before each reply with the number of replies so far and that of the messages.
 
     Yields
     ------
@@ -55,6 +58,7 @@ def exchange(
     """
     late = {} if late is None else late
     waiting, unsent = _send(grid, list(messages))
+    asked_for = len(waiting) + len(unsent)
     deadline, wait = time.monotonic() + timeout, FIRST_WAIT
     try:
         while waiting:
@@ -69,6 +73,7 @@ def exchange(
                 del waiting[identity]
                 once_more = again(reply) if again is not None else None
                 if once_more is None:
+                    replied(asked_for - len(waiting) - len(unsent), asked_for)
                     yield reply
                 else:
                     sent, failed = _send(grid, [once_more])

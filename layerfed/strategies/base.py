@@ -565,7 +565,7 @@ class SelectiveStrategy(Strategy):
             self.model,
             present,
             self.holdings,
-            partial(exchange, grid, timeout=timeout, late=self._late),
+            partial(exchange, grid, timeout=timeout, late=self._late, replied=self._replied),
             timeout,
             examples={client: self.population.description(client).examples for client in present},
             steps=self.settings.all_steps,
@@ -588,6 +588,10 @@ class SelectiveStrategy(Strategy):
         result.evaluate_metrics_serverapp[record.round] = metrics
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         record.accuracy, record.loss = numbers.get("accuracy"), numbers.get("loss")
+
+    def _replied(self, done: int, asked: int) -> None:
+        for observer in self.observers:
+            observer.on_reply(self.round.record.round, done, asked)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -92,3 +92,13 @@ def test_a_grid_whose_pull_waits_is_asked_without_a_pause(monkeypatch: pytest.Mo
     grid.waits = False
     with pytest.raises(AssertionError, match="paused"):
         list(exchange(grid, questions(), 5))
+
+
+def test_each_reply_is_told_with_the_number_of_those_asked() -> None:
+    told: list[tuple[int, int]] = []
+    replies = exchange(Builds({}), questions(), 5, replied=lambda *counts: told.append(counts))
+    assert told == []
+    next(replies)
+    assert told == [(1, 3)]
+    assert len(list(replies)) == 2
+    assert told == [(1, 3), (2, 3), (3, 3)]
