@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
@@ -101,6 +102,17 @@ def run(
         Path | None, typer.Option(help="A run folder to continue, with its own configuration.")
     ] = None,
     verbose: Annotated[bool, typer.Option(help="Show Flower's and Ray's own logs.")] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", help="Print the run folder, and else only warnings and errors."),
+    ] = False,
+    json_lines: Annotated[
+        bool,
+        typer.Option(
+            "--json-lines",
+            help="Print one JSON object a line on standard output: start, rounds, end.",
+        ),
+    ] = False,
 ) -> None:
     """Run one federated fine-tuning on this machine, or continue an interrupted one."""
     from layerfed.runs.signals import clean_up_on_sigterm
@@ -116,24 +128,35 @@ def run(
         )
     # Imported late, so that `--help` and errors in a configuration answer at once.
     from layerfed.engine import choose_engine, run_on
-    from layerfed.runs import ProgressLine
+    from layerfed.runs import JsonLines, ProgressLine
 
     logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
     chosen, why = choose_engine(config, wanted)
-    console.print(
+    shown, lines = Console(stderr=True, quiet=quiet), JsonLines(sys.stdout)
+    shown.print(
         f"[bold]{escape(config.task.name)}[/] · {config.strategy.name} · "
         f"{config.federation.clients} clients, {config.federation.clients_per_round} a round, "
         f"{config.federation.rounds} rounds · engine {chosen} ({why})",
         highlight=False,
     )
     folders: list[RunFolder] = []
+
+    def opened(folder: RunFolder) -> None:
+        folders.append(folder)
+        lines.folder = folder.path
+
     try:
-        with ProgressLine(console) as progress:
-            run_on(chosen, config, [progress], verbose=verbose, opened=folders.append)
+        # What a program reads is alone on standard output, whatever a library prints.
+        with redirect_stdout(sys.stderr), ProgressLine(shown) as progress:
+            observers = [progress, lines] if json_lines else [progress]
+            run_on(chosen, config, observers, verbose=verbose, opened=opened)
     except KeyboardInterrupt:
         _say_how_to_resume([folder.path for folder in folders])
         raise typer.Exit(130) from None
-    _print_summary(folders[0].path)
+    if quiet and not json_lines:
+        typer.echo(folders[0].path)
+    elif not json_lines:
+        _print_summary(folders[0].path)
 
 
 def _say_how_to_resume(folders: Sequence[Path]) -> None:

@@ -1,25 +1,22 @@
-"""Observers that show a run's progress: a live line in a terminal, else one log line a round."""
+"""Observers that show a run's progress: in Flower's log, in a terminal, or to a program."""
 
 from __future__ import annotations
 
+import json
 import time
 from logging import INFO
-from typing import Self
+from pathlib import Path
+from typing import Any, Self, TextIO
 
 from flwr.common.logger import log
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from layerfed.runs.files import read_json
+from layerfed.runs.folder import metrics_line
 from layerfed.runs.records import Observer, RoundRecord
 
-__all__ = ["LogLines", "ProgressLine"]
+__all__ = ["JsonLines", "LogLines", "ProgressLine"]
 
 
 def _privacy(record: RoundRecord) -> str:
@@ -36,28 +33,39 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
 
 
+class Clock:
+    """The time that is left, if the remaining rounds take as long as those of this process so far."""
+
+    def __init__(self, rounds: int = 0, done: int = 0) -> None:
+        self.rounds, self.done, self.began = rounds, done, time.monotonic()
+
+    def left(self, finished: float) -> float | None:
+        """Return seconds, given the number of finished rounds; None before the first one."""
+        here = finished - self.done
+        passed = time.monotonic() - self.began
+        return passed / here * (self.rounds - finished) if here >= 1 else None
+
+
 class LogLines(Observer):
     """An observer that logs one line a round in Flower's log, for `flwr run` and real federations."""
 
     def __init__(self) -> None:
-        self._rounds = self._done = 0
-        self._began = time.monotonic()
+        self._clock = Clock()
 
     def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
         """Log the model's accuracy at the start."""
-        self._rounds, self._done, self._began = rounds, done, time.monotonic()
+        self._clock = Clock(rounds, done)
         when = f"after round {done}" if done else "before the first round"
         log(INFO, "accuracy %s: %s", when, _percent(accuracy))
 
     def on_round(self, record: RoundRecord) -> None:
         """Log the round's figures and the remaining time."""
-        passed = time.monotonic() - self._began
         log(
             INFO,
             "[round %d/%d] accuracy %s, loss %s, %d clients, %d failed, %.2f MB up%s, %.1f s; "
             "about %.0f s left",
             record.round,
-            self._rounds,
+            self._clock.rounds,
             _percent(record.accuracy),
             _loss(record),
             record.replies,
@@ -65,62 +73,110 @@ class LogLines(Observer):
             record.ledger.total().up / 1e6,
             _privacy(record),
             record.seconds,
-            passed / (record.round - self._done) * (self._rounds - record.round),
+            self._clock.left(record.round),
         )
 
 
 class ProgressLine(Observer):
-    """An observer that shows a live line with round, phase, accuracy and remaining time.
+    """An observer that prints one line a round, and in a terminal a bar below.
 
-    If standard error is no terminal, it prints one plain line for each round.
+    The bar has the phase, the clients that are done with it, and the time left.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._clock = Clock()
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("round"),
-            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[phase]:<9}"),
-            TextColumn("accuracy {task.fields[accuracy]}"),
-            TextColumn("·"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TextColumn("{task.fields[clients]}"),
+            TextColumn("{task.fields[left]}"),
             console=console,
             disable=not console.is_terminal,
+            transient=True,
         )
-        self._task = self._progress.add_task("", total=None, phase="start", accuracy="–")
-        self._rounds = 0
+        self._bar = self._progress.add_task("start", total=None, clients="", left="")
 
     def __enter__(self) -> Self:
-        """Show the line."""
+        """Show the bar."""
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the line as it is."""
+        """Take the bar away; the lines stay."""
         self._progress.stop()
 
     def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Take the number of rounds, the number of finished ones, and the first accuracy."""
-        self._rounds = rounds
-        self._progress.update(self._task, total=rounds, completed=done, accuracy=_percent(accuracy))
+        """Print the first accuracy, and take the number of rounds and of finished ones."""
+        self._clock = Clock(rounds, done)
+        self._print(f"round {done}/{rounds}  accuracy {_percent(accuracy)}")
+        self._progress.update(self._bar, total=rounds, completed=done)
 
     def on_phase(self, server_round: int, phase: str) -> None:
-        """Show the phase."""
-        self._progress.update(self._task, phase=phase)
+        """Show the round and its phase."""
+        what = f"round {server_round}/{self._clock.rounds}  {phase:<8}" if server_round else phase
+        self._progress.update(self._bar, description=what, clients="")
+
+    def on_reply(self, server_round: int, done: int, asked: int) -> None:
+        """Show the number of clients that have answered."""
+        self._progress.update(self._bar, clients=f"{done}/{asked} clients")
 
     def on_round(self, record: RoundRecord) -> None:
-        """Advance by a round."""
-        shown = _percent(record.accuracy) + _privacy(record)
-        self._progress.update(self._task, advance=1)
-        if record.accuracy is not None:
-            self._progress.update(self._task, accuracy=shown)
-        if not self._console.is_terminal:
-            self._console.print(
-                f"round {record.round}/{self._rounds}  accuracy {shown}  "
-                f"train loss {_loss(record)}  clients {record.replies}  "
-                f"{record.seconds:.1f} s",
-                highlight=False,
-            )
+        """Print the round's line and advance the bar."""
+        self._print(
+            f"round {record.round}/{self._clock.rounds}  "
+            f"accuracy {_percent(record.accuracy)}{_privacy(record)}  "
+            f"train loss {_loss(record)}  clients {record.replies}  {record.seconds:.1f} s"
+        )
+        left = self._clock.left(record.round) or 0.0
+        self._progress.update(
+            self._bar, completed=record.round, left=f"about {_duration(left)} left"
+        )
+
+    def on_end(self, record: RoundRecord) -> None:
+        """Say so if the run ends before its last round."""
+        if record.round < self._clock.rounds:
+            self._print(f"ended after round {record.round}, as asked")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class JsonLines(Observer):
+    """An observer that writes one JSON object a line: start, rounds, and end.
+
+    A round's object is its line of `metrics.jsonl`; that of the end is `summary.json`. Each has the
+    key `event`, which says what it is.
+
+    Parameters
+    ----------
+    stream : TextIO
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.folder = Path()
+        """The run folder, which the caller sets once it exists."""
+
+    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
+        """Print the run folder, the numbers of rounds, and the accuracy of the model so far."""
+        self._print("start", folder=str(self.folder), rounds=rounds, done=done, accuracy=accuracy)
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Print the round's line."""
+        self._print("round", **metrics_line(record))
+
+    def on_close(self, status: str) -> None:
+        """Print the summary."""
+        self._print("end", folder=str(self.folder), **read_json(self.folder / "summary.json"))
+
+    def _print(self, event: str, **content: Any) -> None:
+        self._stream.write(json.dumps({"event": event, **content}) + "\n")
+        self._stream.flush()
