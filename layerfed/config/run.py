@@ -75,6 +75,7 @@ class TaskConfig(Section):
     group_column: str = ""
     classes: str = ""
     groups: str = ""
+    holdout_group: str = ""
     train_split: str = ""
     test_split: str = ""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2

@@ -14,7 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from torch import Tensor
 
-from layerfed.config import ConfigError
+from layerfed.config import ConfigError, nearest
 from layerfed.digests import content_digest
 from layerfed.models.block_finder import some
 from layerfed.task.base import Batch, Examples, Task
@@ -110,6 +110,7 @@ class DatasetTask(Task):
             "group_column",
             "classes",
             "groups",
+            "holdout_group",
             "train_split",
             "test_split",
             "test_share",
@@ -333,10 +334,26 @@ class DatasetTask(Task):
         return found
 
     @cached_property
+    def _held_out(self) -> int | None:
+        """The position of the group that no client trains on among all groups; None without one."""
+        name = self.config.task.holdout_group
+        if not name or (self.own_data and name not in self.groups):
+            return None
+        if name not in self.groups or len(self.groups) < 2:
+            raise ConfigError(
+                f"task.holdout-group = '{name}': it should be one of two or more groups; there are "
+                f"{', '.join(self.groups) or 'none'}{nearest(name, self.groups)}"
+            )
+        return self.groups.index(name)
+
+    @cached_property
     def _shares(self) -> tuple[np.ndarray, np.ndarray]:
-        """The training table's rows to train on and, without a test split, those to test on."""
+        """The training table's rows to train on and those to test on, if no test split has any."""
         train, test = self._tables
         order = np.arange(len(train))
+        if self._held_out is not None:
+            held_out = train.column("group") == self._held_out
+            return order[~held_out], order[held_out]
         if test is not None:
             return order, order[:0]
         # The split is the same for every run, so that runs of different seeds can be compared.
@@ -348,12 +365,12 @@ class DatasetTask(Task):
     def _indices(self) -> list[np.ndarray]:
         train, (mine, _) = self._tables[0], self._shares
         groups = train.column("group")[mine] if self.groups else None
-        return [
-            mine[part]
-            for part in partition_indices(
-                train.column("label")[mine], self.config, groups, self.groups
-            )
-        ]
+        names = self.groups
+        if groups is not None and (gone := self._held_out) is not None:
+            # The groups behind it move up.
+            names, groups = names[:gone] + names[gone + 1 :], groups - (groups > gone)
+        parts = partition_indices(train.column("label")[mine], self.config, groups, names)
+        return [mine[part] for part in parts]
 
     def partition(self, partition_id: int) -> Examples:
         """Return one client's rows."""
@@ -374,12 +391,26 @@ class DatasetTask(Task):
         encoded = [rows for part in self.parts[0] if len(rows := self.encode(part))]
         if not encoded:
             raise ConfigError(f"own-data = '{self.data}' holds no examples for this run")
-        return Examples.of(Table(join_parts(encoded), self.encoder.collate))
+        found = Examples.of(Table(join_parts(encoded), self.encoder.collate))
+        if self._held_out is None:
+            return found
+        found = found.select(np.flatnonzero(found.column("group") != self._held_out))
+        if not len(found):
+            raise ConfigError(
+                f"own-data = '{self.data}' holds examples of '{self.config.task.holdout_group}' alone, "
+                "which the run holds out (task.holdout-group)"
+            )
+        return found
 
     def test_examples(self) -> Examples:
         """Return the server's test set."""
         train, test = self._tables
-        return Examples.of(test) if test is not None else Examples(train, self._shares[1])
+        if test is None:
+            return Examples(train, self._shares[1])
+        rows = np.arange(len(test))
+        if self._held_out is not None:
+            rows = np.flatnonzero(test.column("group") == self._held_out)
+        return Examples(test, rows) if len(rows) else Examples(train, self._shares[1])
 
 
 def _column_of_names(

@@ -131,7 +131,9 @@ TEST_SPLIT = {"piqa": "validation"}
 class QuestionAnswering(TextTask):
     """Five data sets of multiple-choice questions; `task.groups` chooses among them."""
 
-    settings: ClassVar[frozenset[str]] = frozenset({"data", "groups", "max_tokens", "test_share"})
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"data", "groups", "holdout_group", "max_tokens", "test_share"}
+    )
     default_groups: ClassVar[tuple[str, ...]] = tuple(SOURCES)
     default_classes: ClassVar[tuple[str, ...]] = LETTERS
 

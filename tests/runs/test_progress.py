@@ -32,9 +32,7 @@ def shown(terminal: bool) -> str:
                 line.on_phase(number, phase)
                 for done in (1, 2, 3):
                     line.on_reply(number, done, 3)
-            line.on_round(
-                RoundRecord(number, accuracy=number / 4, replies=3, seconds=10.0)
-            )
+            line.on_round(RoundRecord(number, accuracy=number / 4, replies=3, seconds=10.0))
             line._progress.refresh()
     return stream.getvalue()
 
@@ -95,7 +93,10 @@ def test_json_lines_are_alone_on_standard_output(tmp_path: Path) -> None:
     start, *rounds, end = [json.loads(line) for line in result.stdout.splitlines()]
     assert start["event"] == "start"
     assert (start["folder"], start["rounds"], start["done"]) == (str(tmp_path / "x"), 2, 0)
-    assert start["accuracy"] == json.loads((tmp_path / "x/summary.json").read_text())["initial_accuracy"]
+    assert (
+        start["accuracy"]
+        == json.loads((tmp_path / "x/summary.json").read_text())["initial_accuracy"]
+    )
     metrics = read_lines(tmp_path / "x/metrics.jsonl")
     assert rounds == [{"event": "round", **row} for row in metrics]
     summary = json.loads((tmp_path / "x/summary.json").read_text())

@@ -10,7 +10,7 @@ import torch
 from datasets import ClassLabel, Image, Value
 
 from layerfed.config import ConfigError
-from layerfed.task import Task, images
+from layerfed.task import Examples, Task, images
 from layerfed.task.partition import MIN_EXAMPLES
 from tests.task import hub
 from tests.task.hub import refused, whole
@@ -410,3 +410,59 @@ def test_settings_that_a_task_does_not_read_are_refused() -> None:
         hub.task("task.name=cifar10", "model.name=transformers/x", "model.weights=random")
     with pytest.raises(ConfigError, match=r"by-column.*have no groups"):
         hub.task("task.partition=by-column").partition(0)
+
+
+# ------------------------------------------------------------------------- a group held out
+def rows_of(examples: Examples) -> list[int]:
+    return sorted(np.unique(examples.column("group")).tolist())
+
+
+@pytest.mark.parametrize("partition", ["by-column", "iid"])
+@pytest.mark.parametrize("held_out", DOMAINS)
+def test_no_client_trains_on_a_group_that_is_held_out_and_the_server_tests_on_it(
+    held_out: str, partition: str, domains: Path
+) -> None:
+    more = (f"task.holdout-group={held_out}", f"task.partition={partition}", *CLIENTS)
+    task = domain_task(domains, *more)
+    parts = [task.partition(i) for i in range(4)]
+    gone = DOMAINS.index(held_out)
+    others = [i for i in range(3) if i != gone]
+    assert sorted({g for part in parts for g in rows_of(part)}) == others
+    if partition == "by-column":
+        assert [rows_of(part) for part in parts] == [[others[0]]] * 2 + [[others[1]]] * 2
+    test = task.test_examples()
+    assert rows_of(test) == [gone]
+    # Without a split for tests it is all of the group: two classes of twelve images; and clients train
+    # on all of the others.
+    assert (len(test), sum(map(len, parts))) == (24, 48)
+
+
+def test_of_a_split_for_tests_the_server_takes_the_held_out_group(tmp_path: Path) -> None:
+    names = [f"{s}/{d}/{c}" for s in ("train", "test") for d in DOMAINS for c in ("bird", "zebra")]
+    data = hub.image_files(tmp_path / "data", names, 10)
+    settings = ("task.name=custom", f"task.data={data}", "task.image-size=8", *CLIENTS)
+    task = hub.task(*settings, "task.holdout-group=real", "task.partition=iid")
+    test = task.test_examples()
+    assert (len(test), rows_of(test)) == (20, [1])
+    assert sum(len(task.partition(i)) for i in range(4)) == 40
+    # A node's own rows of the group are left out too.
+    task.own_data = True
+    assert rows_of(task.own_examples()) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["task.holdout-group=skech"], "did you mean sketch?"),
+        (["task.holdout-group=real", "task.groups=real"], "two or more groups; there are real"),
+    ],
+)
+def test_a_group_that_cannot_be_held_out_is_refused(
+    settings: list[str], says: str, domains: Path
+) -> None:
+    refused(lambda: domain_task(domains, *CLIENTS, *settings), settings[0].split("=")[0], says)
+
+
+def test_a_task_without_groups_cannot_hold_one_out(cifar: Path) -> None:
+    refused(lambda: cifar_task(cifar, "task.holdout-group=real"), "there are none")
+    refused(lambda: hub.task("task.holdout-group=real"), "has no use for task.name = 'digits'")
