@@ -67,11 +67,14 @@ def create(file: Path, content: bytes, mode: int = 0o644) -> None:
         raise
 
 
-def save_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def save_tensors(
+    file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a `.safetensors` file; use it inside `whole`."""
     from safetensors.numpy import save_file
 
-    save_file({name: np.asarray(values, order="C") for name, values in tensors.items()}, file)
+    whole_rows = {name: np.asarray(values, order="C") for name, values in tensors.items()}
+    save_file(whole_rows, file, dict(metadata) if metadata else None)
 
 
 def _remove(path: Path) -> None:

@@ -26,7 +26,16 @@ from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
 from layerfed.privacy.protection import refuse_buffers
 from layerfed.report import PAGE, draw_run, run_view, write_page
-from layerfed.runs import Checkpoint, Checkpoints, LogLines, RunFolder, latest_checkpoint, lock
+from layerfed.runs import (
+    BestModel,
+    Checkpoint,
+    Checkpoints,
+    LogLines,
+    RunFolder,
+    latest_checkpoint,
+    lock,
+    restore_best,
+)
 from layerfed.runs.files import read_json
 from layerfed.runs.records import Observer
 from layerfed.runs.trackers import load_trackers
@@ -195,6 +204,7 @@ def _run(
         entered = RunFolder.reopen(
             Path(config.run.resume), config, engine, resumed.round, defaults, data
         )
+        restore_best(Path(config.run.resume), resumed.round)
     with _page_of(entered.path), entered as folder:
         opened(folder)
         observers = (*observers, *(build(folder.path, config) for build in trackers))
@@ -202,7 +212,8 @@ def _run(
         example = next(iter(test.in_order(1, bench.device)))
         flops = forward_flops(bench.resident.model, strategy.layers, example, bench.task.logits)
         folder.describe(strategy.layers, *flops)
-        strategy.observers = (folder, *observers)
+        best = BestModel(folder.path, bench.resident.base, lambda: strategy.model.changed_tensors)
+        strategy.observers = (folder, best, *observers)
         if account is not None:
             account.recall(folder.asked(), folder.repeated_rounds)
             account.announce()
@@ -222,6 +233,7 @@ def _run(
             timeout=config.federation.timeout,
             train_config=ConfigRecord({"lr": config.train.lr}),
             evaluate_fn=_evaluation(config, strategy, bench, test),
+            should_stop=lambda: best.stalled(config.federation.patience),
         )
         folder.finish(strategy.model.tensors)
     try:

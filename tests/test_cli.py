@@ -82,6 +82,7 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
     assert {file.name for file in folder.iterdir()} == {
         ".lock",
         "accuracy.png",
+        "best.safetensors",
         "checkpoint",
         "clients.jsonl",
         "config.json",

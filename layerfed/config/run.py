@@ -140,6 +140,7 @@ class FederationConfig(Section):
     clients: Annotated[int, Field(ge=0)] = 0
     clients_per_round: Annotated[int, Field(ge=0)] = 0
     rounds: Positive = 30
+    patience: Annotated[int, Field(ge=0)] = 0
     min_replies: Annotated[int, Field(ge=0)] = 0
     over_provision: Annotated[float, Field(ge=0, le=1)] = 0.0
     timeout: Annotated[float, Field(gt=0)] = 3600.0

@@ -14,7 +14,7 @@ __all__ = ["differing"]
 FREE_SECTION, BUT = "run.", "run.seed"
 # Options that came in `strategy.options` stand under keys of their own as well.
 FREE = {"federation.timeout", "strategy.options"}
-ROUNDS = "federation.rounds"
+ROUNDS, PATIENCE = "federation.rounds", "federation.patience"
 
 
 def differing(
@@ -34,8 +34,8 @@ def differing(
     defaults : Mapping[str, object]
         Those of the strategy's options (`strategies.option_defaults`).
     goes_on : bool (default: False)
-        Whether the run is continued, and may then have more rounds than before, unless its learning
-        rate depends on their number. Otherwise the number of rounds must be equal.
+        Whether the run is continued, and may then end at another time than before: after more rounds,
+        unless its learning rate depends on their number, or with another patience.
 
     Returns
     -------
@@ -44,7 +44,8 @@ def differing(
     """
     # A cosine's rate in each round depends on the number of rounds.
     to_the_end = "cosine" in (mine.train.lr_schedule, mine.server.lr_schedule)
-    free = {*FREE, ROUNDS} if goes_on and not to_the_end else FREE
+    end = {PATIENCE} if to_the_end else {PATIENCE, ROUNDS}
+    free = FREE | end if goes_on else FREE
     # A path may be written in two ways, of which a run folder has the absolute one.
     theirs = absolute(theirs)
     # If a setting is gone or has another meaning now, the written values are compared.

@@ -6,7 +6,8 @@ flushed to the disk and renamed, so that the last checkpoint is whole however a 
 - `layers.safetensors`: tensors of the layers that differ from the pretrained base;
 - `state.safetensors`: arrays of the server's optimiser and of the strategy, by name;
 - `state.json`: round, fingerprints of the base and of the data, the run's token, and a digest of each
-  file.
+  file;
+- `best.safetensors`, the best model so far, if there is one: a link to the run folder's own file.
 
 Random draws need no state, since each has its own seed from purpose, round and client.
 """
@@ -14,6 +15,7 @@ Random draws need no state, since each has its own seed from purpose, round and 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,13 +28,21 @@ from safetensors.numpy import load, save
 
 from layerfed.digests import content_digest
 from layerfed.files import whole
-from layerfed.runs.files import read_json
+from layerfed.runs.files import read_json, read_lines, write_tensors
 from layerfed.runs.records import Observer, RoundRecord
 
-__all__ = ["Checkpoint", "Checkpoints", "latest_checkpoint", "save_checkpoint"]
+__all__ = [
+    "BestModel",
+    "Checkpoint",
+    "Checkpoints",
+    "latest_checkpoint",
+    "restore_best",
+    "save_checkpoint",
+]
 
 FOLDER = "checkpoint"
 LAYERS, STATE, INDEX = "layers.safetensors", "state.safetensors", "state.json"
+BEST = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,50 @@ class Checkpoint:
     layers: Mapping[str, np.ndarray]
     state: Mapping[str, np.ndarray] = field(default_factory=dict)
     data: str = ""
+
+
+class BestModel(Observer):
+    """An observer that keeps the model of the most accurate round, `best.safetensors`.
+
+    Parameters
+    ----------
+    run_folder : Path
+        The rounds in its `metrics.jsonl` are those of before an interruption.
+    base : str
+        Fingerprint of the base.
+    layers : Callable[[], Mapping[str, numpy.ndarray]]
+        Returns the tensors of the layers that differ from the base.
+    """
+
+    def __init__(
+        self, run_folder: Path, base: str, layers: Callable[[], Mapping[str, np.ndarray]]
+    ) -> None:
+        self._folder, self._base, self._layers = run_folder, base, layers
+        self._best: tuple[int, float] | None = None
+        self._behind = 0
+        rows = run_folder / "metrics.jsonl"
+        for row in read_lines(rows) if rows.exists() else []:
+            self._is_best(row["round"], row["accuracy"])
+
+    def _is_best(self, number: int, accuracy: float | None) -> bool:
+        """Note a round; return whether it is the best so far. Of equal rounds the first one is."""
+        if accuracy is None:
+            return False
+        better = self._best is None or accuracy > self._best[1]
+        if self._best is None or better:
+            self._best = number, accuracy
+        self._behind = number - self._best[0]
+        return better
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Write the model, if the round is the best so far."""
+        if self._is_best(record.round, record.accuracy):
+            origin = {"round": str(record.round), "base": self._base}
+            write_tensors(self._folder / BEST, self._layers(), origin)
+
+    def stalled(self, patience: int) -> bool:
+        """Return whether the last evaluated round is `patience` rounds behind the best; 0: never."""
+        return 0 < patience <= self._behind
 
 
 class Checkpoints(Observer):
@@ -114,6 +168,8 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, keep: int) -> Path
     with whole(place, flush=True) as beside:
         beside.mkdir(parents=True)
         _fill(beside, checkpoint)
+        if (best := run_folder / BEST).exists():
+            _link(best, beside / BEST)
     for old in _found(run_folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return place
@@ -133,6 +189,22 @@ def _fill(folder: Path, checkpoint: Checkpoint) -> None:
         "digests": digests,
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _link(file: Path, place: Path) -> None:
+    """Give a file that is never written in place another path, by a copy where links do not work."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
+
+
+def restore_best(run_folder: Path, last_round: int) -> None:
+    """Put back the best model as it was at the checkpoint of a round, from which the run continues."""
+    kept, place = run_folder / FOLDER / f"round-{last_round:06d}" / BEST, run_folder / BEST
+    place.unlink(missing_ok=True)
+    if kept.exists():
+        _link(kept, place)
 
 
 def latest_checkpoint(run_folder: Path) -> Checkpoint | None:

@@ -145,8 +145,10 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
         beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a `.safetensors` file, replacing the old one.
+def write_tensors(
+    file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a `.safetensors` file, replacing the old one; its header holds the metadata.
 
     Raises
     ------
@@ -154,7 +156,7 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
         If the file cannot be written.
     """
     with _written(file) as beside:
-        save_tensors(beside, tensors)
+        save_tensors(beside, tensors, metadata)
 
 
 @contextmanager

@@ -53,6 +53,11 @@ class GlobalModel:
         """Names of the layers that differ from the base."""
         return tuple(n for n, value in self._digests.items() if value != self._base[n])
 
+    @property
+    def changed_tensors(self) -> dict[str, np.ndarray]:
+        """The tensors of the layers that differ from the base, by name, read-only."""
+        return {tensor: t for name in self.changed for tensor, t in self.layer(name).items()}
+
     def manifest(self) -> Manifest:
         """Return the version of every layer, and the identity of the base."""
         return Manifest(base=fingerprint(self._base), digests=dict(self._digests))

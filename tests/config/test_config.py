@@ -108,6 +108,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("strategy.theory=2", ["strategy.theory", "2", "boolean"]),
         ("train.lr=-1", ["train.lr", "-1", "greater than 0"]),
         ("train.lr=nan", ["train.lr", "finite"]),
+        ("federation.patience=-1", ["federation.patience", "greater than or equal to 0"]),
         ("train.clip-gradient=-1", ["train.clip-gradient", "-1", "greater than or equal to 0"]),
         ("train.label-smoothing=1", ["train.label-smoothing", "less than 1"]),
         ("train.class-weights=1,0", ["train.class-weights = '1,0'", "balanced", "each class"]),
