@@ -360,6 +360,35 @@ def _print_tables(folder: Path) -> bool:
 
 
 @app.command()
+def watch(
+    place: Annotated[
+        Path,
+        typer.Argument(
+            metavar="[RUN|DIR]", help="A run folder, or a folder of runs", show_default="./runs"
+        ),
+    ] = Path("runs"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")] = 0,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Show runs here instead.")] = False,
+) -> None:
+    """Show runs while they go on: pages on this machine only, or a view in the terminal."""
+    if not place.expanduser().is_dir():
+        raise ConfigError(f"{place} is no folder; name a run folder, or a folder of runs")
+    folder = place.expanduser().resolve()
+    try:
+        if terminal:
+            from layerfed.watch.terminal import watch_terminal
+
+            watch_terminal(folder, Console())
+        else:
+            from layerfed.watch.server import serve_watch
+
+            console.print("The address is a secret: who has it sees these runs. Ctrl-C ends it.")
+            serve_watch(folder, port, lambda address: print(address, flush=True))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def layers(settings: Settings = None) -> None:
     """Print how a configuration's model is split into layers."""
     config = read_settings(settings)

@@ -26,20 +26,18 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-def watched(browser: Browser, **options: object) -> tuple[Page, list[str]]:
-    """Return a new page, and a list that fills with what it must not do: errors and requests."""
+def watched(browser: Browser, own: str = "file:", **options: object) -> tuple[Page, list[str]]:
+    """Return a new page, and a list of its errors and of its requests to other places than its own."""
     page = browser.new_page(accept_downloads=True, **options)  # type: ignore[arg-type]
     bad: list[str] = []
-    page.on(
-        "console", lambda note: bad.append(note.text) if note.type in ("error", "warning") else None
-    )
-    page.on("pageerror", lambda error: bad.append(str(error)))
-    page.on(
-        "request",
-        lambda asked: (
-            None if asked.url.startswith(("file:", "blob:", "data:")) else bad.append(asked.url)
-        ),
-    )
+
+    def note(what: str, unless: bool) -> None:
+        if not unless:
+            bad.append(what)
+
+    page.on("console", lambda line: note(line.text, line.type not in ("error", "warning")))
+    page.on("pageerror", lambda error: note(str(error), False))
+    page.on("request", lambda asked: note(asked.url, asked.url.startswith((own, "blob:", "data:"))))
     return page, bad
 
 
