@@ -257,8 +257,8 @@ def _page_of(folder: Path) -> Iterator[None]:
 def _write_page(folder: Path) -> None:
     try:
         write_page(run_view(folder), folder / PAGE)
-    except (ImportError, OSError, ValueError) as error:
-        # In Flower's bundle of the app the page's script comes from the installed package.
+    except Exception as error:
+        # No page is worth a run. In Flower's bundle the page's script comes from the installed package.
         log(WARNING, "no page: %s; `layerfed report %s` writes it", error, folder)
 
 

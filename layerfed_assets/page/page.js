@@ -588,7 +588,7 @@
 
     const sections = [
       section('progress-section', 'Progress', null, h('div', { class: 'controls wide' }, xChoice), h('div', { class: 'wide' }, progress)),
-      section('selection', 'Selected layers', null, selection.length > 0 && [mapBox, h('div', { class: 'card wide' }, h('div', { class: 'controls' }, h('div', { class: 'slider' }, h('label', { for: 'round-slider' }, 'One round'), slider, at))), roundBox]),
+      section('selection', 'Selected layers', null, selection.length > 0 && [mapBox, h('div', { class: 'card wide chooser' }, h('div', { class: 'controls' }, h('div', { class: 'slider' }, h('label', { for: 'round-slider' }, 'One round'), slider, at))), roundBox]),
       section('clients', 'Clients', null,
         withClasses.length > 0 && figure('client-classes', 'Examples of each class by client', 'What each client has to train on.', heat({ rows: withClasses.map(r => String(r.client)), columns: classes.map(String), value: (r, c) => withClasses[r].classes[c] || null, kind: 'number', label: 'examples', xlabel: 'class', ylabel: 'client' }),
           () => [['client', ...classes], ...withClasses.map(r => [r.client, ...r.classes])], { className: 'wide' }),

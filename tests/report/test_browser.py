@@ -196,6 +196,8 @@ def test_a_page_prints_in_light_colours_without_controls(run_page: Page, tmp_pat
     run_page.emulate_media(media="print")
     assert not run_page.locator("nav").is_visible()
     assert not run_page.locator("#score-png").is_visible()
+    assert not run_page.locator("#round-slider").is_visible()
+    assert run_page.locator("#client-table-sort-0").is_visible()
     assert run_page.locator("#score-plot svg").is_visible()
 
 
