@@ -218,9 +218,9 @@
     const [size, name] = unit(kind, Math.abs(hi));
     svg.append(text(2, 13, clipped(`${label}${name ? `, ${name}` : ''}${log ? ' (logarithmic)' : ''}`, width - 4)));
     for (let n = 0; n < 30; n += 1) svg.append(s('rect', { x: 2 + n * key / 30, y: 20, width: key / 30 + 0.4, height: 9, fill: ramp(of, n / 29) }));
-    const plainly = v => kind === 'percent' ? String(Math.round(100 * v)) : show('number', v / size);
-    svg.append(text(2, 42, plainly(lo)), text(2 + key, 42, plainly(hi), { 'text-anchor': 'end' }));
-    if (key > 120) svg.append(text(2 + key / 2, 42, plainly(log ? Math.sqrt(lo * hi) : (lo + hi) / 2), { 'text-anchor': 'middle' }));
+    const bare = v => kind === 'percent' ? String(Math.round(100 * v)) : show('number', v / size);
+    svg.append(text(2, 42, bare(lo)), text(2 + key, 42, bare(hi), { 'text-anchor': 'end' }));
+    if (key > 120) svg.append(text(2 + key / 2, 42, bare(log ? Math.sqrt(lo * hi) : (lo + hi) / 2), { 'text-anchor': 'middle' }));
     if (markName) svg.append(s('circle', { cx: key + 24, cy: 25, r: 4, fill: color('ink'), stroke: color('card'), 'stroke-width': 1.5 }), text(key + 34, 29, clipped(markName, width - key - 38)));
     svg.append(s('rect', { x: left, y: top, width: Math.max(0, right - left), height: bottom - top, fill: 'none', stroke: color('line') }));
     const gap = tall > 9 && w > 7 ? 1 : 0, paths = {};
@@ -329,7 +329,9 @@
   };
 
   // ----------------------------------------------------------------------- figures and tables
-  const cellText = value => value == null ? '' : /^[=+\-@\t]/.test(value) && typeof value === 'string' ? `'${value}` : String(value);
+  const plainly = value => value == null ? '' : String(value);
+  // A spreadsheet would take a text that begins so for a formula.
+  const cellText = value => typeof value === 'string' && /^[=+\-@\t]/.test(value) ? `'${value}` : plainly(value);
   const asCsv = rows => rows.map(row => row.map(cell => /[",\n\r]/.test(cellText(cell)) ? `"${cellText(cell).replace(/"/g, '""')}"` : cellText(cell)).join(',')).join('\n') + '\n';
   const save = (name, blob) => {
     const url = URL.createObjectURL(blob);
@@ -367,7 +369,7 @@
   };
   const plainTable = (caption, rows) => h('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': caption },
     h('table', {}, h('thead', {}, h('tr', {}, rows[0].map(name => h('th', { scope: 'col' }, String(name))))),
-      h('tbody', {}, rows.slice(1).map(row => h('tr', {}, row.map(cell => h('td', { class: known(cell) ? 'num' : 'text' }, known(cell) ? String(cell) : cellText(cell))))))));
+      h('tbody', {}, rows.slice(1).map(row => h('tr', {}, row.map(cell => h('td', { class: known(cell) ? 'num' : 'text' }, plainly(cell))))))));
 
   const figure = (id, title, about, chart, rows, { className = '', controls = [] } = {}) => {
     const plot = h('div', { id: `${id}-plot`, class: 'plot', tabindex: 0, role: 'group', 'aria-label': `${title}. ${about} Arrow keys read the values.` });
@@ -433,7 +435,7 @@
       put(sorted);
     };
     const put = shown => body.replaceChildren(...shown.map(row => h('tr', { class: rowClass?.(row) }, columns.map((column, m) => h(m ? 'td' : 'th', m ? { class: column.num ? 'num' : 'text' } : { scope: 'row', class: column.num ? 'num' : '' },
-        column.show ? column.show(row) : column.num ? show('number', column.value(row)) : cellText(column.value(row)))))));
+        column.show ? column.show(row) : column.num ? show('number', column.value(row)) : plainly(column.value(row)))))));
     if (state.sort[id] || sort) order(...(state.sort[id] || sort));
     else put(rows);
     return h('div', { id, class: `card ${className}` },
