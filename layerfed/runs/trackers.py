@@ -289,7 +289,8 @@ class Trackio(Tracker):
         for file in files:
             folder.add_file(str(file))
         self._run.log_artifact(folder)
-        self._run.finish()  # type: ignore[no-untyped-call]
+        # Not the run's own method, after which it would be ended again at exit.
+        trackio.finish()  # type: ignore[no-untyped-call]
 
 
 TRACKERS: Mapping[str, type[Tracker]] = {
