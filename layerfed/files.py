@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -70,11 +72,30 @@ def create(file: Path, content: bytes, mode: int = 0o644) -> None:
 def save_tensors(
     file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a `.safetensors` file; use it inside `whole`."""
-    from safetensors.numpy import save_file
+    """Write a `.safetensors` file, one tensor after the other; use it inside `whole`.
 
-    whole_rows = {name: np.asarray(values, order="C") for name, values in tensors.items()}
-    save_file(whole_rows, file, dict(metadata) if metadata else None)
+    The library's own function needs all tensors in memory at once, and a mapping may make each of them
+    when it is read.
+    """
+    shapes = {name: (values.dtype, values.shape) for name, values in tensors.items()}
+    # The largest types first, so that each tensor begins at a multiple of its elements' size.
+    order = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name in order:
+        dtype, shape = shapes[name]
+        end = start + dtype.itemsize * math.prod(shape)
+        code = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            native = shapes[name][0].newbyteorder("<")
+            values = np.ascontiguousarray(tensors[name], dtype=native)
+            stream.write(values.reshape(-1).view(np.uint8).data)
 
 
 def _remove(path: Path) -> None:

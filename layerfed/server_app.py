@@ -20,7 +20,7 @@ from layerfed.client.training import evaluate
 from layerfed.client.workbench import Workbench, node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.errors import EXPECTED
-from layerfed.exchange import LayerStore, record_of
+from layerfed.exchange import LayerStore
 from layerfed.flower_compat import add_exit_handler, engine_of, in_one_line
 from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
@@ -228,7 +228,7 @@ def _run(
             strategy.observers += (kept,)
         strategy.start(
             grid,
-            record_of(bench.resident.base_state()),
+            bench.resident.base_arrays(),
             num_rounds=config.federation.rounds,
             timeout=config.federation.timeout,
             train_config=ConfigRecord({"lr": config.train.lr}),

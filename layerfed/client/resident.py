@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +14,10 @@ from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor, nn
 
+from layerfed.client.base import KnownDigests, on_disk
+from layerfed.config import Storage
 from layerfed.digests import digest, fingerprint
-from layerfed.exchange.arrays import decode
+from layerfed.exchange.arrays import BaseArrays, LazyArray, decode
 from layerfed.exchange.messages import (
     Manifest,
     has_manifest,
@@ -23,7 +27,22 @@ from layerfed.exchange.messages import (
 )
 from layerfed.exchange.store import LayerStore
 from layerfed.models.layers import LayerMap
-from layerfed.models.weights import in_float32, refuse_not_finite
+from layerfed.models.stored import (
+    Decoded,
+    Stored,
+    as_stored,
+    decoded,
+    held_bytes,
+    is_lossy,
+    owners,
+    put,
+)
+from layerfed.models.weights import (
+    files_of,
+    half_as_stored,
+    in_float32,
+    refuse_not_finite,
+)
 
 __all__ = ["MissingLayers", "ResidentModel", "keeping_layers"]
 
@@ -77,6 +96,9 @@ class ResidentModel:
         Splits the model into layers.
     device : torch.device
         The model's device.
+    storage : {"checkpoint", "float32", "bfloat16", "float16", "int8", "4bit"}
+        The type of the frozen layers. Layers that have changed since the base, and the head, are in
+        float32, and so is everything that is trained.
     """
 
     def __init__(
@@ -84,39 +106,104 @@ class ResidentModel:
         build: Callable[[], nn.Module],
         layers: Callable[[nn.Module], LayerMap],
         device: torch.device,
+        storage: Storage = "checkpoint",
     ) -> None:
         self._own_build = build
         self.device = device
-        self.model = self._build().to(device)
+        self.storage = storage
+        self.model = self._build()
+        # Half a checkpoint's tensors may be half its precision; the frozen ones of them stay so.
+        self._casts = storage not in ("checkpoint", "float32") or any(
+            isinstance(parameter, Stored) for parameter in self.model.parameters()
+        )
+        if not self._casts:
+            self.model.to(device)
         self.layers = layers(self.model)
         self.tensors: dict[str, Tensor] = {
             **dict(self.model.named_parameters()),
             **dict(self.model.named_buffers()),
         }
-        refuse_not_finite({n: self.tensors[n] for x in self.layers.layers for n in x.parameters})
-        self._base = {layer.name: self._digest(layer.name) for layer in self.layers.layers}
+        self._owners = owners(self.model)
+        # The checkpoint's own weights of layers that are held in less; they are mapped files.
+        self._exact: dict[str, Tensor] = {}
+        self._base = self._versions()
         self._digests: dict[str, str | None] = dict(self._base)
+        if self._casts:
+            self._hold(self.tensors, self.tensors)
 
     def _build(self) -> nn.Module:
-        return in_float32(self._own_build())
+        make = in_float32 if self.storage == "float32" else half_as_stored
+        return make(self._own_build())
+
+    def _versions(self) -> dict[str, str]:
+        """Return the digest of each layer as the checkpoint has it, whatever this node makes of it."""
+        known = KnownDigests.of(self.model, self.layers)
+        fresh = [layer for layer in self.layers.layers if layer.name not in known.digests]
+        refuse_not_finite({name: self.tensors[name] for x in fresh for name in x.parameters})
+        found = {layer.name: self._digest(layer.name) for layer in fresh}
+        known.add(found)
+        return {name: known.digests.get(name) or found[name] for name in self.layers.names}
 
     def _digest(self, layer: str) -> str:
-        return digest({name: self.tensors[name].detach() for name in self.layers[layer].tensors})
+        return digest(Decoded(self._values(layer)))
+
+    def _values(self, layer: str) -> dict[str, Tensor]:
+        """Return a layer's tensors, of frozen ones the checkpoint's."""
+        return {
+            name: self._exact.get(name, self.tensors[name]).detach()
+            for name in self.layers[layer].tensors
+        }
+
+    def _hold(self, names: Iterable[str], values: Mapping[str, Tensor]) -> None:
+        """Put the checkpoint's values of some tensors into the model, as they are held when frozen."""
+        head = {*self.layers.head.parameters, *self.layers.head.buffers}
+        tables = {
+            f"{name}.weight"
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        }
+        buffers = dict(self.model.named_buffers())
+        lossy = {}
+        for name in list(names):
+            exact = values[name].detach()
+            # Every client trains the head in every round, so it is in float32 from the beginning.
+            kind: Storage = "float32" if name in head or name in buffers else self.storage
+            self.tensors[name] = put(
+                self._owners[name], as_stored(exact, kind, self.device, table=name in tables)
+            )
+            if is_lossy(exact, kind):
+                lossy[name] = exact
+        self._exact |= on_disk(lossy, mapped=bool(files_of(self.model)))
 
     @property
     def base(self) -> str:
         """The fingerprint of the pretrained base."""
         return fingerprint(self._base)
 
-    def base_state(self) -> dict[str, np.ndarray]:
-        """Return copies of the base's tensors that can be sent, by name."""
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the model takes in memory, mapped files included."""
+        return held_bytes(self.tensors)
+
+    def base_arrays(self) -> BaseArrays:
+        """Return the base for the server: every tensor by name, of which none is copied.
+
+        A tensor that is not held in float32 on the CPU is cast or fetched each time that it is read.
+        """
         changed = [name for name, value in self._digests.items() if value != self._base[name]]
-        source = self._build().state_dict() if changed else self.tensors
-        return {
-            name: source[name].detach().cpu().numpy().copy()
-            for layer in self.layers.layers
-            for name in layer.tensors
-        }
+        source = self._build().state_dict(keep_vars=True) if changed else {}
+        record = BaseArrays(self._base)
+        for layer in self.layers.layers:
+            held = source if layer.name in changed else self._values(layer.name)
+            for name in layer.tensors:
+                value = held[name].detach()
+                shape, dtype = tuple(value.shape), _dtype(value)
+                record[name] = LazyArray(partial(_as_array, value), dtype, shape)
+        return record
+
+    def base_state(self) -> dict[str, np.ndarray]:
+        """Return copies of the base's tensors, by name."""
+        return {name: array.numpy() for name, array in self.base_arrays().items()}
 
     def move_to(
         self,
@@ -155,12 +242,12 @@ class ResidentModel:
         back: list[str] = []
         missing: list[str] = []
         for name, version in manifest.digests.items():
-            names = self.layers[name].tensors
-            if all(tensor in arrays for tensor in names):
+            names, differs = self.layers[name].tensors, self._digests[name] != version
+            if (differs or store is not None) and all(tensor in arrays for tensor in names):
                 came = {n: self._received(n, arrays) for n in names}
                 if store is not None:
                     store.put(version, {n: t.numpy() for n, t in came.items()}, keep)
-            elif self._digests[name] == version:
+            elif not differs:
                 continue
             elif version == self._base[name]:
                 back.append(name)
@@ -171,26 +258,32 @@ class ResidentModel:
                     missing.append(name)
                     continue
                 came = {n: self._received(n, kept) for n in names}
-            if self._digests[name] != version:
+            if differs:
                 found[name] = came
         if missing:
             raise MissingLayers(missing)
-        if back:
-            # A layer is needed at its base version, the only case in which the base is loaded again.
-            rebuilt = self._build().state_dict()
-            found.update(
-                {name: {n: rebuilt[n] for n in self.layers[name].tensors} for name in back}
-            )
         for name, values in found.items():
             self._load(name, values)
             self._digests[name] = manifest.digests[name]
+        if back:
+            self._go_back(back)
+
+    def _go_back(self, layers: Sequence[str]) -> None:
+        """Put layers back to their base version, the only case in which the base is loaded again."""
+        rebuilt = self._build().state_dict(keep_vars=True)
+        for layer in layers:
+            values = {name: rebuilt[name] for name in self.layers[layer].tensors}
+            if self._casts:
+                self._hold(values, values)
+            else:
+                self._load(layer, values)
+            self._digests[layer] = self._base[layer]
 
     def _received(self, name: str, arrays: Mapping[str, np.ndarray] | ArrayRecord) -> Tensor:
         value = arrays[name]
         if not isinstance(value, np.ndarray):
             like = self.tensors[name]
-            dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
-            value = decode(value, tuple(like.shape), dtype)
+            value = decode(value, tuple(like.shape), _dtype(like))
         with warnings.catch_warnings():
             # torch warns that received bytes are read-only; `_load` only reads them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -198,31 +291,52 @@ class ResidentModel:
 
     def _load(self, layer: str, values: Mapping[str, Tensor]) -> None:
         self._digests[layer] = None
-        with torch.no_grad():
-            for name, value in values.items():
-                self.tensors[name].copy_(value)
+        for name, value in values.items():
+            self._exact.pop(name, None)
+            held = self.tensors[name]
+            if self._casts and value.shape == held.shape and value.device == self.device:
+                self.tensors[name] = put(self._owners[name], value)  # nobody writes to either
+                continue
+            # In a new place: the server may read the base from the old one.
+            self._replace(name, torch.empty_like(held.detach()).copy_(decoded(value)))
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        """Put another value of a tensor into the model."""
+        if self._casts:
+            self.tensors[name] = put(self._owners[name], value)
+        else:
+            self.tensors[name].data = value
 
     @contextmanager
-    def borrowed(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    def borrowed(self, names: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:
         """Lend layers for local training, and restore the global version afterwards.
 
-        The model trains on copies. The tensors θ^t themselves are set aside and yielded, so that Δ_i can
-        be computed from them, and are put back by reference. A layer counts as unknown while it is lent,
-        so a training step that raises cannot leak into the next client.
+        The model trains on copies in float32. The tensors θ^t themselves are set aside and yielded, so
+        that Δ_i can be computed from them, and are put back by reference. A layer counts as unknown
+        while it is lent, so a training step that raises cannot leak into the next client.
         """
-        before = {
-            tensor: self.tensors[tensor].data
-            for name in names
-            for tensor in self.layers[name].tensors
-        }
+        tensors = [tensor for name in names for tensor in self.layers[name].tensors]
+        # As they are held; of those held in less, θ^t is the checkpoint's value.
+        held = {t: self.tensors[t] if self._casts else self.tensors[t].data for t in tensors}
+        before = Decoded({t: self._exact.get(t, value) for t, value in held.items()}, self.device)
         versions = {name: self._digests[name] for name in names}
         for name in names:
             self._digests[name] = None
         try:
-            for tensor, value in before.items():
-                self.tensors[tensor].data = value.clone()
+            for tensor in tensors:
+                self._replace(tensor, before[tensor].clone())
             yield before
         finally:
-            for tensor, value in before.items():
-                self.tensors[tensor].data = value
+            for tensor, value in held.items():
+                self._replace(tensor, value)
             self._digests.update(versions)
+
+
+def _dtype(tensor: Tensor) -> np.dtype[Any]:
+    """Return the type in which a tensor travels."""
+    return decoded(torch.empty(0, dtype=tensor.dtype)).numpy().dtype
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    values: np.ndarray = decoded(tensor).cpu().numpy()
+    return values

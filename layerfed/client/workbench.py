@@ -53,7 +53,9 @@ class Workbench:
         self.task: Task = load_task(config)
         self.task.own_data = own_data
         self.device = choose_device(config.run.device)
-        self.resident = ResidentModel(self.task.build_model, self.task.layers, self.device)
+        self.resident = ResidentModel(
+            self.task.build_model, self.task.layers, self.device, config.model.storage
+        )
         self._examples: dict[int, tuple[Examples, Examples]] = {}
         self._losses: dict[int, LossFn] = {}
         self._costs: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -128,7 +130,7 @@ class Workbench:
         # θ^t of the trained layers is kept beside them.
         copies = 1 + (2 if train.optimizer == "adamw" else bool(train.momentum))
         trained = sum(layers[name].bytes for name in [*chosen, layers.head.name])
-        model = sum(tensor.nbytes for tensor in self.resident.tensors.values())
+        model = self.resident.nbytes
         process = CUDA_PROCESS if self.device.type == "cuda" else 0.0
         return model + step + copies * trained + process
 

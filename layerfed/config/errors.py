@@ -60,6 +60,7 @@ def one_line_errors(*mendable: type[Exception]) -> Iterator[None]:
 
 # The extra that installs a library, by the library's import name.
 EXTRAS = {
+    "bitsandbytes": "quantised",
     "datasets": "data",
     "dp_accounting": "privacy",
     "flwr_datasets": "data",

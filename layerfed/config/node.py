@@ -18,6 +18,7 @@ from layerfed.config.run import (
     ConfigError,
     DeviceName,
     RunConfig,
+    Storage,
     explain,
     section_keys,
 )
@@ -51,6 +52,9 @@ class NodeConfig(Section):
         Replaces the run's `run.device`.
     threads : int, optional
         Replaces the run's `run.threads`.
+    storage : str, optional
+        Replaces the run's `model.storage`: the type in which this node holds its frozen layers. The
+        layers that it trains, and its updates, are in float32 whatever it says.
     max_step_seconds : float, optional
         The slowest step. If a step takes longer, the node stops training in this round with an error.
     privacy_clip, privacy_noise : float
@@ -74,6 +78,7 @@ class NodeConfig(Section):
     budget_unit: BudgetUnit | None = None
     device: DeviceName | None = None
     threads: Annotated[int, Field(ge=1)] | None = None
+    storage: Storage | None = None
     max_step_seconds: Annotated[float, Field(gt=0)] | None = None
     privacy_clip: Annotated[float, Field(ge=0)] = 0.0
     privacy_noise: Annotated[float, Field(ge=0)] = 0.0
@@ -164,4 +169,9 @@ class NodeConfig(Section):
                     f'"partition-id={self.partition_id} num-partitions=N", or set federation.clients'
                 )
             federation = federation.model_copy(update={"clients": self.num_partitions})
-        return config.model_copy(update={"run": section, "task": task, "federation": federation})
+        model = config.model
+        if self.storage is not None:
+            model = model.model_copy(update={"storage": self.storage})
+        return config.model_copy(
+            update={"run": section, "task": task, "federation": federation, "model": model}
+        )

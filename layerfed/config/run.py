@@ -39,6 +39,7 @@ __all__ = [
     "Flat",
     "RunConfig",
     "Scalar",
+    "Storage",
     "absolute",
     "expanded",
     "explain",
@@ -54,6 +55,7 @@ Scalar = str | int | float | bool
 Flat = dict[str, Scalar]
 
 BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memory"]
+Storage = Literal["checkpoint", "float32", "bfloat16", "float16", "int8", "4bit"]
 # Libraries of models, which `model.name` begins with, and what their models read.
 FAMILIES = {"layerfed": "image", "open_clip": "image", "timm": "image", "transformers": "text"}
 # What `model.weights` says without naming a place.
@@ -93,6 +95,7 @@ class ModelConfig(Section):
     blocks: str = ""
     head: str = ""
     embeddings: str = ""
+    storage: Storage = "checkpoint"
 
     @property
     def family(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from flwr.app import Array, ArrayRecord
 from layerfed.flower_compat import SType, passes_as_array
 
 __all__ = [
+    "BaseArrays",
+    "LazyArray",
     "LiveArray",
     "RefusedReply",
     "carried_bytes",
@@ -97,6 +99,50 @@ class LiveArray(Array):
     def __reduce__(self) -> tuple[Any, ...]:
         # With pickle's out-of-band buffers, as Ray uses them, the values are not copied.
         return _arrived, (self.values,)
+
+
+@passes_as_array
+class LazyArray(LiveArray):
+    """An array that is read from where it is held each time, and never kept.
+
+    Parameters
+    ----------
+    read : Callable[[], numpy.ndarray]
+    dtype : numpy.dtype
+    shape : tuple[int, ...]
+    """
+
+    def __init__(
+        self, read: Callable[[], np.ndarray], dtype: np.dtype[Any], shape: tuple[int, ...]
+    ) -> None:
+        self.dtype, self.shape, self.stype = str(dtype), shape, SType.NUMPY
+        self.travelled = False
+        self._data = None
+        self._read = read
+
+    @property
+    def values(self) -> np.ndarray:
+        """The array, read-only."""
+        values = self._read().view()
+        values.flags.writeable = False
+        return values
+
+    @values.setter
+    def values(self, _: np.ndarray) -> None:
+        """Keep nothing: what was serialised can be read again."""
+
+
+class BaseArrays(ArrayRecord):
+    """A pretrained base's arrays, with the digests that its checkpoint's layers have.
+
+    Parameters
+    ----------
+    digests : Mapping[str, str]
+    """
+
+    def __init__(self, digests: Mapping[str, str]) -> None:
+        super().__init__()
+        self.digests = dict(digests)
 
 
 def _arrived(values: np.ndarray) -> LiveArray:

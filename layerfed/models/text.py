@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from layerfed.config import ConfigError, ModelConfig
 from layerfed.models.block_finder import some
 from layerfed.models.source import loading, new_weights, require
+from layerfed.models.weights import Files, note_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -175,18 +178,64 @@ def _build(
         elif section.weights == "random":
             model = kind.from_config(config, trust_remote_code=False, dtype=torch.float32)
         else:
+            files = _weight_files(transformers, source)
+            dtype = _widest(files)
+            drawn = torch.get_rng_state()
             # Reads safetensors if there are any, else by torch.load, restricted to weights.
             with _quiet(transformers):
                 model, report = kind.from_pretrained(
                     source,
                     config=config,
-                    dtype=torch.float32,
+                    dtype=dtype,
                     trust_remote_code=False,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
                 )
             _refuse_random_base(model, report, source, section)
+            new = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+            if dtype != torch.float32:
+                torch.set_rng_state(drawn)
+                _draw_in_float32(model, new)
+            if files:
+                note_files(model, Files(files, frozenset(new)))
     return model
+
+
+def _weight_files(transformers: Any, source: str) -> tuple[Path, ...]:
+    """Return the safetensors files of a folder or hub id, which are mapped and not read; maybe none."""
+    find = partial(
+        transformers.utils.cached_file, source, _raise_exceptions_for_missing_entries=False
+    )
+    if (single := find("model.safetensors")) is not None:
+        return (Path(single),)
+    index = find("model.safetensors.index.json")
+    if index is None:
+        return ()
+    names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+    return tuple(Path(find(name)) for name in sorted(set(names)))
+
+
+def _widest(files: Sequence[Path]) -> torch.dtype:
+    """Return the type that holds all of some files' weights as they are: half precision or float32."""
+    found = set()
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    only = found.pop() if len(found) == 1 else ""
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(only, torch.float32)
+
+
+def _draw_in_float32(model: PreTrainedModel, names: Collection[str]) -> None:
+    """Draw new tensors as in a model in float32: the head must not depend on how the base is stored."""
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        new = [name for name in own if f"{prefix}.{name}" in names]
+        for name in new:
+            setattr(module, name, nn.Parameter(torch.empty(own[name].shape)))
+        if new:
+            module._is_hf_initialized = False
+    net: Any = model
+    net.initialize_weights()
 
 
 @contextmanager

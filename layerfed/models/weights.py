@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from flwr.common.logger import log
@@ -14,12 +16,17 @@ from torch import Tensor, nn
 
 from layerfed.config import ConfigError
 from layerfed.models.block_finder import some
+from layerfed.models.stored import HALF, owners, put, stored
 
 __all__ = [
+    "Files",
+    "files_of",
+    "half_as_stored",
     "in_float32",
     "left_as_they_are",
     "load_weights",
     "matched",
+    "note_files",
     "read_weights",
     "refuse_not_finite",
 ]
@@ -133,27 +140,83 @@ def left_as_they_are() -> Iterator[list[str]]:
         nn.Module.load_state_dict = load  # type: ignore[method-assign]
 
 
-def in_float32(model: nn.Module) -> nn.Module:
-    """Return the model with what is in half precision in float32, in which layers are trained.
+def refuse_untrainable(model: nn.Module) -> None:
+    """Refuse tensors of a type that torch can neither train nor convert as it is, such as float8.
 
     Raises
     ------
     ConfigError
-        If tensors are of a type that torch can neither train nor convert as it is, such as float8.
+        Naming the tensors.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    half = (torch.float16, torch.bfloat16)
-    known = (*half, torch.float32, torch.float64)
+    known = (*HALF, torch.float32, torch.float64)
     odd = [n for n, t in tensors.items() if t.dtype.is_floating_point and t.dtype not in known]
     if odd:
         raise ConfigError(
             f"{some(odd)} of the model are in {tensors[odd[0]].dtype}, which cannot be trained; give "
             "weights in float32, bfloat16 or float16"
         )
-    if types := {str(t.dtype) for t in tensors.values() if t.dtype in half}:
-        log(INFO, "the model is in %s; it is held and trained in float32", ", ".join(sorted(types)))
-        model._apply(lambda t: t.float() if t.dtype in half else t)  # type: ignore[no-untyped-call]
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """Return the model with what is in half precision in float32.
+
+    Raises
+    ------
+    ConfigError
+        As `refuse_untrainable`.
+    """
+    refuse_untrainable(model)
+    return model._apply(lambda t: t.float() if t.dtype in HALF else t)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def half_as_stored(model: nn.Module) -> nn.Module:
+    """Return the model with its parameters in half precision as they are, cast as they are used.
+
+    Raises
+    ------
+    ConfigError
+        As `refuse_untrainable`.
+    """
+    refuse_untrainable(model)
+    parameters, types = dict(model.named_parameters()), set()
+    for name, places in owners(model).items():
+        module, attribute = places[0]
+        tensor = getattr(module, attribute).detach()
+        if tensor.dtype in HALF:
+            put(places, stored(tensor) if name in parameters else tensor.float())
+            types.add(str(tensor.dtype).removeprefix("torch."))
+    if types:
+        log(INFO, "frozen layers stay in %s; trained ones are in float32", " and ".join(types))
     return model
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files that a model's weights were mapped from.
+
+    Attributes
+    ----------
+    paths : tuple[Path, ...]
+    drawn : frozenset[str]
+        Tensors that are not in them, such as those of the new head.
+    """
+
+    paths: tuple[Path, ...]
+    drawn: frozenset[str]
+
+
+_FILES: WeakKeyDictionary[nn.Module, Files] = WeakKeyDictionary()
+
+
+def note_files(model: nn.Module, files: Files) -> None:
+    """Note that a model's tensors are views of mapped files."""
+    _FILES[model] = files
+
+
+def files_of(model: nn.Module) -> Files | None:
+    """Return the files that a model's tensors are views of, if they are."""
+    return _FILES.get(model)
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from layerfed.digests import digest, fingerprint
-from layerfed.exchange.arrays import LiveArray, RefusedReply, decode
+from layerfed.exchange.arrays import BaseArrays, LiveArray, RefusedReply, decode
 from layerfed.exchange.messages import Manifest
 from layerfed.models.layers import LayerMap
 
@@ -40,13 +40,17 @@ class GlobalModel:
         if missing := [name for name in needed if name not in arrays]:
             raise ValueError(f"the initial arrays lack tensors of the model: {', '.join(missing)}")
         self._arrays: dict[str, LiveArray] = {name: _live(arrays[name]) for name in needed}
-        self._digests = {layer.name: digest(self.layer(layer.name)) for layer in layers.layers}
+        self._digests = (
+            dict(arrays.digests)
+            if isinstance(arrays, BaseArrays)
+            else {layer.name: digest(self.layer(layer.name)) for layer in layers.layers}
+        )
         self._base = dict(self._digests)
 
     @property
-    def tensors(self) -> dict[str, np.ndarray]:
-        """Every tensor by name, read-only."""
-        return {name: array.values for name, array in self._arrays.items()}
+    def tensors(self) -> Mapping[str, np.ndarray]:
+        """Every tensor by name, read-only; those of the base are read when they are used."""
+        return Values(self._arrays)
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -94,6 +98,29 @@ class GlobalModel:
     def bytes(self, layers: Iterable[str]) -> int:
         """Return the size in bytes of some layers."""
         return sum(self.layers[name].bytes for name in layers)
+
+
+class Values(Mapping[str, np.ndarray]):
+    """The values of arrays by name, as they are now."""
+
+    def __init__(self, arrays: Mapping[str, LiveArray]) -> None:
+        self._arrays = dict(arrays)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return the values of one array."""
+        return self._arrays[name].values
+
+    def __contains__(self, name: object) -> bool:
+        """Say whether there is an array of that name, without reading it."""
+        return name in self._arrays
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the names."""
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        """Return the number of arrays."""
+        return len(self._arrays)
 
 
 def _live(array: Array) -> LiveArray:
