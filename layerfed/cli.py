@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from layerfed.compare import Plan
     from layerfed.models.layers import Layer
     from layerfed.runs import RunFolder
+    from layerfed.task import Task
 
 app = App(
     help="Federated fine-tuning in which every device trains only the layers it can afford.",
@@ -422,6 +424,54 @@ def layers(settings: Settings = None) -> None:
     if not output.is_terminal:
         output.width = 120
     output.print(table)
+    if (predicted := _predicted(config, task)) is not None:
+        output.print(predicted)
+
+
+def _predicted(config: RunConfig, task: Task) -> Table | None:
+    """Return a table of the memory of a training step by mask; None for a task without an example."""
+    from layerfed.client.memory import Phases
+    from layerfed.client.prediction import masks_named, predicted_step
+    from layerfed.client.training import Step
+    from layerfed.client_app import local_optimizer
+
+    train, storage = config.train, _held(config)
+    batch = task.largest_batch(train.batch_size)
+    if batch is None:
+        return None
+    model = task.skeleton().to("meta")
+    layers = task.layers(model)
+    table = Table(
+        title=f"memory of a training step in MB: batch {train.batch_size}, storage {storage}"
+    )
+    table.add_column("trained", no_wrap=True)
+    for column in (field.name for field in fields(Phases)):
+        table.add_column(column, justify="right", no_wrap=True)
+    how = Step("float32", train.micro_batch, train.checkpointing)
+    for name, mask in masks_named(layers.num_blocks).items():
+        found = predicted_step(
+            model,
+            layers,
+            mask,
+            batch,
+            task.loss,
+            local_optimizer(train, train.lr),
+            how=how,
+            storage=storage,
+        )
+        table.add_row(name, *(f"{number / 1e6:.1f}" for number in asdict(found).values()))
+    return table
+
+
+def _held(config: RunConfig) -> str:
+    """Return the type in which frozen layers will be held."""
+    if config.model.storage != "checkpoint":
+        return config.model.storage
+    if config.model.family != "transformers":
+        return "float32"
+    from layerfed.models.text import type_of_weights
+
+    return str(type_of_weights(config.model)).removeprefix("torch.")
 
 
 def _measured(config: RunConfig) -> dict[str, tuple[str, str]]:

@@ -8,6 +8,7 @@ a client must know in its next process is in Flower's context, or in the layer s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from logging import ERROR
@@ -46,7 +47,7 @@ from layerfed.flower_compat import ErrorCode
 from layerfed.secure.client import add_secure_sums
 from layerfed.task import Batch
 
-__all__ = ["build_client_app", "client_app"]
+__all__ = ["build_client_app", "client_app", "local_optimizer"]
 
 
 def describe(message: Message, context: Context) -> Message:
@@ -121,8 +122,9 @@ def probe(message: Message, context: Context) -> Message:
         islice(examples.shuffled(settings.batch_size, bench.device, rng), count),
         bench.loss(node.partition),
         asked["statistics"],
-        precision=settings.precision,
+        precision=bench.step.precision,
         lr=settings.lr,
+        checkpointing=bench.step.checkpointing,
     )
     if node.protection is not None:
         public = [name for name in statistics if load_statistic(name).public]
@@ -152,11 +154,12 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
         instruction.mask,
         _batches(node, instruction, settings),
         bench.loss(node.partition),
-        _optimizer(settings, settings.lr if instruction.lr is None else instruction.lr),
-        precision=settings.precision,
+        local_optimizer(settings, settings.lr if instruction.lr is None else instruction.lr),
+        how=bench.step,
         schedule=schedule,
     )
     work.loss, work.steps, work.flops = result.loss, result.steps, result.flops
+    work.memory = asdict(result.memory)
     departure = Departure(
         update,
         tuple(layers.trained(instruction.mask)),
@@ -202,7 +205,7 @@ def _augmented(
         yield {name: tensor.to(bench.device) for name, tensor in changed.items()}
 
 
-def _optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
+def local_optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
     """Return a function that builds the local optimiser from the parameters to train."""
 
     def build(parameters: list[nn.Parameter]) -> LocalOptimizer:

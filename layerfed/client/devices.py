@@ -8,7 +8,7 @@ import torch
 
 from layerfed.config import ConfigError
 
-__all__ = ["choose_device", "synchronize", "wide"]
+__all__ = ["choose_device", "chosen_precision", "synchronize", "wide"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -43,6 +43,24 @@ def choose_device(name: str) -> torch.device:
             )
         index = visible.index(str(index))
     return torch.device("cuda", index)
+
+
+def chosen_precision(asked: str, device: torch.device) -> str:
+    """Return the precision that `train.precision` names; "auto" is bfloat16 where the device has it.
+
+    A GPU or processor that only emulates bfloat16 is several times slower in it than in float32.
+    """
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        # Asked by name, since not every version of torch has them.
+        units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_arm_bf16_supported")
+        fast = any(getattr(torch.cpu, unit, bool)() for unit in units)
+    else:
+        fast = False
+    return "bfloat16" if fast else "float32"
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -44,25 +44,31 @@ class LocalSGD:
     ) -> None:
         self.parameters = tuple(parameters)
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self._moved: dict[nn.Parameter, Tensor] = {}
+        self.state: dict[nn.Parameter, Tensor] = {}
 
     @torch.no_grad()
+    def step_one(self, parameter: nn.Parameter) -> None:
+        """Move one parameter by its gradient, if it has one.
+
+        A step on all parameters is a step on each. So training can make it as soon as backward has the
+        gradient of one parameter, and free the gradient.
+        """
+        change = parameter.grad
+        if change is None:
+            return
+        if self.weight_decay:
+            change = change.add(parameter, alpha=self.weight_decay)
+        if self.momentum:
+            before = self.state.get(parameter)
+            # Before the first step there is no momentum yet.
+            change = change.clone() if before is None else before.mul_(self.momentum).add_(change)
+            self.state[parameter] = change
+        parameter.add_(change, alpha=-self.lr)
+
     def step(self) -> None:
         """Move the parameters that have a gradient."""
         for parameter in self.parameters:
-            change = parameter.grad
-            if change is None:
-                continue
-            if self.weight_decay:
-                change = change.add(parameter, alpha=self.weight_decay)
-            if self.momentum:
-                before = self._moved.get(parameter)
-                # Before the first step there is no momentum yet.
-                change = (
-                    change.clone() if before is None else before.mul_(self.momentum).add_(change)
-                )
-                self._moved[parameter] = change
-            parameter.add_(change, alpha=-self.lr)
+            self.step_one(parameter)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
@@ -85,6 +91,11 @@ class Clipped:
         self, optimizer: LocalOptimizer, parameters: Sequence[nn.Parameter], bound: float
     ) -> None:
         self.optimizer, self.parameters, self.bound = optimizer, parameters, bound
+
+    @property
+    def state(self) -> object:
+        """The state of the optimiser."""
+        return getattr(self.optimizer, "state", {})
 
     def step(self) -> None:
         """Clip the gradients and move the parameters."""

@@ -63,6 +63,9 @@ def objective(task: Task, model: nn.Module, examples: Examples) -> LossFn:
             scores, batch["label"], weight=weights, label_smoothing=smoothing
         )
 
+    if weights is not None:
+        # What the mean is over, for batches that go through the model in parts.
+        loss.terms = lambda batch: float(weights[batch["label"]].sum())  # type: ignore[attr-defined]
     return loss
 
 

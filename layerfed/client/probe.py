@@ -9,6 +9,7 @@ docstring states what it takes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from layerfed.client.devices import wide
 from layerfed.client.passes import Passes
 from layerfed.client.statistics import STATISTICS, Statistic, load_statistic
-from layerfed.client.training import LossFn, selected_layers
+from layerfed.client.training import LossFn, recomputed, selected_layers
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 
@@ -33,6 +34,7 @@ def probe_layers(
     *,
     precision: str = "float32",
     lr: float = 0.01,
+    checkpointing: bool = False,
 ) -> tuple[dict[str, list[float]], float]:
     """Compute statistics of every block's gradient, each averaged over the batches.
 
@@ -49,6 +51,8 @@ def probe_layers(
     precision : {"float32", "bfloat16"}
     lr : float
         η, for statistics of what a step of SGD gains.
+    checkpointing : bool
+        Whether activations inside blocks are computed again in backward, and not kept.
 
     Returns
     -------
@@ -65,8 +69,11 @@ def probe_layers(
     single = [s for s in of_data.values() if not s.passes]
     rows: list[np.ndarray] = []
     total_flops = 0.0
-    with selected_layers(model, layers, [block.name for block in layers.blocks]):
+    names = [block.name for block in layers.blocks]
+    with selected_layers(model, layers, names), ExitStack() as stack:
         model.eval()  # θ^t itself is probed: no dropout, no drift of BatchNorm's statistics
+        if checkpointing:
+            stack.enter_context(recomputed(model, layers, names))
         for batch in batches:
             passes = Passes(model, layers, batch, loss, precision, lr)
             columns = iter(_single(passes, single).T if single else ())

@@ -8,17 +8,20 @@ there, and backward ends at that block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial, reduce
 from itertools import islice
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from layerfed.client.flops import counted
-from layerfed.client.local_sgd import LocalOptimizer
+from layerfed.client.local_sgd import LocalOptimizer, LocalSGD
+from layerfed.client.memory import LiveBytes, Phases, weights_in_training
 from layerfed.client.resident import ResidentModel
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
@@ -26,34 +29,87 @@ from layerfed.task.base import Batch
 __all__ = [
     "LossFn",
     "OptimizerFn",
+    "Step",
+    "Stepper",
     "TrainResult",
     "autocast",
     "evaluate",
+    "recomputed",
     "selected_layers",
     "train_layers",
     "train_update",
 ]
+
+# The label that cross-entropy leaves out.
+IGNORED = -100
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 
 
 OptimizerFn = Callable[[list[nn.Parameter]], LocalOptimizer]
 
+# The memory of a step depends on the mask and on the batch's shapes only, as FLOPs do.
+_MEASURED: WeakKeyDictionary[nn.Module, dict[object, Phases]] = WeakKeyDictionary()
+
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Mean loss over the steps, number of steps, and FLOPs of forward and backward together."""
+    """Mean loss over the steps, their number, FLOPs of forward and backward together, and memory."""
 
     loss: float
     steps: int
     flops: float
+    memory: Phases = field(default_factory=Phases)
 
     @classmethod
     def together(cls, results: Sequence[TrainResult]) -> TrainResult:
         """Return the combined result of several stretches of training."""
         steps = sum(result.steps for result in results)
         loss = sum(result.loss * result.steps for result in results) / steps
-        return cls(loss, steps, sum(result.flops for result in results))
+        memory = reduce(Phases.most, (result.memory for result in results))
+        return cls(loss, steps, sum(result.flops for result in results), memory)
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a step is computed; the result is the same to rounding.
+
+    Attributes
+    ----------
+    precision : {"float32", "bfloat16"}
+    micro_batch : int
+        The most examples that go through the model at once, 0 for all; gradients add up.
+    checkpointing : bool
+        Whether activations inside blocks are computed again in backward, and not kept.
+    """
+
+    precision: str = "float32"
+    micro_batch: int = 0
+    checkpointing: bool = False
+
+    def parts(self, batch: Batch, loss: LossFn) -> list[tuple[Batch, float | None]]:
+        """Return parts of a batch, each with its share of the mean loss; None for the whole.
+
+        A mean is over what counts: without labels of -100, which cross-entropy ignores, and with the
+        weights of classes (`loss.terms`).
+        """
+        rows = len(next(iter(batch.values())))
+        if not 0 < self.micro_batch < rows:
+            return [(batch, None)]
+        parts = [
+            {name: tensor[start : start + self.micro_batch] for name, tensor in batch.items()}
+            for start in range(0, rows, self.micro_batch)
+        ]
+        terms = [float(getattr(loss, "terms", _terms)(part)) for part in parts]
+        total = sum(terms)
+        return [(p, t / total) for p, t in zip(parts, terms, strict=True) if t] or [(batch, None)]
+
+
+def _terms(batch: Batch) -> float:
+    labels = batch.get("label")
+    if labels is None or labels.is_floating_point():
+        return float(len(next(iter(batch.values()))))
+    return float((labels != IGNORED).sum()) / max(1, labels[0].numel())
 
 
 @contextmanager
@@ -88,7 +144,118 @@ def selected_layers(model: nn.Module, layers: LayerMap, names: Iterable[str]) ->
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return a context for mixed precision; weights and updates stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    kind = "cpu" if device.type == "meta" else device.type  # which has none
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def recomputed(model: nn.Module, layers: LayerMap, trained: Iterable[str]) -> Iterator[None]:
+    """Keep only the inputs of blocks for backward, which computes the rest again, within the context.
+
+    Blocks below the lowest trained one keep nothing in any case. Blocks whose BatchNorm is trained are
+    left as they are: it would count each batch twice.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    chosen = set(trained)
+    low = next((i for i, b in enumerate(layers.blocks) if b.name in chosen), layers.num_blocks)
+    modules = dict(model.named_modules())
+    changed = []
+    for name in (name for block in layers.blocks[low:] for name in block.modules):
+        module = modules[name]
+        counts = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        if not any(m.training for m in counts):
+            changed.append((module, module.__dict__.get("forward")))
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for module, before in changed:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+
+
+class Stepper:
+    """Steps of one optimiser on some parameters.
+
+    If the optimiser can move one parameter alone (`step_one`), it does so as soon as backward has the
+    gradient, which is then freed. So there is one tensor's gradient at a time. Others need all of them:
+    the optimisers of torch, and a bound on the norm of all gradients (`train.clip-gradient`), which is
+    known at the end of backward only.
+
+    Parameters
+    ----------
+    model : nn.Module
+    parameters : Sequence[nn.Parameter]
+    loss : LossFn
+    optimizer : OptimizerFn
+    how : Step
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        loss: LossFn,
+        optimizer: OptimizerFn,
+        how: Step,
+    ) -> None:
+        self.model, self.parameters, self.loss, self.how = model, parameters, loss, how
+        self.optimizer = optimizer(list(parameters))
+        self.live: LiveBytes | None = None
+        # A subclass with steps of its own makes them.
+        alone = getattr(type(self.optimizer), "step", None) is LocalSGD.step
+        self._one = getattr(self.optimizer, "step_one", None) if alone else None
+        self._last = False
+
+    def _ready(self, parameter: Tensor) -> None:
+        if self.live is not None:
+            self.live.move(parameter.grad, "gradients")
+        if self._one is not None and self._last:
+            self._one(parameter)
+            parameter.grad = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Make one step, and return the loss before it."""
+        hooks = [
+            p.register_post_accumulate_grad_hook(self._ready)  # type: ignore[no-untyped-call]
+            for p in self.parameters
+            if p.requires_grad
+        ]
+        try:
+            parts = self.how.parts(batch, self.loss)
+            total: Tensor | None = None
+            for number, (part, share) in enumerate(parts, 1):
+                self._last = number == len(parts)
+                with autocast(self.parameters[0].device, self.how.precision):
+                    value = self.loss(self.model, part)
+                if share is not None:
+                    value = value * share
+                value.backward()  # type: ignore[no-untyped-call]
+                total = value.detach() if total is None else total + value.detach()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if self._one is None:
+            # The order that local SGD needs: gradients are used first and cleared afterwards.
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        assert total is not None
+        return total
+
+    def measured(self, batch: Batch, weights: float) -> tuple[Tensor, Phases]:
+        """Make one step, and return the loss and the step's memory."""
+        known = (*self.model.parameters(), *self.model.buffers(), *batch.values())
+        with LiveBytes(known) as self.live:
+            value = self(batch)
+            for tensor in tree_leaves(list(getattr(self.optimizer, "state", {}).values())):
+                if isinstance(tensor, Tensor):
+                    self.live.move(tensor, "optimizer")
+            found = self.live.phases(weights)
+        self.live = None
+        return value, found
 
 
 def train_layers(
@@ -99,7 +266,7 @@ def train_layers(
     loss: LossFn,
     optimizer: OptimizerFn,
     *,
-    precision: str = "float32",
+    how: Step = Step(),
 ) -> TrainResult:
     """Train the selected blocks and the head in place, with one optimiser step for each batch.
 
@@ -115,7 +282,7 @@ def train_layers(
         Returns the mean loss of a batch.
     optimizer : OptimizerFn
         Builds the optimiser from the parameters to train. It is new in every round, as in local SGD.
-    precision : {"float32", "bfloat16"}
+    how : Step
 
     Raises
     ------
@@ -125,23 +292,23 @@ def train_layers(
     chosen = layers.trained(mask)
     parameters = dict(model.named_parameters())
     trained = [parameters[name] for layer in chosen for name in layers[layer].parameters]
-    device = next(iter(parameters.values())).device
     losses: list[Tensor] = []
-    flops = 0.0
-    with selected_layers(model, layers, chosen):
-        step_optimizer = optimizer(trained)
-
-        def step(batch: Batch) -> Tensor:
-            with autocast(device, precision):
-                value = loss(model, batch)
-            value.backward()  # type: ignore[no-untyped-call]
-            # The order that local SGD needs: gradients are used first and cleared afterwards.
-            step_optimizer.step()
-            step_optimizer.zero_grad(set_to_none=True)
-            return value.detach()
-
+    flops, memory = 0.0, Phases()
+    measured = _MEASURED.setdefault(model, {})
+    with selected_layers(model, layers, chosen), ExitStack() as stack:
+        if how.checkpointing:
+            stack.enter_context(recomputed(model, layers, chosen))
+        step = Stepper(model, trained, loss, optimizer, how)
         for batch in batches:
-            value, cost = counted(model, ("train", tuple(mask)), batch, partial(step, batch))
+            kind = ("train", tuple(mask), how, getattr(step.optimizer, "momentum", None))
+            key = (kind, tuple((name, tuple(tensor.shape)) for name, tensor in batch.items()))
+            if key in measured:
+                value, cost = counted(model, kind, batch, partial(step, batch))
+            else:
+                weights = weights_in_training(model, layers, chosen)
+                run = partial(step.measured, batch, weights)
+                (value, measured[key]), cost = counted(model, kind, batch, run)
+            memory = memory.most(measured[key])
             losses.append(value)
             flops += cost
     if not losses:
@@ -149,7 +316,7 @@ def train_layers(
     mean = float(torch.stack(losses).mean())
     if not torch.isfinite(torch.tensor(mean)):
         raise ValueError(f"the training loss is {mean}; lower train.lr")
-    return TrainResult(mean, len(losses), flops)
+    return TrainResult(mean, len(losses), flops, memory)
 
 
 def train_update(
@@ -159,7 +326,7 @@ def train_update(
     loss: LossFn,
     optimizer: OptimizerFn,
     *,
-    precision: str = "float32",
+    how: Step = Step(),
     schedule: Sequence[tuple[Sequence[bool], int]] = (),
 ) -> tuple[dict[str, np.ndarray], TrainResult]:
     """Train like `train_layers` and return Δ_i (eq. 4) of the trained layers' tensors, by name.
@@ -180,7 +347,7 @@ def train_update(
                     islice(stream, steps),
                     loss,
                     optimizer,
-                    precision=precision,
+                    how=how,
                 )
                 for part, steps in [*schedule[:-1], (schedule[-1][0] if schedule else mask, None)]
             ]

@@ -18,14 +18,15 @@ from typing import cast
 import numpy as np
 import torch
 from flwr.app import Context
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerfed.client.costs import MeasuredUnit, measure_costs, step_cost
-from layerfed.client.devices import choose_device
+from layerfed.client.devices import choose_device, chosen_precision
 from layerfed.client.limits import Allowance, LayerCosts, free_memory
 from layerfed.client.objective import objective
 from layerfed.client.resident import ResidentModel
-from layerfed.client.training import LossFn
-from layerfed.config import BudgetUnit, Flat, NodeConfig, RunConfig, Scalar
+from layerfed.client.training import LossFn, Step
+from layerfed.config import BudgetUnit, ConfigError, Flat, NodeConfig, RunConfig, Scalar
 from layerfed.exchange import LayerStore, open_store
 from layerfed.models.layers import layer_costs
 from layerfed.privacy.protection import Protection
@@ -56,6 +57,19 @@ class Workbench:
         self.resident = ResidentModel(
             self.task.build_model, self.task.layers, self.device, config.model.storage
         )
+        train = config.train
+        self.step = Step(
+            chosen_precision(train.precision, self.device), train.micro_batch, train.checkpointing
+        )
+        """How a step of training is computed on this device."""
+        if train.micro_batch and any(
+            isinstance(module, _BatchNorm) for module in self.resident.model.modules()
+        ):
+            raise ConfigError(
+                f"train.micro-batch = {train.micro_batch}: model.name = '{config.model.name}' has "
+                "BatchNorm, whose statistics are those of a whole batch; set it to 0 and lower "
+                "train.batch-size"
+            )
         self._examples: dict[int, tuple[Examples, Examples]] = {}
         self._losses: dict[int, LossFn] = {}
         self._costs: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -84,7 +98,7 @@ class Workbench:
                 batch,
                 self.task.loss,
                 unit,
-                precision=self.config.train.precision,
+                precision=self.step.precision,
             )
         return self._costs[key]
 
@@ -142,7 +156,7 @@ class Workbench:
             self._batch(partition),
             self.task.loss,
             "memory",
-            precision=self.config.train.precision,
+            precision=self.step.precision,
         )
 
     def _batch(self, partition: int) -> Batch:

@@ -277,7 +277,9 @@ class TrainConfig(Scheduled):
     batch_size: Positive = 32
     local_steps: Annotated[int, Field(ge=0)] = 5
     local_epochs: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    micro_batch: Annotated[int, Field(ge=0)] = 0
+    checkpointing: Switch = False
     clip_gradient: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weights: str = ""

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -33,6 +34,8 @@ class Work:
     flops : float
     steps : int
     loss, accuracy : float
+    memory : Mapping[str, float]
+        Bytes of a step's weights, activations, gradients and optimiser, each at its peak.
     """
 
     phase: Phase
@@ -41,6 +44,7 @@ class Work:
     steps: int = 0
     loss: float = math.nan
     accuracy: float = math.nan
+    memory: Mapping[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -107,6 +111,11 @@ def _peak_memory(work: Work) -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
+def _memory(part: str, work: Work) -> float:
+    """Return the bytes of one part of a step's memory, at its own peak."""
+    return work.memory.get(part, 0.0)
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -133,6 +142,10 @@ METRICS: dict[str, Metric] = {
         Metric("train_seconds", "train", "sum", lambda work: time.monotonic() - work.began),
         Metric("peak_memory", "train", "max", _peak_memory),
         Metric("peak_memory_probe", "probe", "max", _peak_memory),
+        *(
+            Metric(f"memory_{part}", "train", "max", partial(_memory, part), public=True)
+            for part in ("weights", "activations", "gradients", "optimizer")
+        ),
     )
 }
 

@@ -13,6 +13,7 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import torch
@@ -35,6 +36,7 @@ __all__ = [
     "page_out",
     "put",
     "stored",
+    "stored_like",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -163,6 +165,11 @@ class Stored(Tensor):
         with torch.no_grad():
             return self._of(self.held.decoded())
 
+    def casts_whole(self, func: Any) -> bool:
+        """Return whether an operation casts all that is held, and not only rows or nothing."""
+        looks_up = func._overloadpacket is _ATEN.embedding
+        return not (looks_up and isinstance(self.held, Half))
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -253,6 +260,23 @@ def as_stored(
             return plain.to(device)
         return stored(plain.to(device))
     return Stored(held, torch.empty(source.shape, device="meta"))
+
+
+def stored_like(tensor: Tensor, storage: str, *, table: bool = False) -> Tensor:
+    """Return what `as_stored` makes of a tensor without weights, without the library that it needs."""
+    if storage in BLOCK and not table and tensor.ndim > 1 and tensor.numel() >= LEAST_QUANTISED:
+        share = {"int8": 1, "4bit": 2}[storage]
+        blocks = -(-tensor.numel() // BLOCK[storage])
+        like = tensor.detach()
+        held = Quantised(
+            torch.empty(tensor.numel() // share, dtype=torch.uint8, device="meta"),
+            SimpleNamespace(absmax=torch.empty(blocks, device="meta")),
+            lambda *_: torch.empty_like(like),
+        )
+        return Stored(held, like)
+    if not tensor.is_floating_point():
+        return tensor
+    return stored(tensor.detach().to(TYPES.get(storage, torch.bfloat16)))
 
 
 def stored(values: Tensor) -> Stored:

@@ -28,6 +28,7 @@ __all__ = [
     "load_tokenizer",
     "reading_limits",
     "tokenizer_key",
+    "type_of_weights",
 ]
 
 
@@ -213,6 +214,14 @@ def _weight_files(transformers: Any, source: str) -> tuple[Path, ...]:
         return ()
     names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
     return tuple(Path(find(name)) for name in sorted(set(names)))
+
+
+def type_of_weights(section: ModelConfig) -> torch.dtype:
+    """Return the type of a local checkpoint's weights; of one that is not here, float32."""
+    source = _source(section)[0]
+    if section.weights == "random" or not Path(source).is_dir():
+        return torch.float32
+    return _widest(_weight_files(require("transformers", section.name), source))
 
 
 def _widest(files: Sequence[Path]) -> torch.dtype:

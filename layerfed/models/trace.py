@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Forward", "Reach", "Trace", "Uses", "trace"]
+__all__ = ["Forward", "OnesOnMeta", "Reach", "Trace", "Uses", "trace"]
 
 Forward = Callable[[nn.Module], object]
 
@@ -200,7 +200,7 @@ def trace(model: nn.Module, forward: Forward) -> Trace:
     with ExitStack() as hooks, _all_require_gradients(model):
         if any(parameter.is_meta for parameter in model.parameters()):
             hooks.enter_context(torch.device("meta"))
-            hooks.enter_context(_OnesOnMeta())  # type: ignore[no-untyped-call]
+            hooks.enter_context(OnesOnMeta())  # type: ignore[no-untyped-call]
         for name, module in model.named_modules():
             if name:
                 hooks.callback(module.register_forward_pre_hook(entered(name)).remove)
@@ -210,7 +210,7 @@ def trace(model: nn.Module, forward: Forward) -> Trace:
     return Trace(order, calls, result, {p: name for name, p in model.named_parameters()})
 
 
-class _OnesOnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OnesOnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which a `meta` tensor of one element has the value 1, or True.
 
     Models ask whether all of a mask is set, and `meta` tensors have no values.

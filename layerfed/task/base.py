@@ -218,6 +218,15 @@ class Task(ABC):
         """
         return None
 
+    def largest_batch(self, size: int) -> Batch | None:
+        """Return a batch without values, on torch's `meta` device, as large as one can be."""
+        example = self.example()
+        if example is None:
+            return None
+        shapes = {name: (size, *tensor.shape[1:]) for name, tensor in example.items()}
+        made = {n: torch.empty(s, dtype=example[n].dtype, device="meta") for n, s in shapes.items()}
+        return {"label": torch.empty(size, dtype=torch.long, device="meta"), **made}
+
     def layers(self, model: nn.Module) -> LayerMap:
         """Split the model into layers, by the configuration's patterns or, without any, by search.
 

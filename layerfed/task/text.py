@@ -131,6 +131,14 @@ class TextTask(DatasetTask):
         row = torch.tensor([ids])
         return {"input_ids": row, "attention_mask": torch.ones_like(row)}
 
+    def largest_batch(self, size: int) -> Batch | None:
+        """Return a batch of texts that are cut at `task.max-tokens`."""
+        batch = dict(super().largest_batch(size) or {})
+        shape = size, _filled(self.config.task.max_tokens)
+        for name in ("input_ids", "attention_mask"):
+            batch[name] = torch.empty(shape, dtype=torch.long, device="meta")
+        return batch
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return class scores; a decoder's are those at the last token of each text."""
         net: Any = model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from layerfed.client.training import evaluate, selected_layers, train_layers
+from layerfed.client.training import Step, evaluate, selected_layers, train_layers
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 from tests.conftest import BLOCKS, CLASSES, TinyNet, cross_entropy
@@ -256,7 +256,7 @@ def test_bfloat16_trains_close_to_float32_and_keeps_float32_weights(
     results = {}
     for precision in ("float32", "bfloat16"):
         tiny.load_state_dict(start)
-        train_layers(tiny, layers, MASK, batches, cross_entropy, sgd(), precision=precision)
+        train_layers(tiny, layers, MASK, batches, cross_entropy, sgd(), how=Step(precision))
         results[precision] = state(tiny)
     assert seen == {torch.float32, torch.bfloat16}
     assert {t.dtype for t in results["bfloat16"].values()} == {torch.float32, torch.int64}

@@ -1,0 +1,207 @@
+"""The memory of a training step by phase: counted while it runs, or predicted without weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from layerfed.models.layers import LayerMap
+from layerfed.models.stored import Stored, owners, put, stored_like
+
+__all__ = ["LiveBytes", "Phases", "as_predicted", "fused_attention", "weights_in_training"]
+
+Kind = Literal["activations", "gradients", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Bytes of a training step, each at its own peak.
+
+    Attributes
+    ----------
+    weights : float
+        The model as it is held, and the float32 copies of the layers in training.
+    activations : float
+        What forward and backward make, besides gradients.
+    gradients : float
+        The most that is held at once.
+    optimizer : float
+        The optimiser's state.
+    peak : float
+        All together at the worst moment, which is less than the sum of the four.
+    """
+
+    weights: float = 0.0
+    activations: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    peak: float = 0.0
+
+    def most(self, other: Phases) -> Phases:
+        """Return the larger of each number."""
+        names = (field.name for field in fields(self))
+        return Phases(*(max(getattr(self, n), getattr(other, n)) for n in names))
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context that counts the bytes of the tensors that its operations make, while they live.
+
+    Memory inside an operation is not seen, but for the cast of a frozen weight.
+
+    Parameters
+    ----------
+    known : Iterable[Tensor]
+        Tensors that exist already, such as weights and the batch; they do not count.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {self._key(t) for t in known if not isinstance(t, Stored)}
+        self._live: dict[int, tuple[int, Kind]] = {}
+        self._now: dict[Kind, int] = {"activations": 0, "gradients": 0, "optimizer": 0}
+        self._most = dict(self._now)
+        self._peak = 0
+
+    @staticmethod
+    def _key(tensor: Tensor) -> int:
+        return int(tensor.untyped_storage()._cdata)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # skipping the compiler is what imports it
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, and count what it made."""
+        out = func(*args, **(kwargs or {}))
+        leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for leaf in leaves:
+            self._count(leaf)
+        cast = 0
+        if not all(isinstance(leaf, Stored) for leaf in leaves):
+            weights = (a for a in tree_leaves((args, kwargs)) if isinstance(a, Stored))
+            cast = sum(a.numel() * 4 for a in weights if a.casts_whole(func))
+        self._now["activations"] += cast
+        self._note()
+        self._now["activations"] -= cast
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        if isinstance(tensor, Stored):
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or key in self._live or not size:
+            return
+        self._live[key] = size, "activations"
+        self._now["activations"] += size
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        size, kind = self._live.pop(key, (0, "activations"))
+        self._now[kind] -= size
+
+    def _note(self) -> None:
+        for kind, size in self._now.items():
+            self._most[kind] = max(self._most[kind], size)
+        self._peak = max(self._peak, sum(self._now.values()))
+
+    def move(self, tensor: Tensor | None, kind: Kind) -> None:
+        """Count a tensor as a gradient, or as the optimiser's, from now on."""
+        key = 0 if tensor is None else self._key(tensor)
+        if key in self._live:
+            size, before = self._live[key]
+            self._live[key] = size, kind
+            self._now[before] -= size
+            self._now[kind] += size
+            self._note()
+
+    def phases(self, weights: float) -> Phases:
+        """Return the peaks, given the bytes of the weights."""
+        most = {str(kind): float(size) for kind, size in self._most.items()}
+        return Phases(weights=weights, **most, peak=weights + self._peak)
+
+
+def weights_in_training(model: nn.Module, layers: LayerMap, chosen: Iterable[str]) -> float:
+    """Return the bytes of a model as it is held, and of the copies of some layers that are trained."""
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return float(held + sum(layers[name].bytes for name in chosen))
+
+
+@contextmanager
+def as_predicted(
+    model: nn.Module, layers: LayerMap, chosen: Sequence[str], storage: str
+) -> Iterator[Mapping[str, Tensor]]:
+    """Yield a model without weights, held as `storage` says, with some layers ready for training.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In float32, on torch's `meta` device.
+    layers : LayerMap
+    chosen : Sequence[str]
+        The layers that are trained.
+    storage : {"float32", "bfloat16", "float16", "int8", "4bit"}
+    """
+    places, before = owners(model), {}
+    frozen = [x for x in layers.layers if x.name not in chosen and x.name != "head"]
+    tables = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    if storage != "float32":
+        for name in (n for layer in frozen for n in layer.parameters):
+            module, attribute = places[name][0]
+            before[name] = getattr(module, attribute)
+            put(places[name], stored_like(before[name], storage, table=name in tables))
+    try:
+        with fused_attention():
+            yield before
+    finally:
+        for name, parameter in before.items():
+            put(places[name], parameter)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Let attention on `meta` take the memory that it takes on a processor or a GPU.
+
+    On `meta`, torch computes it step by step and keeps the matrix of all pairs of tokens.
+    """
+    plain = functional.scaled_dot_product_attention
+
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if not query.is_meta:
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: Tensor = operation(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+        return out
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = plain
