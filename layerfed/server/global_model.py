@@ -66,9 +66,9 @@ class GlobalModel:
         """Return the version of every layer, and the identity of the base."""
         return Manifest(base=fingerprint(self._base), digests=dict(self._digests))
 
-    def layer(self, name: str) -> dict[str, np.ndarray]:
-        """Return read-only views of the tensors of one layer."""
-        return {tensor: self._arrays[tensor].values for tensor in self.layers[name].tensors}
+    def layer(self, name: str) -> Mapping[str, np.ndarray]:
+        """Return read-only views of the tensors of one layer, each of which is read when it is used."""
+        return Values({tensor: self._arrays[tensor] for tensor in self.layers[name].tensors})
 
     def replace(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
         """Replace a layer by a new version, without copying its tensors."""

@@ -320,8 +320,11 @@ class Round:
         self._estimate_theory(names)
         moved = {}
         for layer in names:
-            before = self.model.layer(layer)
-            after = optimizer.step(self.model.layers[layer], before, self._mean.pop(layer))
+            means, after = self._mean.pop(layer), dict[str, np.ndarray]()
+            for name, before in self.model.layer(layer).items():
+                # One tensor at a time, so that each mean is freed when it has been used.
+                mean = {name: means.pop(name)}
+                after |= optimizer.step(self.model.layers[layer], {name: before}, mean)
             if not all(np.isfinite(tensor).all() for tensor in after.values()):
                 raise RoundFailed(
                     f"round {record.round}: layer '{layer}' would hold NaN or Inf; lower train.lr or "
