@@ -44,6 +44,8 @@ __all__ = [
 
 # Bytes of a GPU that the driver's context and the libraries' workspaces take in each process.
 CUDA_PROCESS = 6e8
+# A step that takes longer is measured once.
+WARM_SECONDS = 5.0
 
 
 class Workbench:
@@ -105,13 +107,16 @@ class Workbench:
     @cached_property
     def first_step(self) -> tuple[float, float]:
         """Bytes that the first client needs, and seconds of its step on all blocks; measured once."""
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            self.memory_needed(0)  # the first steps on a GPU load its libraries
-        began = time.perf_counter()
-        needed = self.memory_needed(0)
-        # On a GPU the measurement makes two steps.
-        return needed, (time.perf_counter() - began) / (2 if on_gpu else 1)
+
+        def measured() -> tuple[float, float]:
+            began = time.perf_counter()
+            needed = self.memory_needed(0)
+            # On a GPU the measurement makes two steps.
+            return needed, (time.perf_counter() - began) / (2 if self.device.type == "cuda" else 1)
+
+        needed, seconds = measured()
+        # The first step loads libraries and fills caches, which does not matter to a slow one.
+        return measured() if seconds < WARM_SECONDS else (needed, seconds)
 
     def head_memory(self, partition: int) -> float:
         """Return the bytes of a training step on the head alone, on this device."""
