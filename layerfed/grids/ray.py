@@ -191,6 +191,7 @@ class RayGrid(InProcessGrid):
         self._own: dict[int, Any] = {}
         self._failure: BaseException | None = None
         self._over = threading.Event()
+        self._replaced_handler = False
         self._thread = threading.Thread(target=self._stay, daemon=True)
 
     def __enter__(self) -> RayGrid:
@@ -229,8 +230,6 @@ class RayGrid(InProcessGrid):
         import ray
 
         own = self._actors
-        # Ray sets a handler of SIGTERM that ends the process at once, with the run folder as it is.
-        handler = signal.getsignal(signal.SIGTERM)
         try:
             with _environment(own):
                 ray.init(
@@ -239,8 +238,7 @@ class RayGrid(InProcessGrid):
                     logging_level=logging.INFO if own.verbose else logging.ERROR,
                     log_to_driver=own.verbose,
                 )
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)
+            self._replaced_handler = True
             made = [self._new_actor() for _ in range(min(own.count, self._room()))]
         except Exception as error:
             # Nothing is lost, since clients then work in this process.
@@ -249,6 +247,15 @@ class RayGrid(InProcessGrid):
                 log(WARNING, "Ray did not start, and clients work in this process: %s", error)
             return
         self._starting = {actor.ready.remote(): actor for actor in made}
+
+    def _put_back_handler(self) -> None:
+        """Put back Python's handler of SIGTERM: Ray's aborts the process three seconds later.
+
+        Only the main thread may do that, so it happens in the first pull after Ray's start.
+        """
+        if self._replaced_handler and threading.current_thread() is threading.main_thread():
+            self._replaced_handler = False
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
     def _room(self) -> int:
         """Return for how many actors Ray has cores and GPUs, on all machines."""
@@ -292,6 +299,7 @@ class RayGrid(InProcessGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are there; wait a moment for one if there are none."""
         wanted = list(message_ids)
+        self._put_back_handler()
         if not self.parallel:
             return super().pull_messages(wanted)
         self._dispatch()

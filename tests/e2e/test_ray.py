@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +17,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from layerfed.config import ConfigError, RunConfig
 from layerfed.grids.inprocess import InProcessGrid
 from layerfed.grids.ray import Actors, RayGrid
+from layerfed.runs import read_lines
+from tests.e2e.test_flower import left_behind
 from tests.tiny_task import configured, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -97,3 +103,37 @@ def test_a_cluster_that_is_not_there_is_refused(config: RunConfig) -> None:
         RayGrid(Actors(2, address="nowhere.invalid:1"), 2, config.to_flat()),
     ):
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_process_and_says_how_to_go_on(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "layerfed.cli",
+        "run",
+        "--engine",
+        "ray",
+        "--dir",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        [*command, "run.name=x", "federation.rounds=500"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    rows = tmp_path / "x/metrics.jsonl"
+    deadline = time.monotonic() + PATIENCE
+    while not rows.exists() or len(read_lines(rows)) < 6:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, said
+    assert "layerfed run --resume" in said
+    assert json.loads((tmp_path / "x/summary.json").read_text())["status"] == "interrupted"
+    assert left_behind(process.pid) == []
