@@ -19,7 +19,7 @@ from layerfed.config import ConfigError, NodeConfig, RunConfig
 from layerfed.engine import _actors, _checked_actors, choose_engine
 from layerfed.exchange import Manifest, instruction, store
 from layerfed.grids.inprocess import InProcessGrid
-from layerfed.grids.ray import Actors, Clients, _environment
+from layerfed.grids.ray import Actors, Clients, RayGrid, _environment
 from tests.tiny_task import configured
 
 TINY = "task.name=tests.tiny_task:TinyTask"
@@ -166,3 +166,12 @@ def test_what_a_client_remembers_goes_with_it_to_another_actor(own_memory: None)
         assert list(sent) == list(due)
         for name in sent:
             np.testing.assert_array_equal(sent[name].numpy(), due[name].numpy())
+
+
+def test_what_a_client_remembered_before_actors_took_over_goes_with_it(own_memory: None) -> None:
+    config = configured(TINY, "exchange.codec=int8")
+    grid = RayGrid(Actors(1), 6, config.to_flat())
+    grid._work(training(config, 1))
+    assert grid._kept_here(2)
+    assert grid._kept_here(2) == grid._store.own
+    assert grid._kept_here(3) == {}

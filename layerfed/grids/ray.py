@@ -189,6 +189,7 @@ class RayGrid(InProcessGrid):
         self._unwanted: set[str] = set()
         self._layers: dict[str, Any] = {}
         self._own: dict[int, Any] = {}
+        self._took_over = False
         self._failure: BaseException | None = None
         self._over = threading.Event()
         self._replaced_handler = False
@@ -199,6 +200,7 @@ class RayGrid(InProcessGrid):
         if self._actors.address:
             self._start()
             if self._failure is not None:
+                self.__exit__()
                 raise ConfigError(
                     f"run.ray-address = '{self._actors.address}': no Ray cluster can be used there "
                     f"({self._failure})"
@@ -282,18 +284,26 @@ class RayGrid(InProcessGrid):
 
     @property
     def parallel(self) -> bool:
-        """Whether an actor has taken over from this process."""
+        """Whether actors have taken over from this process, and any is left."""
         self._welcome()
-        return bool(self._idle or self._asked)
+        return self._took_over and bool(self._idle or self._asked or self._starting)
 
     def _welcome(self) -> None:
-        """Take the actors that have become ready, or could not start and will say so when asked."""
+        """Take the actors that have become ready; drop those that could not start."""
         if not self._starting:
             return
         import ray
 
         there, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)
-        self._idle += [self._starting.pop(reference) for reference in there]
+        for reference in there:
+            actor = self._starting.pop(reference)
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayError as error:
+                log(WARNING, "an actor of Ray could not start, and others do its work: %s", error)
+            else:
+                self._idle.append(actor)
+                self._took_over = True
 
     # ----------------------------------------------------------------------------------- messages
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -346,7 +356,7 @@ class RayGrid(InProcessGrid):
         import ray
 
         node, identity = message.metadata.dst_node_id, message.metadata.message_id
-        attempt = self._attempts[identity] = self._attempts.get(identity, 0) + 1
+        attempt = self._attempts.pop(identity, 0) + 1
         if has_manifest(message):
             digests = read_manifest(message)[0].digests.values()
             self._layers = {
@@ -357,27 +367,35 @@ class RayGrid(InProcessGrid):
         answer, own = actor.work.options(num_returns=2).remote(
             message,
             self._contexts[node].state,
-            self._own.get(node, {}),
+            self._own.get(node) or self._kept_here(node),
             self._store.identity,
             self._layers,
         )
         self._asked[answer] = _Asked(identity, message, actor, answer, own, attempt)
 
+    def _kept_here(self, node: int) -> dict[str, Tensors]:
+        """Return what a client remembered in this process, before actors took over."""
+        partition = self._contexts[node].node_config["partition-id"]
+        return {k: v for k, v in self._store.own.items() if k.split("/")[1:2] == [str(partition)]}
+
     def _collect(self) -> None:
         """Wait a moment for a reply, take all that are there, and give their actors new messages."""
         import ray
 
-        if not self._asked:
+        awaited = [*self._asked, *self._starting]
+        if not awaited:
             return
-        there, _ = ray.wait(list(self._asked), timeout=WAIT_SECONDS)
-        if there:
-            there, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
+        ray.wait(awaited, timeout=WAIT_SECONDS)
+        there, _ = ray.wait(awaited, num_returns=len(awaited), timeout=0)
         for reference in there:
+            if reference in self._starting:
+                continue
             asked = self._asked.pop(reference)
             try:
                 reply, state = ray.get(reference)
             except ray.exceptions.RayActorError as error:
-                self._idle.append(self._new_actor())
+                actor = self._new_actor()
+                self._starting[actor.ready.remote()] = actor
                 reply = self._again(asked, error)
             except Exception as error:  # every error of a client becomes that client's reply
                 self._idle.append(asked.actor)
@@ -389,6 +407,7 @@ class RayGrid(InProcessGrid):
             if reply is not None and asked.identity not in self._unwanted:
                 self._replies[asked.identity] = reply
             self._unwanted.discard(asked.identity)
+        self._welcome()
         self._dispatch()
 
     def _again(self, asked: _Asked, error: Exception) -> Message | None:
@@ -397,6 +416,7 @@ class RayGrid(InProcessGrid):
         if asked.attempt < ATTEMPTS and asked.identity not in self._unwanted:
             log(WARNING, "an actor of Ray died; its message is asked again (%s)", reason)
             self._queue.appendleft(asked.message)
+            self._attempts[asked.identity] = asked.attempt
             return None
         return _failed(
             asked.message, f"the actor died {asked.attempt} times at this message: {reason}"
