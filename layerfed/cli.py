@@ -130,7 +130,9 @@ def run(
         )
     # Imported late, so that `--help` and errors in a configuration answer at once.
     from layerfed.engine import choose_engine, run_on
+    from layerfed.report import data_table
     from layerfed.runs import JsonLines, ProgressLine
+    from layerfed.runs.files import read_json
 
     logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
     chosen, why = choose_engine(config, wanted)
@@ -146,6 +148,7 @@ def run(
     def opened(folder: RunFolder) -> None:
         folders.append(folder)
         lines.folder = folder.path
+        shown.print(data_table(read_json(folder.path / "data.json")))
 
     try:
         # What a program reads is alone on standard output, whatever a library prints.
@@ -175,9 +178,12 @@ def _say_how_to_resume(folders: Sequence[Path]) -> None:
 
 
 def _print_summary(folder: Path, page: Path | None = None) -> None:
-    from layerfed.report import PAGE, run_table
+    from layerfed.report import PAGE, class_table, run_table
 
-    Console(markup=False).print(run_table(folder))
+    output = Console(markup=False)
+    output.print(run_table(folder))
+    if (classes := class_table(folder)) is not None:
+        output.print(classes)
     for picture in sorted(folder.glob("*.png")):
         typer.echo(f"picture     {picture}")
     if (page := page or folder / PAGE).exists():
@@ -472,6 +478,33 @@ def _held(config: RunConfig) -> str:
     from layerfed.models.text import type_of_weights
 
     return str(type_of_weights(config.model)).removeprefix("torch.")
+
+
+@app.command()
+def data(
+    settings: Settings = None,
+    picture: Annotated[
+        Path, typer.Option(help="The file of the picture of the partition (PNG)")
+    ] = Path("partition.png"),
+) -> None:
+    """Print who holds how many examples of which classes and groups, and draw the partition."""
+    config = read_settings(settings).simulated()
+    from layerfed.report import data_table, draw_partition
+    from layerfed.task import load_task
+    from layerfed.task.overview import describe_data
+
+    found = describe_data(load_task(config), config.federation.population)
+    output = Console()
+    if not output.is_terminal:
+        output.width = 160
+    for what in ("classes", "groups"):
+        names = ", ".join(found[what][:50])
+        output.print(f"{what:9}{len(found[what])}{': ' * bool(names)}{escape(names)}")
+    sizes = [client["examples"] for client in found["clients"]]
+    output.print(f"clients  {len(sizes)}, of {min(sizes):,} to {max(sizes):,} training examples")
+    output.print(data_table(found))
+    with one_line_errors(OSError):
+        typer.echo(f"picture  {draw_partition(found, picture.expanduser().resolve())}")
 
 
 def _measured(config: RunConfig) -> dict[str, tuple[str, str]]:

@@ -27,7 +27,7 @@ from layerfed.client.probe import probe_layers
 from layerfed.client.resident import keeping_layers
 from layerfed.client.statistics import load_statistic
 from layerfed.client.steps import ClientStep, Departure, steps_of
-from layerfed.client.training import OptimizerFn, evaluate, train_update
+from layerfed.client.training import OptimizerFn, train_update
 from layerfed.client.workbench import Node, Workbench, node_store, run_config_of
 from layerfed.config import ConfigError, NodeConfig, TrainConfig
 from layerfed.config.seeding import Stream, generator, torch_seed
@@ -46,6 +46,7 @@ from layerfed.exchange import (
 from layerfed.flower_compat import ErrorCode
 from layerfed.secure.client import add_secure_sums
 from layerfed.task import Batch
+from layerfed.task.scoring import evaluate_task
 
 __all__ = ["build_client_app", "client_app", "local_optimizer"]
 
@@ -228,10 +229,12 @@ def evaluate_locally(message: Message, context: Context) -> Message:
         raise ValueError("this client's replies are private; it states no accuracy of its own")
     bench.resident.move_to(*read_manifest(message), node.store)
     _, held_out = bench.examples(node.partition)
-    work = Work("evaluate", bench.device)
-    batches = held_out.in_order(node.run.run.evaluate_batch, bench.device)
-    work.accuracy, work.loss = evaluate(bench.resident.model, batches, bench.task.logits)
-    return evaluate_reply(message, len(held_out), **work.numbers(private=False))
+    found = evaluate_task(
+        bench.task, bench.resident.model, held_out, node.run.run.evaluate_batch, bench.device
+    )
+    # A score that these examples leave undefined is not stated.
+    stated = {f"client_{k}": float(v) for k, v in found.scores.items() if v is not None}
+    return evaluate_reply(message, len(held_out), **stated)
 
 
 def build_client_app(

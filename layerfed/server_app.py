@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
@@ -16,11 +17,11 @@ from flwr.serverapp import Grid, ServerApp
 from layerfed.client.flops import forward_flops
 from layerfed.client.objective import objective
 from layerfed.client.statistics import load_statistic
-from layerfed.client.training import evaluate
 from layerfed.client.workbench import Workbench, node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.errors import EXPECTED
 from layerfed.exchange import LayerStore
+from layerfed.exchange.scores import ACCURACY, LOSS
 from layerfed.flower_compat import add_exit_handler, engine_of, in_one_line
 from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
@@ -54,17 +55,23 @@ from layerfed.strategies import (
     option_defaults,
     options_of,
 )
-from layerfed.task import Examples
+from layerfed.task import Examples, Task
+from layerfed.task.overview import describe_data
+from layerfed.task.scoring import Evaluation, evaluate_task
 
 __all__ = ["build_account", "build_server_app", "build_strategy", "run", "server_app"]
 
 
 def build_strategy(
-    config: RunConfig, layers: LayerMap, store: LayerStore | None = None
+    config: RunConfig,
+    layers: LayerMap,
+    store: LayerStore | None = None,
+    task: Task | None = None,
 ) -> SelectiveStrategy:
     """Build the strategy that a configuration names, for a model of these layers.
 
-    Clients that read the same layer store as the server are sent no layers.
+    Clients that read the same layer store as the server are sent no layers. The task says what models
+    are scored by; without one it is accuracy and loss.
 
     Raises
     ------
@@ -94,6 +101,8 @@ def build_strategy(
             codec=config.exchange.codec,
             steps=_steps(config),
             aggregation=Aggregation(server.aggregation, server.trim),
+            scores=task.scores if task else (ACCURACY, LOSS),
+            metric=task.metric if task else ACCURACY,
             seed=config.run.seed,
         ),
         optimizer=SERVER_OPTIMIZERS[server.optimizer](
@@ -189,7 +198,7 @@ def _run(
         config = config.of_size(federation_size(grid, config.federation.timeout))
     config = checked(config)
     objective(bench.task, bench.resident.model, test)  # refuses what does not fit the task
-    strategy = build_strategy(config, bench.resident.layers, node_store(context))
+    strategy = build_strategy(config, bench.resident.layers, node_store(context), bench.task)
     account = build_account(config, strategy)
     resumed = _to_resume(config, bench, data)
     if resumed is not None:
@@ -205,14 +214,21 @@ def _run(
             Path(config.run.resume), config, engine, resumed.round, defaults, data
         )
         restore_best(Path(config.run.resume), resumed.round)
+    evaluations: dict[int, Evaluation] = {}
     with _page_of(entered.path), entered as folder:
+        folder.describe_data(_data(config, bench.task, engine))
         opened(folder)
         observers = (*observers, *(build(folder.path, config) for build in trackers))
         ending.callback(_end, folder.path, observers)
         example = next(iter(test.in_order(1, bench.device)))
         flops = forward_flops(bench.resident.model, strategy.layers, example, bench.task.logits)
         folder.describe(strategy.layers, *flops)
-        best = BestModel(folder.path, bench.resident.base, lambda: strategy.model.changed_tensors)
+        best = BestModel(
+            folder.path,
+            bench.resident.base,
+            lambda: strategy.model.changed_tensors,
+            bench.task.metric,
+        )
         strategy.observers = (folder, best, *observers)
         if account is not None:
             account.recall(folder.asked(), folder.repeated_rounds)
@@ -232,9 +248,11 @@ def _run(
             num_rounds=config.federation.rounds,
             timeout=config.federation.timeout,
             train_config=ConfigRecord({"lr": config.train.lr}),
-            evaluate_fn=_evaluation(config, strategy, bench, test),
+            evaluate_fn=_evaluation(config, strategy, bench, test, evaluations),
             should_stop=lambda: best.stalled(config.federation.patience),
         )
+        if evaluations:
+            folder.describe_result(_result(bench.task, *evaluations.popitem()))
         folder.finish(strategy.model.tensors)
     try:
         draw_run(folder.path)
@@ -284,19 +302,49 @@ def _to_resume(config: RunConfig, bench: Workbench, data: str) -> Checkpoint | N
     return found
 
 
+def _data(config: RunConfig, task: Task, engine: str) -> dict[str, Any]:
+    """Return who holds how many examples of what.
+
+    The clients' part is empty on real devices, which may hold data of their own, and if the run promises
+    that the server does not learn of single clients' examples.
+    """
+    private = config.privacy.mode != "none" or config.secagg.enabled
+    known = engine != "superlink" and not private
+    return describe_data(task, config.federation.population if known else 0)
+
+
+def _result(task: Task, number: int, evaluation: Evaluation) -> dict[str, Any]:
+    """Return what is reported of the final model on the test set."""
+    groups = {"groups": evaluation.groups} if evaluation.groups else {}
+    details = evaluation.tally.details(task.classes)
+    return {"round": number, "scores": evaluation.scores, **details, **groups}
+
+
 def _evaluation(
-    config: RunConfig, strategy: SelectiveStrategy, bench: Workbench, test: Examples
+    config: RunConfig,
+    strategy: SelectiveStrategy,
+    bench: Workbench,
+    test: Examples,
+    found: dict[int, Evaluation],
 ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
-    """Return a function that evaluates the global model on the server's test set."""
+    """Return a function that evaluates the global model on the server's test set.
+
+    `found` has the last evaluation by its round.
+    """
 
     def evaluate_globally(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if server_round % config.run.evaluate_every and server_round != config.federation.rounds:
             return None
         # From the strategy's own tensors, so that only changed layers are copied to the device.
         bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
-        batches = test.in_order(config.run.evaluate_batch, bench.device)
-        accuracy, loss = evaluate(bench.resident.model, batches, bench.task.logits)
-        return MetricRecord({"accuracy": accuracy, "loss": loss})
+        evaluation = evaluate_task(
+            *(bench.task, bench.resident.model, test, config.run.evaluate_batch, bench.device),
+            by_group=True,
+        )
+        found.clear()
+        found[server_round] = evaluation
+        strategy.round.record.groups = evaluation.groups
+        return MetricRecord({k: float(v) for k, v in evaluation.scores.items() if v is not None})
 
     return evaluate_globally
 

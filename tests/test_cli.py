@@ -86,18 +86,25 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
         "checkpoint",
         "clients.jsonl",
         "config.json",
+        "confusion.png",
+        "data.json",
+        "data.png",
+        "evaluation.json",
         "layers.json",
         "layers.png",
         "ledger.jsonl",
         "metrics.jsonl",
         "model.safetensors",
         "report.html",
+        "scores.png",
         "selection.jsonl",
         "summary.json",
         "theory.png",
     }
     assert str(folder) in result.stdout
     assert "round 2/2" in result.stderr
+    assert "client 9" in result.stderr, "who holds what is said before the run"
+    assert "precision" in result.stdout
 
     again = cli.invoke(app, arguments)
     assert again.exit_code == 2
@@ -114,6 +121,20 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
     assert cli.invoke(app, rerun).exit_code == 0
     other = json.loads((tmp_path / "y/summary.json").read_text())
     assert other["accuracy"] == summary["accuracy"]
+
+
+def test_data_says_who_holds_what_and_draws_it(tmp_path: Path) -> None:
+    picture = tmp_path / "mine.png"
+    found = cli.invoke(app, ["data", "federation.clients=4", "--picture", str(picture)])
+    assert found.exit_code == 0, found.stderr
+    lines = [line.split() for line in found.stdout.splitlines()]
+    counts = {
+        " ".join(words[:2]): list(map(int, words[2:])) for words in lines if words[0] == "client"
+    }
+    assert list(counts) == [f"client {i}" for i in range(4)]
+    assert all(row[0] == sum(row[1:]) for row in counts.values())
+    assert sum(row[0] for row in counts.values()) == 1437
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_draws_the_pictures_anew(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layerfed.client.training import LossFn
 from layerfed.config import ConfigError
 from layerfed.task import Batch, Examples, Task
+from layerfed.task.scoring import SingleLabel
 
 __all__ = ["balanced", "objective"]
 
@@ -30,17 +31,19 @@ def objective(task: Task, model: nn.Module, examples: Examples) -> LossFn:
     Raises
     ------
     ConfigError
-        If the task has a loss of its own, or the number of weights is not that of the classes.
+        If the task's loss is not the cross-entropy of one class an example, or the number of weights is
+        not that of the classes.
     """
     train = task.config.train
     smoothing = train.label_smoothing
     if not (smoothing or train.class_weights):
         return task.loss
-    if type(task).loss is not Task.loss:
+    if type(task).loss is not Task.loss or task.kind.loss is not SingleLabel.loss:
         key = "class-weights" if train.class_weights else "label-smoothing"
         raise ConfigError(
             f"train.{key} = {train.class_weights or smoothing} has no use for task.name = "
-            f"'{task.config.task.name}', which has a loss of its own"
+            f"'{task.config.task.name}', whose loss is another one than "
+            "the cross-entropy of one class for each example"
         )
     device = next(model.parameters()).device
     weights: Tensor | None = None

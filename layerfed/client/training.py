@@ -25,6 +25,7 @@ from layerfed.client.memory import LiveBytes, Phases, weights_in_training
 from layerfed.client.resident import ResidentModel
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
+from layerfed.task.scoring import SingleLabel, tallied
 
 __all__ = [
     "LossFn",
@@ -360,20 +361,13 @@ def train_update(
     return update, result
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     logits: Callable[[nn.Module, Batch], Tensor],
 ) -> tuple[float, float]:
-    """Return accuracy in [0, 1] and mean cross-entropy over all batches."""
-    model.eval()
-    hits, total, loss = 0, 0, 0.0
-    for batch in batches:
-        scores, labels = logits(model, batch).float(), batch["label"]
-        hits += int((scores.argmax(1) == labels).sum())
-        loss += float(nn.functional.cross_entropy(scores, labels, reduction="sum"))
-        total += len(labels)
-    if not total:
-        raise ValueError("there is nothing to evaluate on")
-    return hits / total, loss / total
+    """Return accuracy in [0, 1] and mean cross-entropy over all batches, for an app without a `Task`."""
+    tally = SingleLabel()
+    tallied(model, batches, lambda net, batch: tally.update(logits(net, batch), batch["label"]))
+    found = tally.values()
+    return found["accuracy"], tally.mean_loss

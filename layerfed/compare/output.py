@@ -18,9 +18,11 @@ from layerfed.report import (
     draw_terms,
     draw_uplink,
     measured_costs,
+    named,
     paired_differences,
     paper_accounting,
     runs_csv,
+    scores_table,
     write_page,
 )
 
@@ -90,7 +92,8 @@ class Output:
     def write_tables(self) -> list[Path]:
         """Write NAME.md and NAME.csv; return their paths."""
         plan, sections = self._plan, self.sections
-        parts = [f"# {plan.title}", _caption(plan)]
+        metrics = dict.fromkeys(named(section.metric) for section in sections)
+        parts = [f"# {plan.title}", _caption(plan, " / ".join(metrics))]
         for section in sections:
             if len(sections) > 1:
                 parts.append(f"## {section.title}")
@@ -98,6 +101,8 @@ class Output:
                 parts.append(accuracy_table(section))
                 if plan.reference and (pairs := paired_differences(section, plan.reference)):
                     parts += [PAIRED, pairs]
+                if scores := scores_table(section):
+                    parts += [SCORES, scores]
             else:
                 parts += [
                     MEASURED,
@@ -141,9 +146,10 @@ class Output:
 
 
 PAIRED = (
-    "Differences in percentage points, paired by seed: runs of one seed share partition, sampling and "
-    "new weights; mean ± sample standard deviation over seeds."
+    "Differences, of shares in percentage points, paired by seed: runs of one seed share partition, "
+    "sampling and new weights; mean ± sample standard deviation over seeds."
 )
+SCORES = "All final scores on the test set, of the first budget a row has."
 MEASURED = (
     "Measured, a client and round: FLOPs as counted, forward and backward, frozen layers included; "
     "bytes of the ledger; seconds of a step by the clients' clocks; peak memory of training (of the "
@@ -155,14 +161,14 @@ ACCOUNTED = (
 )
 
 
-def _caption(plan: Plan) -> str:
+def _caption(plan: Plan, metrics: str) -> str:
     seeds = len(plan.seeds)
     over = (
         f"mean ± sample standard deviation over {seeds} seeds"
         if seeds > 1
         else f"seed {plan.seeds[0]}"
     )
-    text = f"Final test accuracy in %, {over}"
+    text = f"Final test {metrics}; {over}"
     if plan.show == "accuracy":
         text += (
             "; the best of each budget in bold, which need not mean that it is better. Bytes (in % of "

@@ -124,7 +124,8 @@ def compare(
                 say(f"{cell.name}: failed: {error}")
                 return
             run = output.add(cell)
-            say(f"{cell.name}: accuracy {run.accuracy:.2%}, {run.seconds:.0f} s")
+            shown = f"{run.metric.title} {run.metric.text(run.value)}"
+            say(f"{cell.name}: {shown}, {run.seconds:.0f} s")
             output.write_tables()
 
         if engine == "auto" and jobs > 1:

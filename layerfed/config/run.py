@@ -65,10 +65,29 @@ Positive = Annotated[int, Field(ge=1)]
 SIMULATED_CLIENTS = 10
 
 
-class TaskConfig(Section):
-    """The task: its data, and how they are split over the clients."""
+class OpenSection(Section):
+    """A section that also takes the settings of a user's own class, which declares and checks them."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Scalar]
+
+    @property
+    def keys(self) -> dict[str, Scalar]:
+        """Settings of such a class that were given as keys of this section."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def own(self) -> dict[str, Scalar]:
+        """Settings of such a class that were given in `options`."""
+        return dict(parse_override(word) for word in shlex.split(getattr(self, "options", "")))
+
+
+class TaskConfig(OpenSection):
+    """The task: its data, its main score, and how examples are split over the clients."""
 
     name: PlugIn = "digits"
+    metric: str = ""
+    options: str = ""
     data: str = ""
     partition: Literal["dirichlet", "by-column", "iid"] = "dirichlet"
     alpha: Annotated[float, Field(gt=0)] = 0.5
@@ -84,6 +103,16 @@ class TaskConfig(Section):
     image_size: Annotated[int, Field(ge=0)] = 0
     max_tokens: Annotated[int, Field(ge=8)] = 128
     local_test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        # A task of a user's own checks its settings itself, once it is imported.
+        if ":" not in self.name and self.keys:
+            key, known = f"task.{next(iter(self.keys))}", section_keys(TaskConfig, "task.")
+            raise ConfigError(
+                f"unknown key '{key}'; known keys: {', '.join(known)}{nearest_key(key, known)}"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -181,31 +210,18 @@ class FederationConfig(Section):
         return self.min_replies or -(-self.cohort // 2)
 
 
-class StrategyConfig(Section):
+class StrategyConfig(OpenSection):
     """The strategy that selects layers, and its settings.
 
     Other keys are options of single strategies. Each strategy declares and checks its own
     (`strategies.checked`), so one file may hold the options of several strategies.
     """
 
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Scalar]
-
     name: PlugIn = "ilp"
     period: Positive = 1
     theory: Switch = False
     probe_batches: Annotated[int, Field(ge=0)] = 1
     options: str = ""
-
-    @property
-    def keys(self) -> dict[str, Scalar]:
-        """Options of strategies that were given as keys of this section."""
-        return dict(self.__pydantic_extra__ or {})
-
-    @property
-    def own(self) -> dict[str, Scalar]:
-        """Options that were given in `options`."""
-        return dict(parse_override(word) for word in shlex.split(self.options))
 
 
 class BudgetConfig(Section):
@@ -375,7 +391,7 @@ class RunConfig(Section):
         From `from_flat` and `load_config`; one line with the key, its value and what is allowed.
     """
 
-    task: TaskConfig = TaskConfig()
+    task: TaskConfig = TaskConfig()  # type: ignore[call-arg]
     model: ModelConfig = ModelConfig()
     federation: FederationConfig = FederationConfig()
     strategy: StrategyConfig = StrategyConfig()  # type: ignore[call-arg]

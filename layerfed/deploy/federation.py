@@ -134,14 +134,16 @@ class RunStatus:
 def known_to_flower(config: RunConfig) -> Flat:
     """Return a run's settings under keys that the app declares; Flower refuses others.
 
-    Options of a strategy that is not LayerFed's own go into `strategy.options`.
+    Settings of a task or strategy that is not LayerFed's own go into `task.options` and
+    `strategy.options`.
     """
-    declared = {*run_keys(), *option_keys()}
-    own = {k: v for k, v in config.to_flat().items() if k not in declared}
-    words = (f"{k.removeprefix('strategy.')}={json.dumps(v)}" for k, v in own.items())
-    options = shlex.join(words)
-    known = {k: v for k, v in config.to_flat().items() if k in declared}
-    return known | {"strategy.options": options}
+    declared, flat = {*run_keys(), *option_keys()}, config.to_flat()
+    known = {k: v for k, v in flat.items() if k in declared}
+    for section, own in (("task", config.task.own), ("strategy", config.strategy.own)):
+        names = {k.partition(".")[2]: v for k, v in flat.items() if k.startswith(f"{section}.")}
+        own |= {k: v for k, v in names.items() if f"{section}.{k}" not in declared}
+        known[f"{section}.options"] = shlex.join(f"{k}={json.dumps(v)}" for k, v in own.items())
+    return known
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from layerfed.exchange.arrays import RefusedReply, decode, record_of
 from layerfed.exchange.bounds import MAX_STATISTIC, check_values, number, row_of
 from layerfed.exchange.codecs import CODECS, Codec
-from layerfed.exchange.metrics import METRICS, metrics_of
+from layerfed.exchange.metrics import METRICS, Metric
 from layerfed.models.layers import LayerMap
 
 __all__ = [
@@ -216,7 +216,9 @@ def evaluate_reply(message: Message, examples: int, **metrics: float) -> Message
 
 
 # ---------------------------------------------------------------------------- reading replies
-def read_metrics(message: Message, *, required: Iterable[str]) -> dict[str, float]:
+def read_metrics(
+    message: Message, *, required: Iterable[str], declared: Mapping[str, Metric] = METRICS
+) -> dict[str, float]:
     """Return a reply's metrics; refuse them if one is not finite or a required one is missing."""
     record = message.content.metric_records.get("metrics")
     if record is None:
@@ -229,9 +231,9 @@ def read_metrics(message: Message, *, required: Iterable[str]) -> dict[str, floa
     if bad := [name for name, value in numbers.items() if abs(value) > MAX_STATISTIC]:
         raise RefusedReply(f"its metrics are too large: {', '.join(bad)}")
     for name, value in numbers.items():
-        if name not in METRICS:
+        if name not in declared:
             continue
-        least, most = METRICS[name].least, METRICS[name].most
+        least, most = declared[name].least, declared[name].most
         if not least <= value <= most:
             bound = f"{least:g} or more" if value < least else f"{most:g} or less"
             raise RefusedReply(f"it states {name} = {value:g}; {bound} is allowed")
@@ -340,10 +342,19 @@ def read_train_reply(
     return TrainReply(update, examples, metrics)
 
 
-def read_evaluation(message: Message) -> tuple[int, dict[str, float]]:
-    """Read the answer to `evaluate`: the number of examples and the metrics over them."""
-    names = [metric.name for metric in metrics_of("evaluate") if metric.required]
-    metrics = read_metrics(message, required=("examples", *names))
+def read_evaluation(
+    message: Message, declared: Mapping[str, Metric] = METRICS
+) -> tuple[int, dict[str, float]]:
+    """Read the answer to `evaluate`: the number of examples and the metrics over them.
+
+    Parameters
+    ----------
+    message : Message
+    declared : Mapping[str, Metric]
+        The metrics of the task's scores (`client_metrics`).
+    """
+    names = [m.name for m in declared.values() if m.phase == "evaluate" and m.required]
+    metrics = read_metrics(message, required=("examples", *names), declared=declared)
     return _examples(metrics), metrics
 
 

@@ -2,7 +2,8 @@
 
 A `Metric` declares the phase in which a client states it, how it is measured, and how the clients'
 values are combined. The reply, `RoundRecord.metrics`, `metrics.jsonl`, `clients.jsonl`, the tables and
-the CSV of a comparison follow from the declaration. To add a metric, add it to `METRICS`.
+the CSV of a comparison follow from the declaration. To add a metric, add it to `METRICS`. The scores of
+a task on clients' own examples are metrics too, `client_NAME` (`client_metrics`).
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 import torch
 
-__all__ = ["METRICS", "Metric", "Numbers", "Work", "metrics_of"]
+from layerfed.exchange.scores import ACCURACY, LOSS, Score
+
+__all__ = ["METRICS", "Metric", "Numbers", "Work", "client_metrics", "metrics_of"]
 
 Phase = Literal["probe", "train", "evaluate"]
 
@@ -33,7 +36,7 @@ class Work:
     device : torch.device
     flops : float
     steps : int
-    loss, accuracy : float
+    loss : float
     memory : Mapping[str, float]
         Bytes of a step's weights, activations, gradients and optimiser, each at its peak.
     """
@@ -43,7 +46,6 @@ class Work:
     flops: float = 0.0
     steps: int = 0
     loss: float = math.nan
-    accuracy: float = math.nan
     memory: Mapping[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
@@ -116,26 +118,25 @@ def _memory(part: str, work: Work) -> float:
     return work.memory.get(part, 0.0)
 
 
+def _of_score(score: Score) -> Metric:
+    """Return the metric that a score is on clients' own examples; `task/scoring.py` measures it."""
+    return Metric(
+        f"client_{score.name}",
+        "evaluate",
+        "mean",
+        lambda work: math.nan,
+        least=score.low,
+        most=score.high,
+        required=score in (ACCURACY, LOSS),
+    )
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("train_loss", "train", "mean", lambda work: work.loss, least=-math.inf),
-        Metric(
-            "client_accuracy",
-            "evaluate",
-            "mean",
-            lambda work: work.accuracy,
-            most=1.0,
-            required=True,
-        ),
-        Metric(
-            "client_loss",
-            "evaluate",
-            "mean",
-            lambda work: work.loss,
-            least=-math.inf,
-            required=True,
-        ),
+        _of_score(ACCURACY),
+        _of_score(LOSS),
         Metric("flops", "train", "sum", lambda work: work.flops, public=True, total=True),
         Metric("flops_probe", "probe", "sum", lambda work: work.flops, public=True, total=True),
         Metric("steps", "train", "sum", lambda work: work.steps, least=1.0),
@@ -155,10 +156,22 @@ def metrics_of(phase: str) -> list[Metric]:
     return [metric for metric in METRICS.values() if metric.phase == phase]
 
 
-class Numbers:
-    """The metrics that a round's clients stated, by client (partition id)."""
+def client_metrics(scores: Iterable[Score]) -> dict[str, Metric]:
+    """Return the metrics of clients' own examples in a run whose task has these scores."""
+    return {metric.name: metric for metric in map(_of_score, scores)}
 
-    def __init__(self) -> None:
+
+class Numbers:
+    """The metrics that a round's clients stated, by client (partition id).
+
+    Parameters
+    ----------
+    scores : Mapping[str, Metric]
+        The metrics of the task's scores, which `METRICS` may lack.
+    """
+
+    def __init__(self, scores: Mapping[str, Metric] | None = None) -> None:
+        self.declared = {**METRICS, **(scores or {})}
         self.rows: dict[int, dict[str, float]] = {}
         self._weights: dict[tuple[int, str], int] = {}
 
@@ -174,8 +187,8 @@ class Numbers:
             The client's weight in a mean.
         """
         row = self.rows.setdefault(client, {})
-        for metric in metrics_of(phase):
-            if metric.name in stated:
+        for metric in self.declared.values():
+            if metric.phase == phase and metric.name in stated:
                 row[metric.name] = stated[metric.name]
                 self._weights[client, metric.name] = examples
 
@@ -185,7 +198,11 @@ class Numbers:
         If no client stated it, a sum or a maximum is 0 and a mean is None. Clients are combined in the
         order of their ids, so the result does not depend on the order of replies.
         """
-        return {name: self._combined(metric) for name, metric in METRICS.items()}
+        return {name: self._combined(metric) for name, metric in self.declared.items()}
+
+    def examples(self, client: int, name: str) -> int:
+        """Return the weight of a client's metric in a mean."""
+        return self._weights[client, name]
 
     def _combined(self, metric: Metric) -> float | None:
         name = metric.name

@@ -5,17 +5,19 @@ from layerfed.report.comparison import (
     accuracy_table,
     differences,
     measured_costs,
+    named,
     paired_differences,
     paper_accounting,
     runs_csv,
+    scores_table,
 )
 from layerfed.report.comparison_plots import draw_accuracy, draw_terms, draw_uplink
 from layerfed.report.comparison_view import comparison_view, run_folders, sections_of
 from layerfed.report.figures import RunFigures, Section
 from layerfed.report.page import PAGE, page, plain, write_page
-from layerfed.report.plots import draw_run
+from layerfed.report.plots import draw_partition, draw_run
 from layerfed.report.run_view import metric_of, run_view
-from layerfed.report.tables import run_table
+from layerfed.report.tables import class_table, data_table, run_table
 
 __all__ = [
     "PAGE",
@@ -23,14 +25,18 @@ __all__ = [
     "RunFigures",
     "Section",
     "accuracy_table",
+    "class_table",
     "comparison_view",
+    "data_table",
     "differences",
     "draw_accuracy",
+    "draw_partition",
     "draw_run",
     "draw_terms",
     "draw_uplink",
     "measured_costs",
     "metric_of",
+    "named",
     "page",
     "paired_differences",
     "paper_accounting",
@@ -39,6 +45,7 @@ __all__ = [
     "run_table",
     "run_view",
     "runs_csv",
+    "scores_table",
     "sections_of",
     "write_page",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 
 from layerfed.exchange.metrics import METRICS
+from layerfed.exchange.scores import ACCURACY, LOSS, Score
 from layerfed.report.figures import RunFigures, Section
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "accuracy_table",
     "differences",
     "measured_costs",
+    "named",
     "paired_differences",
     "paper_accounting",
     "runs_csv",
+    "scores_table",
 ]
 
 # Published costs of a client and round: their keys in a table file, and their columns here.
@@ -59,20 +62,17 @@ Figure = Callable[[RunFigures], float]
 
 
 def accuracy_table(section: Section) -> str:
-    """Return final test accuracies in %: mean ± standard deviation over seeds, the best in bold.
+    """Return final main scores, shares in %: mean ± standard deviation over seeds, the best in bold.
 
     Rows without budgets do not compete for the best, as `full` does not in the paper's tables. Published
     figures and costs follow: bytes in % of full-model exchange, and TFLOPs of training and probes, at
     the first budget for which a row has runs.
     """
     best = {
-        budget: max(
-            (
-                _mean(runs, _accuracy)
-                for row in section.rows
-                if section.within_budget(row) and (runs := section.entry(row, budget))
-            ),
-            default=math.nan,
+        budget: section.metric.best(
+            _mean(runs, _value)
+            for row in section.rows
+            if section.within_budget(row) and (runs := section.entry(row, budget))
         )
         for budget in section.budgets
     }
@@ -82,7 +82,7 @@ def accuracy_table(section: Section) -> str:
         if runs is None:
             return NONE
         text = _spread(runs, section.seeds)
-        leads = runs and section.within_budget(row) and _mean(runs, _accuracy) >= best[budget]
+        leads = runs and section.within_budget(row) and _mean(runs, _value) == best[budget]
         return f"**{text}**" if leads else text
 
     published = [f"paper, {budget}" for budget in section.budgets] if section.paper else []
@@ -105,8 +105,29 @@ def accuracy_table(section: Section) -> str:
     return _markdown(header, lines)
 
 
+def scores_table(section: Section) -> str:
+    """Return all final scores, mean ± standard deviation over seeds; empty for accuracy and loss alone.
+
+    Each row is shown at the first budget for which it has runs. Shares are numbers from 0 to 1.
+    """
+    runs = [run for row in section.rows for run in section.first(row)]
+    names = list(dict.fromkeys(name for run in runs for name in run.curves))
+    if set(names) <= {ACCURACY.name, LOSS.name}:
+        return ""
+
+    def cell(row: str, name: str) -> str:
+        values = [run.final(name) for run in section.first(row)]
+        if not values:
+            return PENDING
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.4f}{spread}"
+
+    lines = [[row, *(cell(row, name) for name in names)] for row in section.rows]
+    return _markdown(["strategy", *(Score(name).title for name in names)], lines)
+
+
 def paired_differences(section: Section, reference: str) -> str:
-    """Return the differences of each row's accuracies to those of one row, in percentage points.
+    """Return the differences of each row's main scores to those of one row; of shares in points.
 
     Runs of one seed share partition, sampling and new weights, so their difference says more than the
     difference of two means. The table has its mean ± standard deviation over seeds. It is empty if no
@@ -120,16 +141,17 @@ def paired_differences(section: Section, reference: str) -> str:
     """
 
     def differences(row: str, budget: str) -> list[float]:
-        theirs = {run.seed: _accuracy(run) for run in section.entry(reference, budget) or ()}
+        theirs = {run.seed: _value(run) for run in section.entry(reference, budget) or ()}
         runs = section.entry(row, budget) or ()
-        return [_accuracy(run) - theirs[run.seed] for run in runs if run.seed in theirs]
+        return [_value(run) - theirs[run.seed] for run in runs if run.seed in theirs]
 
     def cell(row: str, budget: str) -> str:
         if section.entry(row, budget) is None:
             return NONE
         found = differences(row, budget)
-        spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-        return f"{statistics.fmean(found):+.2f}{spread}" if found else PENDING
+        form = _form(section.metric)
+        spread = f" ± {statistics.stdev(found):{form}}" if len(found) > 1 else ""
+        return f"{statistics.fmean(found):+{form}}{spread}" if found else PENDING
 
     rows = [row for row in section.rows if row != reference]
     if all(len(differences(row, budget)) < 2 for row in rows for budget in section.budgets):
@@ -152,7 +174,7 @@ def measured_costs(section: Section, reference: str = "") -> str:
     header = [
         *("strategy", "TFLOPs training", "TFLOPs selection", "sum, % of full (selection)"),
         *("Mbit up", "% of full", "Mbit down", "% of full"),
-        *("s a round", "s a step", "peak memory, MB (of the probe)", "accuracy, %"),
+        *("s a round", "s a step", "peak memory, MB (of the probe)", named(section.metric)),
     ]
     lines = []
     for row in section.rows:
@@ -215,13 +237,23 @@ def runs_csv(sections: Iterable[tuple[str, Section]]) -> str:
     """Return a CSV with one line for each completed run; sections come with their experiment's name."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["experiment", "row", "budget", "seed", "folder", *RUN_COLUMNS, *METRICS])
-    for experiment, section in sections:
-        for (row, budget), runs in section.runs.items():
-            for run in runs:
-                figures = [getattr(run, column) for column in RUN_COLUMNS]
-                figures += [run.metrics[name] for name in METRICS]
-                writer.writerow([experiment, row, budget, run.seed, run.folder.name, *figures])
+    rows = [
+        (experiment, row, budget, run)
+        for experiment, section in sections
+        for (row, budget), runs in section.runs.items()
+        for run in runs
+    ]
+    # Further columns for the scores of the runs' tasks, on the test set and on clients' own examples.
+    scores = dict.fromkeys(name for *_, run in rows for name in run.curves)
+    more = [name for name in scores if name not in RUN_COLUMNS]
+    stated = dict.fromkeys([*METRICS, *(name for *_, run in rows for name in run.metrics)])
+    columns = [*RUN_COLUMNS, *stated, "metric", "value", "best_value", *more]
+    writer.writerow(["experiment", "row", "budget", "seed", "folder", *columns])
+    for experiment, row, budget, run in rows:
+        figures = [getattr(run, column) for column in RUN_COLUMNS]
+        figures += [run.metrics.get(name, math.nan) for name in stated]
+        figures += [run.metric.name, run.value, run.best_value, *map(run.final, more)]
+        writer.writerow([experiment, row, budget, run.seed, run.folder.name, *figures])
     return text.getvalue()
 
 
@@ -238,8 +270,17 @@ def differences(sections: Iterable[Section]) -> str:
     )
 
 
-def _accuracy(run: RunFigures) -> float:
-    return 100 * run.accuracy
+def named(metric: Score) -> str:
+    """Return a score's name with its unit."""
+    return f"{metric.title}, %" if metric.share else metric.title
+
+
+def _value(run: RunFigures) -> float:
+    return run.metric.scale * run.value
+
+
+def _form(metric: Score) -> str:
+    return ".2f" if metric.share else ".4g"
 
 
 def _training(run: RunFigures) -> float:
@@ -304,13 +345,13 @@ def _ratio(runs: Runs, figure: Figure, full: Runs, whole: Figure) -> str:
 
 
 def _spread(runs: Runs, seeds: int) -> str:
-    """Return mean ± standard deviation of the accuracy, and the number of runs if some are missing."""
+    """Return mean ± standard deviation of the main score, and the number of runs if some are missing."""
     if not runs:
         return PENDING
-    scores = [_accuracy(run) for run in runs]
-    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    scores, form = [_value(run) for run in runs], _form(runs[0].metric)
+    spread = f" ± {statistics.stdev(scores):{form}}" if len(scores) > 1 else ""
     count = f" ({len(scores)} of {seeds})" if len(scores) < seeds else ""
-    return f"{statistics.fmean(scores):.2f}{spread}{count}"
+    return f"{statistics.fmean(scores):{form}}{spread}{count}"
 
 
 def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: accuracy by round, accuracy against uplink, and the theory's terms."""
+"""The pictures of a comparison: the main score by round and against uplink, and the theory's terms."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import StrMethodFormatter
 
+from layerfed.exchange.scores import ACCURACY, Score
 from layerfed.report.figures import Section
-from layerfed.report.plots import over_rounds, save_picture
+from layerfed.report.plots import in_percent, over_rounds, save_picture
 
 __all__ = ["draw_accuracy", "draw_terms", "draw_uplink", "look", "mean_curve", "pareto_front"]
 
@@ -33,7 +34,7 @@ Curve = Sequence[tuple[int, float]]
 
 
 def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
-    """Draw accuracy by round, with a panel for each experiment and budget and a line for each row.
+    """Draw the main score by round, with a panel for each experiment and budget and a line a row.
 
     The band is the mean ± the standard deviation over seeds. A row without budgets is in every panel.
     """
@@ -45,8 +46,8 @@ def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
             for number, row in enumerate(section.rows):
                 if runs := section.entry(row, budget):
                     _curve(axes, mean_curve([run.curve for run in runs]), row, number)
-            axes.set(ylabel="test accuracy", title=f"{section.title} · {budget}")
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.set(ylabel=f"test {section.metric.title}", title=f"{section.title} · {budget}")
+            in_percent(axes, section.metric)
             over_rounds(axes)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
@@ -124,7 +125,7 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
-    """Draw final accuracy against the run's uplink, with a panel for each experiment.
+    """Draw the final main score against the run's uplink, with a panel for each experiment.
 
     Each entry is a point, with its mean over seeds and a bar of one standard deviation. The line joins
     the Pareto front: the entries that no other entry beats in both.
@@ -138,7 +139,7 @@ def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
             if not runs:
                 continue
             sent = float(np.mean([run.bytes_up for run in runs])) / 1e6
-            scores = [run.accuracy for run in runs]
+            scores = [run.value for run in runs]
             points.append((sent, float(np.mean(scores))))
             color, _, fill = look(section.rows.index(row))
             axes.errorbar(
@@ -152,23 +153,27 @@ def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
                 label=f"{row} · {budget}" if budget else row,
             )
         if points:
-            front = np.array(pareto_front(points))
+            front = np.array(pareto_front(points, section.metric))
             axes.plot(*front.T, color="0.5", linewidth=1, linestyle="--", zorder=0)
             axes.set_xscale("log")
             axes.tick_params(axis="x", which="both", labelsize=7)
             for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
                 axis(StrMethodFormatter("{x:g}"))
             axes.legend(fontsize=7, ncols=2)
-        axes.set(xlabel="uplink of the run, MB", ylabel="final test accuracy", title=section.title)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        label = f"final test {section.metric.title}"
+        axes.set(xlabel="uplink of the run, MB", ylabel=label, title=section.title)
+        in_percent(axes, section.metric)
         axes.grid(alpha=0.3)
     return save_picture(figure, file)
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def pareto_front(
+    points: Sequence[tuple[float, float]], metric: Score = ACCURACY
+) -> list[tuple[float, float]]:
     """Return the points (cost, score) that no cheaper point equals in score, cheapest first."""
     front: list[tuple[float, float]] = []
-    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or score > front[-1][1]:
+    sign = -1 if metric.higher_is_better else 1
+    for cost, score in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if not front or metric.better(score, front[-1][1]):
             front.append((cost, score))
     return front

@@ -162,8 +162,8 @@ def _run(run: RunFigures) -> dict[str, Any]:
     return {
         "folder": run.folder.name,
         "seed": run.seed,
-        "score": run.accuracy,
-        "best": run.best_accuracy,
+        "score": run.value,
+        "best": run.best_value,
         "loss": run.loss,
         "bytes_up": run.bytes_up,
         "bytes_down": run.bytes_down,

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from layerfed.exchange.metrics import METRICS, Metric
+from layerfed.exchange.metrics import METRICS, Metric, client_metrics
+from layerfed.exchange.scores import ACCURACY, LOSS, Score, score_of
 from layerfed.report.paper_costs import PaperCosts, paper_costs
 from layerfed.runs.files import read_json, read_lines
 
-__all__ = ["TERMS", "RunFigures", "Section"]
+__all__ = ["TERMS", "RunFigures", "Section", "score_curves", "scores_in"]
 
 TERMS = ("e1", "e2", "e2_masks")
 # Figures that are sums over the lines of metrics.jsonl.
@@ -31,10 +32,10 @@ class RunFigures:
     folder : Path
     seed : int
     rounds : int
-    curve : tuple[tuple[int, float], ...]
-        Rounds and test accuracies in [0, 1]; round 0 is the model before training.
-    loss : float
-        Test cross-entropy after the last round that was evaluated; NaN without any.
+    metric : Score
+        The main score.
+    curves : Mapping[str, tuple[tuple[int, float], ...]]
+        Rounds and values of each score on the test set; round 0 is the model before training.
     bytes_up, bytes_down : int
         Bytes of the whole run, as if each client were a separate device.
     bytes_full_up, bytes_full_down : int
@@ -58,8 +59,8 @@ class RunFigures:
     folder: Path
     seed: int
     rounds: int
-    curve: tuple[tuple[int, float], ...]
-    loss: float
+    metric: Score
+    curves: Mapping[str, tuple[tuple[int, float], ...]]
     bytes_up: int
     bytes_down: int
     bytes_full_up: int
@@ -91,21 +92,15 @@ class RunFigures:
             raise ValueError(
                 f"metrics.jsonl has {len(metrics)} whole lines for {summary['rounds']} rounds"
             )
-        curve = [(row["round"], row["accuracy"]) for row in metrics if row["accuracy"] is not None]
-        if summary["initial_accuracy"] is not None:
-            curve = [(0, summary["initial_accuracy"]), *curve]
-
         return cls(
             folder=folder,
             seed=config["run.seed"],
             rounds=len(metrics),
-            curve=tuple(curve),
-            loss=next(
-                (row["loss"] for row in reversed(metrics) if row["loss"] is not None), math.nan
-            ),
+            metric=score_of(summary.get("metric")),
+            curves=score_curves(summary, metrics),
             updates=sum(row["clients"] for row in metrics),
             **{key: sum(row[key] for row in metrics) for key in SUMS},
-            metrics={metric.name: _over_rounds(metric, metrics) for metric in METRICS.values()},
+            metrics={metric.name: _over_rounds(metric, metrics) for metric in _stated(metrics)},
             terms={
                 key: tuple((row["round"], row[key]) for row in metrics if row.get(key) is not None)
                 for key in TERMS
@@ -118,9 +113,29 @@ class RunFigures:
         )
 
     @property
+    def curve(self) -> tuple[tuple[int, float], ...]:
+        """Rounds and values of the main score."""
+        return self.curves.get(self.metric.name, ())
+
+    def final(self, name: str) -> float:
+        """Return a score after the last round that was evaluated; NaN without any."""
+        curve = self.curves.get(name)
+        return curve[-1][1] if curve else math.nan
+
+    @property
+    def value(self) -> float:
+        """The main score after the last round that was evaluated; NaN without any."""
+        return self.final(self.metric.name)
+
+    @property
     def accuracy(self) -> float:
         """Accuracy after the last round that was evaluated; NaN without any."""
-        return self.curve[-1][1] if self.curve else float("nan")
+        return self.final(ACCURACY.name)
+
+    @property
+    def loss(self) -> float:
+        """Test loss after the last round that was evaluated; NaN without any."""
+        return self.final(LOSS.name)
 
     @property
     def e1(self) -> float:
@@ -144,7 +159,49 @@ class RunFigures:
     @property
     def best_accuracy(self) -> float:
         """The best accuracy of all rounds; NaN without any."""
-        return max((accuracy for _, accuracy in self.curve), default=float("nan"))
+        values = (accuracy for _, accuracy in self.curves.get(ACCURACY.name, ()))
+        return max(values, default=math.nan)
+
+    @property
+    def best_value(self) -> float:
+        """The best main score of all rounds; NaN without any."""
+        best = self.metric.best(value for _, value in self.curve)
+        return math.nan if best is None else best
+
+
+def scores_in(line: Mapping[str, Any]) -> Mapping[str, float | None]:
+    """Return all scores of a line of `metrics.jsonl`; runs of earlier versions have two."""
+    two = {score.name: line.get(score.name) for score in (ACCURACY, LOSS)}
+    found: Mapping[str, float | None] = line.get("scores", two)
+    return found
+
+
+def score_curves(
+    summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Return the rounds and values of each score of a run; round 0 is the model before training.
+
+    Parameters
+    ----------
+    summary : Mapping[str, Any]
+        The content of `summary.json`.
+    lines : Sequence[Mapping[str, Any]]
+        Those of `metrics.jsonl`.
+    """
+    before = summary.get("initial_scores", {ACCURACY.name: summary["initial_accuracy"]})
+    rows = [(0, before), *((line["round"], scores_in(line)) for line in lines)]
+    names = dict.fromkeys(name for _, scores in rows for name in scores)
+    curves = {
+        name: tuple((r, v) for r, scores in rows if (v := scores.get(name)) is not None)
+        for name in names
+    }
+    return {name: curve for name, curve in curves.items() if curve}
+
+
+def _stated(lines: Sequence[Mapping[str, Any]]) -> list[Metric]:
+    """Return the metrics that clients of a run stated, those of the task's own scores last."""
+    scores = dict.fromkeys(name for line in lines for name in line.get("scores", ()))
+    return list({**METRICS, **client_metrics(map(Score, scores))}.values())
 
 
 def _over_rounds(metric: Metric, rounds: Sequence[Mapping[str, Any]]) -> float:
@@ -199,6 +256,11 @@ class Section:
     seeds: int
     paper: Mapping[str, Sequence[float]] = field(default_factory=dict)
     paper_costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> Score:
+        """The main score of its runs."""
+        return next((run.metric for runs in self.runs.values() for run in runs), ACCURACY)
 
     def within_budget(self, row: str) -> bool:
         """Return whether a row has budgets."""

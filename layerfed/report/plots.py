@@ -1,7 +1,8 @@
-"""The pictures of a run: accuracy per round, the layers trained in each round, and the error terms."""
+"""The pictures of a run: scores and layers by round, the partition of the data, and errors by class."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,19 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from layerfed.exchange.scores import Score, score_of
 from layerfed.files import whole
+from layerfed.report.figures import score_curves
 from layerfed.runs.files import read_json, read_lines
 
-__all__ = ["draw_run", "over_rounds", "save_picture", "selection_shares"]
+__all__ = [
+    "draw_partition",
+    "draw_run",
+    "in_percent",
+    "over_rounds",
+    "save_picture",
+    "selection_shares",
+]
 
 # The terms of `layerfed.server.theory` in metrics.jsonl, each with its label and colour.
 TERMS = {
@@ -33,6 +43,12 @@ def save_picture(figure: Figure, file: Path, dpi: int = 150) -> Path:
     with whole(file) as beside:
         figure.savefig(beside, dpi=dpi, format="png")
     return file
+
+
+def in_percent(axes: Axes, metric: Score) -> None:
+    """Write the values of a share in %."""
+    if metric.share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def over_rounds(axes: Axes) -> None:
@@ -55,8 +71,9 @@ def selection_shares(rows: list[dict[str, Any]]) -> np.ndarray:
 def draw_run(folder: Path) -> list[Path]:
     """Draw a run folder's pictures from its files and return their paths.
 
-    The pictures are `accuracy.png` and `layers.png`, and `theory.png` if a term of
-    `layerfed.server.theory` is known.
+    The pictures are that of the main score, such as `accuracy.png`, and `layers.png`; `theory.png` if a
+    term of `layerfed.server.theory` is known, `data.png` if the clients' data are, and `confusion.png`
+    the final model was evaluated by class. `scores.png` has all scores of a task with more than two.
 
     Raises
     ------
@@ -71,36 +88,131 @@ def draw_run(folder: Path) -> list[Path]:
         raise ValueError(f"{folder}: no round was finished; {ended}")
     title = f"{summary['task']} · {summary['strategy']} · seed {summary['seed']}"
     pictures = [
-        _accuracy(metrics, summary, title, folder / "accuracy.png"),
+        _score(metrics, summary, title, folder),
         _layers(selections, title, folder / "layers.png"),
     ]
     if any(row.get(key) is not None for row in metrics for key in TERMS):
         pictures.append(_theory(metrics, title, folder / "theory.png"))
+    if len(curves := score_curves(summary, metrics)) > 2:
+        pictures.append(_all_scores(curves, metrics, title, folder / "scores.png"))
+    data, result = (
+        read_json(file) if (file := folder / name).exists() else {}
+        for name in ("data.json", "evaluation.json")
+    )
+    if data.get("clients"):
+        pictures.append(draw_partition(data, folder / "data.png"))
+    if "confusion" in result:
+        pictures.append(_confusion(result, title, folder / "confusion.png"))
     return pictures
 
 
-def _accuracy(
-    metrics: list[dict[str, Any]], summary: dict[str, Any], title: str, file: Path
+def _score(
+    metrics: list[dict[str, Any]], summary: dict[str, Any], title: str, folder: Path
 ) -> Path:
+    """Draw the main score by round, and that of each group."""
+    metric = score_of(summary.get("metric"))
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    rounds = [row["round"] for row in metrics if row["accuracy"] is not None]
-    scores = [row["accuracy"] for row in metrics if row["accuracy"] is not None]
-    if summary["initial_accuracy"] is not None:
-        rounds, scores = [0, *rounds], [summary["initial_accuracy"], *scores]
-    axes.plot(rounds, scores, color="#1f5fa8", marker="o", markersize=3, linewidth=1.5)
-    if scores:
+    names = dict.fromkeys(name for row in metrics for name in row.get("groups", ()))
+    for name in names:
+        rows = [row for row in metrics if name in row.get("groups", ())]
+        values = [row["groups"][name].get(metric.name) for row in rows]
+        rounds = [row["round"] for row in rows]
+        axes.plot(rounds, values, linewidth=1, alpha=0.7, label=name)
+    curve = score_curves(summary, metrics).get(metric.name, ())
+    rounds, values = ([point[i] for point in curve] for i in (0, 1))
+    axes.plot(rounds, values, color="#1f5fa8", marker="o", markersize=3, linewidth=1.5)
+    if curve:
         axes.annotate(
-            f"{scores[-1]:.1%}",
-            (rounds[-1], scores[-1]),
+            metric.text(values[-1], digits=1),
+            (rounds[-1], values[-1]),
             xytext=(0, 7),
             textcoords="offset points",
             ha="center",
             color="#1f5fa8",
         )
-    axes.set(ylabel="test accuracy", title=title, ylim=(0, 1.05))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if names:
+        axes.legend(fontsize=8)
+    axes.set(ylabel=f"test {metric.title}", title=title)
+    if metric.share:
+        axes.set(ylim=(0, 1.05))
+    in_percent(axes, metric)
     over_rounds(axes)
+    return save_picture(figure, folder / f"{metric.name}.png")
+
+
+def _all_scores(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    metrics: list[dict[str, Any]],
+    title: str,
+    file: Path,
+) -> Path:
+    """Draw each score by round: on the test set, and as the mean over clients' own examples."""
+    across = min(3, len(curves))
+    down = -(-len(curves) // across)
+    figure = Figure(figsize=(3.6 * across, 2.7 * down), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(down, across, squeeze=False).flat
+    for (name, curve), axes in zip(curves.items(), panels, strict=False):
+        axes.plot(*zip(*curve, strict=True), color="#1f5fa8", label="test set")
+        stated = [(row["round"], row.get(f"client_{name}")) for row in metrics]
+        if known := [point for point in stated if point[1] is not None]:
+            axes.plot(*zip(*known, strict=True), color="#c05a1a", label="clients")
+            axes.legend(fontsize=8)
+        axes.set_title(Score(name).title, fontsize=10)
+        over_rounds(axes)
+    for axes in list(panels):
+        axes.set_visible(False)
+    return save_picture(figure, file)
+
+
+def draw_partition(data: Mapping[str, Any], file: Path) -> Path:
+    """Draw the examples of each client, of each class or else of each group, as stacked bars.
+
+    Parameters
+    ----------
+    data : Mapping[str, Any]
+        The content of `data.json`.
+    file : Path
+    """
+    clients = data["clients"]
+    names = data["classes"] or data["groups"]
+    rows = [
+        row["classes"] if data["classes"] else [row["groups"].get(g, 0) for g in names]
+        for row in clients
+    ]
+    table = np.array(rows if names else [[row["examples"]] for row in clients]).T
+    figure = Figure(figsize=(max(6.4, 0.12 * len(clients)), 4), layout="constrained")
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["tab20" if len(table) <= 20 else "turbo"]
+    base = np.zeros(table.shape[1])
+    for number, counts in enumerate(table):
+        color = colors(number if len(table) <= 20 else number / len(table))
+        label = names[number] if names else None
+        axes.bar(
+            [row["partition"] for row in clients], counts, bottom=base, color=color, label=label
+        )
+        base += counts
+    axes.set(xlabel="client", ylabel="training examples")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if 1 < len(names) <= 20:
+        figure.legend(loc="outside right upper", fontsize=8)
+    return save_picture(figure, file)
+
+
+def _confusion(result: Mapping[str, Any], title: str, file: Path) -> Path:
+    """Draw the share of each true class that was predicted as each class."""
+    table, names = np.array(result["confusion"], dtype=float), result["classes"]
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    side = min(max(4.0, 0.28 * len(names) + 1.5), 14)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1.0))
+    step = -(-len(names) // 40)
+    axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=8)
+    axes.set_yticks(range(0, len(names), step), names[::step], fontsize=8)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
     return save_picture(figure, file)
 
 

@@ -81,7 +81,7 @@ def run_view(folder: Path) -> dict[str, Any]:
         "layers": layers.get("layers", []),
         "selection": rounds,
         "shares": selection_shares([dict(row) for row in selections]).tolist() if rounds else [],
-        "clients": _clients(clients, selections, data, evaluation),
+        "clients": _clients(clients, selections, data, evaluation, metric["name"]),
         "data": data,
         "evaluation": evaluation,
         "terms": {key: [row.get(key) for row in metrics] for key in TERMS},
@@ -109,17 +109,21 @@ def _scores(summary: Mapping[str, Any], metrics: Rows, main: str) -> dict[str, l
     """Return each score by round, the main metric first; round 0 is the model before training."""
     names = [main, *(n for row in metrics for n in row.get("scores") or {} if n != main)]
     found = {
-        name: [None, *((row.get("scores") or {}).get(name) for row in metrics)] for name in names
+        name: [
+            (summary.get("initial_scores") or {}).get(name),
+            *((row.get("scores") or {}).get(name) for row in metrics),
+        ]
+        for name in names
     }
     if "accuracy" in found:
         found["accuracy"] = [
             summary.get("initial_accuracy"),
             *(row.get("accuracy") for row in metrics),
         ]
-    if any(row.get("client_accuracy") is not None for row in metrics):
-        found["accuracy on the clients' own tests"] = [
+    if any(row.get(f"client_{main}") is not None for row in metrics):
+        found[f"{main} on the clients' own tests"] = [
             None,
-            *(row.get("client_accuracy") for row in metrics),
+            *(row.get(f"client_{main}") for row in metrics),
         ]
     return found
 
@@ -233,7 +237,11 @@ def _worth(
 
 
 def _clients(
-    lines: Rows, selections: Rows, data: Mapping[str, Any], evaluation: Mapping[str, Any]
+    lines: Rows,
+    selections: Rows,
+    data: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    main: str,
 ) -> list[dict[str, Any]]:
     """Return a line for each client: what it has, what it did, and how the model does on it."""
     found: dict[int, dict[str, Any]] = {}
@@ -254,14 +262,14 @@ def _clients(
         if line.get("failed"):
             row["failures"] += 1
             row["reason"] = f"{line['failed']}: {line['reason']}"
-        if line.get("client_accuracy") is not None:
-            row["score"] = line["client_accuracy"]
+        if line.get(f"client_{main}") is not None:
+            row["score"] = line[f"client_{main}"]
     for selection in selections:
         for client, mask in zip(selection.get("clients", []), selection["masks"], strict=False):
             of(client)["layers"] += sum(mask)
     for row in evaluation.get("clients", []):
         scores = {k: v for k, v in row.items() if k not in ("partition", "examples")}
-        of(row["partition"])["score"] = next(iter(scores.values()), None)
+        of(row["partition"])["score"] = scores.get(main)
         of(row["partition"])["scores"] = scores
     return [found[client] for client in sorted(found)]
 

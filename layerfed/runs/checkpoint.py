@@ -15,6 +15,7 @@ Random draws need no state, since each has its own seed from purpose, round and 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from flwr.common.logger import log
 from safetensors.numpy import load, save
 
 from layerfed.digests import content_digest
+from layerfed.exchange.scores import ACCURACY, Score
 from layerfed.files import whole
 from layerfed.runs.files import read_json, read_lines, write_tensors
 from layerfed.runs.records import Observer, RoundRecord
@@ -74,7 +76,7 @@ class Checkpoint:
 
 
 class BestModel(Observer):
-    """An observer that keeps the model of the most accurate round, `best.safetensors`.
+    """An observer that keeps the model of the best round by the main score, `best.safetensors`.
 
     Parameters
     ----------
@@ -84,31 +86,39 @@ class BestModel(Observer):
         Fingerprint of the base.
     layers : Callable[[], Mapping[str, numpy.ndarray]]
         Returns the tensors of the layers that differ from the base.
+    metric : Score (default: accuracy)
+        The main score.
     """
 
     def __init__(
-        self, run_folder: Path, base: str, layers: Callable[[], Mapping[str, np.ndarray]]
+        self,
+        run_folder: Path,
+        base: str,
+        layers: Callable[[], Mapping[str, np.ndarray]],
+        metric: Score = ACCURACY,
     ) -> None:
         self._folder, self._base, self._layers = run_folder, base, layers
+        self._metric = metric
         self._best: tuple[int, float] | None = None
         self._behind = 0
         rows = run_folder / "metrics.jsonl"
         for row in read_lines(rows) if rows.exists() else []:
-            self._is_best(row["round"], row["accuracy"])
+            # Lines of earlier versions have accuracy and loss only.
+            self._is_best(row["round"], row.get("scores", row).get(metric.name))
 
-    def _is_best(self, number: int, accuracy: float | None) -> bool:
+    def _is_best(self, number: int, value: float | None) -> bool:
         """Note a round; return whether it is the best so far. Of equal rounds the first one is."""
-        if accuracy is None:
+        if value is None or math.isnan(value):
             return False
-        better = self._best is None or accuracy > self._best[1]
+        better = self._best is None or self._metric.better(value, self._best[1])
         if self._best is None or better:
-            self._best = number, accuracy
+            self._best = number, value
         self._behind = number - self._best[0]
         return better
 
     def on_round(self, record: RoundRecord) -> None:
         """Write the model, if the round is the best so far."""
-        if self._is_best(record.round, record.accuracy):
+        if self._is_best(record.round, record.value):
             origin = {"round": str(record.round), "base": self._base}
             write_tensors(self._folder / BEST, self._layers(), origin)
 

@@ -26,6 +26,7 @@ from flwr.common.logger import log
 from layerfed.config import ConfigError, RunConfig, expanded
 from layerfed.config.same import differing
 from layerfed.exchange.metrics import METRICS
+from layerfed.exchange.scores import ACCURACY, LOSS, score_of
 from layerfed.models.layers import LayerMap
 from layerfed.runs.files import (
     NotWritten,
@@ -81,6 +82,8 @@ class RunFolder(Observer):
         self._began = time.monotonic()
         self._before = 0.0
         self._initial: float | None = None
+        self._before_training: dict[str, float | None] = {}
+        self._clients: list[dict[str, Any]] = []
         self._totals: dict[str, float] = dict.fromkeys(
             (*TRAFFIC, *(m.name for m in METRICS.values() if m.total)), 0
         )
@@ -88,7 +91,8 @@ class RunFolder(Observer):
         self._epsilon: dict[str, Any] = {"epsilon": None, "epsilon_covers": None}
         self.repeated_rounds: list[int] = []
         """Rounds that were cut off and done again, or are to be, once for each time."""
-        self._accuracies: list[float | None] = []
+        self._metric = ACCURACY
+        self._scores: dict[int, dict[str, float | None]] = {}
 
     def _open(self) -> Self:
         """Write what is known before the first round."""
@@ -191,6 +195,8 @@ class RunFolder(Observer):
         folder = cls(path, config, engine, data)
         folder.repeated_rounds = repeated
         folder._initial = before["initial_accuracy"]
+        folder._before_training = before.get("initial_scores", {})
+        folder._metric = score_of(before.get("metric"))
         folder._before = sum(row["seconds"] for row in kept["metrics.jsonl"])
         for row in kept["metrics.jsonl"]:
             folder._count(row)
@@ -258,10 +264,35 @@ class RunFolder(Observer):
         ]
         write_json(self.path / "layers.json", {"forward_flops": whole, "layers": rows})
 
-    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Note the accuracy before the first round."""
-        if not self._accuracies:
-            self._initial = accuracy
+    def describe_data(self, content: Mapping[str, Any]) -> None:
+        """Write who holds how many examples of what, `data.json`."""
+        write_json(self.path / "data.json", content)
+
+    def describe_result(self, content: Mapping[str, Any]) -> None:
+        """Write the evaluation of the final model, `evaluation.json`, with what its clients stated.
+
+        Parameters
+        ----------
+        content : Mapping[str, Any]
+            With `groups`, the scores of each, if there are any.
+        """
+        found, metric = dict(content), self._metric
+        if self._clients:
+            found["clients"] = self._clients
+        values = {
+            "groups": {name: one.get(metric.name) for name, one in found.get("groups", {}).items()},
+            "clients": {one["partition"]: one.get(metric.name) for one in self._clients},
+        }
+        spreads = {key: metric.spread(each) for key, each in values.items()}
+        found["spread"] = {key: spread for key, spread in spreads.items() if spread}
+        write_json(self.path / "evaluation.json", found)
+
+    def on_start(self, rounds: int, before: RoundRecord, done: int = 0) -> None:
+        """Note the main score, and the scores before the first round."""
+        self._metric = before.metric
+        if not self._scores:
+            self._initial = before.accuracy
+            self._before_training = dict(before.scores)
 
     def on_round(self, record: RoundRecord) -> None:
         """Append what the round left to the files that hold lines of each round."""
@@ -270,6 +301,7 @@ class RunFolder(Observer):
             if self._ended:  # the process may work on for some seconds
                 return
             self._count(line)
+            self._clients = _client_scores(record)
             append_line(self.path / "metrics.jsonl", line)
             append_line(self.path / "ledger.jsonl", _ledger_line(record.round, record.ledger))
             append_line(self.path / "clients.jsonl", *_client_lines(record))
@@ -285,7 +317,14 @@ class RunFolder(Observer):
             self._totals[key] += line[key]
         self._failures += line["failures"]
         self._epsilon = {key: line[key] for key in self._epsilon}
-        self._accuracies.append(line["accuracy"])
+        # Runs of earlier versions have these two scores.
+        two = {key: line[key] for key in ("accuracy", "loss")}
+        self._scores[line["round"]] = line.get("scores", two)
+
+    def _values(self, name: str) -> dict[int, float]:
+        """Return a score by round, without rounds that have none, or a loss that is no number."""
+        rows = ((number, scores.get(name)) for number, scores in self._scores.items())
+        return {n: value for n, value in rows if value is not None and not math.isnan(value)}
 
     def finish(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Write the final model and mark the run as completed."""
@@ -296,7 +335,9 @@ class RunFolder(Observer):
         with self._writing:
             if self._ended:
                 return
-            config, scored = self.config, [a for a in self._accuracies if a is not None]
+            config = self.config
+            scored, main = self._values("accuracy"), self._values(self._metric.name)
+            best = self._metric.best(main.values())
             write_json(
                 self.path / "summary.json",
                 {
@@ -305,10 +346,16 @@ class RunFolder(Observer):
                     "seed": config.run.seed,
                     "data": self.data,
                     "engine": self.engine,
-                    "rounds": len(self._accuracies),
+                    "rounds": len(self._scores),
                     "initial_accuracy": self._initial,
-                    "accuracy": scored[-1] if scored else None,
-                    "best_accuracy": max(scored, default=None),
+                    "accuracy": next(reversed(scored.values()), None),
+                    "best_accuracy": max(scored.values(), default=None),
+                    "metric": self._metric.to_json(),
+                    "best": None
+                    if best is None
+                    else {"round": next(r for r, v in main.items() if v == best), "value": best},
+                    "initial_scores": self._before_training,
+                    "scores": next((s for s in reversed(self._scores.values()) if s), {}),
                     "seconds": self._before + time.monotonic() - self._began,
                     **self._totals,
                     "failures": self._failures,
@@ -332,6 +379,8 @@ def metrics_line(record: RoundRecord) -> dict[str, Any]:
         "round": record.round,
         "accuracy": record.accuracy,
         "loss": record.loss,
+        "scores": dict(record.scores),
+        "groups": {name: dict(scores) for name, scores in record.groups.items()},
         "e1": record.e1,
         "e2": record.e2,
         "e2_masks": record.e2_masks,
@@ -391,6 +440,19 @@ def _client_lines(record: RoundRecord) -> list[dict[str, Any]]:
             "reason": failures[client].reason if client in failures else None,
         }
         for client, traffic in sorted(record.ledger.rows.items())
+    ]
+
+
+def _client_scores(record: RoundRecord) -> list[dict[str, Any]]:
+    """Return what each client of a round stated of the new model on its own examples."""
+    return [
+        {
+            "partition": client,
+            "examples": record.numbers.examples(client, f"client_{LOSS.name}"),
+            **{name: row[key] for name in record.scores if (key := f"client_{name}") in row},
+        }
+        for client, row in sorted(record.numbers.rows.items())
+        if f"client_{LOSS.name}" in row
     ]
 
 

@@ -29,8 +29,8 @@ def _loss(record: RoundRecord) -> str:
     return "–" if loss is None else f"{loss:.3f}"
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
+def _score(record: RoundRecord) -> str:
+    return record.metric.text(record.value, digits=1)
 
 
 class Clock:
@@ -52,21 +52,22 @@ class LogLines(Observer):
     def __init__(self) -> None:
         self._clock = Clock()
 
-    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Log the model's accuracy at the start."""
+    def on_start(self, rounds: int, before: RoundRecord, done: int = 0) -> None:
+        """Log the model's main score at the start."""
         self._clock = Clock(rounds, done)
         when = f"after round {done}" if done else "before the first round"
-        log(INFO, "accuracy %s: %s", when, _percent(accuracy))
+        log(INFO, "%s %s: %s", before.metric.name, when, _score(before))
 
     def on_round(self, record: RoundRecord) -> None:
         """Log the round's figures and the remaining time."""
         log(
             INFO,
-            "[round %d/%d] accuracy %s, loss %s, %d clients, %d failed, %.2f MB up%s, %.1f s; "
+            "[round %d/%d] %s %s, loss %s, %d clients, %d failed, %.2f MB up%s, %.1f s; "
             "about %.0f s left",
             record.round,
             self._clock.rounds,
-            _percent(record.accuracy),
+            record.metric.name,
+            _score(record),
             _loss(record),
             record.replies,
             len(record.failures),
@@ -107,10 +108,10 @@ class ProgressLine(Observer):
         """Take the bar away; the lines stay."""
         self._progress.stop()
 
-    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Print the first accuracy, and take the number of rounds and of finished ones."""
+    def on_start(self, rounds: int, before: RoundRecord, done: int = 0) -> None:
+        """Print the first main score, and take the number of rounds and of finished ones."""
         self._clock = Clock(rounds, done)
-        self._print(f"round {done}/{rounds}  accuracy {_percent(accuracy)}")
+        self._print(f"round {done}/{rounds}  {before.metric.name} {_score(before)}")
         self._progress.update(self._bar, total=rounds, completed=done)
 
     def on_phase(self, server_round: int, phase: str) -> None:
@@ -126,7 +127,7 @@ class ProgressLine(Observer):
         """Print the round's line and advance the bar."""
         self._print(
             f"round {record.round}/{self._clock.rounds}  "
-            f"accuracy {_percent(record.accuracy)}{_privacy(record)}  "
+            f"{record.metric.name} {_score(record)}{_privacy(record)}  "
             f"train loss {_loss(record)}  clients {record.replies}  {record.seconds:.1f} s"
         )
         left = self._clock.left(record.round) or 0.0
@@ -165,9 +166,10 @@ class JsonLines(Observer):
         self.folder = Path()
         """The run folder, which the caller sets once it exists."""
 
-    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Print the run folder, the numbers of rounds, and the accuracy of the model so far."""
-        self._print("start", folder=str(self.folder), rounds=rounds, done=done, accuracy=accuracy)
+    def on_start(self, rounds: int, before: RoundRecord, done: int = 0) -> None:
+        """Print the run folder, the numbers of rounds, and the scores of the model so far."""
+        more = {"accuracy": before.accuracy, "scores": dict(before.scores)}
+        self._print("start", folder=str(self.folder), rounds=rounds, done=done, **more)
 
     def on_round(self, record: RoundRecord) -> None:
         """Print the round's line."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from layerfed.config.errors import Failed
 from layerfed.exchange.metrics import Numbers
+from layerfed.exchange.scores import ACCURACY, Score
 from layerfed.runs.ledger import Ledger
 
 __all__ = ["Choice", "Failure", "Observer", "RoundFailed", "RoundRecord", "SelectionRecord"]
@@ -96,7 +97,13 @@ class RoundRecord:
     Attributes
     ----------
     accuracy, loss : float | None
-        On the server's test set.
+        On the server's test set; no accuracy if the task has none.
+    metric : Score
+        The main score of the run.
+    scores : Mapping[str, float | None]
+        All scores on the server's test set, by name, with the loss; empty without an evaluation.
+    groups : Mapping[str, Mapping[str, float | None]]
+        The number of test examples and the scores of each group.
     lr, server_lr : float | None
         η and η_s of the round.
     replies : int
@@ -124,6 +131,9 @@ class RoundRecord:
     selection: SelectionRecord | None = None
     accuracy: float | None = None
     loss: float | None = None
+    metric: Score = ACCURACY
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     lr: float | None = None
     server_lr: float | None = None
     replies: int = 0
@@ -148,12 +158,27 @@ class RoundRecord:
         """The metrics that clients stated, combined over the clients: {metric: value}."""
         return self.numbers.combined()
 
+    @property
+    def value(self) -> float | None:
+        """The main score on the server's test set; None without an evaluation."""
+        two = {"accuracy": self.accuracy, "loss": self.loss}
+        return {**two, **self.scores}.get(self.metric.name)
+
 
 class Observer:
     """An object that a run calls at its events. A subclass overrides the methods that it needs."""
 
-    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
-        """Note that the run begins, with the accuracy after `done` rounds of before an interruption."""
+    def on_start(self, rounds: int, before: RoundRecord, done: int = 0) -> None:
+        """Note that the run begins, with the record of the model so far.
+
+        Parameters
+        ----------
+        rounds : int
+        before : RoundRecord
+            It has the scores after `done` rounds, if the model was evaluated.
+        done : int
+            Rounds of before an interruption.
+        """
 
     def on_phase(self, server_round: int, phase: str) -> None:
         """Note that a phase of a round begins."""

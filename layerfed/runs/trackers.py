@@ -76,7 +76,7 @@ class Tracker(Observer):
         """Write the files of the run folder and end the run as completed, interrupted, or failed."""
 
     # ------------------------------------------------------------------------------ as an observer
-    def on_start(self, rounds: int, accuracy: float | None, done: int = 0) -> None:
+    def on_start(self, rounds: int, before: RoundRecord, done: int = 0) -> None:
         """Begin, or go on.
 
         Raises
@@ -95,9 +95,11 @@ class Tracker(Observer):
                 f"run.trackers = '{self.config.run.trackers}': {self.name} cannot begin: {error}"
             ) from error
         write_json(file, kept | {self.name: found})
-        if accuracy is not None and not done:
+        known = {k: v for k, v in before.scores.items() if v is not None}
+        if known and not done:
             with self._kept_going():
-                self.log({"accuracy": accuracy}, 0)
+                # Under the names that later rounds have, `accuracy` and `scores/NAME`.
+                self.log(dict(_flat({"accuracy": before.accuracy, "scores": known})), 0)
 
     def on_round(self, record: RoundRecord) -> None:
         """Write the numbers of a round."""

@@ -22,6 +22,8 @@ from layerfed.exchange import (
     read_statistics,
 )
 from layerfed.exchange.arrays import carried_bytes, moved_bytes
+from layerfed.exchange.metrics import Numbers, client_metrics
+from layerfed.exchange.scores import ACCURACY, LOSS, Score
 from layerfed.flower_compat import ErrorCode
 from layerfed.runs.records import Failure, RoundFailed, RoundRecord
 from layerfed.server.aggregation import WEIGHTED_MEAN, Aggregation, Aggregator
@@ -76,6 +78,10 @@ class Round:
         The rule that combines updates.
     refused : Callable[[int], None]
         Told the node id of each client whose answer was refused or was an error of its own.
+    scores : Sequence[Score]
+        The task's scores, which clients state of their own examples.
+    metric : Score
+        The main one.
     """
 
     def __init__(
@@ -91,8 +97,11 @@ class Round:
         steps: Sequence[ServerStep] = (Decoding(),),
         aggregation: Aggregation = WEIGHTED_MEAN,
         refused: Callable[[int], None] = lambda node: None,
+        scores: Sequence[Score] = (ACCURACY, LOSS),
+        metric: Score = ACCURACY,
     ) -> None:
-        self.record = RoundRecord(number)
+        self._client_metrics = client_metrics(scores)
+        self.record = RoundRecord(number, metric=metric, numbers=Numbers(self._client_metrics))
         self.model = model
         self.nodes = nodes
         self.send = send
@@ -274,7 +283,8 @@ class Round:
         """Read clients' metrics on their held-out examples."""
         for reply in replies:
             with self.refusing(reply, "evaluate") as partition:
-                examples, stated = read_evaluation(self._answer(reply, "evaluate"))
+                answer = self._answer(reply, "evaluate")
+                examples, stated = read_evaluation(answer, self._client_metrics)
                 self.record.numbers.add(partition, "evaluate", stated, self.weight(examples))
 
     def weight(self, examples: int) -> int:

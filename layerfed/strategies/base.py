@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from logging import INFO
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 from uuid import uuid4
 
 import numpy as np
@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from layerfed.config import ConfigError, RunConfig, Section, explain, section_keys
 from layerfed.exchange import Description, LayerStore, TrainInstruction
 from layerfed.exchange.instruction import as_masks, train_config
+from layerfed.exchange.scores import ACCURACY, LOSS, Score
 from layerfed.models.layers import LayerMap
 from layerfed.runs.checkpoint import Checkpoint
 from layerfed.runs.records import Choice, Observer, RoundFailed, SelectionRecord
@@ -89,6 +90,10 @@ class RoundSettings:
         The steps of updates on the server. `Decoding` is put in front unless one of these reads.
     aggregation : Aggregation
         The rule that combines the updates of a round; by default their weighted mean, as in the paper.
+    scores : tuple[Score, ...] (default: accuracy and loss)
+        The task's scores, by which models are evaluated.
+    metric : Score (default: accuracy)
+        The main one of them.
     seed : int (default: 0)
         Seed of sampling and of random masks.
     """
@@ -107,6 +112,8 @@ class RoundSettings:
     codec: str = "float32"
     steps: tuple[ServerStep, ...] = ()
     aggregation: Aggregation = WEIGHTED_MEAN
+    scores: tuple[Score, ...] = (ACCURACY, LOSS)
+    metric: Score = ACCURACY
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -314,7 +321,7 @@ class SelectiveStrategy(Strategy):
         self.round = self._new_round(done, grid, timeout)
         self._evaluate_centrally(evaluate_fn, result)
         for observer in self.observers:
-            observer.on_start(num_rounds, self.round.record.accuracy, done)
+            observer.on_start(num_rounds, self.round.record, done)
 
         for server_round in range(done + 1, num_rounds + 1):
             began = time.monotonic()
@@ -425,10 +432,9 @@ class SelectiveStrategy(Strategy):
         """Average the clients' metrics, weighted by their held-out examples."""
         self.round.take_evaluations(replies)
         metrics = self.round.record.metrics
-        loss, accuracy = metrics["client_loss"], metrics["client_accuracy"]
-        if loss is None or accuracy is None:
-            return None
-        return MetricRecord({"loss": loss, "accuracy": accuracy})
+        scores = {score.name: metrics[f"client_{score.name}"] for score in self.settings.scores}
+        found = {name: value for name, value in scores.items() if value is not None}
+        return MetricRecord(cast(Any, found)) if found else None
 
     def summary(self) -> None:
         """Log the settings of the run."""
@@ -571,6 +577,8 @@ class SelectiveStrategy(Strategy):
             steps=self.settings.all_steps,
             aggregation=self.settings.aggregation,
             refused=self.population.ask_again,
+            scores=self.settings.scores,
+            metric=self.settings.metric,
         )
 
     def _publish(self, layers: Iterable[str]) -> None:
@@ -588,6 +596,7 @@ class SelectiveStrategy(Strategy):
         result.evaluate_metrics_serverapp[record.round] = metrics
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         record.accuracy, record.loss = numbers.get("accuracy"), numbers.get("loss")
+        record.scores = {**dict.fromkeys((s.name for s in self.settings.scores), None), **numbers}
 
     def _replied(self, done: int, asked: int) -> None:
         for observer in self.observers:

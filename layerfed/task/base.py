@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from layerfed.config import FAMILIES, ConfigError, RunConfig, TaskConfig
+from layerfed.config import (
+    FAMILIES,
+    ConfigError,
+    RunConfig,
+    Section,
+    TaskConfig,
+    explain,
+    nearest,
+    nearest_key,
+    section_keys,
+)
 from layerfed.config.seeding import Stream, generator
 from layerfed.digests import content_digest, digest
+from layerfed.exchange.scores import LOSS, Score
 from layerfed.models.layers import LayerMap, LayerMapError
+from layerfed.task.scoring import SingleLabel, Tally
 
 __all__ = ["Batch", "Examples", "InMemory", "Store", "Task"]
 
 Batch = Mapping[str, Tensor]
 
 # Settings that every task reads. Tasks without groups refuse `by-column`.
-COMMON = {"name", "partition", "alpha", "local_test"}
+COMMON = {"name", "metric", "options", "partition", "alpha", "local_test"}
+# The group of examples that belong to none of a task's groups.
+OTHER = "other"
 
 
 class Store(Protocol):
@@ -127,7 +142,7 @@ class Examples:
 
 
 class Task(ABC):
-    """Data, model and loss of one experiment.
+    """Data, model, loss and scores of one experiment.
 
     Parameters
     ----------
@@ -146,6 +161,12 @@ class Task(ABC):
         If a setting is given that the task does not read, or a model that it cannot use.
     """
 
+    class Options(Section):
+        """The task's own settings; each field is a key `task.NAME`."""
+
+    kind: ClassVar[type[Tally]] = SingleLabel
+    """What outputs and targets are, with the loss and the scores that follow (`task/scoring.py`)."""
+
     settings: ClassVar[frozenset[str]] = frozenset()
     """Fields of `TaskConfig` that this task reads, besides those that every task reads."""
     reads: ClassVar[str] = ""
@@ -157,7 +178,8 @@ class Task(ABC):
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        section, defaults = config.task, TaskConfig()
+        section, defaults = config.task, TaskConfig()  # type: ignore[call-arg]
+        self.options: Any = self._read_options(section)
         unread = set(TaskConfig.model_fields) - self.settings - COMMON
         for name in sorted(unread):
             if getattr(section, name) != getattr(defaults, name):
@@ -177,6 +199,66 @@ class Task(ABC):
                 f"train.augment = '{config.train.augment}' has no use for task.name = "
                 f"'{section.name}': {self.never_augmented}"
             )
+        names = [score.name for score in self.scores]
+        if section.metric and section.metric not in names:
+            raise ConfigError(
+                f"task.metric = '{section.metric}' is not a score of task.name = '{section.name}': it "
+                f"should be one of {', '.join(names)}{nearest(section.metric, names)}"
+            )
+
+    def _read_options(self, section: TaskConfig) -> Section:
+        """Return the task's own settings.
+
+        Raises
+        ------
+        ConfigError
+            If one is unknown, given twice, or has a wrong value.
+        """
+        own = section_keys(self.Options, "task.")
+        if taken := [key for key in own if key in section_keys(TaskConfig, "task.")]:
+            raise ConfigError(
+                f"task.name = '{section.name}': no setting of its own can be called {taken[0]}; that is "
+                "a setting of every task"
+            )
+        given = {f"task.{key}": value for key, value in section.keys.items()}
+        twice = {f"task.{key}": value for key, value in section.own.items()}
+        for key, value in twice.items():
+            if given.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"{key} = {given[key]!r}, and task.options says {value!r}; give it once"
+                )
+        known = [*section_keys(TaskConfig, "task."), *own]
+        for key in given:
+            if key not in own:
+                raise ConfigError(
+                    f"unknown key '{key}'; task.name = '{section.name}' has settings of its own: "
+                    f"{', '.join(own) or 'none'}{nearest_key(key, known)}"
+                )
+        try:
+            return self.Options(**{key.removeprefix("task."): v for key, v in given.items()})
+        except ValidationError as error:
+            raise ConfigError(explain(error, own, "task.")) from None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the outputs; () if they have none."""
+        return ()
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups; examples have the position of theirs as `group`. () if there are none."""
+        return ()
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """All scores of the task, the loss last."""
+        return (*self.kind.scores, LOSS)
+
+    @property
+    def metric(self) -> Score:
+        """The main score: `task.metric`, or the first one."""
+        asked = self.config.task.metric or self.scores[0].name
+        return next(score for score in self.scores if score.name == asked)
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -196,11 +278,31 @@ class Task(ABC):
 
     @abstractmethod
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return class scores, shape (batch, classes)."""
+        """Return the model's outputs, in the form that the task's kind reads."""
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Return what the outputs should be, in the form that the task's kind reads."""
+        return batch["label"]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of a batch with integer labels under `label`."""
-        return nn.functional.cross_entropy(self.logits(model, batch).float(), batch["label"])
+        """Return a batch's mean loss to train on; by default that of the task's kind.
+
+        The loss in every file is that of the kind, also if this method is overridden.
+        """
+        return self.kind.loss(self.logits(model, batch), self.targets(batch))
+
+    def answers(self, model: nn.Module, batch: Batch) -> tuple[Sequence[object], Sequence[object]]:
+        """Return generated answers and the right ones, if the kind is `Generation`."""
+        raise ConfigError("its kind is Generation, so it needs a method `answers`")
+
+    def groups_of(self, examples: Examples) -> dict[str, np.ndarray]:
+        """Return the positions of each group's examples; empty for examples without groups."""
+        if not self.groups:
+            return {}
+        numbers = examples.column("group")
+        found = {name: np.flatnonzero(numbers == i) for i, name in enumerate(self.groups)}
+        found[OTHER] = np.flatnonzero((numbers < 0) | (numbers >= len(self.groups)))
+        return {name: rows for name, rows in found.items() if len(rows)}
 
     def augment(self, batch: Batch) -> Batch:
         """Return a training batch with the random changes of `train.augment`.

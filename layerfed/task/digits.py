@@ -41,6 +41,11 @@ class Digits(Task):
         everything = Examples.of({"image": large / 8 - 1, "label": torch.from_numpy(labels)})
         self._train, self._test = everything.select(train), everything.select(test)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The ten digits."""
+        return tuple(map(str, range(CLASSES)))
+
     @cached_property
     def _indices(self) -> list[np.ndarray]:
         return partition_indices(self._labels, self.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerfed.config import RunConfig
+from layerfed.exchange.scores import Score
 from layerfed.report import RunFigures, Section, draw_accuracy, draw_terms, draw_uplink
 from layerfed.report.comparison import (
     accuracy_table,
@@ -21,6 +23,7 @@ from layerfed.report.comparison import (
     paired_differences,
     paper_accounting,
     runs_csv,
+    scores_table,
 )
 from layerfed.report.comparison_plots import look, mean_curve, pareto_front
 from layerfed.report.paper_costs import paper_costs
@@ -64,6 +67,28 @@ def test_accuracies_are_means_and_deviations_and_the_best_is_bold(section: Secti
         "| both | – | … | – | 94.96 | … | … | … |",
         "| ours | **80.00 (1 of 2)** | **70.00 ± 0.00** | – | – | 24.4 | 12.2 | 8.00 |",
     ]
+
+
+def test_of_an_error_the_smallest_is_bold_and_nothing_is_in_percent(tmp_path: Path) -> None:
+    def run(error: float) -> RunFigures:
+        metric = Score("rmse", higher_is_better=False, high=math.inf)
+        curves = {"rmse": ((0, 9.0), (1, error)), "loss": ((1, error**2),)}
+        return replace(figures(tmp_path, 0.5), metric=metric, curves=curves)
+
+    runs = {("a", "R = 1"): [run(1.5), run(2.5)], ("b", "R = 1"): [run(30.0), run(31.0)]}
+    shown = Section("x", ["a", "b"], ["R = 1"], runs, 2)
+    rows = [line.split(" | ")[1] for line in accuracy_table(shown).splitlines()[2:]]
+    assert rows == ["**2 ± 0.7071**", "30.5 ± 0.7071"]
+    assert scores_table(shown).splitlines() == [
+        "| strategy | RMSE | loss |",
+        "|---|---|---|",
+        "| a | 2.0000 ± 0.7071 | 4.2500 ± 2.8284 |",
+        "| b | 30.5000 ± 0.7071 | 930.5000 ± 43.1335 |",
+    ]
+    row = next(csv.DictReader(runs_csv([("x", shown)]).splitlines()))
+    assert (row["metric"], row["value"], row["best_value"]) == ("rmse", "1.5", "1.5")
+    assert (row["rmse"], row["loss"], row["accuracy"]) == ("1.5", "2.25", "nan")
+    assert pareto_front([(1, 3.0), (2, 4.0), (3, 2.0)], shown.metric) == [(1, 3.0), (3, 2.0)]
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from flwr.serverapp.strategy import Result
 from PIL import Image
 from safetensors.numpy import load_file
 
-from layerfed.client.training import evaluate
 from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.engine import run_on
 from layerfed.runs import latest_checkpoint, lock, read_lines
 from layerfed.runs.files import NotWritten, append_line, write_json
 from layerfed.strategies import SelectiveStrategy
 from layerfed.task import Batch
+from layerfed.task.scoring import tallied
 
 QUICK = [
     *("federation.clients=4", "federation.clients-per-round=2", "federation.rounds=8"),
@@ -208,13 +208,12 @@ def test_the_size_of_batches_changes_no_accuracy(
 ) -> None:
     seen: list[int] = []
 
-    def recorded(model: object, batches: Iterable[Batch], logits: object) -> tuple[float, float]:
+    def recorded(model: object, batches: Iterable[Batch], update: object) -> int:
         found = list(batches)
         seen.append(max(len(batch["label"]) for batch in found))
-        return evaluate(model, found, logits)  # type: ignore[arg-type]
+        return tallied(model, found, update)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("layerfed.server_app.evaluate", recorded)
-    monkeypatch.setattr("layerfed.client_app.evaluate", recorded)
+    monkeypatch.setattr("layerfed.task.scoring.tallied", recorded)
     accuracies = []
     for size in (7, 256):
         more = ["federation.rounds=1", "task.local-test=0.5", f"run.evaluate-batch={size}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from layerfed.exchange import (
 )
 from layerfed.exchange.arrays import decode
 from layerfed.exchange.messages import MAX_EXAMPLES, missing_reply, state_held
+from layerfed.exchange.metrics import client_metrics
+from layerfed.exchange.scores import LOSS, Score
 from layerfed.models.layers import LayerMap
 from layerfed.server.global_model import GlobalModel
 from tests.exchange.replies import (
@@ -118,6 +121,29 @@ def test_an_evaluation_arrives_as_it_was_sent() -> None:
     examples, metrics = read_evaluation(reply)
     assert examples == 12
     assert (metrics["client_loss"], metrics["client_accuracy"]) == (0.25, 0.75)
+
+
+SCORES = client_metrics([Score("rmse", False, high=math.inf), Score("macro_f1"), LOSS])
+
+
+def test_scores_of_a_task_are_read_without_an_accuracy() -> None:
+    stated = {"client_rmse": 3.0, "client_macro_f1": 1.0, "client_loss": -9.0}
+    _, found = read_evaluation(evaluate_reply(ask("evaluate"), 12, **stated), SCORES)
+    assert {name: found[name] for name in stated} == stated
+
+
+@pytest.mark.parametrize(
+    ("stated", "says"),
+    [
+        ({"client_rmse": -0.5}, "client_rmse = -0.5; 0 or more"),
+        ({"client_macro_f1": 3.9}, "client_macro_f1 = 3.9; 1 or less"),
+        ({"client_macro_f1": math.nan}, "not finite: client_macro_f1"),
+    ],
+)
+def test_scores_beyond_their_bounds_are_refused(stated: dict[str, float], says: str) -> None:
+    reply = evaluate_reply(ask("evaluate"), 12, **{"client_loss": 0.5, **stated})
+    with pytest.raises(RefusedReply, match=says):
+        read_evaluation(reply, SCORES)
 
 
 def test_updates_in_any_memory_order_are_written_row_major() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from layerfed.cli import app
+from layerfed.exchange.scores import Score
 from layerfed.report.plots import draw_run, selection_shares
 
 PNG = b"\x89PNG"
@@ -60,6 +62,19 @@ def test_a_run_without_the_terms_has_no_picture_of_them(tmp_path: Path) -> None:
     metrics = [{"accuracy": 0.5}, {"accuracy": None, "e1": None, "e2": None}]
     drawn = draw_run(folder(tmp_path, metrics, [selection(), selection()]))
     assert [file.name for file in drawn] == ["accuracy.png", "layers.png"]
+
+
+def test_the_picture_of_scores_is_named_by_the_main_one(tmp_path: Path) -> None:
+    rows = [{"accuracy": None, "scores": {"rmse": x, "r2": 0.5, "loss": x * x}} for x in (2.0, 1.0)]
+    path = folder(tmp_path, rows, [selection(), selection()])
+    summary = json.loads((path / "summary.json").read_text())
+    metric = Score("rmse", higher_is_better=False, high=math.inf).to_json()
+    (path / "summary.json").write_text(json.dumps(summary | {"metric": metric}))
+    assert [file.name for file in draw_run(path)] == [
+        "rmse.png",
+        "layers.png",
+        "scores.png",
+    ]
 
 
 def test_shares_are_of_clients_that_updated_a_layer() -> None:

@@ -26,7 +26,7 @@ def shown(terminal: bool) -> str:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100, color_system=None)
     with ProgressLine(console) as line:
-        line.on_start(4, 0.1)
+        line.on_start(4, RoundRecord(0, accuracy=0.1))
         for number in (1, 2):
             for phase in ("probe", "train"):
                 line.on_phase(number, phase)

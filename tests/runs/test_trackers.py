@@ -83,7 +83,7 @@ def test_tensorboard_drops_rounds_that_are_done_again(tmp_path: Path) -> None:
 
     for done, values in ((0, (1.0, 2.0, 3.0)), (1, (20.0, 30.0, 40.0))):
         tracker = TensorBoard(tmp_path, configured())
-        tracker.on_start(9, None, done)
+        tracker.on_start(9, RoundRecord(0), done)
         for number, value in enumerate(values, start=done + 1):
             tracker.log({"x": value}, number)
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -1,0 +1,550 @@
+"""The scores of each kind of task, added up batch by batch, and the evaluation of a model.
+
+A `Tally` keeps sums and counts only, so the memory of an evaluation does not depend on the number of
+examples. Scores of classes are scikit-learn's, computed at the end from the count of each pair of true
+and predicted class, which are the weights of as many examples.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from layerfed.config import ConfigError
+from layerfed.exchange.scores import ACCURACY, LOSS, Score
+
+if TYPE_CHECKING:
+    from layerfed.task.base import Batch, Examples, Task
+
+__all__ = [
+    "IGNORED",
+    "CausalLM",
+    "Evaluation",
+    "Generation",
+    "MultiLabel",
+    "Regression",
+    "SingleLabel",
+    "Tally",
+    "TokenTagging",
+    "evaluate_task",
+    "tallied",
+]
+
+IGNORED = -100
+"""The target of a token that does not count, as in torch and transformers."""
+# Bins of confidence, as in Guo et al. (2017), "On calibration of modern neural networks".
+BINS = 15
+# A confusion matrix of more classes is read by nobody, and its file is large.
+MOST_CLASSES = 200
+
+Reduction = Literal["mean", "sum"]
+
+
+class Tally(ABC):
+    """The running sums of one evaluation; a subclass is a kind of task, `Task.kind`.
+
+    A subclass declares `scores`, adds each batch to the sums by `update`, and computes the scores from
+    the sums by `values`.
+
+    Attributes
+    ----------
+    scores : tuple[Score, ...]
+        Its scores besides the loss. The first is the main one, unless `task.metric` says otherwise.
+    sums : dict[str, Any]
+        What `add` has added up: numbers, arrays or counters.
+    """
+
+    scores: ClassVar[tuple[Score, ...]]
+    reads: ClassVar[str]
+    """What `update` needs, for messages."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Any] = {}
+
+    @staticmethod
+    @abstractmethod
+    def loss(outputs: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Return the loss of a batch, as a mean or a sum over everything that counts."""
+
+    @abstractmethod
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch."""
+
+    @abstractmethod
+    def values(self) -> Mapping[str, float]:
+        """Return each score by its name; NaN for one that is undefined."""
+
+    def details(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Return what is reported of the final model besides its scores, ready for JSON."""
+        return {}
+
+    @staticmethod
+    def count(labels: np.ndarray) -> np.ndarray | None:
+        """Return the number of labels of each class; None for a kind without classes."""
+        return None
+
+    def add(self, **sums: Any) -> None:
+        """Add to the sums, by name."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def merged(self, others: Iterable[Tally]) -> Self:
+        """Add the sums of other evaluations to these; return this one."""
+        for other in others:
+            self.add(**other.sums)
+        return self
+
+    def found(self) -> dict[str, float | None]:
+        """Return all scores and the loss; None for one that is undefined.
+
+        Raises
+        ------
+        ConfigError
+            If `values` returns other scores than are declared, or one outside of its bounds.
+        """
+        name = type(self).__name__
+        if not self.sums.get("count"):
+            raise ConfigError(f"no target counts for {name}; every one is {IGNORED}")
+        values = dict(self.values())
+        declared = {score.name: score for score in self.scores}
+        if set(values) != set(declared):
+            raise ConfigError(
+                f"{name}.values returned the scores {', '.join(sorted(values)) or 'none'}; declared are "
+                f"{', '.join(sorted(declared))} ({name}.scores)"
+            )
+        try:
+            found = {key: score.checked(values[key]) for key, score in declared.items()}
+        except ValueError as error:
+            raise ConfigError(f"{error}; {name}.values returned {values}") from None
+        return {**found, LOSS.name: self.mean_loss}
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss over everything that counts."""
+        return float(self.sums["loss"] / self.sums["count"])
+
+    def _add_loss(self, outputs: Tensor, targets: Tensor, count: int) -> None:
+        self.add(loss=float(self.loss(outputs, targets, "sum")), count=count)
+
+    def _require(self, fits: bool, outputs: Tensor, targets: Tensor) -> None:
+        if not fits:
+            name = type(self).__name__
+            raise ConfigError(
+                f"its kind {name} needs {self.reads}; it returned outputs of {_shown(outputs)} and "
+                f"targets of {_shown(targets)}; set `kind` to another of {', '.join(KINDS)}, or mend "
+                "`logits` or `targets`"
+            )
+
+
+class SingleLabel(Tally):
+    """One class for each example: outputs (B, C), targets (B,) in 0 … C − 1."""
+
+    scores = (
+        ACCURACY,
+        Score("macro_f1"),
+        Score("balanced_accuracy"),
+        Score("ece", higher_is_better=False),
+    )
+    reads = (
+        "outputs (examples, classes), of at least two classes, and a class number for each example"
+    )
+
+    @staticmethod
+    def loss(outputs: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Return the cross-entropy."""
+        return functional.cross_entropy(outputs.float(), targets, reduction=reduction)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch."""
+        fits = outputs.ndim == 2 and outputs.shape[1] > 1 and targets.shape == outputs.shape[:1]
+        self._require(fits and _counts(targets, outputs.shape[1]), outputs, targets)
+        self._add_loss(outputs, targets, len(targets))
+        scores = outputs.float()
+        found = scores.argmax(1)
+        # Not all devices have float64.
+        sure = scores.softmax(1).gather(1, found[:, None])[:, 0].cpu().double().numpy()
+        pairs = np.stack([targets.cpu().numpy(), found.cpu().numpy()])
+        bins = np.clip(np.ceil(np.nan_to_num(sure) * BINS).astype(int) - 1, 0, BINS - 1)
+        hits = (pairs[0] == pairs[1]).astype(float)
+        self.add(
+            pairs=Counter(zip(*pairs.tolist(), strict=True)),
+            # For each bin: examples, sum of confidences, examples that were right.
+            bins=np.stack([np.bincount(bins, w, BINS) for w in (np.ones_like(sure), sure, hits)]),
+        )
+
+    def values(self) -> dict[str, float]:
+        """Return accuracy, macro F1, balanced accuracy, and the expected calibration error."""
+        from sklearn import metrics
+
+        true, found, weights = _columns(self.sums["pairs"])
+        examples, sure, hits = self.sums["bins"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # classes that were predicted only
+            return {
+                "accuracy": metrics.accuracy_score(true, found, sample_weight=weights),
+                "macro_f1": metrics.f1_score(
+                    true, found, average="macro", sample_weight=weights, zero_division=0
+                ),
+                "balanced_accuracy": metrics.balanced_accuracy_score(
+                    true, found, sample_weight=weights
+                ),
+                "ece": float(np.abs(hits - sure).sum() / examples.sum()),
+            }
+
+    def details(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Return the table by class, the confusion matrix, and the bins of the calibration."""
+        from sklearn.metrics import confusion_matrix
+
+        true, found, weights = _columns(self.sums["pairs"])
+        count = len(classes) or int(max(*true, *found)) + 1
+        names = list(classes) or [str(number) for number in range(count)]
+        report: dict[str, Any] = {
+            "classes": names,
+            "per_class": _per_class(true, found, weights, names),
+        }
+        if count <= MOST_CLASSES:
+            report["confusion"] = (
+                confusion_matrix(true, found, labels=range(count), sample_weight=weights)
+                .astype(int)
+                .tolist()
+            )
+        examples, sure, hits = self.sums["bins"]
+        report["calibration"] = {
+            "ece": self.values()["ece"],
+            "bins": [
+                {"confidence": s / n, "accuracy": h / n, "examples": int(n)}
+                for n, s, h in zip(examples, sure, hits, strict=True)
+                if n
+            ],
+        }
+        return report
+
+    @staticmethod
+    def count(labels: np.ndarray) -> np.ndarray | None:
+        """Return the number of labels of each class."""
+        whole = np.issubdtype(labels.dtype, np.integer)
+        return np.bincount(labels[labels != IGNORED].ravel()) if whole else None
+
+
+class TokenTagging(SingleLabel):
+    """One class for each token: outputs (B, T, C), targets (B, T); `IGNORED` tokens do not count."""
+
+    reads = (
+        "outputs (examples, tokens, classes) and a class number for each token, "
+        f"{IGNORED} for those that do not count"
+    )
+
+    @staticmethod
+    def loss(outputs: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Return the cross-entropy over all tokens that count."""
+        return functional.cross_entropy(
+            outputs.float().flatten(0, -2),
+            targets.flatten(),
+            reduction=reduction,
+            ignore_index=IGNORED,
+        )
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch."""
+        if targets.ndim != 1:  # the tokens that count come back as a batch of one each
+            self._require(
+                outputs.ndim == 3 and targets.shape == outputs.shape[:2], outputs, targets
+            )
+            kept = targets != IGNORED
+            outputs, targets = outputs[kept], targets[kept]
+        if len(targets):
+            super().update(outputs, targets)
+
+
+class MultiLabel(Tally):
+    """Any number of labels for each example: outputs (B, L) as logits, targets (B, L) of 0 and 1."""
+
+    scores = (Score("macro_f1"), Score("micro_f1"), Score("exact_match"))
+    reads = "outputs (examples, labels) and targets of the same shape, which are 0 or 1"
+
+    @staticmethod
+    def loss(outputs: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Return the binary cross-entropy over all examples and labels."""
+        return functional.binary_cross_entropy_with_logits(
+            outputs.float(), targets.float(), reduction=reduction
+        )
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch; a label is predicted if its logit is above 0."""
+        fits = outputs.ndim == 2 and targets.shape == outputs.shape
+        self._require(fits and bool(((targets == 0) | (targets == 1)).all()), outputs, targets)
+        self._add_loss(outputs, targets, targets.numel())
+        found, true = outputs > 0, targets > 0
+        counts = [(true & found).sum(0), (true & ~found).sum(0), (found & ~true).sum(0)]
+        self.add(
+            counts=torch.stack(counts).cpu().numpy(),  # right, missed and wrong, shape (3, L)
+            exact=int((found == true).all(1).sum()),
+            examples=len(targets),
+        )
+
+    def _columns(self) -> tuple[list[int], list[int], list[int]]:
+        """Return true labels, predicted labels and weights; −1 is the absence of a label."""
+        right, missed, wrong = self.sums["counts"].tolist()
+        labels, none = list(range(len(right))), [-1] * len(right)
+        return labels + labels + none, labels + none + labels, right + missed + wrong
+
+    def values(self) -> dict[str, float]:
+        """Return macro F1, micro F1, and the share of examples with all labels right."""
+        from sklearn.metrics import f1_score
+
+        true, found, weights = self._columns()
+        labels = range(self.sums["counts"].shape[1])
+        f1 = {
+            f"{average}_f1": f1_score(
+                true,
+                found,
+                labels=labels,
+                average=average,
+                sample_weight=weights,
+                zero_division=0,
+            )
+            for average in ("macro", "micro")
+        }
+        return {**f1, "exact_match": self.sums["exact"] / self.sums["examples"]}
+
+    def details(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Return the table by label."""
+        names = list(classes) or [str(n) for n in range(self.sums["counts"].shape[1])]
+        return {"classes": names, "per_class": _per_class(*self._columns(), names)}
+
+    @staticmethod
+    def count(labels: np.ndarray) -> np.ndarray | None:
+        """Return the number of examples that have each label."""
+        held: np.ndarray = labels.sum(0).astype(int)
+        return held
+
+
+class Regression(Tally):
+    """Numbers: outputs and targets of one size, (B,) or (B, D)."""
+
+    scores = (
+        Score("rmse", higher_is_better=False, high=math.inf),
+        Score("mae", higher_is_better=False, high=math.inf),
+        Score("r2", low=-math.inf),
+    )
+    reads = "an output for each number of the targets"
+
+    @staticmethod
+    def loss(outputs: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Return the squared error over all numbers."""
+        return functional.mse_loss(
+            outputs.float().reshape(targets.shape), targets.float(), reduction=reduction
+        )
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch."""
+        fits = len(outputs) == len(targets) and outputs.numel() == targets.numel()
+        self._require(fits, outputs, targets)
+        self._add_loss(outputs, targets, targets.numel())
+        true = targets.cpu().double().reshape(len(targets), -1).numpy()
+        error = outputs.cpu().double().reshape(len(targets), -1).numpy() - true
+        self.add(
+            examples=len(true),
+            true=true.sum(0),
+            true_sq=(true**2).sum(0),
+            error_sq=(error**2).sum(0),
+            error_abs=np.abs(error).sum(0),
+        )
+
+    def values(self) -> dict[str, float]:
+        """Return the errors' root mean square and mean, and R², the mean over outputs."""
+        sums, examples = self.sums, self.sums["examples"]
+        spread = sums["true_sq"] - sums["true"] ** 2 / examples
+        varies = spread > 1e-12 * sums["true_sq"]
+        # Of a constant, any error explains nothing, as in scikit-learn.
+        r2 = np.where(varies, 1 - sums["error_sq"] / np.where(varies, spread, 1), 0.0)
+        return {
+            "rmse": math.sqrt(sums["error_sq"].mean() / examples),
+            "mae": float(sums["error_abs"].mean() / examples),
+            "r2": float(r2.mean()) if examples > 1 else math.nan,
+        }
+
+
+class CausalLM(Tally):
+    """The next token: outputs (B, T, V), and targets (B, T) that hold at t what outputs predict at t.
+
+    `Task.targets` shifts the tokens by one, and writes `IGNORED` where nothing is to be predicted.
+    """
+
+    scores: ClassVar[tuple[Score, ...]] = (
+        Score("perplexity", higher_is_better=False, low=1.0, high=math.inf),
+        Score("token_accuracy"),
+    )
+    reads = "outputs (examples, tokens, vocabulary) and the next token's id at each place"
+    loss = staticmethod(TokenTagging.loss)
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch."""
+        fits = outputs.ndim == 3 and targets.shape == outputs.shape[:2]
+        kept = targets != IGNORED
+        fits = fits and _counts(targets[kept], outputs.shape[-1])
+        self._require(fits, outputs, targets)
+        self._add_loss(outputs, targets, int(kept.sum()))
+        self.add(hits=int((outputs.argmax(-1) == targets)[kept].sum()))
+
+    def values(self) -> dict[str, float]:
+        """Return the perplexity, exp of the loss, and the share of tokens that come first."""
+        loss = self.mean_loss
+        return {
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "token_accuracy": self.sums["hits"] / self.sums["count"],
+        }
+
+
+class Generation(CausalLM):
+    """The next token, and generated answers, which `Task.answers` returns beside the right ones."""
+
+    scores = (Score("exact_match"), *CausalLM.scores)
+
+    def match(self, found: Sequence[object], wanted: Sequence[object]) -> None:
+        """Add a batch's answers."""
+        if len(found) != len(wanted):
+            raise ConfigError(
+                f"`answers` returned {len(found)} generated answers and {len(wanted)} right ones; it "
+                "should return one of each for each example"
+            )
+        right = sum(a == b for a, b in zip(found, wanted, strict=True))
+        self.add(right=right, answers=len(wanted))
+
+    def values(self) -> dict[str, float]:
+        """Return the share of answers that are exactly right, and the scores of tokens."""
+        return {"exact_match": self.sums["right"] / self.sums["answers"], **super().values()}
+
+
+KINDS = ("SingleLabel", "MultiLabel", "Regression", "TokenTagging", "CausalLM", "Generation")
+
+
+def _counts(targets: Tensor, classes: int) -> bool:
+    """Return whether targets are class numbers."""
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        return False
+    return not len(targets) or (int(targets.min()) >= 0 and int(targets.max()) < classes)
+
+
+def _shown(tensor: Tensor) -> str:
+    kind = f"shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
+    if not tensor.numel() or tensor.dtype == torch.bool:
+        return kind
+    return f"{kind}, from {float(tensor.min()):g} to {float(tensor.max()):g}"
+
+
+def _columns(pairs: Counter[tuple[int, int]]) -> tuple[list[int], list[int], list[int]]:
+    """Return the true classes, the predicted classes, and the number of examples of each pair."""
+    ordered = sorted(pairs.items())
+    return [t for (t, _), _ in ordered], [f for (_, f), _ in ordered], [n for _, n in ordered]
+
+
+def _per_class(
+    true: list[int], found: list[int], weights: list[int], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    table = precision_recall_fscore_support(
+        true, found, labels=range(len(names)), sample_weight=weights, zero_division=0
+    )
+    keys = ("precision", "recall", "f1", "support")
+    return [
+        {
+            "class": name,
+            **dict(zip(keys, map(float, row[:3]), strict=False)),
+            "support": int(row[3]),
+        }
+        for name, row in zip(names, np.array(table, dtype=float).T, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------- evaluation
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of a model on some examples.
+
+    Attributes
+    ----------
+    examples : int
+    tally : Tally
+    scores : Mapping[str, float | None]
+        All scores and the loss by name; None for one that is undefined.
+    groups : Mapping[str, Mapping[str, float | None]]
+        The number of examples and the scores of each group; empty for examples without groups.
+    """
+
+    examples: int
+    tally: Tally
+    scores: Mapping[str, float | None]
+    groups: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def tallied(
+    model: nn.Module, batches: Iterable[Batch], update: Callable[[nn.Module, Batch], None]
+) -> int:
+    """Let `update` see each batch, with the model in evaluation mode; return the number of examples.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    model.eval()
+    examples = 0
+    for batch in batches:
+        update(model, batch)
+        examples += len(next(iter(batch.values())))
+    if not examples:
+        raise ValueError("there is nothing to evaluate on")
+    return examples
+
+
+def evaluate_task(
+    task: Task,
+    model: nn.Module,
+    examples: Examples,
+    batch_size: int,
+    device: torch.device,
+    *,
+    by_group: bool = False,
+) -> Evaluation:
+    """Evaluate a model by the scores of a task, also for each group if the examples have groups.
+
+    Raises
+    ------
+    ConfigError
+        If outputs or targets do not fit the task's kind, or a score is outside of its bounds.
+    """
+
+    def one(examples: Examples) -> Evaluation:
+        tally = task.kind()
+
+        def update(model: nn.Module, batch: Batch) -> None:
+            tally.update(task.logits(model, batch), task.targets(batch))
+            if isinstance(tally, Generation):
+                tally.match(*task.answers(model, batch))
+
+        count = tallied(model, examples.in_order(batch_size, device), update)
+        return Evaluation(count, tally, tally.found())
+
+    try:
+        groups = task.groups_of(examples) if by_group else {}
+        if not groups:
+            return one(examples)
+        parts = {name: one(examples.select(rows)) for name, rows in groups.items()}
+        together = task.kind().merged(part.tally for part in parts.values())
+        scores = {name: {"examples": p.examples, **p.scores} for name, p in parts.items()}
+        return Evaluation(len(examples), together, together.found(), scores)
+    except ConfigError as error:
+        raise ConfigError(f"task.name = '{task.config.task.name}': {error}") from None

@@ -1,0 +1,118 @@
+"""Own tasks as users first write them: a kind that fits, and the default kind where it does not."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from layerfed.config import Section
+from layerfed.config.seeding import Stream, generator
+from layerfed.exchange.scores import Score
+from layerfed.task import Batch, Examples, Task
+from layerfed.task.scoring import MultiLabel, Regression, SingleLabel, TokenTagging
+
+
+class Points(Task):
+    """Points in five dimensions; a subclass says what is learned from them."""
+
+    class Options(Section):
+        noise: Annotated[float, Field(ge=0)] = 0.0
+        hidden: int = 6
+
+    width = 1
+
+    def build_model(self) -> nn.Module:
+        size = self.options.hidden
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            blocks = [nn.Sequential(nn.Linear(size, size), nn.Tanh()) for _ in range(3)]
+            return nn.Sequential(nn.Linear(5, size), *blocks, nn.Linear(size, self.width))
+
+    def partition(self, partition_id: int) -> Examples:
+        rng = generator(self.config.run.seed, Stream.PARTITION, partition_id)
+        x = torch.tensor(rng.standard_normal((24, 5)), dtype=torch.float32)
+        return Examples.of({"x": x, "label": self.label(x + self.options.noise)})
+
+    def test_examples(self) -> Examples:
+        return self.partition(99)
+
+    def label(self, x: Tensor) -> Tensor:
+        return x.sum(1, keepdim=True)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["x"])  # type: ignore[no-any-return]
+
+
+class Unsaid(Points):
+    """Regression that does not say so: it once ended with an accuracy of 0.00%."""
+
+
+class Sum(Points):
+    kind = Regression
+
+
+class Sides(Points):
+    """One label, in groups, of which the test set has a third that no client has."""
+
+    classes = ("below", "above")
+    groups = ("odd", "even")
+    width = 2
+
+    def partition(self, partition_id: int) -> Examples:
+        rng = generator(self.config.run.seed, Stream.PARTITION, partition_id)
+        x = torch.tensor(rng.standard_normal((24, 5)), dtype=torch.float32)
+        group = torch.tensor(rng.integers(-1 if partition_id == 99 else 0, 2, 24))
+        return Examples.of({"x": x, "label": (x.sum(1) > 0).long(), "group": group})
+
+
+class Signs(Points):
+    """Labels that do not exclude one another: they once ended in a traceback."""
+
+    kind, width = MultiLabel, 5
+
+    def label(self, x: Tensor) -> Tensor:
+        return (x > 0).float()
+
+
+class Tags(Points):
+    """A tag for each of five tokens: the accuracy was once 390.50%."""
+
+    kind = TokenTagging
+
+    def build_model(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]
+            return nn.Sequential(nn.Linear(1, 4), *blocks, nn.Linear(4, 2))
+
+    def label(self, x: Tensor) -> Tensor:
+        return (x > 0).long()
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["x"][..., None])  # type: ignore[no-any-return]
+
+
+class UnsaidTags(Tags):
+    kind = SingleLabel
+
+
+class Boast(SingleLabel):
+    scores = (Score("accuracy"),)
+
+    def values(self) -> dict[str, float]:
+        return {"accuracy": 3.9}
+
+
+class Boasting(Tags):
+    """A task whose own score breaks its bounds."""
+
+    kind = Boast
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return super().logits(model, batch)[:, 0]
+
+    def targets(self, batch: Batch) -> Tensor:
+        return batch["label"][:, 0]

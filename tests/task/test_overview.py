@@ -1,0 +1,115 @@
+"""Who holds how many examples of what, and the scores by group and by client."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layerfed.config import load_config
+from layerfed.engine import run_on
+from layerfed.runs import read_lines
+from layerfed.task import Task, load_task
+from layerfed.task.overview import describe_data
+
+OWN = "tests.task.own_tasks"
+SETTINGS = [
+    *(f"task.name={OWN}:Sides", "federation.clients=3", "federation.rounds=2", "strategy.name=top"),
+    *("train.local-steps=3", "train.batch-size=8"),
+]
+
+
+def task(name: str) -> Task:
+    return load_task(load_config(None, [*SETTINGS, f"task.name={OWN}:{name}"]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    more = ["task.local-test=0.25", f"run.dir={tmp_path_factory.mktemp('runs')}"]
+    return run_on("inprocess", load_config(None, [*SETTINGS, *more]))
+
+
+def content(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_counts_are_those_of_a_loop_over_examples() -> None:
+    own = task("Sides")
+    found = describe_data(own, 3)
+    assert (found["classes"], found["groups"]) == (["below", "above"], ["odd", "even"])
+    for row in [found["test"], *found["clients"]]:
+        examples = own.partition(row["partition"]) if "partition" in row else own.test_examples()
+        [batch] = examples.in_order(100, torch.device("cpu"))
+        labels, groups = batch["label"].tolist(), batch["group"].tolist()
+        assert row["classes"] == [labels.count(0), labels.count(1)]
+        names = {0: "odd", 1: "even", -1: "other"}
+        assert row["groups"] == {n: groups.count(g) for g, n in names.items() if g in groups}
+
+
+@pytest.mark.parametrize(("name", "classes"), [("Sum", 0), ("Signs", 5), ("Tags", 2)])
+def test_other_kinds_are_counted_by_label_and_token(name: str, classes: int) -> None:
+    own = task(name)
+    found = describe_data(own, 1)
+    assert found["classes"] == [str(i) for i in range(classes)]
+    [batch] = own.partition(0).in_order(100, torch.device("cpu"))
+    labels = batch["label"].numpy()
+    expected = {
+        "Sum": [],
+        "Signs": labels.sum(0).tolist(),
+        "Tags": [int((labels == i).sum()) for i in range(2)],
+    }
+    assert found["clients"][0]["classes"] == expected[name]
+
+
+def test_groups_are_scored_by_themselves_and_make_up_the_whole(folder: Path) -> None:
+    own = task("Sides")
+    model = own.build_model()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    [batch] = own.test_examples().in_order(100, torch.device("cpu"))
+    hits = (own.logits(model, batch).argmax(1) == batch["label"]).numpy()
+    last = read_lines(folder / "metrics.jsonl")[-1]
+    assert list(last["groups"]) == ["odd", "even", "other"]
+    for number, name in enumerate(("odd", "even", "other")):
+        inside = (batch["group"] == (number if number < 2 else -1)).numpy()
+        assert last["groups"][name]["examples"] == inside.sum()
+        assert last["groups"][name]["accuracy"] == pytest.approx(hits[inside].mean())
+    assert last["accuracy"] == last["scores"]["accuracy"] == pytest.approx(hits.mean())
+    result = content(folder, "evaluation")
+    assert result["groups"] == last["groups"]
+    values = [one["accuracy"] for one in last["groups"].values()]
+    spread = result["spread"]["groups"]
+    assert spread["value"] == last["groups"][spread["worst"]]["accuracy"] == min(values)
+    assert spread["range"] == pytest.approx(max(values) - min(values))
+    assert spread["std"] == pytest.approx(np.std(values))
+
+
+def test_the_final_model_is_reported_by_class_and_by_client(folder: Path) -> None:
+    result, last = content(folder, "evaluation"), read_lines(folder / "metrics.jsonl")[-1]
+    assert (result["round"], result["scores"]) == (2, last["scores"])
+    assert np.sum(result["confusion"]) == 24
+    assert [row["class"] for row in result["per_class"]] == ["below", "above"]
+    clients = result["clients"]
+    assert [one["partition"] for one in clients] == [0, 1, 2]
+    mean = np.average([c["accuracy"] for c in clients], weights=[c["examples"] for c in clients])
+    assert mean == pytest.approx(last["client_accuracy"])
+    worst = min(clients, key=lambda one: one["accuracy"])
+    assert result["spread"]["clients"]["worst"] == worst["partition"]
+
+
+def test_the_data_of_a_run_are_in_its_folder(folder: Path) -> None:
+    assert [c["examples"] for c in content(folder, "data")["clients"]] == [18, 18, 18]
+
+
+@pytest.mark.parametrize("private", ["privacy.mode=local", "secagg.enabled=true"])
+def test_a_private_run_says_nothing_of_single_clients(private: str, tmp_path: Path) -> None:
+    more = ["privacy.noise=0.1", "privacy.delta=0.01"] if "privacy" in private else []
+    config = load_config(None, [*SETTINGS, private, *more, f"run.dir={tmp_path}"])
+    folder = run_on("inprocess", config)
+    assert content(folder, "data")["clients"] == []
+    assert "clients" not in content(folder, "evaluation")
+    assert sum(content(folder, "data")["test"]["classes"]) == 24
