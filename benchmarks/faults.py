@@ -100,11 +100,13 @@ def layer_without_nodes(scene: Scene) -> RunStatus:
     status = scene.finish(run)
     (row,) = read_lines(scene.folder / "selection.jsonl")
     masks = np.array(row["masks"], dtype=bool)
-    before, after = load_file(BACKBONE), load_file(scene.folder / "model.safetensors")
+    before, after = load_file(BACKBONE), load_file(scene.folder / "final.safetensors")
     for client, mask in zip(row["clients"], masks, strict=True):
         (block,) = np.flatnonzero(mask)
         names = [name for name in before if name.startswith(f"blocks.{block}.")]
-        moved = any(not np.array_equal(before[name], after[name]) for name in names)
+        moved = any(
+            name in after and not np.array_equal(before[name], after[name]) for name in names
+        )
         scene.found.append(
             f"blocks.{block} of client {client} {'moved' if moved else 'is bit-identical'}"
         )

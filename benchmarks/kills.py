@@ -110,7 +110,7 @@ class Server:
 
     def finished(self) -> bool:
         """Say whether the run has its final model."""
-        return (self.scene.folder / "model.safetensors").exists()
+        return (self.scene.folder / "final.safetensors").exists()
 
     def check(self) -> None:
         """Resume a run that failed by itself."""

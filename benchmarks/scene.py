@@ -188,7 +188,7 @@ def replayed(folder: Path, flat: Flat) -> dict[str, np.ndarray]:
         flat |= {"run.dir": runs, "run.name": "replay", "exchange.store": "memory"}
         context = Context(1, SUPERLINK_NODE_ID, {}, RecordDict(), flat)
         build_server_app([], lambda path: None)(grid, context)
-        return load_file(Path(runs) / "replay/model.safetensors")
+        return load_file(Path(runs) / "replay/final.safetensors")
 
 
 def verdict(scene: Scene, status: RunStatus) -> dict[str, Any]:
@@ -216,9 +216,11 @@ def verdict(scene: Scene, status: RunStatus) -> dict[str, Any]:
         "seconds": [round(r["seconds"]) for r in rounds],
         "happened": "; ".join([*scene.found, *(reasons or ["all answered"])]),
     }
-    if not (folder / "model.safetensors").exists():
+    if not (folder / "final.safetensors").exists():
         return row | {"model": "none"}
-    model = load_file(folder / "model.safetensors")
+    model = load_file(folder / "final.safetensors")
     expected = replayed(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    if model.keys() != expected.keys():
+        return row | {"model": "differs in its layers"}
     worst = max(float(np.abs(model[n] - expected[n]).max()) for n in model if model[n].size)
     return row | {"model": "same" if worst <= 1e-5 else f"differs by {worst:.1e}"}

@@ -220,9 +220,12 @@ def _run(
         opened(folder)
         observers = (*observers, *(build(folder.path, config) for build in trackers))
         ending.callback(_end, folder.path, observers)
+        bench.task.keep(folder.path)
+        for observer in observers:
+            observer.on_inputs(bench.task.summary())
         example = next(iter(test.in_order(1, bench.device)))
         flops = forward_flops(bench.resident.model, strategy.layers, example, bench.task.logits)
-        folder.describe(strategy.layers, *flops)
+        folder.describe(bench.resident.base, strategy.layers, *flops)
         best = BestModel(
             folder.path,
             bench.resident.base,
@@ -253,7 +256,7 @@ def _run(
         )
         if evaluations:
             folder.describe_result(_result(bench.task, *evaluations.popitem()))
-        folder.finish(strategy.model.tensors)
+        folder.finish(bench.resident.base, strategy.model.changed_tensors)
     try:
         draw_run(folder.path)
     except OSError as error:

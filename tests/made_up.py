@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
+from safetensors.numpy import load_file
 
+from layerfed.client.workbench import workbench
+from layerfed.config import load_config
 from layerfed.exchange import (
     Description,
     TrainInstruction,
@@ -30,6 +34,12 @@ from tests.fakes import PlayedGrid
 
 # Changes an honest reply; it may raise, as Flower does if it cannot build a reply.
 Forge = Callable[[Message], Message]
+
+
+def final_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a run's final model: those of the base, and over them the layers that changed."""
+    base = workbench(load_config(folder / "config.json").to_flat()).resident.base_state()
+    return base | load_file(folder / "final.safetensors")
 
 
 def _base() -> dict[str, np.ndarray]:

@@ -121,6 +121,7 @@ class ModelConfig(Section):
     name: str = "layerfed/vit"
     weights: Annotated[str, Field(min_length=1)] = "embedded"
     tokenizer: str = ""
+    image_size: Annotated[int, Field(ge=0)] = 0
     blocks: str = ""
     head: str = ""
     embeddings: str = ""
@@ -162,6 +163,16 @@ class ModelConfig(Section):
             raise ConfigError(
                 f"model.tokenizer = '{self.tokenizer}' has no use for model.name = '{self.name}'; leave "
                 "it empty, or name a model that reads texts"
+            )
+        if self.image_size and self.family in ("layerfed", "transformers"):
+            raise ConfigError(
+                f"model.image-size = {self.image_size} has no use for model.name = '{self.name}', "
+                + (
+                    "which computes at 32 pixels"
+                    if self.family == "layerfed"
+                    else "which reads text"
+                )
+                + "; leave it at 0, or name a model of timm or open_clip"
             )
         return self
 

@@ -210,13 +210,13 @@ class Comparison:
             [(row["clients"], row["masks"]) for row in read_lines(folder / "selection.jsonl")]
             for folder in (first, second)
         ]
-        one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+        one, two = (load_file(folder / "final.safetensors") for folder in (first, second))
         return cls(
             masks=chosen[0] == chosen[1],
             weights=max(
                 (
                     float(np.abs(one[n].astype(np.float64) - two[n]).max())
-                    for n in one
+                    for n in one.keys() & two.keys()
                     if one[n].size
                 ),
                 default=0.0,

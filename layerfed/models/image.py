@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,36 @@ from layerfed.models.source import FILES, loading, new_weights, require
 from layerfed.models.weights import left_as_they_are, load_weights
 from layerfed_assets import BACKBONE, backbone
 
-__all__ = ["ImageClassifier", "Tower", "build_image_classifier"]
+__all__ = ["ImageClassifier", "Preprocessing", "Tower", "build_image_classifier"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the images were made on which weights were trained, and at which size the model computes.
+
+    Attributes
+    ----------
+    size : int
+        Side of the model's input, in pixels.
+    mean, std : tuple[float, ...]
+        Mean and deviation of each colour, for values in [0, 1].
+    interpolation : str
+        Filter of a resize: bicubic, bilinear, lanczos, nearest, box or hamming.
+    crop : float
+        Share of the resized image's shorter side that is cut out of its middle.
+    squash : bool
+        Whether both sides are resized to one length, instead of keeping their proportion.
+    any_size : bool
+        Whether the network takes images of any size, as convolutional ones do.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop: float = 1.0
+    squash: bool = False
+    any_size: bool = False
 
 
 class ImageClassifier(nn.Module):
@@ -29,31 +58,26 @@ class ImageClassifier(nn.Module):
     ----------
     net : nn.Module
         Maps normalised images (B, 3, size, size) to scores (B, classes).
-    size : int
-        Side of its input, in pixels.
-    mean, std : Sequence[float]
-        Mean and deviation of each colour, for values in [0, 1].
+    reads : Preprocessing
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, net: nn.Module, size: int, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, net: nn.Module, reads: Preprocessing) -> None:
         super().__init__()
-        self.size = size
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.reads = reads
+        self.register_buffer("mean", torch.tensor(reads.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(reads.std).view(1, 3, 1, 1), persistent=False)
         self.net = net
 
     def forward(self, image: Tensor) -> Tensor:
         """Return class scores of images in bytes, shape (B, 3, S, S) with any S."""
         values = image.float() / 255
-        if values.shape[-1] != self.size:
+        if values.shape[-1] != self.reads.size:
             # CLIP's and timm's own preprocessing is antialiased bicubic too, on the CPU.
             values = nn.functional.interpolate(
-                values, size=self.size, mode="bicubic", antialias=True
+                values, size=self.reads.size, mode="bicubic", antialias=True
             ).clamp(0, 1)
         scores: Tensor = self.net((values - self.mean) / self.std)
         return scores
@@ -74,7 +98,7 @@ class Tower(nn.Module):
 
 
 def build_image_classifier(
-    section: ModelConfig, classes: int, seed: int, *, skeleton: bool = False
+    section: ModelConfig, classes: int, seed: int, *, kept: int = 0, skeleton: bool = False
 ) -> ImageClassifier:
     """Build the model that `model.name` and `model.weights` name, with a new head.
 
@@ -84,6 +108,9 @@ def build_image_classifier(
     classes : int
     seed : int
         The run's seed, which draws the head, and all weights if they are random.
+    kept : int
+        Side of the images that the model will get, if the user chose it. A network that takes any size
+        computes at this size, unless `model.image-size` says otherwise.
     skeleton : bool
         Whether to build the layers without weights, on torch's `meta` device, and load nothing.
 
@@ -94,11 +121,13 @@ def build_image_classifier(
     """
     build = {"layerfed": _shipped, "open_clip": _open_clip, "timm": _timm}[section.family]
     with new_weights(seed), torch.device("meta") if skeleton else nullcontext():
-        net, size, mean, std = build(section, classes, "random" if skeleton else section.weights)
-        return ImageClassifier(net, size, mean, std)
+        net, reads = build(section, classes, "random" if skeleton else section.weights)
+        if reads.any_size:
+            reads = replace(reads, size=section.image_size or kept or reads.size)
+        return ImageClassifier(net, reads)
 
 
-Built = tuple[nn.Module, int, Sequence[float], Sequence[float]]
+Built = tuple[nn.Module, Preprocessing]
 
 
 def _shipped(section: ModelConfig, classes: int, weights: str) -> Built:
@@ -107,7 +136,7 @@ def _shipped(section: ModelConfig, classes: int, weights: str) -> Built:
         missing, unexpected = net.load_state_dict(load_file(BACKBONE), strict=False)
         if unexpected or any(not name.startswith("head.") for name in missing):
             raise RuntimeError(f"{BACKBONE} does not fit: {missing} missing, {unexpected} too many")
-    return net, 32, (0.5,) * 3, (0.5,) * 3
+    return net, Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
 
 
 def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
@@ -137,6 +166,11 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
             f"{nearest(name, timm.list_models()) or '; see timm.list_models()'}"
         )
     with loading(section, source), left_as_they_are() as missing:
+        if section.image_size:
+            with torch.device("meta"):
+                shape = timm.create_model(name, **options | {"pretrained": False})
+            if not _any_size(shape):
+                options["img_size"] = section.image_size  # timm interpolates the positions
         net = timm.create_model(name, **options)
         # A file's head is of other classes, unless there are as many as its configuration has, or else
         # the architecture's.
@@ -152,7 +186,23 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
             convert = getattr(import_module(type(net).__module__), "checkpoint_filter_fn", None)
             load_weights(net, file, convert, () if same else heads)
     taken = data.resolve_model_data_config(net)
-    return net, taken["input_size"][-1], taken["mean"], taken["std"]
+    return net, Preprocessing(
+        size=options.get("img_size") or taken["input_size"][-1],
+        mean=tuple(taken["mean"]),
+        std=tuple(taken["std"]),
+        interpolation=taken["interpolation"],
+        crop=taken["crop_pct"],
+        squash=taken["crop_mode"] == "squash",
+        any_size=_any_size(net),
+    )
+
+
+def _any_size(net: nn.Module) -> bool:
+    """Return whether a network of timm takes images of any size."""
+    config: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+    # A configuration from elsewhere need not say it; timm's own of the architecture does.
+    known = import_module("timm").get_pretrained_cfg(config.get("architecture", ""))
+    return not (config.get("fixed_input_size") or known is None or known.fixed_input_size)
 
 
 def _weights_in(folder: Path) -> Path | None:
@@ -171,6 +221,7 @@ def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
         "load_weights": weights != "random",
         "require_pretrained": weights != "random",
         "weights_only": True,
+        "force_image_size": section.image_size or None,
         "device": torch.get_default_device(),
     }
     if path.is_dir():
@@ -204,4 +255,11 @@ def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
     size = settings["size"] if isinstance(settings["size"], int) else settings["size"][-1]
     with torch.no_grad():
         width = tower.eval()(torch.zeros(1, 3, size, size)).shape[-1]
-    return Tower(tower, width, classes), size, settings["mean"], settings["std"]
+    return Tower(tower, width, classes), Preprocessing(
+        size=size,
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        interpolation=settings["interpolation"],
+        squash=settings["resize_mode"] == "squash",
+        any_size=hasattr(tower, "trunk") and _any_size(tower.trunk),
+    )

@@ -241,11 +241,15 @@ class RunFolder(Observer):
         rows = read_lines(file) if file.exists() else []
         return [(row["round"], row["clients"]) for row in rows]
 
-    def describe(self, layers: LayerMap, forward: Mapping[str, float], whole: float) -> None:
-        """Write the layers of the model, `layers.json`.
+    def describe(
+        self, base: str, layers: LayerMap, forward: Mapping[str, float], whole: float
+    ) -> None:
+        """Write the layers of the model and the identity of its base, `layers.json`.
 
         Parameters
         ----------
+        base : str
+            Fingerprint of the base.
         layers : LayerMap
         forward : Mapping[str, float]
             FLOPs of one example's forward pass through each layer, by name.
@@ -262,7 +266,13 @@ class RunFolder(Observer):
             }
             for x in layers.layers
         ]
-        write_json(self.path / "layers.json", {"forward_flops": whole, "layers": rows})
+        model = self.config.absolute().model
+        content = {
+            "base": {"name": model.name, "weights": model.weights, "fingerprint": base},
+            "forward_flops": whole,
+            "layers": rows,
+        }
+        write_json(self.path / "layers.json", content)
 
     def describe_data(self, content: Mapping[str, Any]) -> None:
         """Write who holds how many examples of what, `data.json`."""
@@ -326,9 +336,17 @@ class RunFolder(Observer):
         rows = ((number, scores.get(name)) for number, scores in self._scores.items())
         return {n: value for n, value in rows if value is not None and not math.isnan(value)}
 
-    def finish(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Write the final model and mark the run as completed."""
-        write_tensors(self.path / "model.safetensors", tensors)
+    def finish(self, base: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """Write the layers of the final model that differ from the base; mark the run as completed.
+
+        Parameters
+        ----------
+        base : str
+            Fingerprint of the base.
+        tensors : Mapping[str, numpy.ndarray]
+        """
+        last = {"round": str(len(self._accuracies)), "base": base}
+        write_tensors(self.path / "final.safetensors", tensors, last)
         self._summarise("completed")
 
     def _summarise(self, status: str, **more: Any) -> None:

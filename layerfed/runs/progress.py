@@ -52,6 +52,11 @@ class LogLines(Observer):
     def __init__(self) -> None:
         self._clock = Clock()
 
+    def on_inputs(self, summary: str) -> None:
+        """Log what was chosen for the model's inputs."""
+        if summary:
+            log(INFO, "%s", summary)
+
     def on_start(self, rounds: int, before: RoundRecord, done: int = 0) -> None:
         """Log the model's main score at the start."""
         self._clock = Clock(rounds, done)
@@ -107,6 +112,11 @@ class ProgressLine(Observer):
     def __exit__(self, *_: object) -> None:
         """Take the bar away; the lines stay."""
         self._progress.stop()
+
+    def on_inputs(self, summary: str) -> None:
+        """Print what was chosen for the model's inputs."""
+        if summary:
+            self._console.print(summary, markup=False, highlight=False)
 
     def on_start(self, rounds: int, before: RoundRecord, done: int = 0) -> None:
         """Print the first main score, and take the number of rounds and of finished ones."""

@@ -168,6 +168,9 @@ class RoundRecord:
 class Observer:
     """An object that a run calls at its events. A subclass overrides the methods that it needs."""
 
+    def on_inputs(self, summary: str) -> None:
+        """Note what the task chose for the model's inputs, before the first round; may be empty."""
+
     def on_start(self, rounds: int, before: RoundRecord, done: int = 0) -> None:
         """Note that the run begins, with the record of the model so far.
 

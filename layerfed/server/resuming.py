@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from logging import WARNING
 
-import numpy as np
 from flwr.common.logger import log
 
 from layerfed.config import ConfigError
@@ -29,10 +28,8 @@ def take(
     state = {f"{MEMORY}/{name}": array for name, array in memory.state().items()}
     for moment, tensors in optimizer.state.items():
         state |= {f"{OPTIMIZER}/{moment}/{name}": array for name, array in tensors.items()}
-    layers: dict[str, np.ndarray] = {}
-    for layer in model.changed:
-        layers |= model.layer(layer)
-    return Checkpoint(server_round, model.manifest().base, run_token, layers, state)
+    base = model.manifest().base
+    return Checkpoint(server_round, base, run_token, model.changed_tensors, state)
 
 
 def check_base(checkpoint: Checkpoint, base: str) -> None:

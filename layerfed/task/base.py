@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -267,6 +268,29 @@ class Task(ABC):
     def skeleton(self) -> nn.Module:
         """Return a model of the same layers without loading weights, as `layerfed layers` needs it."""
         return self.build_model()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the model's outputs; empty without classes."""
+        return ()
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return how raw inputs become the model's, for a run folder's `classes.json`."""
+        return {}
+
+    def keep(self, folder: Path) -> None:
+        """Write to a run folder what makes raw inputs into the model's and its outputs into names.
+
+        This is `classes.json`; a subclass may add files, such as a tokenizer's.
+        """
+        from layerfed.runs.files import write_json  # a node needs no run folder
+
+        content = {"classes": list(self.classes), "preprocessing": self.preprocessing()}
+        write_json(folder / "classes.json", content)
+
+    def summary(self) -> str:
+        """Return what the task chose for its model's inputs, in one line; empty if it has no choice."""
+        return ""
 
     @abstractmethod
     def partition(self, partition_id: int) -> Examples:

@@ -7,6 +7,7 @@ shipped ViT, which was pretrained on CIFAR-100 photographs.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,20 @@ class Digits(Task):
     def classes(self) -> tuple[str, ...]:
         """The ten digits."""
         return tuple(map(str, range(CLASSES)))
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return how a digit becomes the model's input."""
+        return {
+            "input": "image",
+            "colours": "grey, ink is light",
+            "squash": True,
+            "resize": 8,
+            "interpolation": "box",
+            "crop": 8,
+            "size": 32,
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+        }
 
     @cached_property
     def _indices(self) -> list[np.ndarray]:

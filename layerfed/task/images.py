@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from layerfed.config import ConfigError
 from layerfed.config.errors import naming_extras
-from layerfed.models.image import build_image_classifier
+from layerfed.models.image import ImageClassifier, Preprocessing, build_image_classifier
 from layerfed.task.base import Batch
 from layerfed.task.dataset_task import Columns, DatasetTask, Encoder
 from layerfed.task.loading import (
@@ -50,19 +51,40 @@ class ImageTask(DatasetTask):
     settings: ClassVar[frozenset[str]] = DatasetTask.settings | {"image_size"}
     reads: ClassVar[str] = "image"
     inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("image",), ("img",))
-    image_size: ClassVar[int] = 224
-    """Side in pixels at which images are kept; the model scales them to its input size."""
+    image_size: ClassVar[int] = 0
+    """Side in pixels at which images are kept, without `task.image-size`; 0: the model's."""
+
+    @cached_property
+    def reads(self) -> Preprocessing:
+        """The preprocessing with which the model's weights were trained."""
+        return self._build(2, skeleton=True).reads
+
+    @property
+    def kept(self) -> int:
+        """Side in pixels of the images that the model gets."""
+        return self.config.task.image_size or self.image_size or self.reads.size
+
+    @property
+    def resized(self) -> int:
+        """Length of an image's shorter side, of which the middle `kept` pixels are cut out."""
+        # A size that was chosen is about the whole shorter side.
+        chosen = self.config.task.image_size or self.image_size
+        return self.kept if chosen else math.floor(self.kept / self.reads.crop)
 
     @cached_property
     def encoder(self) -> Encoder:
         """Decode an image, cut it to a square, and keep it as bytes with the colour channel first."""
-        size = self.config.task.image_size or self.image_size
+        size, resized = self.kept, self.resized
+        kind, squash = self.reads.interpolation, self.reads.squash
+        resampling = getattr(Pixels.Resampling, kind.upper(), Pixels.Resampling.BICUBIC)
 
         def encode(columns: Columns, rows: Sequence[int], where: str) -> Columns:
             [cells] = columns.values()
             return {
                 "pixels": [
-                    _square(_open(cell, f"{where}, row {row}"), size).reshape(-1)
+                    _square(
+                        _open(cell, f"{where}, row {row}"), resized, size, resampling, squash
+                    ).reshape(-1)
                     for cell, row in zip(cells, rows, strict=True)
                 ]
             }
@@ -73,7 +95,8 @@ class ImageTask(DatasetTask):
             return {"image": torch.from_numpy(flat.reshape(-1, 3, size, size).copy())}
 
         features = {"pixels": List(Value("uint8"), length=3 * size * size)}
-        return Encoder(("image", size), features, encode, collate)
+        key = "image", size, resized, resampling.name, squash
+        return Encoder(key, features, encode, collate)
 
     @cached_property
     def parts(self) -> tuple[list[Part], list[Part]]:
@@ -160,20 +183,55 @@ class ImageTask(DatasetTask):
         change = _augmentation(self.config.train.augment, batch["image"].shape[-1])
         return {**batch, "image": torch.stack([change(image) for image in batch["image"]])}
 
+    def _build(self, classes: int, *, skeleton: bool = False) -> ImageClassifier:
+        return build_image_classifier(
+            self.config.model,
+            classes,
+            self.config.run.seed,
+            kept=self.config.task.image_size,
+            skeleton=skeleton,
+        )
+
     def build_model(self) -> nn.Module:
         """Return the pretrained image tower with a new linear head."""
-        return build_image_classifier(self.config.model, len(self.classes), self.config.run.seed)
+        model = self._build(len(self.classes))
+        self.reads = model.reads  # so that no skeleton is built to know it
+        return model
 
     def skeleton(self) -> nn.Module:
         """Return the layers without their weights."""
-        return build_image_classifier(
-            self.config.model, len(self.classes), self.config.run.seed, skeleton=True
-        )
+        return self._build(len(self.classes), skeleton=True)
 
     def example(self) -> Batch:
         """Return a blank image."""
-        size = self.config.task.image_size or self.image_size
-        return {"image": torch.zeros(1, 3, size, size, dtype=torch.uint8)}
+        return {"image": torch.zeros(1, 3, self.kept, self.kept, dtype=torch.uint8)}
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return how an image becomes the model's input."""
+        reads = self.reads
+        return {
+            "input": "image",
+            "colours": "RGB",
+            "squash": reads.squash,
+            "resize": self.resized,
+            "interpolation": reads.interpolation,
+            "crop": self.kept,
+            "size": reads.size,
+            "mean": list(reads.mean),
+            "std": list(reads.std),
+        }
+
+    def summary(self) -> str:
+        """Return the sizes and colours that were chosen."""
+        reads = self.reads
+        side = "both sides" if reads.squash else "the shorter side"
+        kept, size = f"{self.kept}×{self.kept}", f"{reads.size}×{reads.size}"
+        scaled = "" if self.kept == reads.size else f", scaled to {size} in every step"
+        mean, std = (" ".join(f"{x:.3g}" for x in values) for values in (reads.mean, reads.std))
+        return (
+            f"images: {side} to {self.resized} ({reads.interpolation}), the middle {kept}{scaled}; "
+            f"{self.config.model.name} computes at {size}, mean {mean}, deviation {std}"
+        )
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Score the classes."""
@@ -254,12 +312,29 @@ def _as_seen(image: Pixels.Image) -> Pixels.Image:
     return Pixels.alpha_composite(page, image.convert("RGBA")).convert("RGB")
 
 
-def _square(image: Pixels.Image, size: int) -> np.ndarray:
-    """Scale the shorter side to `size` and cut out the middle, as uint8 of shape (3, size, size)."""
-    if image.size != (size, size):
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), Pixels.Resampling.BICUBIC)
-        image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image).transpose(2, 0, 1)
+def _square(
+    image: Pixels.Image, resized: int, size: int, resampling: Pixels.Resampling, squash: bool
+) -> np.ndarray:
+    """Resize an image and cut out the middle, as torchvision's `Resize` and `CenterCrop` do.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+    resized : int
+        The length of the shorter side; of both, if `squash`.
+    size : int
+        The side of the square that is cut out.
+    resampling : PIL.Image.Resampling
+    squash : bool
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8 of shape (3, size, size).
+    """
+    shorter = min(image.size)
+    width, height = (resized if squash else int(resized * side / shorter) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), resampling)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)

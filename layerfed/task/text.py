@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -120,6 +121,27 @@ class TextTask(DatasetTask):
         return build_text_classifier(
             self.config.model, len(self.classes), self.config.run.seed, skeleton=True
         )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Return how a text becomes the model's input; its tokenizer lies in `tokenizer/`."""
+        return {
+            "input": "text",
+            "columns": self.config.task.input_columns or [list(names) for names in self.inputs],
+            "joined_by": "\n",
+            "max_tokens": self.config.task.max_tokens,
+            "pad_token": self.pad,
+            "tokenizer": "tokenizer",
+        }
+
+    def keep(self, folder: Path) -> None:
+        """Write `classes.json` and the tokenizer."""
+        super().keep(folder)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    def summary(self) -> str:
+        """Return the tokenizer and the length that were chosen."""
+        source = self.config.model.tokenizer or self.tokenizer.name_or_path
+        return f"texts: {self.config.task.max_tokens} tokens at most, by the tokenizer of {source}"
 
     def test_examples(self) -> Examples:
         """Return the server's test set, ordered by the length of texts."""

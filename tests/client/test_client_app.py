@@ -17,6 +17,7 @@ from layerfed.config import RunConfig, load_config
 from layerfed.engine import run_on
 from layerfed.runs import read_lines
 from layerfed.task import load_task
+from tests.made_up import final_tensors
 from tests.task import hub
 from tests.task.hub import WORDS, whole
 
@@ -108,7 +109,7 @@ def test_a_round_moves_the_selected_layers_and_the_head_alone(
     assert np.isfinite(norms).all()
     assert (norms > 0).all()
     resident = workbench(config.to_flat()).resident
-    before, after = resident.base_state(), load_file(folder / "model.safetensors")
+    before, after = resident.base_state(), final_tensors(folder)
     chosen = {b.name for b, on in zip(resident.layers.blocks, masks.any(0), strict=True) if on}
     for layer in resident.layers.layers:
         moved = any(not np.array_equal(before[t], after[t]) for t in layer.tensors)
@@ -122,7 +123,7 @@ def test_accuracy_is_that_of_the_saved_model_on_the_test_set(
     config, folder = finished
     task = load_task(config)
     model = task.build_model().eval()
-    state = {n: torch.from_numpy(t) for n, t in load_file(folder / "model.safetensors").items()}
+    state = {n: torch.from_numpy(t) for n, t in load_file(folder / "final.safetensors").items()}
     assert not model.load_state_dict(state, strict=False).unexpected_keys
     batch = whole(task.test_examples())
     with torch.no_grad():

@@ -99,6 +99,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("federation.clients=-1", ["federation.clients", "-1", "greater than or equal to 0"]),
         ("task.name=a/b", ["task.name", "'a/b'", "module:Class"]),
         ("model.name=tim/resnet50", ["model.name", "'tim/resnet50'", "did you mean timm?"]),
+        ("model.image-size=-1", ["model.image-size", "-1", "greater than or equal to 0"]),
+        ("model.image-size=64", ["model.image-size = 64", "layerfed/vit", "32 pixels"]),
         ("strategy.period=0", ["strategy.period", "0", "greater than or equal to 1"]),
         ("strategy.fraction=0", ["strategy.fraction", "0", "greater than 0"]),
         ("strategy.fraction=1.5", ["strategy.fraction", "1.5", "less than or equal to 1"]),

@@ -131,7 +131,7 @@ def test_the_run_folder_is_complete(deployed: Path) -> None:
     names = {file.name for file in deployed.iterdir()}
     assert names >= {
         *("config.json", "summary.json", "metrics.jsonl", "selection.jsonl", "layers.json"),
-        *("model.safetensors", "accuracy.png", "layers.png", "report.html"),
+        *("final.safetensors", "accuracy.png", "layers.png", "report.html"),
     }
     summary = json.loads((deployed / "summary.json").read_text())
     assert (summary["status"], summary["engine"]) == ("completed", "superlink")

@@ -80,7 +80,7 @@ def test_ray_simulation_gives_the_same_run_as_the_inprocess_engine(tmp_path: Pat
     assert summaries[0]["accuracy"] > summaries[0]["initial_accuracy"] + 0.3
     masks = [[r["masks"] for r in read_lines(f / "selection.jsonl")] for f in folders]
     assert masks[0] == masks[1]
-    ray, inprocess = (load_file(f / "model.safetensors") for f in folders)
+    ray, inprocess = (load_file(f / "final.safetensors") for f in folders)
     for name in inprocess:
         np.testing.assert_allclose(ray[name], inprocess[name], rtol=0, atol=1e-6, err_msg=name)
 

@@ -22,6 +22,7 @@ from layerfed.runs import read_lines
 from layerfed.runs.records import RoundFailed
 from layerfed.server_app import build_strategy, run
 from tests.fakes import Recorded
+from tests.made_up import final_tensors
 
 QUICK = [
     *("federation.rounds=3", "strategy.probe-batches=1", "federation.clients-per-round=6"),
@@ -63,7 +64,7 @@ def test_accuracy_rises_well_above_the_start(finished: tuple[RunConfig, Path]) -
 
 def test_layers_nobody_selected_are_bit_identical(finished: tuple[RunConfig, Path]) -> None:
     config, folder = finished
-    before, after = base_state(config), load_file(folder / "model.safetensors")
+    before, after = base_state(config), final_tensors(folder)
     masks = [np.array(row["masks"]) for row in read_lines(folder / "selection.jsonl")]
     selected = np.concatenate(masks).any(axis=0)
     layers = workbench(config.to_flat()).resident.layers
@@ -114,7 +115,7 @@ def test_a_second_run_repeats_the_first_to_the_bit(
     for row in (*a, *b):
         row.pop("seconds")
     assert a == b
-    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+    one, two = (load_file(folder / "final.safetensors") for folder in (first, second))
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
@@ -285,7 +286,7 @@ def test_a_run_takes_the_federation_as_it_is(tmp_path: Path) -> None:
     stated = run_on("inprocess", load_config(None, [*quick, "federation.clients=3"]))
     written = json.loads((folder / "config.json").read_text())
     assert (written["federation.clients"], written["federation.clients-per-round"]) == (3, 3)
-    ours, theirs = (load_file(f / "model.safetensors") for f in (folder, stated))
+    ours, theirs = (load_file(f / "final.safetensors") for f in (folder, stated))
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 

@@ -64,7 +64,7 @@ def test_two_private_runs_of_one_seed_differ(tmp_path: Path) -> None:
         run_on("inprocess", configured(tmp_path, name, "privacy.mode=central"))
         for name in ("first", "second")
     )
-    models = [(folder / "model.safetensors").read_bytes() for folder in (first, second)]
+    models = [(folder / "final.safetensors").read_bytes() for folder in (first, second)]
     assert models[0] != models[1]
     assert spent(first) == spent(second)
 

@@ -73,7 +73,7 @@ def without_times(folder: Path, name: str) -> list[dict[str, object]]:
 
 
 def same(first: Path, second: Path) -> None:
-    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+    one, two = (load_file(folder / "final.safetensors") for folder in (first, second))
     assert one.keys() == two.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])

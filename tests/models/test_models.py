@@ -514,3 +514,20 @@ def test_the_layers_of_clip_vit_b_32_and_xlm_r_base_without_their_weights(tmp_pa
     assert layers.num_blocks == 12
     assert {block.elements for block in layers.blocks} == {7_087_872}
     assert layers.head.elements == 768 * 768 + 768 + 768 * 10 + 10
+
+
+@pytest.mark.parametrize(("name", "kind"), [("timm/x", "timm"), ("open_clip/x", "open_clip")])
+def test_a_vit_reads_another_size_by_interpolated_positions(
+    name: str, kind: str, saved: dict[str, Path]
+) -> None:
+    section = hub.config(f"model.name={name}", f"model.weights={saved[kind]}").model
+    larger = section.model_copy(update={"image_size": 64})
+    before, after = (build_image_classifier(s, 5, 0).state_dict() for s in (section, larger))
+    other = [n for n in before if before[n].shape != after[n].shape]
+    [positions] = other
+    drawn = {n for n in before if n.startswith("net.head.")}
+    assert all(torch.equal(before[n], after[n]) for n in before.keys() - {positions} - drawn)
+    # Four patches became sixteen; each keeps the mean of its four, up to the bicubic filter.
+    small, large = (x[positions].reshape(-1, x[positions].shape[-1])[1:] for x in (before, after))
+    assert (len(small), len(large)) == (4, 16)
+    torch.testing.assert_close(large.mean(0), small.mean(0), rtol=0, atol=1e-4)

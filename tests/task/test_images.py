@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
 from datasets import ClassLabel, Image, Value
+from PIL import Image as Pixels
 
 from layerfed.config import ConfigError
 from layerfed.task import Examples, Task, images
@@ -466,3 +470,82 @@ def test_a_group_that_cannot_be_held_out_is_refused(
 def test_a_task_without_groups_cannot_hold_one_out(cifar: Path) -> None:
     refused(lambda: cifar_task(cifar, "task.holdout-group=real"), "there are none")
     refused(lambda: hub.task("task.holdout-group=real"), "has no use for task.name = 'digits'")
+
+
+# ----------------------------------------------------------------- as the model's weights saw them
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tall and wide photos, whose longer sides do not scale to whole pixels."""
+    root = tmp_path_factory.mktemp("photos")
+    for name, size in (("a", (53, 40)), ("b", (40, 71))):
+        (root / name).mkdir()
+        for i in range(10):
+            hub.noise(i, size).save(root / name / f"{i}.png")
+    return root
+
+
+def timm_transform(folder: Path) -> Callable[[Pixels.Image], torch.Tensor]:
+    net = timm.create_model(f"local-dir:{hub.timm_vit(folder)}")
+    return timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+
+
+def clip_transform(folder: Path) -> Callable[[Pixels.Image], torch.Tensor]:
+    return open_clip.create_model_and_transforms(f"local-dir:{hub.clip(folder)}")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("timm/x", timm_transform), ("open_clip/x", clip_transform)]
+)
+def test_the_model_sees_an_image_as_its_own_library_shows_it(
+    name: str,
+    plain: Callable[[Path], Callable[[Pixels.Image], torch.Tensor]],
+    photos: Path,
+    tmp_path: Path,
+) -> None:
+    transform = plain(tmp_path / "model")
+    more = [f"model.name={name}", f"model.weights={tmp_path / 'model'}", "federation.clients=2"]
+    found = hub.task("task.name=custom", f"task.data={photos}", "task.alpha=5", *more)
+    batch, classifier = whole(Examples.of(found._tables[0])), found.build_model()
+    seen = []
+    classifier.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    found.logits(classifier, batch)
+    files = [photos / label / f"{i}.png" for label in "ab" for i in range(10)]
+    expected = torch.stack([transform(Pixels.open(file)) for file in files])
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "computes"),
+    [
+        (["model.name=layerfed/vit"], 32, 32),
+        (["task.image-size=48"], 48, 32),
+        (["model.name=timm/resnet18", "model.weights=random"], 224, 224),
+        (["model.name=timm/resnet18", "model.weights=random", "task.image-size=48"], 48, 48),
+        (["model.name=timm/resnet18", "model.weights=random", "model.image-size=64"], 64, 64),
+        (
+            [
+                *("model.name=timm/vit_tiny_patch16_224", "model.weights=random"),
+                *("task.image-size=48", "model.image-size=64"),
+            ],
+            48,
+            64,
+        ),
+    ],
+)
+def test_the_size_follows_the_model_unless_it_is_chosen(
+    settings: list[str], kept: int, computes: int, photos: Path
+) -> None:
+    found = hub.task("task.name=custom", f"task.data={photos}", *settings)
+    assert found.example()["image"].shape[-1] == kept
+    net, seen = found.build_model(), []
+    net.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    assert found.logits(net, found.example()).shape == (1, 2)
+    assert seen == [computes]
+    assert f"computes at {computes}×{computes}" in found.summary()
+    described = found.preprocessing()
+    assert (described["crop"], described["size"]) == (kept, computes)
+
+
+def test_cifar10_is_kept_as_it_is_and_enlarged(cifar: Path) -> None:
+    found = cifar_task(cifar, "model.name=timm/resnet18", "model.weights=random")
+    assert (found.kept, found.resized, found.reads.size) == (32, 32, 224)
