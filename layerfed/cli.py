@@ -1,4 +1,4 @@
-"""The command `layerfed`: run, compare, report, watch, layers, solve, deploy."""
+"""The command `layerfed`: run, compare, report, watch, export, predict, layers, solve, deploy."""
 
 from __future__ import annotations
 
@@ -84,11 +84,7 @@ def _begin(
 
 
 def _engine(name: str) -> EngineName:
-    if name not in ENGINES:
-        raise ConfigError(
-            f"--engine {name} is unknown; choose one of {', '.join(ENGINES)}{nearest(name, ENGINES)}"
-        )
-    return cast(EngineName, name)
+    return cast(EngineName, _one_of(name, ENGINES, "--engine"))
 
 
 @app.command()
@@ -565,6 +561,61 @@ def solve(
             gap=gap,
         )
     typer.echo(json.dumps({**found.to_json(), "rounding": taken}))
+
+
+Best = Annotated[
+    bool, typer.Option("--best", help="The best round's model instead of the last round's.")
+]
+Finished = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A run folder")]
+
+
+@app.command()
+def export(
+    run: Finished,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the model")],
+    best: Best = False,
+    form: Annotated[
+        str, typer.Option("--format", help="native (the model's own library) or onnx")
+    ] = "native",
+    push_to_hub: Annotated[
+        str, typer.Option(help="Upload to this repository, OWNER/NAME; a new one is private")
+    ] = "",
+) -> None:
+    """Write a run's whole model in the form of its own library, with a model card."""
+    from layerfed.export import ExportFormat, SavedRun, export_run
+
+    wanted = _one_of(form, get_args(ExportFormat), "--format")
+    saved = SavedRun.open(run.resolve(), best=best)
+    address = export_run(saved, directory.resolve(), cast(ExportFormat, wanted), push_to_hub)
+    typer.echo(f"model of round {saved.round}: {directory.resolve()}")
+    if address:
+        typer.echo(f"uploaded to {address}")
+
+
+@app.command()
+def predict(
+    run: Finished,
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Images; texts (.txt); or tables of either (CSV, TSV, JSON, parquet)"),
+    ],
+    best: Best = False,
+    form: Annotated[str, typer.Option("--format", help="csv, or json: an object a line")] = "csv",
+) -> None:
+    """Print the labels that a run's model gives to files, with their scores."""
+    from layerfed.export import SavedRun, predictions, write_rows
+
+    wanted = cast(Literal["csv", "json"], _one_of(form, ("csv", "json"), "--format"))
+    saved = SavedRun.open(run.resolve(), best=best)
+    write_rows(predictions(saved, files), wanted, sys.stdout)
+
+
+def _one_of(value: str, allowed: Sequence[str], option: str) -> str:
+    if value not in allowed:
+        raise ConfigError(
+            f"{option} {value} is unknown; choose one of {', '.join(allowed)}{nearest(value, allowed)}"
+        )
+    return value
 
 
 if __name__ == "__main__":

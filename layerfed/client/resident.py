@@ -180,6 +180,10 @@ class ResidentModel:
         """The fingerprint of the pretrained base."""
         return fingerprint(self._base)
 
+    def base_version(self, layer: str) -> str:
+        """Return the digest of a layer of the base."""
+        return self._base[layer]
+
     @property
     def nbytes(self) -> int:
         """The bytes that the model takes in memory, mapped files included."""

@@ -19,7 +19,7 @@ from layerfed.models.source import FILES, loading, new_weights, require
 from layerfed.models.weights import left_as_they_are, load_weights
 from layerfed_assets import BACKBONE, backbone
 
-__all__ = ["ImageClassifier", "Preprocessing", "Tower", "build_image_classifier"]
+__all__ = ["ImageClassifier", "Preprocessing", "Tower", "build_image_classifier", "clip_config"]
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,27 @@ def _weights_in(folder: Path) -> Path | None:
     return next(named, found[0] if found else None)
 
 
+def clip_config(section: ModelConfig) -> dict[str, Any]:
+    """Return open_clip's configuration of the architecture that a section names."""
+    open_clip = require("open_clip", section.name)
+    config: dict[str, Any] = open_clip.get_model_config(_clip_name(section))
+    tag = open_clip.get_pretrained_cfg(section.architecture, section.weights)
+    return config | ({"quick_gelu": True} if tag.get("quick_gelu") else {})
+
+
+def _clip_name(section: ModelConfig) -> str:
+    """Return the name by which open_clip finds an architecture's configuration."""
+    path = Path(os.path.expanduser(section.weights))
+    if path.is_dir():
+        return f"local-dir:{path}"
+    if "/" in section.weights and not path.is_file():
+        return f"hf-hub:{section.weights}"
+    return section.architecture
+
+
 def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
     open_clip = require("open_clip", section.name)
-    name, asked = section.architecture, section.weights
+    name, asked = _clip_name(section), section.weights
     path, repository = Path(os.path.expanduser(asked)), None
     tags = open_clip.list_pretrained_tags_by_model(name)
     options: dict[str, Any] = {
@@ -224,10 +242,8 @@ def _open_clip(section: ModelConfig, classes: int, weights: str) -> Built:
         "force_image_size": section.image_size or None,
         "device": torch.get_default_device(),
     }
-    if path.is_dir():
-        name = f"local-dir:{path}"
-    elif "/" in asked and not path.is_file():
-        name = f"hf-hub:{asked}"
+    if ":" in name:
+        pass  # a folder or repository has its own configuration
     elif name not in open_clip.list_models():
         raise ConfigError(
             f"model.name = '{section.name}': open_clip has no '{name}'"

@@ -29,6 +29,7 @@ __all__ = [
     "reading_limits",
     "tokenizer_key",
     "type_of_weights",
+    "with_whole_output",
 ]
 
 
@@ -137,6 +138,43 @@ def build_choice_model(
     model.config.tie_word_embeddings = False
     model.set_output_embeddings(head)  # type: ignore[no-untyped-call]
     return model
+
+
+def with_whole_output(
+    model: PreTrainedModel, section: ModelConfig, rows: Sequence[int], seed: int
+) -> PreTrainedModel:
+    """Return a model of `build_choice_model` with all rows of its output layer.
+
+    The rows of the answers are the model's; the others, which were never trained, are those of the
+    weights that `model.weights` names.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    section : ModelConfig
+    rows : Sequence[int]
+        Token ids of the answers.
+    seed : int
+        The run's seed, which draws all weights if they are random.
+    """
+    transformers = require("transformers", section.name)
+    with new_weights(seed):
+        whole = _build(transformers.AutoModelForCausalLM, section, {}, skeleton=False)
+    full, cut = (
+        m.get_output_embeddings()  # type: ignore[no-untyped-call]
+        for m in (whole, model)
+    )
+    head = nn.Linear(full.in_features, full.out_features, bias=full.bias is not None)
+    head.load_state_dict(full.state_dict())
+    with torch.no_grad():
+        for name, tensor in cut.state_dict().items():
+            head.state_dict()[name][list(rows)] = tensor
+    whole.config.tie_word_embeddings = False
+    whole.set_output_embeddings(head)  # type: ignore[no-untyped-call]
+    state = dict(whole.state_dict())
+    taken = {n: t for n, t in model.state_dict().items() if t.shape == state[n].shape}
+    whole.load_state_dict(taken, strict=False)
+    return whole
 
 
 def reading_limits(model: nn.Module, pad_token: int) -> tuple[int, int | None]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from layerfed.config import ConfigError, RunConfig, imported, nearest
 from layerfed.config.errors import naming_extras
-from layerfed.task.base import Batch, Examples, Task
+from layerfed.task.base import Batch, Examples, Inputs, Task
 
-__all__ = ["TASKS", "Batch", "Examples", "Task", "load_task", "task_named"]
+__all__ = ["TASKS", "Batch", "Examples", "Inputs", "Task", "load_task", "task_named"]
 
 # Each task by the name of its class (or of a function that returns one). It is imported when it is used,
 # since a task's libraries take seconds to import and on real devices every message starts a new process.

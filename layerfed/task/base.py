@@ -30,7 +30,7 @@ from layerfed.exchange.scores import LOSS, Score
 from layerfed.models.layers import LayerMap, LayerMapError
 from layerfed.task.scoring import SingleLabel, Tally
 
-__all__ = ["Batch", "Examples", "InMemory", "Store", "Task"]
+__all__ = ["Batch", "Examples", "InMemory", "Inputs", "Store", "Task"]
 
 Batch = Mapping[str, Tensor]
 
@@ -140,6 +140,24 @@ class Examples:
     def _batch(self, positions: np.ndarray | slice, device: torch.device) -> Batch:
         found = self.store.batch(self.indices[positions])
         return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs without labels, to predict on.
+
+    Attributes
+    ----------
+    names : Sequence[str]
+        What each is called: its file, and its row in a table.
+    examples : Examples
+    answers : Sequence[Sequence[str]], optional
+        For each input, what the classes stand for, if that differs between inputs.
+    """
+
+    names: Sequence[str]
+    examples: Examples
+    answers: Sequence[Sequence[str]] | None = None
 
 
 class Task(ABC):
@@ -287,6 +305,36 @@ class Task(ABC):
 
         content = {"classes": list(self.classes), "preprocessing": self.preprocessing()}
         write_json(folder / "classes.json", content)
+
+    def recall(self, folder: Path) -> None:
+        """Take from a run folder what `keep` wrote there, so that the model needs no data.
+
+        Raises
+        ------
+        ConfigError
+            If the task has other classes now.
+        """
+        from layerfed.runs.files import read_json
+
+        theirs = read_json(folder / "classes.json")["classes"]
+        if theirs != list(self.classes):
+            raise ConfigError(
+                f"the run {folder} had the classes {', '.join(theirs)}, but task.name = "
+                f"'{self.config.task.name}' now has {', '.join(self.classes) or 'none'}"
+            )
+
+    def read(self, file: Path) -> Inputs:
+        """Return the inputs in a file, to predict on.
+
+        Raises
+        ------
+        ConfigError
+            If the task reads no files, or cannot read this one.
+        """
+        name = self.config.task.name
+        raise ConfigError(
+            f"task.name = '{name}' reads no files; give it a method `read` that returns a file's Inputs"
+        )
 
     def summary(self) -> str:
         """Return what the task chose for its model's inputs, in one line; empty if it has no choice."""

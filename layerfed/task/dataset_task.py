@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch import Tensor
 from layerfed.config import ConfigError, nearest
 from layerfed.digests import content_digest
 from layerfed.models.block_finder import some
-from layerfed.task.base import Batch, Examples, Task
+from layerfed.runs.files import read_json
+from layerfed.task.base import Batch, Examples, Inputs, Task
 from layerfed.task.loading import (
     Part,
     kept,
@@ -243,6 +245,32 @@ class DatasetTask(Task):
         """Return the columns of inputs."""
         given = self.config.task.input_columns
         return pick_columns(given, self.inputs, part, "task.input-columns")
+
+    def recall(self, folder: Path) -> None:
+        """Take the classes from a run folder."""
+        self.classes = tuple(read_json(folder / "classes.json")["classes"])
+
+    def inputs_of(self, part: Part, file: str, columns: Sequence[str] = ()) -> Inputs:
+        """Return the encoded inputs of rows without labels.
+
+        Parameters
+        ----------
+        part : Part
+        file : str
+            What they are called; rows of a table are numbered from 0.
+        columns : Sequence[str]
+            The columns of a file that is no table but one input.
+        """
+        used, count = columns or self.input_columns(part), len(part.rows)
+        if not count:
+            raise ConfigError(f"{file} has no rows to predict on")
+        # Only the used columns, since others may hold what cannot be decoded.
+        cells = part.rows.select_columns(list(used))[:]
+        encoded = self.encoder.encode(cells, range(count), part.where)
+        features = Features({**self.encoder.features, "label": Value("int64")})
+        rows = Dataset.from_dict({**encoded, "label": [0] * count}, features=features)
+        names = [file if columns else f"{file}:{row}" for row in range(count)]
+        return Inputs(names, Examples.of(Table(rows, self.encoder.collate)))
 
     # ------------------------------------------------------------------------- encoded rows
     def encode(self, part: Part) -> Dataset:

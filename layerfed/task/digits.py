@@ -7,6 +7,7 @@ shipped ViT, which was pretrained on CIFAR-100 photographs.
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from layerfed.config import RunConfig
+from layerfed.config import ConfigError, RunConfig
+from layerfed.config.errors import naming_extras
 from layerfed.config.seeding import Stream, torch_seed
-from layerfed.task.base import Batch, Examples, Task
+from layerfed.task.base import Batch, Examples, Inputs, Task
 from layerfed.task.partition import partition_indices
 from layerfed_assets import BACKBONE, DIGITS, backbone
 
@@ -35,11 +37,8 @@ class Digits(Task):
             labels, train, test = (
                 raw[name].astype(np.int64) for name in ("label", "train", "test")
             )
-        pixels = torch.from_numpy(images).float().unsqueeze(1)
-        large = nn.functional.interpolate(pixels, size=32, mode="bilinear", align_corners=False)
-        # Pixels run from 0 to 16; the backbone was trained on [-1, 1].
         self._labels = labels[train]
-        everything = Examples.of({"image": large / 8 - 1, "label": torch.from_numpy(labels)})
+        everything = Examples.of({"image": _inputs(images), "label": torch.from_numpy(labels)})
         self._train, self._test = everything.select(train), everything.select(test)
 
     @property
@@ -55,6 +54,7 @@ class Digits(Task):
             "squash": True,
             "resize": 8,
             "interpolation": "box",
+            "crop_share": 1.0,
             "crop": 8,
             "size": 32,
             "mean": [0.5] * 3,
@@ -86,6 +86,18 @@ class Digits(Task):
         """Return the 360 test digits."""
         return self._test
 
+    def read(self, file: Path) -> Inputs:
+        """Return an image of a digit, light ink on dark ground as in the data."""
+        with naming_extras(f"reading {file}"):
+            from PIL import Image
+        try:
+            grey = Image.open(file).convert("L").resize((8, 8), Image.Resampling.BOX)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ConfigError(f"{file} cannot be decoded as an image: {error}") from None
+        pixels = np.asarray(grey)[None] * (16 / 255)
+        batch = {"image": _inputs(pixels), "label": torch.zeros(1, dtype=torch.int64)}
+        return Inputs([str(file)], Examples.of(batch))
+
     def example(self) -> Batch:
         """Return a blank image."""
         return {"image": torch.zeros(1, 1, 32, 32)}
@@ -94,3 +106,10 @@ class Digits(Task):
         """Return scores of the ten digits; the grey channel is expanded to colour without a copy."""
         scores: Tensor = model(batch["image"].expand(-1, 3, -1, -1))
         return scores
+
+
+def _inputs(pixels: np.ndarray) -> Tensor:
+    """Return the model's inputs of digits whose pixels run from 0 to 16, shape (N, 8, 8)."""
+    small = torch.from_numpy(pixels).float().unsqueeze(1)
+    large = nn.functional.interpolate(small, size=32, mode="bilinear", align_corners=False)
+    return large / 8 - 1  # the backbone was trained on [-1, 1]

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from layerfed.config import ConfigError
 from layerfed.config.errors import naming_extras
 from layerfed.models.image import ImageClassifier, Preprocessing, build_image_classifier
-from layerfed.task.base import Batch
+from layerfed.task.base import Batch, Inputs
 from layerfed.task.dataset_task import Columns, DatasetTask, Encoder
 from layerfed.task.loading import (
     CHANGED,
+    READERS,
     TEST_SPLITS,
     TRAIN_SPLITS,
     Part,
@@ -33,6 +34,7 @@ from layerfed.task.loading import (
     image_folders,
     image_rows,
     is_text,
+    load_file_list,
     local_path,
     pick_columns,
     pick_splits,
@@ -65,11 +67,16 @@ class ImageTask(DatasetTask):
         return self.config.task.image_size or self.image_size or self.reads.size
 
     @property
-    def resized(self) -> int:
-        """Length of an image's shorter side, of which the middle `kept` pixels are cut out."""
+    def crop_share(self) -> float:
+        """The share of a resized image's shorter side that is cut out."""
         # A size that was chosen is about the whole shorter side.
         chosen = self.config.task.image_size or self.image_size
-        return self.kept if chosen else math.floor(self.kept / self.reads.crop)
+        return 1.0 if chosen else self.reads.crop
+
+    @property
+    def resized(self) -> int:
+        """Length of an image's shorter side, of which the middle `kept` pixels are cut out."""
+        return math.floor(self.kept / self.crop_share)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -154,8 +161,14 @@ class ImageTask(DatasetTask):
         """Return a split with its images still encoded."""
         return self.with_images(super().part(splits, name))
 
-    def with_images(self, found: Part) -> Part:
+    def with_images(self, found: Part, folder: Path | None = None) -> Part:
         """Return a part with its images still encoded.
+
+        Parameters
+        ----------
+        found : Part
+        folder : Path, optional
+            The folder that paths in a table are relative to; by default that of the table.
 
         Raises
         ------
@@ -173,8 +186,9 @@ class ImageTask(DatasetTask):
         require_type(found, column, fits, "images or paths of images", "task.input-columns")
         if paths and CHANGED not in rows.column_names:
             # A table's paths are relative to the table.
-            base = local_path(self.data)
-            folder = base.parent if base and base.is_file() else base or Path()
+            if folder is None:
+                base = local_path(self.data)
+                folder = base.parent if base and base.is_file() else base or Path()
             rows = _with_paths(rows, column, folder, found.where)
         return Part(rows.cast_column(column, Image(decode=False)), found.where, found.group)
 
@@ -215,6 +229,7 @@ class ImageTask(DatasetTask):
             "squash": reads.squash,
             "resize": self.resized,
             "interpolation": reads.interpolation,
+            "crop_share": self.crop_share,
             "crop": self.kept,
             "size": reads.size,
             "mean": list(reads.mean),
@@ -232,6 +247,14 @@ class ImageTask(DatasetTask):
             f"images: {side} to {self.resized} ({reads.interpolation}), the middle {kept}{scaled}; "
             f"{self.config.model.name} computes at {size}, mean {mean}, deviation {std}"
         )
+
+    def read(self, file: Path) -> Inputs:
+        """Return an image, or the images of a table."""
+        if file.suffix.lower() in READERS:
+            part = Part(load_file_list([file]), str(file))
+            return self.inputs_of(self.with_images(part, file.parent), str(file))
+        rows = Dataset.from_dict({"image": [{"path": str(file), "bytes": None}]})
+        return self.inputs_of(Part(rows, str(file)), str(file), ("image",))
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Score the classes."""

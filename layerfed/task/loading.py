@@ -41,6 +41,7 @@ from layerfed.models.block_finder import some
 
 __all__ = [
     "CHANGED",
+    "READERS",
     "TEST_SPLITS",
     "TRAIN_SPLITS",
     "Part",

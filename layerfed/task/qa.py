@@ -9,7 +9,7 @@ these letters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from layerfed.config import ConfigError
 from layerfed.models.text import build_choice_model, tokenizer_key
-from layerfed.task.base import Batch
+from layerfed.task.base import Batch, Inputs
 from layerfed.task.dataset_task import FORMAT, Encoder
 from layerfed.task.loading import (
     Part,
@@ -30,6 +30,7 @@ from layerfed.task.loading import (
     download,
     is_saved,
     kept,
+    load_file_list,
     load_splits,
     local_path,
     pick_splits,
@@ -244,13 +245,13 @@ class QuestionAnswering(TextTask):
 
     def encode(self, part: Part) -> Dataset:
         """Encode a data set's questions, once a machine."""
-        source, limit = SOURCES[part.group], self.config.task.max_tokens
+        source = SOURCES[part.group]
         if missing := [name for name in source.columns if name not in part.rows.column_names]:
             raise ConfigError(
                 f"{part.where}: column '{missing[0]}' is missing; there are "
                 f"{', '.join(part.rows.column_names)}, and {', '.join(source.columns)} are needed"
             )
-        start, letters, group = self._start, self.letters, self.groups.index(part.group)
+        group = self.groups.index(part.group)
 
         def make(columns: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
             questions = []
@@ -264,18 +265,8 @@ class QuestionAnswering(TextTask):
                     raise ConfigError(f"{part.where}, row {row}: {error}") from None
                 questions.append(question)
             named = [f"{part.where}, row {row}" for row in rows]
-            texts = [_prompt(q) for q in questions]
-            prompts = tokenised(self.tokenizer, texts, named, add_special_tokens=False)
-            if any(tokens[-1] != letters[0] for tokens in prompts):
-                raise ConfigError(
-                    f"{part.where}: the tokenizer of model.name = '{self.config.model.name}' joins the "
-                    "answer's letter with what precedes it; choose another (model.tokenizer)"
-                )
-            # The prompt ends with a letter only so that the tokens before it are those of a real answer.
-            room = limit - len(start)
-            ids = [start + tokens[:-1][-room:] for tokens in prompts]
             return {
-                "input_ids": ids,
+                "input_ids": self._ids(questions, named, part.where),
                 "choices": [len(q.choices) for q in questions],
                 "label": [q.answer for q in questions],
                 "group": [group] * len(rows),
@@ -285,6 +276,48 @@ class QuestionAnswering(TextTask):
             {**self.encoder.features, "label": Value("int64"), "group": Value("int32")}
         )
         return kept(part, make, features, (FORMAT, part.group, self.groups, self.encoder.key))
+
+    def _ids(
+        self, questions: Sequence[Question], named: Sequence[str], where: str
+    ) -> list[list[int]]:
+        """Return the token ids of questions, up to the position of the answer's letter."""
+        texts = [_prompt(question) for question in questions]
+        prompts = tokenised(self.tokenizer, texts, named, add_special_tokens=False)
+        if any(tokens[-1] != self.letters[0] for tokens in prompts):
+            raise ConfigError(
+                f"{where}: the tokenizer of model.name = '{self.config.model.name}' joins the "
+                "answer's letter with what precedes it; choose another (model.tokenizer)"
+            )
+        # The prompt ends with a letter only so that the tokens before it are those of a real answer.
+        room = self.config.task.max_tokens - len(self._start)
+        return [self._start + tokens[:-1][-room:] for tokens in prompts]
+
+    def read(self, file: Path) -> Inputs:
+        """Return the questions of a table: `question`, and the choices in columns A, B, … to E."""
+        part = Part(load_file_list([file]), str(file))
+        there = [letter for letter in LETTERS if letter in part.rows.column_names]
+        if "question" not in part.rows.column_names or len(there) < 2:
+            raise ConfigError(
+                f"{file} should have the columns question, A, B and, for more choices, C, D and E; "
+                f"there are {', '.join(part.rows.column_names)}"
+            )
+        questions, named = [], [f"{file}, row {row}" for row in range(len(part.rows))]
+        for row, where in zip(part.rows, named, strict=True):
+            choices = [str(row[letter]) for letter in there if row[letter] is not None]
+            if row["question"] is None or len(choices) < 2 or row[there[len(choices) - 1]] is None:
+                raise ConfigError(
+                    f"{where}: the question or one of its choices is missing; give at least A and B, "
+                    "and leave no letter out between two choices"
+                )
+            questions.append(Question(str(row["question"]), choices, 0))
+        ids = self._ids(questions, named, str(file))
+        counts = [len(question.choices) for question in questions]
+        encoded = Dataset.from_dict({"input_ids": ids, "choices": counts})
+        return replace(
+            self.inputs_of(Part(encoded, str(file)), str(file), ("input_ids", "choices")),
+            names=[f"{file}:{row}" for row in range(len(ids))],
+            answers=[question.choices for question in questions],
+        )
 
     # ------------------------------------------------------------------------------- model
     def build_model(self) -> nn.Module:

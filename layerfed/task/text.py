@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import List, Value
+from datasets import Dataset, List, Value
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
@@ -23,9 +23,9 @@ from layerfed.models.text import (
     reading_limits,
     tokenizer_key,
 )
-from layerfed.task.base import Batch, Examples
+from layerfed.task.base import Batch, Examples, Inputs
 from layerfed.task.dataset_task import Columns, DatasetTask, Encoder, Table
-from layerfed.task.loading import Part, is_text, require_type
+from layerfed.task.loading import Part, is_text, load_file_list, require_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,6 +137,23 @@ class TextTask(DatasetTask):
         """Write `classes.json` and the tokenizer."""
         super().keep(folder)
         self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    def recall(self, folder: Path) -> None:
+        """Take the classes and the tokenizer from a run folder."""
+        super().recall(folder)
+        own = self.config.model.model_copy(update={"tokenizer": str(folder / "tokenizer")})
+        self.tokenizer = load_tokenizer(own)
+
+    def read(self, file: Path) -> Inputs:
+        """Return the texts of a table, or a `.txt` file as one text."""
+        if file.suffix.lower() == ".txt":
+            try:
+                text = file.read_text(encoding="utf-8")
+            except ValueError as error:
+                raise ConfigError(f"{file} is not UTF-8: {error}; convert it") from None
+            rows = Dataset.from_dict({"text": [text]})
+            return self.inputs_of(Part(rows, str(file)), str(file), ("text",))
+        return self.inputs_of(Part(load_file_list([file]), str(file)), str(file))
 
     def summary(self) -> str:
         """Return the tokenizer and the length that were chosen."""
