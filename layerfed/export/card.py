@@ -196,5 +196,5 @@ def _licence(saved: SavedRun, base: str | None) -> str | None:
     if not card.is_file():
         return None
     read = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    found = read.data.to_dict().get("license")
+    found = getattr(read.data, "license", None)
     return str(found) if found else None
