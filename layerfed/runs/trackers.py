@@ -31,7 +31,6 @@ from layerfed.runs.records import Observer, RoundRecord
 __all__ = ["TRACKERS", "Tracker", "load_trackers", "round_numbers"]
 
 INDEX = "trackers.json"
-# The weights of the whole model are on the hub already, but for the layers in `final` and `best`.
 NOT_UPLOADED = {".lock", INDEX, "model.safetensors"}
 
 
