@@ -292,8 +292,8 @@ def _with_paths(rows: Dataset, column: str, folder: Path, where: str) -> Dataset
             f"{where}: column '{column}' is text, and no value is the path of an image in {folder}; "
             "choose another by task.input-columns=NAME, or for text a model of transformers (model.name)"
         )
-    rows = rows.remove_columns(column).add_column(column, paths)
-    return rows.add_column(CHANGED, times)
+    rows = rows.add_column(CHANGED, times)
+    return rows.remove_columns(column).add_column(column, paths)
 
 
 def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
