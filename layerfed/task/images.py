@@ -57,21 +57,21 @@ class ImageTask(DatasetTask):
     """Side in pixels at which images are kept, without `task.image-size`; 0: the model's."""
 
     @cached_property
-    def reads(self) -> Preprocessing:
+    def model_reads(self) -> Preprocessing:
         """The preprocessing with which the model's weights were trained."""
         return self._build(2, skeleton=True).reads
 
     @property
     def kept(self) -> int:
         """Side in pixels of the images that the model gets."""
-        return self.config.task.image_size or self.image_size or self.reads.size
+        return self.config.task.image_size or self.image_size or self.model_reads.size
 
     @property
     def crop_share(self) -> float:
         """The share of a resized image's shorter side that is cut out."""
         # A size that was chosen is about the whole shorter side.
         chosen = self.config.task.image_size or self.image_size
-        return 1.0 if chosen else self.reads.crop
+        return 1.0 if chosen else self.model_reads.crop
 
     @property
     def resized(self) -> int:
@@ -82,7 +82,7 @@ class ImageTask(DatasetTask):
     def encoder(self) -> Encoder:
         """Decode an image, cut it to a square, and keep it as bytes with the colour channel first."""
         size, resized = self.kept, self.resized
-        kind, squash = self.reads.interpolation, self.reads.squash
+        kind, squash = self.model_reads.interpolation, self.model_reads.squash
         resampling = getattr(Pixels.Resampling, kind.upper(), Pixels.Resampling.BICUBIC)
 
         def encode(columns: Columns, rows: Sequence[int], where: str) -> Columns:
@@ -209,7 +209,7 @@ class ImageTask(DatasetTask):
     def build_model(self) -> nn.Module:
         """Return the pretrained image tower with a new linear head."""
         model = self._build(len(self.classes))
-        self.reads = model.reads  # so that no skeleton is built to know it
+        self.model_reads = model.reads  # so that no skeleton is built to know it
         return model
 
     def skeleton(self) -> nn.Module:
@@ -222,7 +222,7 @@ class ImageTask(DatasetTask):
 
     def preprocessing(self) -> dict[str, Any]:
         """Return how an image becomes the model's input."""
-        reads = self.reads
+        reads = self.model_reads
         return {
             "input": "image",
             "colours": "RGB",
@@ -238,7 +238,7 @@ class ImageTask(DatasetTask):
 
     def summary(self) -> str:
         """Return the sizes and colours that were chosen."""
-        reads = self.reads
+        reads = self.model_reads
         side = "both sides" if reads.squash else "the shorter side"
         kept, size = f"{self.kept}×{self.kept}", f"{reads.size}×{reads.size}"
         scaled = "" if self.kept == reads.size else f", scaled to {size} in every step"

@@ -548,4 +548,4 @@ def test_the_size_follows_the_model_unless_it_is_chosen(
 
 def test_cifar10_is_kept_as_it_is_and_enlarged(cifar: Path) -> None:
     found = cifar_task(cifar, "model.name=timm/resnet18", "model.weights=random")
-    assert (found.kept, found.resized, found.reads.size) == (32, 32, 224)
+    assert (found.kept, found.resized, found.model_reads.size) == (32, 32, 224)
