@@ -31,7 +31,7 @@ from layerfed.runs.records import Observer, RoundRecord
 __all__ = ["TRACKERS", "Tracker", "load_trackers", "round_numbers"]
 
 INDEX = "trackers.json"
-NOT_UPLOADED = {".lock", INDEX, "model.safetensors"}
+NOT_UPLOADED = {".lock", INDEX}
 
 
 class Tracker(Observer):

@@ -109,8 +109,8 @@ def test_a_run_ends_once_it_was_not_better_for_so_many_rounds(
         f"run.evaluate-every={every}",
         f"run.resume={folder}",
     )
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        np.testing.assert_array_equal(tensor, load_file(whole / "model.safetensors")[name])
+    for name, tensor in load_file(folder / "final.safetensors").items():
+        np.testing.assert_array_equal(tensor, load_file(whole / "final.safetensors")[name])
 
 
 def test_when_a_run_ends_may_change_as_long_as_its_rates_do_not() -> None:

@@ -65,7 +65,7 @@ def test_training_alone_is_changed_and_a_run_repeats(cifar: Path, tmp_path: Path
                 *QUICK, f"task.data={cifar}", f"run.dir={tmp_path}", f"run.name={name}", *more
             ),
         )
-        return read_lines(folder / "selection.jsonl"), load_file(folder / "model.safetensors")
+        return read_lines(folder / "selection.jsonl"), load_file(folder / "final.safetensors")
 
     (plain, without), (first, one), (again, two) = (
         run("plain"),
