@@ -308,6 +308,12 @@ def test_a_digit_is_read_as_the_data_are(tmp_path: Path) -> None:
 
 def test_the_best_round_is_another_model(runs: Callable[[str], Path], tmp_path: Path) -> None:
     run = shutil.copytree(runs("timm") / "run", tmp_path / "run")
+    # A run of one round has one model.
+    first, only = SavedRun.open(run, best=True), SavedRun.open(run)
+    assert first.round == only.round == 1
+    for name, tensor in only.model.state_dict().items():
+        assert torch.equal(first.model.state_dict()[name], tensor)
+    (run / "best.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"no best\.safetensors; leave out --best"):
         SavedRun.open(run, best=True)
     state = {n: t + 1 for n, t in load_file(run / "final.safetensors").items()}
