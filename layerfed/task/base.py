@@ -287,11 +287,6 @@ class Task(ABC):
         """Return a model of the same layers without loading weights, as `layerfed layers` needs it."""
         return self.build_model()
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the model's outputs; empty without classes."""
-        return ()
-
     def preprocessing(self) -> dict[str, Any]:
         """Return how raw inputs become the model's, for a run folder's `classes.json`."""
         return {}
