@@ -345,7 +345,7 @@ class RunFolder(Observer):
             Fingerprint of the base.
         tensors : Mapping[str, numpy.ndarray]
         """
-        last = {"round": str(len(self._accuracies)), "base": base}
+        last = {"round": str(len(self._scores)), "base": base}
         write_tensors(self.path / "final.safetensors", tensors, last)
         self._summarise("completed")
 
