@@ -104,10 +104,10 @@ SHAPES = {
 
 
 class Rows(Task):
-    """Random images or texts, as many as a step or a round needs."""
+    """Random images, or texts in the subclass, as many as a step or a round needs."""
 
     settings: ClassVar[frozenset[str]] = frozenset({"image_size", "max_tokens"})
-    families: ClassVar[tuple[str, ...]] = ("layerfed", "open_clip", "timm", "transformers")
+    reads: ClassVar[str] = "image"
 
     @property
     def of_text(self) -> bool:
@@ -159,6 +159,12 @@ class Rows(Task):
         if self.of_text:
             return TextTask.logits(cast(Any, self), model, batch)
         return cast(Tensor, model(batch["image"]))
+
+
+class Texts(Rows):
+    """Random texts."""
+
+    reads: ClassVar[str] = "text"
 
 
 def process_peak(device: torch.device) -> float:
@@ -289,7 +295,7 @@ def settings_of(shape: Shape, storage: str, device: str, folder: Path) -> list[s
         weights = "embedded"
     length = f"task.max-tokens={shape.size}" if shape.config else f"task.image-size={shape.size}"
     return [
-        "task.name=benchmarks.training:Rows",
+        f"task.name=benchmarks.training:{'Texts' if shape.config else 'Rows'}",
         length,
         f"model.name={name}",
         f"model.weights={weights}",
