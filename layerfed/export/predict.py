@@ -12,6 +12,7 @@ import torch
 
 from layerfed.config import ConfigError
 from layerfed.export.saved import SavedRun
+from layerfed.task.scoring import SingleLabel
 
 __all__ = ["predictions", "write_rows"]
 
@@ -27,8 +28,13 @@ def predictions(saved: SavedRun, files: Iterable[Path]) -> Iterator[dict[str, An
     Raises
     ------
     ConfigError
-        If a file does not exist, or cannot be read.
+        If a file does not exist or cannot be read, or if the task gives an input no single class.
     """
+    if saved.task.kind is not SingleLabel:
+        raise ConfigError(
+            f"task.name = '{saved.config.task.name}' is of kind {saved.task.kind.__name__}; predictions "
+            "are for tasks with one class for each input (SingleLabel): use the exported model"
+        )
     for file in files:
         if not file.is_file():
             raise ConfigError(f"{file} is no file here")

@@ -163,7 +163,7 @@ def test_a_run_that_is_stopped_from_another_thread_stays_stopped(tmp_path: Path)
         stopping.start()
         stopping.join()
         folder.on_round(RoundRecord(1))
-        folder.finish({})
+        folder.finish("base", {})
     assert json.loads((tmp_path / "a/summary.json").read_text())["status"] == "stopped"
     assert not (tmp_path / "a/metrics.jsonl").exists(), "a round that ends after it is not written"
 
@@ -171,6 +171,6 @@ def test_a_run_that_is_stopped_from_another_thread_stays_stopped(tmp_path: Path)
 def test_a_run_that_is_over_cannot_be_stopped(tmp_path: Path) -> None:
     folder = RunFolder.create(load_config(None, [f"run.dir={tmp_path}", "run.name=a"]), "x")
     with folder:
-        folder.finish({})
+        folder.finish("base", {})
     folder.stop()
     assert json.loads((tmp_path / "a/summary.json").read_text())["status"] == "completed"
