@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from layerfed.client.flops import counted
 from layerfed.client.training import LossFn, autocast
 from layerfed.models.layers import LayerMap
+from layerfed.models.stored import decoded, owners, put
 from layerfed.task.base import Batch
 
 __all__ = ["Passes", "Visitor"]
@@ -60,6 +61,8 @@ class Passes:
         self._model, self._loss, self._precision = model, loss, precision
         named = dict(model.named_parameters())
         self._parameters = [[named[name] for name in block.parameters] for block in layers.blocks]
+        places = owners(model)
+        self._owners = [[places[name] for name in block.parameters] for block in layers.blocks]
         self.weights = [[p.detach() for p in block] for block in self._parameters]
         self.device = next(iter(named.values())).device
 
@@ -126,15 +129,21 @@ class Passes:
 
     @contextmanager
     def moved(self, row: int, step: Sequence[Tensor], size: float | Tensor) -> Iterator[None]:
-        """Move one block's weights by `size` times `step` within the context."""
-        before = [weight.clone() for weight in self.weights[row]]
+        """Hold a block in float32, moved by `size` times `step`, within the context."""
+        before = list(self._parameters[row])
+        # Not in place: frozen weights may be a mapped file, or held in half precision.
+        for i, (weight, direction) in enumerate(zip(self.weights[row], step, strict=True)):
+            values = decoded(weight) + direction * size
+            self._put(row, i, nn.Parameter(values, before[i].requires_grad))
         try:
-            for weight, direction in zip(self.weights[row], step, strict=True):
-                weight.add_(direction * size)
             yield
         finally:
-            for weight, old in zip(self.weights[row], before, strict=True):
-                weight.copy_(old)
+            for i, old in enumerate(before):
+                self._put(row, i, old)
+
+    def _put(self, row: int, i: int, parameter: nn.Parameter) -> None:
+        put(self._owners[row][i], parameter)
+        self._parameters[row][i] = parameter
 
     def _counted(self, kind: str, batch: Batch, run: Callable[[], Tensor]) -> Tensor:
         value, flops = counted(self._model, kind, batch, run)

@@ -228,7 +228,8 @@ def _project(
 def loss_decrease(passes: Passes) -> Tensor:
     """Return max(0, f(θ) − f(θ − η g_l)): what one step of SGD on the layer alone gains on its batch.
 
-    η is `train.lr`. It takes one forward pass for each layer, and the memory of one gradient.
+    η is `train.lr`. It takes one forward pass for each layer, and the memory of one gradient and of one
+    block in float32.
     """
     gradients: dict[int, list[Tensor]] = {}
     before = passes.backward(lambda row, own: _add(gradients, row, own))
@@ -245,7 +246,7 @@ def newton_decrease(passes: Passes) -> Tensor:
 
     c_l is the layer's part of the curvature along the gradient of all layers, g_lᵀ (H g)_l, from the
     difference of two gradients. s is the best step, ‖g_l‖² / c_l, but at most η = `train.lr`. It takes
-    one pass more, and the memory of one gradient.
+    one pass more, and the memory of one gradient and of all blocks in float32.
     """
     gradients: dict[int, list[Tensor]] = {}
     passes.backward(lambda row, own: _add(gradients, row, own))

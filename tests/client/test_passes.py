@@ -13,6 +13,7 @@ from layerfed.client.passes import Passes
 from layerfed.client.probe import probe_layers
 from layerfed.client.statistics import POWER_STEPS, SEVERAL_PASSES
 from layerfed.models.layers import LayerMap
+from layerfed.models.stored import owners, put, stored
 from layerfed.task.base import Batch
 from tests.client.test_probe import _nothing_is_left
 from tests.conftest import BLOCKS, TinyNet, cross_entropy
@@ -163,6 +164,24 @@ def test_a_block_without_a_part_in_the_loss_counts_as_zero(
     for name, values in found.items():
         assert values[0] == 0.0, name
         assert min(values[1:]) > 0.0 or name == "loss_decrease"
+
+
+def test_moved_weights_may_be_a_checkpoint_in_half_precision(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    """They are read-only then: every statistic is that of the same values in float32."""
+    halves = {name: t.bfloat16() for name, t in tiny.state_dict().items() if t.is_floating_point()}
+    tiny.load_state_dict(halves, strict=False)
+    expected, _ = probe_layers(tiny, layers, batches[:1], cross_entropy, SEVERAL_PASSES, lr=LR)
+    places = owners(tiny)
+    for block in layers.blocks:
+        for name in block.parameters:
+            put(places[name], stored(halves[name]))
+    held = {name: id(parameter) for name, parameter in tiny.named_parameters()}
+    found, _ = probe_layers(tiny, layers, batches[:1], cross_entropy, SEVERAL_PASSES, lr=LR)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-7, err_msg=name)
+    assert {name: id(parameter) for name, parameter in tiny.named_parameters()} == held
 
 
 def test_moved_weights_come_back_also_when_a_pass_fails(
