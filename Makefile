@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow chromium lint lock bench table deploy-demo faults kills mutants clean
+.PHONY: help setup run test test-slow chromium lint lock docs bench table deploy-demo faults kills mutants clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) ".[test,lint]"
+	$(INSTALL) ".[test,lint,docs]"
 	@touch $@
 
 setup: $(VENV)/.installed ## create .venv with the layerfed command
@@ -64,7 +64,15 @@ lock: $(VENV)/.installed ## write requirements/ from pyproject.toml (newest vers
 			--output-file requirements/py$$(echo $$version | tr -d .).txt || exit; \
 	done
 
-generate: $(VENV)/.installed ## renew what follows from the typed configuration: pyproject.toml, docs/configuration.md
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(INSTALL) ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.installed-docs ## the documentation site, in build/docs/index.html; LINKS=1 checks links to other sites as well
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
+	$(if $(LINKS),$(BIN)/sphinx-build --builder linkcheck --quiet docs build/links)
+
+generate: $(VENV)/.installed ## renew what follows from the code: pyproject.toml, docs/configuration.md, docs/cli.md
 	$(BIN)/python -m scripts.generate
 
 table: $(VENV)/.installed ## every strategy on digits, R = 1 and 2, three seeds

@@ -1,21 +1,26 @@
-"""Write the files that are generated from the typed configuration.
+"""Write the files that are generated from the typed configuration and the command.
 
     python -m scripts.generate      # or: make generate
 
 Flower needs every key with its default in pyproject.toml, and readers need a table of all keys in
 docs/configuration.md. Keys and defaults come from the sections of `layerfed.config` and from the
-strategies' options. The words come from the comments of conf/default.toml. A test fails if a file is out
-of date.
+strategies' options. The words come from the comments of conf/default.toml. docs/cli.md has the help of
+every command. A test fails if a file is out of date.
 """
 
 from __future__ import annotations
 
+import html
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from typer.cli import get_docs_for_click
+from typer.main import get_command
+
+from layerfed.cli import app
 from layerfed.config import RunConfig, Section, flatten
 from layerfed.strategies import STRATEGIES
 
@@ -92,12 +97,23 @@ def _table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _commands() -> str:
+    """Return the help of `layerfed` and all its commands as a page."""
+    command = get_command(app)
+    context = command.make_context("layerfed", [], resilient_parsing=True)
+    made = html.unescape(get_docs_for_click(obj=command, ctx=context, name="layerfed"))
+    title = "# The command\n\nEvery command and its options. Made by `make generate`.\n\n"
+    # The page has one title; the command is its first section.
+    return title + re.sub(r"^#", "##", made, flags=re.MULTILINE).strip() + "\n"
+
+
 def generated() -> dict[Path, str]:
     """Return the generated files with their right content."""
     pyproject = ROOT / "pyproject.toml"
     return {
         pyproject: _pyproject(pyproject.read_text(encoding="utf-8")),
         ROOT / "docs/configuration.md": _table(),
+        ROOT / "docs/cli.md": _commands(),
     }
 
 

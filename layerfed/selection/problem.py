@@ -43,18 +43,15 @@ class SelectionError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class SelectionProblem:
-    r"""One round's layer selection, problem (P1) of [S].
+    """One round's layer selection, problem (P1) of [S].
 
-    .. math::
+    ::
 
-        \max_{m \in \{0,1\}^{n \times L}}
-            \sum_{i,l} v_{il} m_{il} - \lambda \sum_{i<j} \lVert m_i - m_j \rVert_1
-        \quad\text{s.t.}\quad
-            \sum_l c_{il} m_{il} + D_{i,\mathrm{low}(m_i)} \le R_i
+        maximise    Σ_{i,l} v_il m_il − λ Σ_{i<j} ‖m_i − m_j‖₁   over m in {0, 1}^(n × L)
+        such that   Σ_l c_il m_il + D_{i, low(m_i)} ≤ R_i        for every client i
 
-    With :math:`k_l = \sum_i m_{il}`, the pairwise penalty equals
-    :math:`\lambda \sum_l k_l (n - k_l)`. It depends on the number of clients that pick a layer, and
-    not on which clients these are.
+    With k_l = Σ_i m_il, the pairwise penalty equals λ Σ_l k_l (n − k_l). It depends on the number of
+    clients that pick a layer, and not on which clients these are.
 
     Parameters
     ----------

@@ -57,7 +57,7 @@ class RoundSettings:
     Attributes
     ----------
     clients_per_round : int | None (default: None)
-        |S_t|; None takes every connected client.
+        ``|S_t|``; None takes every connected client.
     clients : int | None (default: None)
         Size of the population, which nodes' statements are checked against; None takes the connected
         nodes.
