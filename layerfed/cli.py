@@ -480,7 +480,7 @@ def _held(config: RunConfig) -> str:
 def data(
     settings: Settings = None,
     picture: Annotated[
-        Path, typer.Option(help="The file of the picture of the partition (PNG)")
+        Path, typer.Option(help="The picture of the partition; SVG and PDF are written beside it")
     ] = Path("partition.png"),
 ) -> None:
     """Print who holds how many examples of which classes and groups, and draw the partition."""

@@ -79,28 +79,24 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
     result = cli.invoke(app, arguments)
     assert result.exit_code == 0, result.stderr
     folder = tmp_path / "x"
+    pictures = ("accuracy", "confusion", "data", "layers", "scores", "theory")
     assert {file.name for file in folder.iterdir()} == {
+        *(f"{name}.{form}" for name in pictures for form in ("png", "svg", "pdf")),
         ".lock",
-        "accuracy.png",
         "best.safetensors",
         "checkpoint",
         "classes.json",
         "clients.jsonl",
         "config.json",
-        "confusion.png",
         "data.json",
-        "data.png",
         "evaluation.json",
         "final.safetensors",
         "layers.json",
-        "layers.png",
         "ledger.jsonl",
         "metrics.jsonl",
         "report.html",
-        "scores.png",
         "selection.jsonl",
         "summary.json",
-        "theory.png",
     }
     assert str(folder) in result.stdout
     assert "round 2/2" in result.stderr

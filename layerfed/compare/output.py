@@ -1,8 +1,9 @@
-"""The files of a comparison beside its run folders: NAME.md, NAME.csv, NAME.html and pictures."""
+"""The files of a comparison beside its run folders: tables, NAME.html and pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from layerfed.compare.plan import Cell, Experiment, Plan
@@ -14,6 +15,7 @@ from layerfed.report import (
     accuracy_table,
     comparison_view,
     differences,
+    differences_csv,
     draw_accuracy,
     draw_terms,
     draw_uplink,
@@ -23,10 +25,16 @@ from layerfed.report import (
     paper_accounting,
     runs_csv,
     scores_table,
+    significance_table,
     write_page,
 )
+from layerfed.report.markup import Table
 
 __all__ = ["Output"]
+
+PREAMBLE = (
+    r"% Needs \usepackage{booktabs}. Written again after each run: \input it, and do not edit it."
+)
 
 
 class Output:
@@ -90,40 +98,42 @@ class Output:
         )
 
     def write_tables(self) -> list[Path]:
-        """Write NAME.md and NAME.csv; return their paths."""
+        """Write the tables: NAME.md, NAME.csv, NAME.tex, NAME-differences.csv; return their paths."""
         plan, sections = self._plan, self.sections
-        metrics = dict.fromkeys(named(section.metric) for section in sections)
-        parts = [f"# {plan.title}", _caption(plan, " / ".join(metrics))]
+        caption = _caption(plan, " / ".join(dict.fromkeys(named(s.metric) for s in sections)))
+        text, latex = [f"# {plan.title}", caption], [PREAMBLE]
         for section in sections:
             if len(sections) > 1:
-                parts.append(f"## {section.title}")
-            if plan.show == "accuracy":
-                parts.append(accuracy_table(section))
-                if plan.reference and (pairs := paired_differences(section, plan.reference)):
-                    parts += [PAIRED, pairs]
-                if scores := scores_table(section):
-                    parts += [SCORES, scores]
-            else:
-                parts += [
-                    MEASURED,
-                    measured_costs(section, plan.reference),
-                    ACCOUNTED,
-                    paper_accounting(section, plan.reference),
-                ]
-        if warning := differences(sections):
-            parts.append(warning)
-        if plan.note:
-            parts.append(plan.note)
+                text.append(f"## {section.title}")
+            for table in filter(None, self._tables(section, caption)):
+                about = [table.about] if table.about != caption else []
+                text += [*about, table.markdown()]
+                latex.append(replace(table, about=f"{section.title}. {table.about}").latex())
+        text += filter(None, (differences(sections), plan.note))
+        named_sections = list(zip((e.name for e in plan.experiments), sections, strict=True))
         written = {
-            self._file(".md"): "\n\n".join(part.strip() for part in parts) + "\n",
-            self._file(".csv"): runs_csv(
-                zip((e.name for e in plan.experiments), sections, strict=True)
-            ),
+            ".md": "\n\n".join(part.strip() for part in text) + "\n",
+            ".csv": runs_csv(named_sections),
+            ".tex": "\n\n".join(latex) + "\n",
         }
-        for file, text in written.items():
-            with whole(file) as beside:
-                beside.write_text(text, encoding="utf-8")
-        return list(written)
+        if plan.reference:
+            written["-differences.csv"] = differences_csv(named_sections, plan.reference)
+        for ending, content in written.items():
+            with whole(self._file(ending)) as beside:
+                beside.write_text(content, encoding="utf-8")
+        return [self._file(ending) for ending in written]
+
+    def _tables(self, section: Section, caption: str) -> list[Table]:
+        reference = self._plan.reference
+        if self._plan.show != "accuracy":
+            return [measured_costs(section, reference), paper_accounting(section, reference)]
+        tables = [replace(accuracy_table(section), about=caption)]
+        if reference:
+            tables += [
+                paired_differences(section, reference),
+                significance_table(section, reference),
+            ]
+        return [*tables, scores_table(section)]
 
     def draw(self) -> list[Path]:
         """Draw accuracy by round, accuracy against uplink, the theory's terms if known, and the page."""
@@ -143,22 +153,6 @@ class Output:
 
     def _file(self, ending: str) -> Path:
         return self._directory / f"{self._plan.name}{ending}"
-
-
-PAIRED = (
-    "Differences, of shares in percentage points, paired by seed: runs of one seed share partition, "
-    "sampling and new weights; mean ± sample standard deviation over seeds."
-)
-SCORES = "All final scores on the test set, of the first budget a row has."
-MEASURED = (
-    "Measured, a client and round: FLOPs as counted, forward and backward, frozen layers included; "
-    "bytes of the ledger; seconds of a step by the clients' clocks; peak memory of training (of the "
-    "probe) on CUDA, of the whole process elsewhere."
-)
-ACCOUNTED = (
-    "In the paper's accounting, a client and round: each selected layer counts as its share of the "
-    "whole model, and nothing else does (`layerfed/report/paper_costs.py`). Selection is as measured."
-)
 
 
 def _caption(plan: Plan, metrics: str) -> str:

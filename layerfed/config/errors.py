@@ -77,6 +77,7 @@ EXTRAS = {
     "pulp": "solvers",
     "pyarrow": "data",
     "ray": "simulation",
+    "scipy": "report",
     "starlette": "deploy",
     "tensorboard": "tensorboard",
     "timm": "images",

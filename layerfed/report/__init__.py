@@ -4,12 +4,14 @@ from layerfed.report.comparison import (
     PAPER_COSTS,
     accuracy_table,
     differences,
+    differences_csv,
     measured_costs,
     named,
     paired_differences,
     paper_accounting,
     runs_csv,
     scores_table,
+    significance_table,
 )
 from layerfed.report.comparison_plots import draw_accuracy, draw_terms, draw_uplink
 from layerfed.report.comparison_view import comparison_view, run_folders, sections_of
@@ -29,6 +31,7 @@ __all__ = [
     "comparison_view",
     "data_table",
     "differences",
+    "differences_csv",
     "draw_accuracy",
     "draw_partition",
     "draw_run",
@@ -47,5 +50,6 @@ __all__ = [
     "runs_csv",
     "scores_table",
     "sections_of",
+    "significance_table",
     "write_page",
 ]

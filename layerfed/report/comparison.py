@@ -1,4 +1,4 @@
-"""The tables of a comparison, as Markdown and CSV."""
+"""The tables of a comparison."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import csv
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from io import StringIO
 
 from layerfed.exchange.metrics import METRICS
 from layerfed.exchange.scores import ACCURACY, LOSS, Score
 from layerfed.report.figures import RunFigures, Section
+from layerfed.report.markup import Table
+from layerfed.report.significance import Paired, differences_by_seed, holm, paired_test
 
 __all__ = [
     "PAPER_COSTS",
     "accuracy_table",
     "differences",
+    "differences_csv",
     "measured_costs",
     "named",
     "paired_differences",
+    "paired_tests",
     "paper_accounting",
     "runs_csv",
     "scores_table",
+    "significance_table",
 ]
 
 # Published costs of a client and round: their keys in a table file, and their columns here.
@@ -57,11 +63,31 @@ RUN_COLUMNS = (
 # The CSV's columns on hardware and software. Costs of runs that differ in them cannot be compared.
 MADE_WITH = ("engine", "device", "torch", "layerfed")
 
+PAIRED = (
+    "Differences, of shares in percentage points, paired by seed: runs of one seed share partition, "
+    "sampling and new weights; mean ± sample standard deviation over seeds."
+)
+TESTS = (
+    "Tests of these differences: mean with the 95% interval and p of the paired t-test, p corrected for "
+    "the number of tests (Holm), p of the sign-flip test, which needs six seeds to be below 0.05, and "
+    "the number of seeds that give the t-test 80% power at 5%, if mean and spread stay as they are."
+)
+SCORES = "All final scores on the test set, of the first budget a row has."
+MEASURED = (
+    "Measured, a client and round: FLOPs as counted, forward and backward, frozen layers included; "
+    "bytes of the ledger; seconds of a step by the clients' clocks; peak memory of training (of the "
+    "probe) on CUDA, of the whole process elsewhere."
+)
+ACCOUNTED = (
+    "In the paper's accounting, a client and round: each selected layer counts as its share of the "
+    "whole model, and nothing else does (`layerfed/report/paper_costs.py`). Selection is as measured."
+)
+
 Runs = Sequence[RunFigures]
 Figure = Callable[[RunFigures], float]
 
 
-def accuracy_table(section: Section) -> str:
+def accuracy_table(section: Section) -> Table:
     """Return final main scores, shares in %: mean ± standard deviation over seeds, the best in bold.
 
     Rows without budgets do not compete for the best, as `full` does not in the paper's tables. Published
@@ -102,10 +128,10 @@ def accuracy_table(section: Section) -> str:
             ),
         ]
         lines.append(line)
-    return _markdown(header, lines)
+    return Table(header, lines)
 
 
-def scores_table(section: Section) -> str:
+def scores_table(section: Section) -> Table:
     """Return all final scores, mean ± standard deviation over seeds; empty for accuracy and loss alone.
 
     Each row is shown at the first budget for which it has runs. Shares are numbers from 0 to 1.
@@ -113,7 +139,7 @@ def scores_table(section: Section) -> str:
     runs = [run for row in section.rows for run in section.first(row)]
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
     if set(names) <= {ACCURACY.name, LOSS.name}:
-        return ""
+        return Table((), ())
 
     def cell(row: str, name: str) -> str:
         values = [run.final(name) for run in section.first(row)]
@@ -123,10 +149,10 @@ def scores_table(section: Section) -> str:
         return f"{statistics.fmean(values):.4f}{spread}"
 
     lines = [[row, *(cell(row, name) for name in names)] for row in section.rows]
-    return _markdown(["strategy", *(Score(name).title for name in names)], lines)
+    return Table(["strategy", *(Score(name).title for name in names)], lines, SCORES)
 
 
-def paired_differences(section: Section, reference: str) -> str:
+def paired_differences(section: Section, reference: str) -> Table:
     """Return the differences of each row's main scores to those of one row; of shares in points.
 
     Runs of one seed share partition, sampling and new weights, so their difference says more than the
@@ -140,27 +166,79 @@ def paired_differences(section: Section, reference: str) -> str:
         The row that is subtracted.
     """
 
-    def differences(row: str, budget: str) -> list[float]:
-        theirs = {run.seed: _value(run) for run in section.entry(reference, budget) or ()}
-        runs = section.entry(row, budget) or ()
-        return [_value(run) - theirs[run.seed] for run in runs if run.seed in theirs]
-
     def cell(row: str, budget: str) -> str:
         if section.entry(row, budget) is None:
             return NONE
-        found = differences(row, budget)
+        found = _differences(section, reference, row, budget)
         form = _form(section.metric)
         spread = f" ± {statistics.stdev(found):{form}}" if len(found) > 1 else ""
         return f"{statistics.fmean(found):+{form}}{spread}" if found else PENDING
 
     rows = [row for row in section.rows if row != reference]
-    if all(len(differences(row, budget)) < 2 for row in rows for budget in section.budgets):
-        return ""
+    if not paired_tests(section, reference):
+        return Table((), ())
     lines = [[row, *(cell(row, budget) for budget in section.budgets)] for row in rows]
-    return _markdown([f"less {reference}", *section.budgets], lines)
+    return Table([f"less {reference}", *section.budgets], lines, PAIRED)
 
 
-def measured_costs(section: Section, reference: str = "") -> str:
+def paired_tests(section: Section, reference: str) -> dict[tuple[str, str], Paired]:
+    """Return the paired tests of each row and budget against a row, for entries with two pairs or more.
+
+    p is corrected for the number of tests in the section.
+    """
+    found = {
+        (row, budget): differences
+        for row in section.rows
+        for budget in section.budgets
+        if row != reference
+        and len(differences := _differences(section, reference, row, budget)) > 1
+    }
+    return dict(zip(found, holm([paired_test(each) for each in found.values()]), strict=True))
+
+
+def significance_table(section: Section, reference: str) -> Table:
+    """Return the tests behind `paired_differences`, one line an entry; empty if no two pairs exist."""
+    form = _form(section.metric)
+
+    def chance(p: float) -> str:
+        return NONE if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+    lines = [
+        [
+            row,
+            budget,
+            str(test.seeds),
+            f"{test.mean:+{form}}",
+            f"{test.low:+{form}} to {test.high:+{form}}",
+            *map(chance, (test.p, test.p_holm, test.p_signs)),
+            NONE if test.needed is None else str(test.needed),
+        ]
+        for (row, budget), test in paired_tests(section, reference).items()
+    ]
+    header = [f"less {reference}", "budget", "seeds", "difference", "95% interval"]
+    return Table([*header, "p", "p, Holm", "p, signs", "seeds for 80%"], lines, TESTS)
+
+
+def differences_csv(sections: Iterable[tuple[str, Section]], reference: str) -> str:
+    """Return a CSV with one line for each paired test; sections come with their experiment's name."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [field.name for field in fields(Paired)]
+    writer.writerow(["experiment", "row", "budget", "reference", "metric", "unit", *columns])
+    for experiment, section in sections:
+        unit = "points" if section.metric.share else ""
+        for (row, budget), test in paired_tests(section, reference).items():
+            of = [experiment, row, budget, reference, section.metric.name, unit]
+            writer.writerow([*of, *(getattr(test, column) for column in columns)])
+    return text.getvalue()
+
+
+def _differences(section: Section, reference: str, row: str, budget: str) -> list[float]:
+    runs, others = (section.entry(name, budget) or () for name in (row, reference))
+    return differences_by_seed(runs, others)
+
+
+def measured_costs(section: Section, reference: str = "") -> Table:
     """Return the measured costs of a client's round: compute, traffic, time and memory.
 
     Parameters
@@ -196,10 +274,10 @@ def measured_costs(section: Section, reference: str = "") -> str:
                 _spread(runs, section.seeds),
             ]
         )
-    return _markdown(header, lines)
+    return Table(header, lines, MEASURED)
 
 
-def paper_accounting(section: Section, reference: str = "") -> str:
+def paper_accounting(section: Section, reference: str = "") -> Table:
     """Return the costs of a client's round in the paper's accounting, beside the published figures.
 
     The rule is that of `paper_costs`, except that FLOPs of selection are measured. Parameters are those
@@ -230,7 +308,7 @@ def paper_accounting(section: Section, reference: str = "") -> str:
             figures = section.paper_costs.get(row, {})
             line += [f"{figures[key]:,.4g}" if key in figures else NONE for key in PAPER_COSTS]
         lines.append(line)
-    return _markdown(["strategy", *PAPER_COSTS.values(), *published], lines)
+    return Table(["strategy", *PAPER_COSTS.values(), *published], lines, ACCOUNTED)
 
 
 def runs_csv(sections: Iterable[tuple[str, Section]]) -> str:
@@ -352,10 +430,3 @@ def _spread(runs: Runs, seeds: int) -> str:
     spread = f" ± {statistics.stdev(scores):{form}}" if len(scores) > 1 else ""
     count = f" ({len(scores)} of {seeds})" if len(scores) < seeds else ""
     return f"{statistics.fmean(scores):{form}}{spread}{count}"
-
-
-def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, lines)]) + "\n"

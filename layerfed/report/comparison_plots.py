@@ -9,11 +9,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import StrMethodFormatter
 
 from layerfed.exchange.scores import ACCURACY, Score
 from layerfed.report.figures import Section
-from layerfed.report.plots import in_percent, over_rounds, save_picture
+from layerfed.report.plots import fit, in_percent, log_to_zero, over_rounds, save_picture
 
 __all__ = ["draw_accuracy", "draw_terms", "draw_uplink", "look", "mean_curve", "pareto_front"]
 
@@ -43,14 +44,22 @@ def draw_accuracy(sections: Sequence[Section], file: Path) -> Path:
     panels = figure.subplots(down, across, squeeze=False)
     for section, line in zip(sections, panels, strict=True):
         for budget, axes in zip(section.budgets, line, strict=True):
+            shown: list[float] = []
             for number, row in enumerate(section.rows):
                 if runs := section.entry(row, budget):
-                    _curve(axes, mean_curve([run.curve for run in runs]), row, number)
+                    curve = mean_curve([run.curve for run in runs])
+                    _curve(axes, curve, row, number)
+                    shown += [*(curve[1] - curve[2]), *(curve[1] + curve[2])]
+            fit(axes, shown, section.metric)
             axes.set(ylabel=f"test {section.metric.title}", title=f"{section.title} · {budget}")
             in_percent(axes, section.metric)
             over_rounds(axes)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=8)
+            handles, _ = axes.get_legend_handles_labels()
+            if axes.collections:
+                name = f"band: mean ± standard deviation, {section.seeds} seeds"
+                handles.append(Patch(color="0.5", alpha=0.3, lw=0, label=name))
+            if handles:
+                axes.legend(handles=handles, fontsize=8)
     return save_picture(figure, file)
 
 
@@ -66,6 +75,9 @@ def draw_terms(sections: Sequence[Section], file: Path) -> Path:
     panels = figure.subplots(down, across, squeeze=False)
     pairs = [(section, key) for section in sections for key in TERM_TITLES]
     for (section, key), line in zip(pairs, panels, strict=True):
+        runs_shown = (run for runs in section.runs.values() for run in runs)
+        terms = (value for run in runs_shown for term in run.terms.values() for _, value in term)
+        scale = max(terms, default=0.0)
         for budget, axes in zip(section.budgets, line, strict=True):
             positive = []
             for number, row in enumerate(section.rows):
@@ -75,9 +87,8 @@ def draw_terms(sections: Sequence[Section], file: Path) -> Path:
                     rounds, mean, spread = mean_curve(known)
                     positive += mean[mean > 0].tolist()
                     _curve(axes, (rounds, mean, np.zeros_like(spread)), row, number)
-            if positive:
-                axes.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
-            axes.set(ylabel=TERM_TITLES[key], ylim=(0, None))
+            log_to_zero(axes, positive, scale)
+            axes.set(ylabel=TERM_TITLES[key])
             axes.set_title(f"{section.title} · {budget}", fontsize=10)
             over_rounds(axes)
     drawn = {line.get_label(): line for axes in panels.flat for line in axes.lines}
@@ -154,12 +165,15 @@ def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
             )
         if points:
             front = np.array(pareto_front(points, section.metric))
-            axes.plot(*front.T, color="0.5", linewidth=1, linestyle="--", zorder=0)
+            axes.plot(
+                *front.T, color="0.5", linewidth=1, linestyle="--", zorder=0, label="Pareto front"
+            )
             axes.set_xscale("log")
             axes.tick_params(axis="x", which="both", labelsize=7)
             for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
                 axis(StrMethodFormatter("{x:g}"))
-            axes.legend(fontsize=7, ncols=2)
+            title = "bar: ± standard deviation over seeds" if section.seeds > 1 else None
+            axes.legend(fontsize=7, ncols=2, title=title, title_fontsize=7)
         label = f"final test {section.metric.title}"
         axes.set(xlabel="uplink of the run, MB", ylabel=label, title=section.title)
         in_percent(axes, section.metric)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ from layerfed.runs.files import read_json, read_lines
 __all__ = [
     "draw_partition",
     "draw_run",
+    "fit",
     "in_percent",
+    "log_to_zero",
     "over_rounds",
     "save_picture",
     "selection_shares",
 ]
 
+# The share of the largest value below which a value is rounding noise.
+NOISE = 1e-9
 # The terms of `layerfed.server.theory` in metrics.jsonl, each with its label and colour.
 TERMS = {
     "e1": (r"$\hat E_1$: layers that no client trains", "#c05a1a"),
@@ -38,11 +42,63 @@ TERMS = {
 }
 
 
+# No file has a date, so that equal pictures are equal files.
+UNDATED = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+
+
 def save_picture(figure: Figure, file: Path, dpi: int = 150) -> Path:
-    """Write a PNG in place of what is there; return its path."""
-    with whole(file) as beside:
-        figure.savefig(beside, dpi=dpi, format="png")
-    return file
+    """Write a picture as PNG, SVG and PDF in place of what is there; return the PNG's path.
+
+    Parameters
+    ----------
+    figure : Figure
+    file : Path
+        The path whose ending becomes `.png`, `.svg` and `.pdf`.
+    dpi : int (default: 150)
+        Dots per inch of the PNG, and of images inside the others.
+    """
+    # Of Type 42, whose text can be searched and edited; many journals refuse matplotlib's Type 3.
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "layerfed"}):
+        for form, metadata in UNDATED.items():
+            with whole(file.with_suffix(f".{form}")) as beside:
+                figure.savefig(beside, dpi=dpi, format=form, metadata=metadata)
+    return file.with_suffix(".png")
+
+
+def fit(axes: Axes, values: Iterable[float], metric: Score) -> None:
+    """Make the axis of a score fit its values, within the score's bounds.
+
+    A range below 1e-9 of the values is rounding noise. It is drawn as the constant that it is.
+    """
+    found = np.asarray([value for value in values if np.isfinite(value)])
+    if not len(found):
+        return
+    low, high, most = found.min(), found.max(), np.abs(found).max()
+    room = 0.06 * (high - low) if high - low > 1e-9 * most else 0.1 * most or 0.1
+    # A mark on a bound is drawn whole.
+    edge = 0.02 * (high - low + 2 * room)
+    axes.set_ylim(max(low - room, metric.low - edge), min(high + room, metric.high + edge))
+
+
+def log_to_zero(axes: Axes, values: Iterable[float], scale: float) -> None:
+    """Make an axis logarithmic down to the smallest value above rounding noise, then linear to zero.
+
+    Parameters
+    ----------
+    axes : Axes
+    values : Iterable[float]
+        What is drawn, at least 0.
+    scale : float
+        The size of the numbers that the values were computed from. Values below 1e-9 of it are rounding
+        noise, and the axis does not stretch to show their decades.
+    """
+    noise = NOISE * scale
+    above = [value for value in values if value > noise]
+    if above:
+        axes.set_yscale("symlog", linthresh=min(above), linscale=0.5)
+        axes.set_ylim(0, 1.5 * max(above))
+    else:
+        axes.set_ylim(0, 10 * noise or 1)
 
 
 def in_percent(axes: Axes, metric: Score) -> None:
@@ -114,11 +170,13 @@ def _score(
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     names = dict.fromkeys(name for row in metrics for name in row.get("groups", ()))
+    drawn: list[float] = []
     for name in names:
         rows = [row for row in metrics if name in row.get("groups", ())]
         values = [row["groups"][name].get(metric.name) for row in rows]
         rounds = [row["round"] for row in rows]
         axes.plot(rounds, values, linewidth=1, alpha=0.7, label=name)
+        drawn += [value for value in values if value is not None]
     curve = score_curves(summary, metrics).get(metric.name, ())
     rounds, values = ([point[i] for point in curve] for i in (0, 1))
     axes.plot(rounds, values, color="#1f5fa8", marker="o", markersize=3, linewidth=1.5)
@@ -134,8 +192,7 @@ def _score(
     if names:
         axes.legend(fontsize=8)
     axes.set(ylabel=f"test {metric.title}", title=title)
-    if metric.share:
-        axes.set(ylim=(0, 1.05))
+    fit(axes, [*drawn, *values], metric)
     in_percent(axes, metric)
     over_rounds(axes)
     return save_picture(figure, folder / f"{metric.name}.png")
@@ -233,10 +290,9 @@ def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
             markersize=3,
             linewidth=1.5,
         )
-    positive = [row[key] for key in TERMS for row in metrics if row.get(key)]
-    if positive:
-        axes.set_yscale("symlog", linthresh=min(positive), linscale=0.5)
-    axes.set(ylabel="estimate, in squared gradients", title=title, ylim=(0, None))
+    known = [row[key] for key in TERMS for row in metrics if row.get(key)]
+    log_to_zero(axes, known, max(known, default=0.0))
+    axes.set(ylabel="estimate, in squared gradients", title=title)
     over_rounds(axes)
     axes.legend()
     return save_picture(figure, file)
@@ -268,7 +324,9 @@ def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
         unknown = [[np.nan] * len(names)]
         tables = [row["statistics"].get("grad_norm_sq", unknown) for row in selections]
         norms = [np.mean(table, axis=0) for table in tables]
-        positive = np.maximum(np.sqrt(norms), np.finfo(float).tiny)
+        found = np.sqrt(norms)
+        # Norms of rounding noise have the colour of the smallest one that is none.
+        positive = np.maximum(found, np.nanmax(found, initial=0.0) * NOISE or 1.0)
         image = axes[1].imshow(positive.T, cmap="viridis", norm=LogNorm(), **shown)
         figure.colorbar(image, ax=axes[1])
         axes[1].set_title("probed gradient norm (r.m.s. over clients)", fontsize=10)

@@ -7,26 +7,32 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
 
 from layerfed.config import RunConfig
-from layerfed.exchange.scores import Score
+from layerfed.exchange.scores import ACCURACY, Score
 from layerfed.report import RunFigures, Section, draw_accuracy, draw_terms, draw_uplink
 from layerfed.report.comparison import (
     accuracy_table,
     differences,
+    differences_csv,
     measured_costs,
     paired_differences,
     paper_accounting,
     runs_csv,
     scores_table,
+    significance_table,
 )
 from layerfed.report.comparison_plots import look, mean_curve, pareto_front
 from layerfed.report.paper_costs import paper_costs
+from layerfed.report.plots import fit
 from tests.compare.synthetic import write_run
 
 
@@ -59,7 +65,7 @@ def section(tmp_path: Path) -> Section:
 
 
 def test_accuracies_are_means_and_deviations_and_the_best_is_bold(section: Section) -> None:
-    assert accuracy_table(section).splitlines() == [
+    assert accuracy_table(section).markdown().splitlines() == [
         "| strategy | R = 1 | R = 2 | paper, R = 1 | paper, R = 2 | uplink % | downlink % | TFLOPs |",
         "|---|---|---|---|---|---|---|---|",
         "| full | 99.00 (1 of 2) | 99.00 (1 of 2) | 95.43 | 95.43 | 100.0 | 100.0 | 10.00 |",
@@ -77,9 +83,9 @@ def test_of_an_error_the_smallest_is_bold_and_nothing_is_in_percent(tmp_path: Pa
 
     runs = {("a", "R = 1"): [run(1.5), run(2.5)], ("b", "R = 1"): [run(30.0), run(31.0)]}
     shown = Section("x", ["a", "b"], ["R = 1"], runs, 2)
-    rows = [line.split(" | ")[1] for line in accuracy_table(shown).splitlines()[2:]]
+    rows = [line.split(" | ")[1] for line in accuracy_table(shown).markdown().splitlines()[2:]]
     assert rows == ["**2 ± 0.7071**", "30.5 ± 0.7071"]
-    assert scores_table(shown).splitlines() == [
+    assert scores_table(shown).markdown().splitlines() == [
         "| strategy | RMSE | loss |",
         "|---|---|---|",
         "| a | 2.0000 ± 0.7071 | 4.2500 ± 2.8284 |",
@@ -112,7 +118,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         },
         seeds=3,
     )
-    assert paired_differences(section, "ours").splitlines() == [
+    assert paired_differences(section, "ours").markdown().splitlines() == [
         "| less ours | R = 1 | R = 2 |",
         "|---|---|---|",
         "| full | +30.00 ± 14.14 | +20.00 |",
@@ -120,11 +126,11 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         "| both | – | -30.00 |",
     ]
     single = Section("x", ["top", "ours"], ["R = 2"], section.runs, 1)
-    assert paired_differences(single, "ours") == ""
+    assert not paired_differences(single, "ours")
 
 
 def test_costs_are_of_a_client_and_round(section: Section) -> None:
-    lines = measured_costs(section, "full").splitlines()
+    lines = measured_costs(section, "full").markdown().splitlines()
     assert lines[2] == (
         "| full | 4 | 1 | 100.0 (20.0) | 0.036 | 100.0 | 0.036 | 100.0 | 4 | 0.5 | 5 (7) "
         "| 99.00 (1 of 2) |"
@@ -134,14 +140,14 @@ def test_costs_are_of_a_client_and_round(section: Section) -> None:
         "| 80.00 (1 of 2) |"
     )
     assert lines[4].count("…") == 9
-    assert "– (–)" in measured_costs(section)
+    assert "– (–)" in measured_costs(section).markdown()
 
 
 def test_a_run_that_sent_nothing_down_has_no_ratio(tmp_path: Path, section: Section) -> None:
     silent = figures(tmp_path, 0.5, bytes_down=0)
     runs = {**section.runs, ("full", None): [silent]}
     nothing = Section(section.title, section.rows, section.budgets, runs, 2)
-    assert "| 0 | – |" in measured_costs(nothing, "full").splitlines()[2]
+    assert "| 0 | – |" in measured_costs(nothing, "full").markdown().splitlines()[2]
 
 
 def test_the_papers_accounting_stands_beside_its_figures(section: Section) -> None:
@@ -149,7 +155,7 @@ def test_the_papers_accounting_stands_beside_its_figures(section: Section) -> No
     ours = section.first("ours")[0].accounted
     assert ours.flops == 3 * 180 * 5 * 32 / 4
     assert ours.bytes_up == 4500 / 4
-    lines = paper_accounting(section, "full").splitlines()
+    lines = paper_accounting(section, "full").markdown().splitlines()
     assert lines[0].count("paper: ") == 6
     assert lines[2].endswith("| 8.47 | – | – | – | 2,811 | – |")
     assert lines[5].endswith("| – | – | – | – | – | – |")
@@ -160,7 +166,12 @@ def test_epochs_have_no_nominal_number_of_examples(tmp_path: Path) -> None:
     run = figures(tmp_path, 0.5, config=config)
     assert run.accounted.flops is None
     alone = Section("x", ["top"], ["R = 1"], {("top", "R = 1"): [run]}, 1)
-    assert paper_accounting(alone).splitlines()[2].startswith("| top | – | – | 1 | – | 0.009 |")
+    assert (
+        paper_accounting(alone)
+        .markdown()
+        .splitlines()[2]
+        .startswith("| top | – | – | 1 | – | 0.009 |")
+    )
 
 
 def test_the_papers_rule_gives_its_printed_figures() -> None:
@@ -196,7 +207,7 @@ def test_a_step_takes_what_clients_say_whatever_the_phase_took(tmp_path: Path) -
     shown = Section(
         "x", ["a", "b"], ["R = 1"], {("a", "R = 1"): [run], ("b", "R = 1"): [silent]}, 1
     )
-    lines = [line.split(" | ") for line in measured_costs(shown).splitlines()]
+    lines = [line.split(" | ") for line in measured_costs(shown).markdown().splitlines()]
     column = lines[0].index("s a step")
     assert [lines[2][column], lines[3][column]] == ["0.6", "–"]
     assert [lines[2][column + 1], lines[3][column + 1]] == ["5 (7)", "– (7)"]
@@ -289,3 +300,91 @@ def test_nothing_is_cheaper_and_better_than_the_front(points: list[tuple[int, in
         assert any(c <= cost and s >= score for c, s in front)
         for c, s in front:
             assert not (cost <= c and score >= s and (cost, score) != (c, s))
+
+
+def test_paired_tests_are_in_table_and_csv(tmp_path: Path) -> None:
+    def runs(*scores: float) -> list[RunFigures]:
+        configs = [RunConfig.from_flat({"run.seed": seed}) for seed in range(len(scores))]
+        return [figures(tmp_path, x, config=c) for x, c in zip(scores, configs, strict=True)]
+
+    ours, top, low = (0.50, 0.60, 0.70), (0.51, 0.62, 0.74), (0.45, 0.5, 0.6)
+    found = {
+        (row, "R = 1"): runs(*scores)
+        for row, scores in (("ours", ours), ("top", top), ("low", low))
+    }
+    shown = Section("x", ["ours", "top", "low", "absent"], ["R = 1"], found, 3)
+    theirs = {
+        row: ttest_rel(np.array(scores) * 100, np.array(ours) * 100)
+        for row, scores in (("top", top), ("low", low))
+    }
+    rows = list(csv.DictReader(differences_csv([("digits", shown)], "ours").splitlines()))
+    assert [(row["row"], row["reference"], row["unit"]) for row in rows] == [
+        ("top", "ours", "points"),
+        ("low", "ours", "points"),
+    ]
+    for row in rows:
+        test = theirs[row["row"]]
+        assert float(row["p"]) == pytest.approx(test.pvalue)
+        assert float(row["low"]) == pytest.approx(test.confidence_interval().low)
+        assert float(row["p_signs"]) == 0.25
+    # Holm: the smaller p of two is doubled, and the other is not below it.
+    assert float(rows[1]["p_holm"]) == pytest.approx(2 * theirs["low"].pvalue)
+    line = significance_table(shown, "ours").markdown().splitlines()[2]
+    assert line.startswith("| top | R = 1 | 3 | +2.33 | -1.46 to +6.13 | 0.118 |")
+
+
+def test_axes_fit_the_data_and_the_band_has_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(
+        "layerfed.report.comparison_plots.save_picture",
+        lambda figure, file, dpi=150: drawn.append(figure) or file,
+    )
+    config = RunConfig.from_flat({"run.seed": 1})
+    noise = {"e1": 2.0, "e2": 3e-16, "e2_masks": 1e-16}
+    runs = [
+        replace(figures(tmp_path, 0.5, **noise), curves={"accuracy": ((0, 0.48), (1, 0.55))}),
+        replace(
+            figures(tmp_path, 0.5, config=config, **noise),
+            curves={"accuracy": ((0, 0.49), (1, 0.57))},
+        ),
+    ]
+    shown = Section("x", ["a"], ["R = 1"], {("a", "R = 1"): runs}, 2)
+    draw_accuracy([shown], tmp_path / "x.png")
+    axes = drawn[0].axes[0]
+    low, high = axes.get_ylim()
+    assert 0.45 < low < 0.48
+    assert 0.57 < high < 0.6
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "a",
+        "band: mean ± standard deviation, 2 seeds",
+    ]
+    draw_terms([shown], tmp_path / "x.png")
+    first, second, third = drawn[1].axes
+    assert first.get_ylim()[1] / first.yaxis.get_transform().linthresh < 10
+    for axes in (second, third):
+        assert axes.get_yscale() == "linear", "rounding noise has no decades"
+        assert axes.get_ylim()[1] > 1e6 * 3e-16
+
+
+def test_a_constant_with_rounding_noise_is_a_line_in_the_middle() -> None:
+    axes = Figure().subplots()
+    fit(axes, [0.5, 0.5 + 1e-16], ACCURACY)
+    assert axes.get_ylim() == pytest.approx((0.45, 0.55))
+    fit(axes, [0.0, 1.0], ACCURACY)
+    low, high = axes.get_ylim()
+    assert -0.05 < low < 0 < 1 < high < 1.05
+
+
+def test_a_picture_is_saved_in_three_forms_that_repeat(section: Section, tmp_path: Path) -> None:
+    def files() -> dict[str, bytes]:
+        draw_accuracy([section], tmp_path / "picture.png")
+        return {file.suffix: file.read_bytes() for file in tmp_path.glob("picture.*")}
+
+    found = files()
+    assert set(found) == {".png", ".svg", ".pdf"}
+    assert found[".pdf"].startswith(b"%PDF")
+    assert b"/Type3" not in found[".pdf"], "journals refuse such fonts"
+    assert ElementTree.fromstring(found[".svg"]).tag == "{http://www.w3.org/2000/svg}svg"
+    assert files() == found

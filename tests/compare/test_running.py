@@ -120,6 +120,7 @@ def test_only_what_is_missing_is_run(launcher: Launcher, tmp_path: Path) -> None
     assert [file.name for file in files] == [
         "table.md",
         "table.csv",
+        "table.tex",
         "table-accuracy.png",
         "table-uplink.png",
         "table-theory.png",
