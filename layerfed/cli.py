@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
@@ -433,47 +433,56 @@ def layers(settings: Settings = None) -> None:
 def _predicted(config: RunConfig, task: Task) -> Table | None:
     """Return a table of the memory of a training step by mask; None for a task without an example."""
     from layerfed.client.memory import Phases
-    from layerfed.client.prediction import masks_named, predicted_step
-    from layerfed.client.training import Step
-    from layerfed.client_app import local_optimizer
+    from layerfed.doctor.job import predicted_by_mask, storage_of
 
-    train, storage = config.train, _held(config)
-    batch = task.largest_batch(train.batch_size)
-    if batch is None:
+    if not (predicted := predicted_by_mask(config, task)):
         return None
-    model = task.skeleton().to("meta")
-    layers = task.layers(model)
+    batch = config.train.batch_size
     table = Table(
-        title=f"memory of a training step in MB: batch {train.batch_size}, storage {storage}"
+        title=f"memory of a training step in MB: batch {batch}, storage {storage_of(config)}"
     )
     table.add_column("trained", no_wrap=True)
     for column in (field.name for field in fields(Phases)):
         table.add_column(column, justify="right", no_wrap=True)
-    how = Step("float32", train.micro_batch, train.checkpointing)
-    for name, mask in masks_named(layers.num_blocks).items():
-        found = predicted_step(
-            model,
-            layers,
-            mask,
-            batch,
-            task.loss,
-            local_optimizer(train, train.lr),
-            how=how,
-            storage=storage,
-        )
+    for name, found in predicted.items():
         table.add_row(name, *(f"{number / 1e6:.1f}" for number in asdict(found).values()))
     return table
 
 
-def _held(config: RunConfig) -> str:
-    """Return the type in which frozen layers will be held."""
-    if config.model.storage != "checkpoint":
-        return config.model.storage
-    if config.model.family != "transformers":
-        return "float32"
-    from layerfed.models.text import type_of_weights
+@app.command()
+def doctor(
+    settings: Settings = None,
+    federation: Annotated[
+        Path, typer.Option("--dir", help="A federation's folder, whose certificates are checked")
+    ] = Path("federation"),
+    seconds: Annotated[
+        float, typer.Option(help="The most that trying the configuration may take", min=1)
+    ] = 300.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")
+    ] = False,
+) -> None:
+    """Look at this machine, and at what a run of CONF will take; exit 0 only if nothing is wrong."""
+    from layerfed.doctor import findings
 
-    return str(type_of_weights(config.model)).removeprefix("torch.")
+    config = read_settings(settings) if settings else None
+    output = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False)
+    marks = {"ok": "ok", "note": "note", "wrong": "WRONG"}
+    styles = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+    seen = []
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        for found in findings(config, federation, seconds):
+            seen.append(found)
+            output.print(f"{marks[found.status]:5}", style=styles[found.status], end="  ")
+            output.print(f"{found.check:12} {found.text}")
+            if found.advice:
+                output.print(f"{'':20}→ {found.advice}")
+    wrong = sum(found.status == "wrong" for found in seen)
+    if as_json:
+        typer.echo(json.dumps({"wrong": wrong, "findings": [asdict(found) for found in seen]}))
+    elif config is None:
+        output.print("A configuration (layerfed doctor conf/default.toml) is tried as well.")
+    raise typer.Exit(1 if wrong else 0)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,16 @@ from layerfed.runs.records import Observer
 from layerfed.runs.trackers import load_trackers
 from layerfed.server_app import build_account, build_server_app, build_strategy
 
-__all__ = ["Engine", "EngineName", "InProcessGrid", "choose_engine", "prepare", "run_on"]
+__all__ = [
+    "Engine",
+    "EngineName",
+    "InProcessGrid",
+    "Outlook",
+    "choose_engine",
+    "outlook",
+    "prepare",
+    "run_on",
+]
 
 Engine = Literal["inprocess", "ray"]
 EngineName = Literal["auto", "inprocess", "ray"]
@@ -48,17 +57,45 @@ def choose_engine(config: RunConfig, engine: EngineName) -> tuple[Engine, str]:
         return "ray", f"the cluster at {config.run.ray_address}"
     if find_spec("ray") is None:
         return "inprocess", "Ray is not installed"
+    ahead = outlook(config)
+    if ahead.abreast < 2:
+        return "inprocess", "there is room for one client at a time"
+    work = ahead.round_seconds * config.federation.rounds
+    if work * (1 - 1 / ahead.abreast) < WORTH_SECONDS:
+        return "inprocess", f"{work:.0f} s of clients' work are not worth starting Ray"
+    return "ray", f"{ahead.abreast} clients at a time, for about {work:.0f} s of work"
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run's clients take here, by the measured step of the first one on all blocks.
+
+    Attributes
+    ----------
+    needed : float
+        Bytes of a client on its device; infinity if not even one fits.
+    step_seconds : float
+    round_seconds : float
+        Steps and probes of all clients of a round, one after another.
+    abreast : int
+        Clients that fit at a time; 1 if Ray is not installed, 0 if not even one does.
+    """
+
+    needed: float
+    step_seconds: float
+    round_seconds: float
+    abreast: int
+
+
+def outlook(config: RunConfig) -> Outlook:
+    """Measure the first client's training step, once a process, and work out a round."""
     bench = workbench(config.to_flat())
     needed, seconds = bench.first_step
+    steps = config.train.steps(len(bench.examples(0)[0])) + config.strategy.probe_batches
     abreast = _actors(config, bench, needed).count
-    if abreast < 2:
-        return "inprocess", "there is room for one client at a time"
-    federation, train = config.federation, config.train
-    steps = train.steps(len(bench.examples(0)[0])) + config.strategy.probe_batches
-    work = seconds * steps * federation.cohort * federation.rounds
-    if work * (1 - 1 / abreast) < WORTH_SECONDS:
-        return "inprocess", f"{work:.0f} s of clients' work are not worth starting Ray"
-    return "ray", f"{abreast} clients at a time, for about {work:.0f} s of work"
+    if find_spec("ray") is None:
+        abreast = min(abreast, 1)
+    return Outlook(needed, seconds, seconds * steps * config.federation.cohort, abreast)
 
 
 def _actors(config: RunConfig, bench: Workbench, needed: float) -> Actors:
