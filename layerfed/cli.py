@@ -40,7 +40,7 @@ ENGINES = get_args(EngineName)
 
 if TYPE_CHECKING:
     from layerfed.compare import Plan
-    from layerfed.models.layers import Layer
+    from layerfed.models.layers import Layer, LayerMap
     from layerfed.runs import RunFolder
     from layerfed.task import Task
 
@@ -399,7 +399,7 @@ def layers(settings: Settings = None) -> None:
     from layerfed.task import load_task
 
     task = load_task(config)
-    found = task.layers(task.skeleton())
+    found = task.layers(task.adapted(task.skeleton()))
     table = Table(title=f"{escape(config.task.name)}: {found.num_blocks} selectable layers")
     table.add_column("layer", no_wrap=True)
     table.add_column("role", no_wrap=True)
@@ -416,7 +416,7 @@ def layers(settings: Settings = None) -> None:
         table.add_row(
             escape(layer.name),
             role[layer.kind],
-            escape(", ".join(_with_tensors(layer))),
+            escape(", ".join(_with_tensors(layer, found))),
             f"{layer.elements:,}",
             f"{layer.bytes / 1e6:.3f}",
             f"{layer.elements / total:.1%}",
@@ -524,10 +524,14 @@ def _measured(config: RunConfig) -> dict[str, tuple[str, str]]:
     }
 
 
-def _with_tensors(layer: Layer) -> list[str]:
+def _with_tensors(layer: Layer, layers: LayerMap) -> list[str]:
     """Return a layer's modules with tensors, and its loose parameters; no dropouts or activations."""
     inside = [m for m in layer.modules if any(t.startswith(m + ".") for t in layer.tensors)]
     loose = [t for t in layer.tensors if not any(t.startswith(m + ".") for m in inside)]
+    blocks = tuple(f"{module}." for block in layers.blocks for module in block.modules)
+    if layers.adapted and layer is layers.embeddings:
+        loose = [t for t in loose if not t.startswith(blocks)]
+        return [*loose, *inside, "all weights of the blocks but their adapters"]
     return [*loose, *inside]
 
 
@@ -584,7 +588,7 @@ def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the model")],
     best: Best = False,
     form: Annotated[
-        str, typer.Option("--format", help="native (the model's own library) or onnx")
+        str, typer.Option("--format", help="native (the model's own library), onnx or peft")
     ] = "native",
     push_to_hub: Annotated[
         str, typer.Option(help="Upload to this repository, OWNER/NAME; a new one is private")

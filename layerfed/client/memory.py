@@ -154,7 +154,7 @@ def as_predicted(
     storage : {"float32", "bfloat16", "float16", "int8", "4bit"}
     """
     places, before = owners(model), {}
-    frozen = [x for x in layers.layers if x.name not in chosen and x.name != "head"]
+    frozen = [layer for layer in layers.storable if layer.name not in chosen]
     tables = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     if storage != "float32":
         for name in (n for layer in frozen for n in layer.parameters):

@@ -99,6 +99,8 @@ class ResidentModel:
     storage : {"checkpoint", "float32", "bfloat16", "float16", "int8", "4bit"}
         The type of the frozen layers. Layers that have changed since the base, and the head, are in
         float32, and so is everything that is trained.
+    adapted : Callable[[nn.Module], nn.Module]
+        Returns the model with adapters, if it is to have some.
     """
 
     def __init__(
@@ -107,8 +109,10 @@ class ResidentModel:
         layers: Callable[[nn.Module], LayerMap],
         device: torch.device,
         storage: Storage = "checkpoint",
+        adapted: Callable[[nn.Module], nn.Module] = lambda model: model,
     ) -> None:
         self._own_build = build
+        self._adapted = adapted
         self.device = device
         self.storage = storage
         self.model = self._build()
@@ -133,7 +137,7 @@ class ResidentModel:
 
     def _build(self) -> nn.Module:
         make = in_float32 if self.storage == "float32" else half_as_stored
-        return make(self._own_build())
+        return self._adapted(make(self._own_build()))
 
     def _versions(self) -> dict[str, str]:
         """Return the digest of each layer as the checkpoint has it, whatever this node makes of it."""
@@ -156,18 +160,16 @@ class ResidentModel:
 
     def _hold(self, names: Iterable[str], values: Mapping[str, Tensor]) -> None:
         """Put the checkpoint's values of some tensors into the model, as they are held when frozen."""
-        head = {*self.layers.head.parameters, *self.layers.head.buffers}
+        storable = {name for layer in self.layers.storable for name in layer.parameters}
         tables = {
             f"{name}.weight"
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         }
-        buffers = dict(self.model.named_buffers())
         lossy = {}
         for name in list(names):
             exact = values[name].detach()
-            # Every client trains the head in every round, so it is in float32 from the beginning.
-            kind: Storage = "float32" if name in head or name in buffers else self.storage
+            kind: Storage = self.storage if name in storable else "float32"
             self.tensors[name] = put(
                 self._owners[name], as_stored(exact, kind, self.device, table=name in tables)
             )

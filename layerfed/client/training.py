@@ -134,6 +134,9 @@ def selected_layers(model: nn.Module, layers: LayerMap, names: Iterable[str]) ->
             parameters[name].grad = None
         for name in layer.modules:
             modules[name].train(layer.name in chosen)
+    for name in set(layers.embeddings.buffers).intersection(layers.embeddings.tensors):
+        # The statistics of a BatchNorm that an adapter leaves frozen.
+        modules[name.rpartition(".")[0]].training = False
     try:
         yield
     finally:

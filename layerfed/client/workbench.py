@@ -57,7 +57,11 @@ class Workbench:
         self.task.own_data = own_data
         self.device = choose_device(config.run.device)
         self.resident = ResidentModel(
-            self.task.build_model, self.task.layers, self.device, config.model.storage
+            self.task.build_model,
+            self.task.layers,
+            self.device,
+            config.model.storage,
+            self.task.adapted,
         )
         train = config.train
         self.step = Step(

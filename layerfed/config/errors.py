@@ -73,6 +73,7 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "open_clip": "clip",
+    "peft": "lora",
     "PIL": "images",
     "pulp": "solvers",
     "pyarrow": "data",

@@ -126,6 +126,11 @@ class ModelConfig(Section):
     head: str = ""
     embeddings: str = ""
     storage: Storage = "checkpoint"
+    tuning: Literal["layers", "lora"] = "layers"
+    lora_rank: Positive = 8
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    lora_targets: str = ""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
     def family(self) -> str:
@@ -136,6 +141,18 @@ class ModelConfig(Section):
     def architecture(self) -> str:
         """The name of the model in its library."""
         return self.name.partition("/")[2]
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Self:
+        fields = type(self).model_fields
+        for name in (name for name in fields if name.startswith("lora_")):
+            value = getattr(self, name)
+            if self.tuning == "layers" and value != fields[name].default:
+                raise ConfigError(
+                    f"model.{name.replace('_', '-')} = {value!r} has no use for model.tuning = "
+                    "'layers'; leave it out, or choose model.tuning=lora"
+                )
+        return self
 
     @model_validator(mode="after")
     def _loadable(self) -> Self:

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     MASK = 7
     LOCAL_TEST = 8
     AUGMENT = 9
+    ADAPTERS = 10
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

@@ -234,7 +234,7 @@ def predicted_by_mask(config: RunConfig, task: Task) -> dict[str, Phases]:
     batch = task.largest_batch(train.batch_size)
     if batch is None:
         return {}
-    model = task.skeleton().to("meta")
+    model = task.adapted(task.skeleton().to("meta"))
     layers = task.layers(model)
     how = Step("float32", train.micro_batch, train.checkpointing)
     return {

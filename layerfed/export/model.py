@@ -18,6 +18,7 @@ from layerfed.config.errors import Failed, naming_extras
 from layerfed.export.card import model_card
 from layerfed.export.saved import SavedRun
 from layerfed.files import whole
+from layerfed.models.adapters import merge_adapters, save_adapters
 from layerfed.models.image import ImageClassifier, Tower, clip_config
 from layerfed.models.source import require
 from layerfed.models.text import with_whole_output
@@ -25,7 +26,7 @@ from layerfed_assets.vit import Block, VisionTransformer
 
 __all__ = ["ExportFormat", "export_run"]
 
-ExportFormat = Literal["native", "onnx"]
+ExportFormat = Literal["native", "onnx", "peft"]
 WEIGHTS = "model.safetensors"
 # ONNX files end at 2 GiB; the weights of larger models lie beside the graph.
 ONE_FILE = 1.9e9
@@ -41,8 +42,9 @@ def export_run(
     saved : SavedRun
     folder : Path
         A new folder, or an empty one.
-    form : {"native", "onnx"}
-        The model's own library, or a graph for onnxruntime and others.
+    form : {"native", "onnx", "peft"}
+        The model's own library, a graph for onnxruntime and others, or the adapters for PEFT. In the
+        first two forms adapters are merged into the weights, and `saved.model` has none afterwards.
     push_to : str
         The hub's repository to upload to, `owner/name`; it is made, private, if it does not exist.
 
@@ -60,10 +62,13 @@ def export_run(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty; choose another folder")
+    writers = {"native": _native, "onnx": _onnx, "peft": _adapters}
+    if form != "peft":
+        merge_adapters(saved.model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole(folder) as beside:
         beside.mkdir()
-        write, library, code = _onnx(saved) if form == "onnx" else _native(saved)
+        write, library, code = writers[form](saved)
         write(beside)
         shutil.copyfile(saved.folder / "classes.json", beside / "classes.json")
         card = model_card(saved, library, code)
@@ -216,6 +221,33 @@ def _transformers(saved: SavedRun, net: Any) -> Form:
     if answers is not None:
         code += f"\nscores = logits[0, -1, {list(answers)}]  # of {', '.join(task.classes)}"
     return write, "transformers", code
+
+
+def _adapters(saved: SavedRun) -> Form:
+    section, net = saved.config.model, cast(Any, saved.model)
+    classifies = section.family == "transformers" and not hasattr(saved.task, "letters")
+    if section.tuning != "lora" or not classifies:
+        raise ConfigError(
+            "--format peft writes the adapters of a sequence classifier of transformers; this run has "
+            f"model.name = '{section.name}' with model.tuning = '{section.tuning}' and task.name = "
+            f"'{saved.config.task.name}'; use --format native, which merges adapters into the weights"
+        )
+    base = section.architecture if section.weights == "pretrained" else section.weights
+
+    def write(folder: Path) -> None:
+        save_adapters(net, folder, base)
+        saved.task.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+
+    code = (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        "base = AutoModelForSequenceClassification.from_pretrained(\n"
+        f"    {base!r}, num_labels={net.config.num_labels}, pad_token_id={net.config.pad_token_id}\n)\n"
+        'model = PeftModel.from_pretrained(base, "FOLDER").eval()\n'
+        'logits = model(**tokenizer([text], truncation=True, return_tensors="pt")).logits'
+    )
+    return write, "peft", code
 
 
 # ----------------------------------------------------------------------------------------- ONNX

@@ -82,7 +82,8 @@ class SavedRun:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{file} is damaged: {error}") from None
-        resident = ResidentModel(task.build_model, task.layers, torch.device("cpu"), "float32")
+        cpu = torch.device("cpu")
+        resident = ResidentModel(task.build_model, task.layers, cpu, "float32", task.adapted)
         if about["base"] != resident.base:
             raise ConfigError(
                 f"model.weights = '{config.model.weights}' now holds another base ({resident.base}) "

@@ -31,7 +31,7 @@ from layerfed.models.block_finder import (
 )
 from layerfed.models.trace import Forward, Trace, Uses, trace
 
-__all__ = ["Layer", "LayerMap", "LayerMapError", "layer_costs"]
+__all__ = ["Layer", "LayerMap", "LayerMapError", "layer_costs", "traced"]
 
 EMBEDDINGS, HEAD = "embeddings", "head"
 
@@ -85,11 +85,15 @@ class LayerMap:
         Further names of tied tensors, each with the tensor's first name.
     shapes : Mapping[str, tuple[int, ...]]
         Shapes of all parameters and buffers.
+    adapted : bool
+        Whether the blocks are adapters. Everything that they adapt is in the embeddings then, which no
+        client trains and no message carries.
     """
 
     layers: tuple[Layer, ...]
     aliases: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    adapted: bool = False
 
     @classmethod
     def from_model(
@@ -133,7 +137,7 @@ class LayerMap:
         in_head = match_tensors(model, head, "model.head")
         frozen = match_tensors(model, embeddings, "model.embeddings")
         apart = [*in_head, *frozen]
-        seen = None if forward is None else _traced(model, forward)
+        seen = None if forward is None else traced(model, forward)
         names = match_blocks(model, blocks) if blocks else find_blocks(model, apart, seen)
         names = [name for name in names if not lies_in(name, apart)]
         if not names:
@@ -159,8 +163,23 @@ class LayerMap:
                 )
         if isinstance(owner, _ByUse):
             owner.refuse_reaching_down(layer_of)
-        shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
-        return cls(layers, aliases, shapes)
+        return cls(layers, aliases, _shapes(model))
+
+    def with_adapters(self, model: nn.Module, adapters: Mapping[str, str]) -> LayerMap:
+        """Return the split of the same model once it has adapters.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model that this map splits, with adapters in its blocks.
+        adapters : Mapping[str, str]
+            Names of the adapters' parameters, each with the name of its block.
+        """
+        head = {*self.head.parameters, *self.head.buffers}
+        rest = {name: HEAD if name in head else EMBEDDINGS for name in _tensors(model)}
+        modules = {module: layer.name for layer in self.layers for module in layer.modules}
+        layers = _layers(model, {**rest, **adapters}, modules, self.num_blocks)
+        return LayerMap(layers, _aliases(_tied(model)), _shapes(model), adapted=True)
 
     @property
     def embeddings(self) -> Layer:
@@ -181,6 +200,14 @@ class LayerMap:
     def num_blocks(self) -> int:
         """L, the number of selectable layers."""
         return len(self.layers) - 2
+
+    @property
+    def storable(self) -> tuple[Layer, ...]:
+        """The layers that may be held in less than float32 while they are frozen.
+
+        The head is trained in every round, and adapters are small and begin at random values.
+        """
+        return self.layers[:1] if self.adapted else self.layers[:-1]
 
     def trained(self, mask: Sequence[bool]) -> list[str]:
         """Return the names of the layers that a client with this mask trains, head included."""
@@ -218,7 +245,7 @@ class LayerMap:
         LayerMapError
             If tensors are missing, too many, or of other shapes. The message names them.
         """
-        theirs = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+        theirs = _shapes(model)
         if theirs.keys() != self.shapes.keys():
             lacks = sorted(self.shapes.keys() - theirs.keys())
             besides = sorted(theirs.keys() - self.shapes.keys())
@@ -419,7 +446,7 @@ class _ByUse(_Placement):
                 )
 
 
-def _traced(model: nn.Module, forward: Forward) -> Trace:
+def traced(model: nn.Module, forward: Forward) -> Trace:
     """Return a trace of the model.
 
     Raises
@@ -432,7 +459,7 @@ def _traced(model: nn.Module, forward: Forward) -> Trace:
     except Exception as error:  # a model may raise anything
         if any(parameter.is_meta for parameter in model.parameters()):
             # Some operations need values, as those that send tokens to experts do.
-            return _traced(_of_zeros(model), forward)
+            return traced(_of_zeros(model), forward)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise LayerMapError(
             f"the model cannot score an example, so the use of its layers is unknown: {reason}; choose "
@@ -506,12 +533,10 @@ def _outermost(
 
 def _place(model: nn.Module, owner: _Placement) -> tuple[dict[str, str], dict[str, str]]:
     """Return the layer of every tensor, and the further names of tied tensors."""
-    groups: dict[int, list[str]] = {}
-    for name, tensor in _tensors(model, tied=True).items():
-        groups.setdefault(id(tensor), []).append(name)
+    groups = _tied(model)
     layer_of: dict[str, str] = {}
     orphans = []
-    for names in groups.values():
+    for names in groups:
         place = owner.of_tied(names)
         if place is None:
             orphans.append(names[0])
@@ -523,7 +548,19 @@ def _place(model: nn.Module, owner: _Placement) -> tuple[dict[str, str], dict[st
             f"{some(sorted(orphans))}; name the blocks with a pattern that covers them "
             "(model.blocks), or add them to the head (model.head)"
         )
-    return layer_of, {name: first for first, *others in groups.values() for name in others}
+    return layer_of, _aliases(groups)
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Return all names of each tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in _tensors(model, tied=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
+
+
+def _aliases(groups: Sequence[Sequence[str]]) -> dict[str, str]:
+    return {name: first for first, *others in groups for name in others}
 
 
 def _layers(
@@ -563,6 +600,10 @@ def _tensors(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=not tied)),
         **dict(model.named_buffers(remove_duplicate=not tied)),
     }
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
 
 
 def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray | None:

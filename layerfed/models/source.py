@@ -91,9 +91,9 @@ def _advice(section: ModelConfig, repository: str, key: str, error: str) -> str:
 
 
 @contextmanager
-def new_weights(seed: int) -> Iterator[None]:
+def new_weights(seed: int, stream: Stream = Stream.HEAD) -> Iterator[None]:
     """Draw new weights from the run's seed, and leave the global generator unchanged."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also seed all GPUs.
-        torch.default_generator.manual_seed(torch_seed(seed, Stream.HEAD))
+        torch.default_generator.manual_seed(torch_seed(seed, stream))
         yield

@@ -27,7 +27,9 @@ from layerfed.config import (
 from layerfed.config.seeding import Stream, generator
 from layerfed.digests import content_digest, digest
 from layerfed.exchange.scores import LOSS, Score
+from layerfed.models.adapters import adapted_layers, insert_adapters
 from layerfed.models.layers import LayerMap, LayerMapError
+from layerfed.models.trace import Forward
 from layerfed.task.scoring import SingleLabel, Tally
 
 __all__ = ["Batch", "Examples", "InMemory", "Inputs", "Store", "Task"]
@@ -396,6 +398,31 @@ class Task(ABC):
         made = {n: torch.empty(s, dtype=example[n].dtype, device="meta") for n, s in shapes.items()}
         return {"label": torch.empty(size, dtype=torch.long, device="meta"), **made}
 
+    def _forward(self) -> Forward | None:
+        """Return a function that runs a model on the example, if there is one."""
+        example = self.example()
+        if not example:
+            return None
+
+        def forward(model: nn.Module) -> Tensor:
+            device = next(model.parameters()).device
+            return self.logits(model, {k: v.to(device) for k, v in example.items()})
+
+        return forward
+
+    def adapted(self, model: nn.Module) -> nn.Module:
+        """Return the model as it is trained: with adapters in its blocks if `model.tuning` says so.
+
+        Raises
+        ------
+        ConfigError
+            If the model cannot be split, or a block has nothing to adapt.
+        """
+        if self.config.model.tuning == "lora":
+            layers = self.layers(model)
+            insert_adapters(model, layers, self.config.model, self.config.run.seed, self._forward())
+        return model
+
     def layers(self, model: nn.Module) -> LayerMap:
         """Split the model into layers, by the configuration's patterns or, without any, by search.
 
@@ -404,19 +431,16 @@ class Task(ABC):
         ConfigError
             If the model cannot be split that way.
         """
-        section, example = self.config.model, self.example()
-
-        def forward(model: nn.Module) -> Tensor:
-            device = next(model.parameters()).device
-            return self.logits(model, {k: v.to(device) for k, v in (example or {}).items()})
-
+        if (known := adapted_layers(model)) is not None:
+            return known
+        section = self.config.model
         try:
             return LayerMap.from_model(
                 model,
                 blocks=section.blocks or None,
                 head=section.head,
                 embeddings=section.embeddings,
-                forward=forward if example else None,
+                forward=self._forward(),
             )
         except LayerMapError as error:
             raise ConfigError(str(error)) from None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import open_clip
+import peft
 import pytest
 import timm
 import torch
@@ -200,6 +201,42 @@ def test_texts_score_the_same_in_transformers(
     assert model.config.id2label == {0: "class 0", 1: "class 1", 2: "class 2"}
     predicted = [row["label"] for row in predictions(saved, [tmp_path / "some.csv"])]
     assert predicted == [model.config.id2label[i] for i in ours.argmax(1).tolist()]
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder", "shipped"])
+def test_adapters_are_merged_or_load_in_peft(family: str, tmp_path: Path) -> None:
+    lora = ("model.tuning=lora", "model.lora-rank=2", "strategy.name=full")
+    small = [setting for setting in SMALL if not setting.startswith("strategy.name")]
+    settings = FAMILIES[family](tmp_path)
+    run_on("inprocess", hub.config(*small, *lora, *settings, f"run.dir={tmp_path}"))
+    saved = SavedRun.open(tmp_path / "run")
+    moved = [p for n, p in saved.model.named_parameters() if "lora_B" in n]
+    assert all(p.abs().sum() > 0 for p in moved)
+    if family == "shipped":
+        file = tmp_path / "data/cat/03.png"
+        ours = scores_of(saved, file)
+        with pytest.raises(ConfigError, match="--format peft writes the adapters of a sequence"):
+            export_run(saved, tmp_path / "adapter", "peft")
+        export_run(saved, tmp_path / "out")
+        theirs = plain_timm(tmp_path / "out")(Image.open(file))
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+        return
+    table = tmp_path / "some.csv"
+    table.write_text("text\nw1 w2 w3\n")
+    ours = scores_of(saved, table)
+    export_run(saved, tmp_path / "adapter", "peft")
+    export_run(saved, tmp_path / "out")
+    classifier = transformers.AutoModelForSequenceClassification
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    base = classifier.from_pretrained(tmp_path / "model", num_labels=3)
+    base.config.pad_token_id = saved.model.config.pad_token_id
+    for model in (
+        peft.PeftModel.from_pretrained(base, tmp_path / "adapter"),
+        classifier.from_pretrained(tmp_path / "out"),
+    ):
+        with torch.no_grad():
+            theirs = model.eval()(**tokens(["w1 w2 w3"], return_tensors="pt")).logits
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
 def test_answers_score_the_same_in_a_causal_model(

@@ -1,0 +1,184 @@
+"""LoRA adapters in the blocks of a model, by the PEFT library.
+
+A block's adapters are then what is probed, selected, trained, sent and averaged in its place. To a
+frozen weight W an adapter adds (α/r)·B·A [Hu et al., LoRA, 2022, section 4.1]. A has the shape
+(r, inputs) and is drawn from the run's seed; B has the shape (outputs, r) and begins at 0. If every
+client trains all of them and the server averages A and B, this is FedIT [Zhang et al., arXiv
+2305.05644].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+from safetensors.torch import save_file
+from torch import nn
+
+from layerfed.config import ConfigError, ModelConfig
+from layerfed.config.errors import naming_extras
+from layerfed.config.seeding import Stream
+from layerfed.models.layers import LayerMap, traced
+from layerfed.models.source import new_weights
+from layerfed.models.trace import Forward
+from layerfed.models.weights import files_of, note_files
+
+__all__ = ["adapted_layers", "insert_adapters", "merge_adapters", "save_adapters"]
+
+# Their fused operations read the weights of the modules inside, and would leave out adapters.
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+_LAYERS: WeakKeyDictionary[nn.Module, LayerMap] = WeakKeyDictionary()
+
+
+def adapted_layers(model: nn.Module) -> LayerMap | None:
+    """Return the layers of a model that has adapters; None if it has none."""
+    return _LAYERS.get(model)
+
+
+def insert_adapters(
+    model: nn.Module,
+    layers: LayerMap,
+    section: ModelConfig,
+    seed: int,
+    forward: Forward | None = None,
+) -> None:
+    """Put an adapter beside each target module in the blocks of a model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place: the weights of a target `m` are called `m.base_layer.*` afterwards.
+    layers : LayerMap
+        The model's split, without adapters.
+    section : ModelConfig
+    seed : int
+        The run's seed, which draws the matrices A.
+    forward : Callable[[nn.Module], object], optional
+        Runs the model on an example. Modules that are not called then get no adapter, since it would
+        have no effect.
+
+    Raises
+    ------
+    ConfigError
+        If a block has no module to adapt, or `model.lora-targets` names none. The message names the
+        modules that the model has.
+    """
+    with naming_extras("model.tuning = 'lora'"):
+        peft = import_module("peft")
+    targets = _targets(model, layers, section, forward)
+    config = peft.LoraConfig(
+        r=section.lora_rank,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        # Names would also match modules whose names end with them.
+        target_modules="|".join(map(re.escape, targets)),
+    )
+    with new_weights(seed, Stream.ADAPTERS):
+        peft.inject_adapter_in_model(config, model)
+    adapters = {
+        f"{target}.{name}": block
+        for target, block in targets.items()
+        for name, _ in model.get_submodule(target).named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    if (files := files_of(model)) is not None:
+        note_files(model, replace(files, drawn=files.drawn.union(adapters)))
+    _LAYERS[model] = layers.with_adapters(model, adapters)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add each adapter to the weight that it adapts, and take it out of the model, if there are any."""
+    if _LAYERS.pop(model, None) is None:
+        return
+    layer = import_module("peft.tuners.tuners_utils").BaseTunerLayer
+    for name, module in list(model.named_modules()):
+        if isinstance(module, layer):
+            module.merge()
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, module.get_base_layer())
+    del model.peft_config
+
+
+def save_adapters(model: nn.Module, folder: Path, base: str) -> None:
+    """Write adapters and head in PEFT's own form, which `PeftModel.from_pretrained` loads.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A sequence classifier with adapters.
+    folder : Path
+    base : str
+        Where the pretrained model is; PEFT calls it `base_model_name_or_path`.
+    """
+    peft = import_module("peft")
+    head = _LAYERS[model].head
+    modules = [m for m in head.modules if any(t.startswith(f"{m}.") for t in head.tensors)]
+    config = replace(
+        cast(Any, model).peft_config["default"],
+        task_type="SEQ_CLS",
+        modules_to_save=modules,
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    state = model.state_dict()
+    tensors = peft.get_peft_model_state_dict(model) | {name: state[name] for name in head.tensors}
+    made = {f"base_model.model.{name}": t.detach().contiguous() for name, t in tensors.items()}
+    save_file(made, folder / "adapter_model.safetensors", {"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _targets(
+    model: nn.Module, layers: LayerMap, section: ModelConfig, forward: Forward | None
+) -> Mapping[str, str]:
+    """Return the modules to adapt, each with its block."""
+    called = None if forward is None else traced(model, forward).calls
+    fused = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, FUSED))
+    found = {
+        name: layers.layer_of(f"{name}.weight").name
+        for name, module in model.named_modules()
+        if _adaptable(module)
+        and not name.startswith(fused)
+        and (called is None or name in called)
+        and layers.layer_of(f"{name}.weight").kind == "block"
+    }
+    has = ", ".join(dict.fromkeys(map(_short, found))) or "none"
+    advice = (
+        f"the modules of this model's blocks that can be adapted are: {has} (model.lora-targets)"
+    )
+    wanted = [part.strip() for part in section.lora_targets.split(",") if part.strip()]
+    for part in wanted:
+        if not any(_ends_with(name, part) for name in found):
+            raise ConfigError(f"model.lora-targets = '{part}' names nothing to adapt; {advice}")
+    if wanted:
+        found = {n: block for n, block in found.items() if any(_ends_with(n, p) for p in wanted)}
+    without = [block.name for block in layers.blocks if block.name not in found.values()]
+    if without:
+        raise ConfigError(
+            f"model.tuning = 'lora' finds nothing to adapt in {without[0]}, so nobody could select it; "
+            f"{advice}; name some in every block, or other blocks (model.blocks), or choose "
+            "model.tuning=layers"
+        )
+    return found
+
+
+def _adaptable(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1  # whose factors would have to be split by groups too
+    # GPT-2's own kind of linear layer.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _ends_with(name: str, part: str) -> bool:
+    return f".{name}".endswith(f".{part}")
+
+
+def _short(name: str) -> str:
+    """Return the end of a module's name that says what it is: `query`, or `mlp.0`."""
+    *_, before, last = ["", *name.split(".")]
+    return f"{before}.{last}" if last.isdigit() and before else last
