@@ -158,9 +158,11 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
         local_optimizer(settings, settings.lr if instruction.lr is None else instruction.lr),
         how=bench.step,
         schedule=schedule,
+        cache=bench.prefix,
     )
     work.loss, work.steps, work.flops = result.loss, result.steps, result.flops
     work.memory = asdict(result.memory)
+    work.prefix_hits, work.flops_saved = result.found / result.examples, result.saved
     departure = Departure(
         update,
         tuple(layers.trained(instruction.mask)),
@@ -230,7 +232,8 @@ def evaluate_locally(message: Message, context: Context) -> Message:
     bench.resident.move_to(*read_manifest(message), node.store)
     _, held_out = bench.examples(node.partition)
     found = evaluate_task(
-        bench.task, bench.resident.model, held_out, node.run.run.evaluate_batch, bench.device
+        *(bench.task, bench.resident.model, held_out, node.run.run.evaluate_batch, bench.device),
+        logits=bench.logits,
     )
     # A score that these examples leave undefined is not stated.
     stated = {f"client_{k}": float(v) for k, v in found.scores.items() if v is not None}

@@ -343,6 +343,7 @@ def _evaluation(
         evaluation = evaluate_task(
             *(bench.task, bench.resident.model, test, config.run.evaluate_batch, bench.device),
             by_group=True,
+            logits=bench.logits,
         )
         found.clear()
         found[server_round] = evaluation

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerfed.client.devices import synchronize
+from layerfed.client.devices import autocast, synchronize
 from layerfed.client.flops import TotalFlops
-from layerfed.client.training import LossFn, autocast, selected_layers
+from layerfed.client.training import LossFn, selected_layers
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 

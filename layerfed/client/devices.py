@@ -8,7 +8,7 @@ import torch
 
 from layerfed.config import ConfigError
 
-__all__ = ["choose_device", "chosen_precision", "synchronize", "wide"]
+__all__ = ["autocast", "choose_device", "chosen_precision", "synchronize", "wide"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -74,3 +74,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return a context for mixed precision; weights and updates stay in float32."""
+    kind = "cpu" if device.type == "meta" else device.type  # which has none
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16")

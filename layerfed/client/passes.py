@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from layerfed.client.devices import autocast
 from layerfed.client.flops import counted
-from layerfed.client.training import LossFn, autocast
+from layerfed.client.training import LossFn
 from layerfed.models.layers import LayerMap
 from layerfed.models.stored import decoded, owners, put
 from layerfed.task.base import Batch

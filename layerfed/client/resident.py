@@ -191,6 +191,19 @@ class ResidentModel:
         """The bytes that the model takes in memory, mapped files included."""
         return held_bytes(self.tensors)
 
+    @property
+    def lowest_changed(self) -> int:
+        """The index of the lowest block that differs from the base; L if none does."""
+        names = [block.name for block in self.layers.blocks]
+        changed = (i for i, n in enumerate(names) if self._digests[n] != self._base[n])
+        return next(changed, len(names))
+
+    def version(self, names: Iterable[str]) -> str | None:
+        """Return the version of some layers together, or None if one of them is lent."""
+        found = {name: self._digests[name] for name in names}
+        known = {name: version for name, version in found.items() if version is not None}
+        return fingerprint(known) if len(known) == len(found) else None
+
     def base_arrays(self) -> BaseArrays:
         """Return the base for the server: every tensor by name, of which none is copied.
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from layerfed.client.devices import autocast
 from layerfed.client.flops import counted
 from layerfed.client.local_sgd import LocalOptimizer, LocalSGD
 from layerfed.client.memory import LiveBytes, Phases, weights_in_training
+from layerfed.client.prefix import PrefixCache
 from layerfed.client.resident import ResidentModel
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
@@ -33,7 +35,6 @@ __all__ = [
     "Step",
     "Stepper",
     "TrainResult",
-    "autocast",
     "evaluate",
     "recomputed",
     "selected_layers",
@@ -55,12 +56,18 @@ _MEASURED: WeakKeyDictionary[nn.Module, dict[object, Phases]] = WeakKeyDictionar
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Mean loss over the steps, their number, FLOPs of forward and backward together, and memory."""
+    """Mean loss over the steps, their number, FLOPs of forward and backward together, and memory.
+
+    Of the examples of all steps, `found` is the number whose prefix was kept, which saved `saved` FLOPs.
+    """
 
     loss: float
     steps: int
     flops: float
     memory: Phases = field(default_factory=Phases)
+    found: int = 0
+    examples: int = 0
+    saved: float = 0.0
 
     @classmethod
     def together(cls, results: Sequence[TrainResult]) -> TrainResult:
@@ -68,7 +75,15 @@ class TrainResult:
         steps = sum(result.steps for result in results)
         loss = sum(result.loss * result.steps for result in results) / steps
         memory = reduce(Phases.most, (result.memory for result in results))
-        return cls(loss, steps, sum(result.flops for result in results), memory)
+        return cls(
+            loss,
+            steps,
+            sum(result.flops for result in results),
+            memory,
+            sum(result.found for result in results),
+            sum(result.examples for result in results),
+            sum(result.saved for result in results),
+        )
 
 
 @dataclass(frozen=True)
@@ -144,12 +159,6 @@ def selected_layers(model: nn.Module, layers: LayerMap, names: Iterable[str]) ->
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return a context for mixed precision; weights and updates stay in float32."""
-    kind = "cpu" if device.type == "meta" else device.type  # which has none
-    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 @contextmanager
@@ -271,6 +280,7 @@ def train_layers(
     optimizer: OptimizerFn,
     *,
     how: Step = Step(),
+    cache: PrefixCache | None = None,
 ) -> TrainResult:
     """Train the selected blocks and the head in place, with one optimiser step for each batch.
 
@@ -287,6 +297,8 @@ def train_layers(
     optimizer : OptimizerFn
         Builds the optimiser from the parameters to train. It is new in every round, as in local SGD.
     how : Step
+    cache : PrefixCache, optional
+        Keeps the outputs of the blocks below the lowest selected one. It is of the same model.
 
     Raises
     ------
@@ -299,11 +311,19 @@ def train_layers(
     losses: list[Tensor] = []
     flops, memory = 0.0, Phases()
     measured = _MEASURED.setdefault(model, {})
+    low = next((i for i, selected in enumerate(mask) if selected), len(mask))
+    prefix = cache and cache.below(low, how.precision)
+    whole, examples = loss, 0
+    if prefix:
+        loss = prefix.resuming(whole)
     with selected_layers(model, layers, chosen), ExitStack() as stack:
         if how.checkpointing:
             stack.enter_context(recomputed(model, layers, chosen))
         step = Stepper(model, trained, loss, optimizer, how)
         for batch in batches:
+            examples += len(next(iter(batch.values())))
+            if prefix:
+                batch = prefix.joined(model, batch, whole)
             kind = ("train", tuple(mask), how, getattr(step.optimizer, "momentum", None))
             key = (kind, tuple((name, tuple(tensor.shape)) for name, tensor in batch.items()))
             if key in measured:
@@ -320,7 +340,10 @@ def train_layers(
     mean = float(torch.stack(losses).mean())
     if not torch.isfinite(torch.tensor(mean)):
         raise ValueError(f"the training loss is {mean}; lower train.lr")
-    return TrainResult(mean, len(losses), flops, memory)
+    if not prefix:
+        return TrainResult(mean, len(losses), flops, memory, examples=examples)
+    counts = prefix.found, examples, prefix.saved
+    return TrainResult(mean, len(losses), flops + prefix.flops, memory, *counts)
 
 
 def train_update(
@@ -332,6 +355,7 @@ def train_update(
     *,
     how: Step = Step(),
     schedule: Sequence[tuple[Sequence[bool], int]] = (),
+    cache: PrefixCache | None = None,
 ) -> tuple[dict[str, np.ndarray], TrainResult]:
     """Train like `train_layers` and return Δ_i (eq. 4) of the trained layers' tensors, by name.
 
@@ -352,6 +376,7 @@ def train_update(
                     loss,
                     optimizer,
                     how=how,
+                    cache=cache,
                 )
                 for part, steps in [*schedule[:-1], (schedule[-1][0] if schedule else mask, None)]
             ]

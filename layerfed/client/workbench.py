@@ -10,20 +10,24 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from logging import INFO
 from typing import cast
 
 import numpy as np
 import torch
 from flwr.app import Context
+from flwr.common.logger import log
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerfed.client.costs import MeasuredUnit, measure_costs, step_cost
 from layerfed.client.devices import choose_device, chosen_precision
 from layerfed.client.limits import Allowance, LayerCosts, free_memory
 from layerfed.client.objective import objective
+from layerfed.client.prefix import PrefixCache
 from layerfed.client.resident import ResidentModel
 from layerfed.client.training import LossFn, Step
 from layerfed.config import BudgetUnit, ConfigError, Flat, NodeConfig, RunConfig, Scalar
@@ -76,6 +80,12 @@ class Workbench:
                 "BatchNorm, whose statistics are those of a whole batch; set it to 0 and lower "
                 "train.batch-size"
             )
+        self.prefix: PrefixCache | None = None
+        """The outputs of frozen blocks, if the run keeps them."""
+        if train.prefix_cache and train.augment != "none":
+            log(INFO, "train.prefix-cache keeps nothing: train.augment changes every example")
+        elif train.prefix_cache:
+            self.prefix = PrefixCache(self.resident, 1e6 * train.prefix_cache)
         self._examples: dict[int, tuple[Examples, Examples]] = {}
         self._losses: dict[int, LossFn] = {}
         self._costs: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -92,6 +102,11 @@ class Workbench:
             examples, _ = self.examples(partition)
             self._losses[partition] = objective(self.task, self.resident.model, examples)
         return self._losses[partition]
+
+    @property
+    def logits(self) -> Callable[[nn.Module, Batch], Tensor]:
+        """The task's forward pass for an evaluation of the model as it is now."""
+        return self.prefix.evaluating(self.task.logits) if self.prefix else self.task.logits
 
     def costs(self, partition: int, unit: MeasuredUnit) -> tuple[np.ndarray, np.ndarray]:
         """Return c_l and D_l, measured on this device once for each batch size; shape (L,) each."""

@@ -324,6 +324,7 @@ class TrainConfig(Scheduled):
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     micro_batch: Annotated[int, Field(ge=0)] = 0
     checkpointing: Switch = False
+    prefix_cache: Annotated[float, Field(ge=0)] = 0.0
     clip_gradient: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weights: str = ""

@@ -39,6 +39,10 @@ class Work:
     loss : float
     memory : Mapping[str, float]
         Bytes of a step's weights, activations, gradients and optimiser, each at its peak.
+    prefix_hits : float
+        The share of examples whose outputs of frozen blocks were kept (`train.prefix-cache`).
+    flops_saved : float
+        The FLOPs that these outputs would have taken.
     """
 
     phase: Phase
@@ -47,6 +51,8 @@ class Work:
     steps: int = 0
     loss: float = math.nan
     memory: Mapping[str, float] = field(default_factory=dict)
+    prefix_hits: float = 0.0
+    flops_saved: float = 0.0
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -139,6 +145,8 @@ METRICS: dict[str, Metric] = {
         _of_score(LOSS),
         Metric("flops", "train", "sum", lambda work: work.flops, public=True, total=True),
         Metric("flops_probe", "probe", "sum", lambda work: work.flops, public=True, total=True),
+        Metric("flops_saved", "train", "sum", lambda work: work.flops_saved, total=True),
+        Metric("prefix_hits", "train", "mean", lambda work: work.prefix_hits, most=1.0),
         Metric("steps", "train", "sum", lambda work: work.steps, least=1.0),
         Metric("train_seconds", "train", "sum", lambda work: time.monotonic() - work.began),
         Metric("peak_memory", "train", "max", _peak_memory),
