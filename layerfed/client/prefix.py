@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from hashlib import blake2b
 from logging import WARNING
@@ -47,6 +47,8 @@ CHUNK = 2**25
 # Rows on which a cut model is compared with the whole one, and how far they may differ.
 COMPARED, TOLERANCE = 3, {"float32": 1e-3, "bfloat16": 3e-2}
 
+# The least share of a forward pass that is worth keeping.
+LEAST = 0.1
 # What a skipped module may return.
 PLAIN = (Tensor, bool, int, float, str, type(None))
 
@@ -209,13 +211,13 @@ class Split:
     skipped : Mapping[nn.Module, _Output]
         The modules before it, which do nothing.
     flops : float
-        The FLOPs of the prefix for one example.
+        The FLOPs that are saved for one example.
     """
 
     last: nn.Module
     output: _Output
     skipped: Mapping[nn.Module, _Output]
-    flops: float
+    flops: float = 0.0
 
     @contextmanager
     def resumed(self, values: Tensor) -> Iterator[None]:
@@ -306,7 +308,7 @@ class PrefixCache:
             The index of the block, or L for the head.
         precision : {"float32", "bfloat16"}
         """
-        if not low or low in self.refused:
+        if low in self.refused:
             return None
         layers = self.resident.layers.layers[: low + 1]
         version = self.resident.version(layer.name for layer in layers)
@@ -373,7 +375,8 @@ class Prefix:
         if known:
             values[list(known)] = torch.stack(list(known.values())).to(device)
         if missing:
-            part = {n: tensor[missing] for n, tensor in batch.items()}
+            part: Batch = {n: tensor[missing] for n, tensor in batch.items()}
+            part, forward = self._begun(model, part, forward)
             with _as_frozen(model, device, self.precision):
                 run = partial(split.compute, partial(forward, model, part))
                 computed, flops = counted(model, ("prefix", self.low, self.precision), part, run)
@@ -387,6 +390,19 @@ class Prefix:
         self.found += len(known)
         self.saved += len(known) * split.flops
         return {**batch, NAME: values}
+
+    def _begun(
+        self, model: nn.Module, batch: Batch, forward: Forward[T]
+    ) -> tuple[Batch, Forward[T]]:
+        """Begin where nothing ever changed, if that is lower, since it stays valid over rounds."""
+        low = self.cache.resident.lowest_changed
+        lower = self.cache.below(low, self.precision) if low < self.low else None
+        if lower is None:
+            return batch, forward
+        begun = lower.joined(model, batch, forward)
+        self.flops += lower.flops
+        self.saved += lower.saved
+        return begun, lower.resuming(forward)
 
     def resuming(self, forward: Forward[T]) -> Forward[T]:
         """Return a forward pass that begins at the outputs of the prefix, if a batch has them."""
@@ -416,8 +432,8 @@ class Prefix:
                 layers = cache.resident.layers
                 found = _cut(model, layers, self.low, batch, forward, TOLERANCE[self.precision])
             self.flops += flops.total
-            if found is None:
-                cache.refuse(self.low, "more than the output of the block before reaches the rest")
+            if isinstance(found, str):
+                cache.refuse(self.low, found)
             else:
                 cache.splits[key] = found
         return None if self.low in cache.refused else cache.splits[key]
@@ -453,53 +469,57 @@ def _cut(
     batch: Batch,
     forward: Forward[Any],
     tolerance: float,
-) -> Split | None:
-    """Find out how a model is cut below a block; None if it cannot be, or if the result differs."""
+) -> Split | str:
+    """Find out how a model is cut below a block, or why it cannot be, such as another result."""
     modules = dict(model.named_modules())
     if _rows(batch) == 1:
         batch = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
     rows = _rows(batch)
-    first, *blocks = [[modules[n] for n in x.modules] for x in layers.layers[: low + 1]]
-    calls: list[tuple[nn.Module, object, float]] = []
-    with TotalFlops() as flops, ExitStack() as hooks:
-        for module in (m for part in (first, *blocks) for m in part):
+    parts = [[modules[n] for n in x.modules] for x in layers.layers[: low + 1]]
+    calls: list[tuple[nn.Module, object]] = []
+    with ExitStack() as hooks:
+        for module in (m for part in parts for m in part):
 
             def note(module: nn.Module, _inputs: object, output: object) -> None:
-                calls.append((module, output, flops.total))
+                calls.append((module, output))
 
             hooks.callback(module.register_forward_hook(note).remove)
         forward(model, batch)
-    called = [module for module, _, _ in calls]
-    ends = [i for i, module in enumerate(called) if module in blocks[-1]]
+    called = [module for module, _ in calls]
+    ends = [i for i, module in enumerate(called) if module in parts[-1]]
     if not ends or called.count(called[ends[-1]]) != 1:
-        return None
+        return "the block before is used more than once, or not by itself"
     end = ends[-1]
     output = _Output.of(calls[end][1], rows)
     if not output.forms or not all(f.batched and f.dtype.is_floating_point for f in output.forms):
-        return None
+        return "the block before returns more than numbers for each example"
     values = _flat(calls[end][1])
     before = {
         module: _Output.of(made, rows)
-        for module, made, _ in calls[:end]
+        for module, made in calls[:end]
         if called.count(module) == 1 and all(isinstance(x, PLAIN) for x in tree_leaves(made))
     }
     # Fewer rows in another order: a first dimension that is not the batch's shows itself.
     some = torch.arange(min(rows - 1, COMPARED), device=values.device).flip(0)
     part = {name: tensor[some] for name, tensor in batch.items()}
     heads = [modules[name] for name in layers.head.modules]
-    whole = _seen(heads, lambda: forward(model, part))
+    with TotalFlops() as full:
+        whole = _seen(heads, lambda: forward(model, part))
     # A table of positions, for example, is an embedding that all blocks read.
-    for kept in (set[nn.Module](), set(first)):
+    for kept in (set[nn.Module](), set(parts[0])):
         skipped = {module: made for module, made in before.items() if module not in kept}
-        split = Split(called[end], output, skipped, calls[end][2] / rows)
+        split = Split(called[end], output, skipped)
         try:
-            with split.resumed(values[some]):
+            with TotalFlops() as used, split.resumed(values[some]):
                 found = _seen(heads, lambda: forward(model, part))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             continue
         if _close(found, whole, tolerance):
-            return split
-    return None
+            saved = full.total - used.total
+            if saved < LEAST * full.total:
+                return "it would save too little"
+            return replace(split, flops=saved / len(some))
+    return "more than the output of the block before reaches the rest"
 
 
 def _seen(modules: Sequence[nn.Module], run: Callable[[], object]) -> list[Tensor]:

@@ -160,9 +160,7 @@ def test_every_way_to_compute_a_step_works_with_it(how: Step) -> None:
 def moved(held: ResidentModel, layer: str) -> None:
     """Give a layer other weights, as a message does."""
     arrays = {n: held.tensors[n].detach().numpy() * 1.5 for n in held.layers[layer].tensors}
-    versions = {name: str(held.version([name])) for name in held.layers.names}
-    digests = {**held._digests, layer: "another"}
-    assert None not in versions.values()
+    digests = {**held._digests, layer: f"after {held._digests[layer]}"}
     held.move_to(Manifest(held.base, {n: str(d) for n, d in digests.items()}), arrays)
 
 
@@ -223,8 +221,44 @@ def test_a_model_that_cannot_be_cut_is_trained_as_without(
         assert all(np.array_equal(found[name], true[name]) for name in true)
         assert result.found == 0
     assert cache.refused == {2}
-    # The output of the first block alone does reach the rest only through it.
+    # The output of the first block itself does reach the rest only through it.
     assert trained(held, "tiny", cache, 1)[1].found
+
+
+def test_a_prefix_that_saves_little_is_not_kept() -> None:
+    held = resident("vit")
+    cache = PrefixCache(held, 1e7)
+    assert trained(held, "vit", cache, 0)[1].found == 0
+    assert cache.refused == {0}
+
+
+def test_a_prefix_begins_where_no_block_ever_changed() -> None:
+    """Blocks that change make what is above them invalid, and leave what is below them."""
+    held = resident("vit")
+    last, cache = held.layers.num_blocks - 1, PrefixCache(held, 1e7)
+    moved(held, f"blocks.{last - 2}")
+    trained(held, "vit", cache, last)
+    moved(held, f"blocks.{last - 2}")
+
+    true, plain = trained(held, "vit", None, last)
+    found, result = trained(held, "vit", cache, last)
+
+    assert_close(found, true)
+    assert result.found == ROWS * (PASSES - 1)
+    # Two of twelve blocks are computed again, of a single pass.
+    assert result.saved > 0.9 * plain.flops * (last - 2) / (last + 3)
+
+
+def test_blocks_that_are_called_embeddings_are_kept_too() -> None:
+    held = resident("vit")
+    held.layers = LayerMap.from_model(
+        held.model, blocks="blocks.9, blocks.10, blocks.11", head="norm, head"
+    )
+    held._digests = held._base = held._versions()
+    true, _ = trained(held, "vit", None, 0)
+    found, result = trained(held, "vit", PrefixCache(held, 1e7), 0)
+    assert_close(found, true)
+    assert result.found == ROWS * (PASSES - 1)
 
 
 def test_outputs_too_large_for_half_precision_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
