@@ -229,18 +229,21 @@ def compare(
 ) -> None:
     """Compare strategies: run what is missing, write tables and pictures. Run it again to continue."""
     from layerfed.compare import compare as carry_out
+    from layerfed.runs.progress import RunsBar
     from layerfed.runs.signals import clean_up_on_sigterm
 
     clean_up_on_sigterm()
     plan, place = _plan(settings, strategies, budgets, seeds, only)
     try:
-        files, failed = carry_out(
-            plan,
-            expanded(str(directory or place)).resolve(),
-            jobs=jobs,
-            engine=_engine(engine),
-            say=lambda line: console.print(escape(line), highlight=False, soft_wrap=True),
-        )
+        with RunsBar(console) as bar:
+            files, failed = carry_out(
+                plan,
+                expanded(str(directory or place)).resolve(),
+                jobs=jobs,
+                engine=_engine(engine),
+                say=lambda line: console.print(escape(line), highlight=False, soft_wrap=True),
+                show=bar.show,
+            )
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here")
         raise typer.Exit(130) from None

@@ -1,7 +1,7 @@
 """Carry out a comparison: keep completed runs, continue interrupted ones, and start the others.
 
-Every run is a process of its own. It frees its memory at its end, its peak of memory is its own, and its
-failure does not end other runs.
+Every run is a process of its own, forked from one that has the libraries (`children.py`). It frees its
+memory at its end, and its failure does not end other runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from layerfed.config import ConfigError
 from layerfed.config.same import differing
 from layerfed.runs import latest_checkpoint
 from layerfed.runs.files import read_json
+from layerfed.runs.progress import Clock, duration
 from layerfed.strategies import option_defaults
 
 __all__ = ["Standing", "compare", "standing"]
@@ -74,6 +75,7 @@ def compare(
     jobs: int = 1,
     engine: str = "auto",
     say: Callable[[str], None] = print,
+    show: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> tuple[list[Path], int]:
     """Run what is missing of a comparison, and write its tables and pictures.
 
@@ -90,6 +92,8 @@ def compare(
         The engine of the runs; `auto` with several jobs is in-process, since the jobs share the machine.
     say : Callable[[str], None]
         Called with a line for each run.
+    show : Callable[[int, int, str], None]
+        Called with the number of finished runs, that of all runs, and both with the time left as a text.
 
     Returns
     -------
@@ -112,20 +116,26 @@ def compare(
         missing = [cell for cell in cells if found[cell] is not Standing.DONE]
         say(_overview(found, directory))
         _prepare(missing, plan, directory / LOGS, Path(scratch), lock)
-        failed = 0
+        failed, finished = 0, len(cells) - len(missing)
+        clock = Clock(len(cells), finished)
+        show(finished, len(cells), f"{finished}/{len(cells)} runs")
 
         def ended(result: Ended[Cell]) -> None:
-            nonlocal failed
+            nonlocal failed, finished
+            finished += 1
+            left = f", about {duration(clock.left(finished) or 0.0)} left"
+            text = f"{finished}/{len(cells)} runs{left if finished < len(cells) else ''}"
+            show(finished, len(cells), text)
             cell, error = result.job.what, result.error
             if not error and standing(cell) is not Standing.DONE:
                 error = f"ended before its run was complete; its log: {result.job.log}"
             if error:
                 failed += 1
-                say(f"{cell.name}: failed: {error}")
+                say(f"{cell.name}: failed: {error} ({text})")
                 return
             run = output.add(cell)
             shown = f"{run.metric.title} {run.metric.text(run.value)}"
-            say(f"{cell.name}: {shown}, {run.seconds:.0f} s")
+            say(f"{cell.name}: {shown}, {run.seconds:.0f} s ({text})")
             output.write_tables()
 
         if engine == "auto" and jobs > 1:

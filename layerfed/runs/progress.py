@@ -16,7 +16,7 @@ from layerfed.runs.files import read_json
 from layerfed.runs.folder import metrics_line
 from layerfed.runs.records import Observer, RoundRecord
 
-__all__ = ["JsonLines", "LogLines", "ProgressLine"]
+__all__ = ["Clock", "JsonLines", "LogLines", "ProgressLine", "RunsBar", "duration"]
 
 
 def _privacy(record: RoundRecord) -> str:
@@ -83,6 +83,40 @@ class LogLines(Observer):
         )
 
 
+def _bar(console: Console, *texts: str) -> Progress:
+    """Return a bar that is there while it is started; without a terminal it shows nothing."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        *map(TextColumn, texts),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+class RunsBar:
+    """A bar with the finished runs of a comparison, in a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = _bar(console)
+        self._bar = self._progress.add_task("prepare", total=None)
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+    def show(self, done: int, total: int, text: str) -> None:
+        """Show the number of finished runs, and a text that says it."""
+        self._progress.update(self._bar, total=total, completed=done, description=text)
+
+
 class ProgressLine(Observer):
     """An observer that prints one line a round, and in a terminal a bar below.
 
@@ -92,16 +126,7 @@ class ProgressLine(Observer):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._clock = Clock()
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[clients]}"),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self._progress = _bar(console, "{task.fields[clients]}", "{task.fields[left]}")
         self._bar = self._progress.add_task("start", total=None, clients="", left="")
 
     def __enter__(self) -> Self:
@@ -142,7 +167,7 @@ class ProgressLine(Observer):
         )
         left = self._clock.left(record.round) or 0.0
         self._progress.update(
-            self._bar, completed=record.round, left=f"about {_duration(left)} left"
+            self._bar, completed=record.round, left=f"about {duration(left)} left"
         )
 
     def on_end(self, record: RoundRecord) -> None:
@@ -154,7 +179,8 @@ class ProgressLine(Observer):
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as minutes and seconds, with hours if there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

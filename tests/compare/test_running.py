@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,12 +150,26 @@ def test_interrupted_runs_go_on_and_broken_ones_are_set_aside(
     assert standing(second) is Standing.DONE
 
 
-def test_a_failed_run_is_one_line_and_the_others_go_on(launcher: Launcher, tmp_path: Path) -> None:
+def test_a_failed_run_is_one_line_and_the_others_go_on(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run takes ten seconds here."""
+    clock = SimpleNamespace(monotonic=itertools.count(0, 10).__next__)
+    monkeypatch.setattr("layerfed.runs.progress.time", clock)
+    shown: list[tuple[int, int]] = []
     launcher.errors = {"top-R1-seed0": "round 3: no replies"}
     lines: list[str] = []
-    files, failed = compare(plan(seeds=(0, 1)), tmp_path, say=lines.append)
+    files, failed = compare(
+        plan(seeds=(0, 1)),
+        tmp_path,
+        say=lines.append,
+        show=lambda done, total, text: shown.append((done, total)),
+    )
     assert failed == 1
-    assert "digits/top-R1-seed0: failed: round 3: no replies" in lines
+    assert "digits/top-R1-seed0: failed: round 3: no replies (1/4 runs, about 0:30 left)" in lines
+    assert "(3/4 runs, about 0:10 left)" in lines[3]
+    assert lines[4].endswith(" s (4/4 runs)")
+    assert shown == [*((n, 4) for n in range(5))]
     assert len(lines) == 1 + 4
     assert "| top | **50.00 (1 of 2)** |" in files[0].read_text()
     launcher.errors = {}
@@ -198,7 +214,7 @@ def test_a_damaged_run_is_named(launcher: Launcher, cell: Cell, tmp_path: Path) 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Make modules that `python -m` finds."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(name: str, text: str) -> None:
         (tmp_path / f"{name}.py").write_text(text)
@@ -209,21 +225,50 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
 def test_so_many_run_at_a_time_and_errors_are_their_last_words(
     module: Callable[[str, str], None], tmp_path: Path
 ) -> None:
-    module("well", "import os, sys; print(os.fstat(int(sys.argv[1])).st_ino)")
+    module(
+        "well",
+        "import os, sys\n"
+        "for name in os.listdir('/proc/self/fd'):\n"
+        "    if os.path.exists(place := f'/proc/self/fd/{name}'): print(os.stat(place).st_ino)\n"
+        "print(*sys.argv, __name__, os.getsid(0) == os.getpid())",
+    )
     module("said", "print('error: no such data'); print('more'); raise SystemExit(2)")
     module("raised", "raise ValueError('oh')")
     module("died", "import os; os.kill(os.getpid(), 9)")
     found: dict[str, str] = {}
     with alone_in(tmp_path) as lock:
         names = ("well", "said", "raised", "died")
-        jobs = [Job(name, [name, str(lock)], tmp_path / f"logs/{name}.log") for name in names]
+        jobs = [Job(name, [name, "an argument"], tmp_path / f"logs/{name}.log") for name in names]
         run_jobs(jobs, 2, lambda end: found.update({end.job.what: end.error}), lock)
     assert found["well"] == ""
     assert found["said"] == "no such data"
     assert found["raised"] == f"ValueError: oh; its log: {tmp_path}/logs/raised.log"
     assert found["died"] == f"killed by SIGKILL; its log: {tmp_path}/logs/died.log"
-    inherited = int((tmp_path / "logs/well.log").read_text())
-    assert inherited == (tmp_path / ".lock").stat().st_ino
+    *inherited, said = (tmp_path / "logs/well.log").read_text().splitlines()
+    assert str((tmp_path / ".lock").stat().st_ino) in inherited
+    assert said.split("/")[-1] == "well.py an argument __main__ True"
+
+
+def test_jobs_are_forks_that_share_nothing(
+    module: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """The libraries are there at the start; what a job changes in them, another does not see."""
+    module(
+        "job",
+        "import sys, layerfed.runs, atexit, multiprocessing\n"
+        "assert 'layerfed.engine' in sys.modules, 'imported before the fork'\n"
+        "atexit.register(print, 'its end')\n"
+        "print(getattr(layerfed.runs, 'mark', 'clean'), multiprocessing.get_start_method())\n"
+        "layerfed.runs.mark = 'changed'\n",
+    )
+    with alone_in(tmp_path) as lock:
+        jobs = [Job(n, ["job"], tmp_path / f"{n}.log") for n in range(3)]
+        ends: list[Ended[int]] = []
+        run_jobs(jobs, 1, ends.append, lock)
+    assert [end.error for end in ends] == ["", "", ""]
+    method = multiprocessing.get_start_method()
+    for n in range(3):
+        assert (tmp_path / f"{n}.log").read_text() == f"clean {method}\nits end\n"
 
 
 @pytest.mark.parametrize("deaf", [False, True])
