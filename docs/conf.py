@@ -19,8 +19,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 myst_heading_anchors = 4
-# Pygments does not know Mermaid: GitHub draws it, and the site shows its text.
-suppress_warnings = ["misc.highlighting_failure"]
 
 autodoc_default_options = {
     "members": True,
