@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow chromium lint lock docs bench table deploy-demo faults kills mutants clean
+.PHONY: help setup run test test-slow chromium lint lock docs bench table dist deploy-demo faults kills mutants clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -75,6 +75,11 @@ docs: $(VENV)/.installed-docs ## the documentation site, in build/docs/index.htm
 generate: $(VENV)/.installed ## renew what follows from the code: pyproject.toml, docs/configuration.md, docs/cli.md
 	$(BIN)/python -m scripts.generate
 
+dist: $(VENV)/.installed ## wheel and source distribution for PyPI, in dist/ (REPOSITORY=https://…, where links lead)
+	@test -n "$(REPOSITORY)" || { echo "say where the repository is: make dist REPOSITORY=https://…"; exit 1; }
+	$(BIN)/python -m scripts.dist --repository "$(REPOSITORY)"
+	$(BIN)/uv tool run twine check --strict dist/*
+
 table: $(VENV)/.installed ## every strategy on digits, R = 1 and 2, three seeds
 	$(BIN)/layerfed compare conf/default.toml --dir runs/digits-table
 
@@ -94,4 +99,4 @@ mutants: $(VENV)/.installed-dev ## a sample of changes to the core that no test 
 	$(BIN)/python -m scripts.mutants $(MUTANTS)
 
 clean: ## remove the environment and caches (never your runs)
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -25,6 +25,7 @@ from layerfed.config import RunConfig, Section, flatten
 from layerfed.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[1]
+BASELINE = ROOT / "examples/baselines/layer_selection"
 BEGIN, END = "# Made by `make generate`.\n", "# End of what is made.\n"
 
 
@@ -109,9 +110,9 @@ def _commands() -> str:
 
 def generated() -> dict[Path, str]:
     """Return the generated files with their right content."""
-    pyproject = ROOT / "pyproject.toml"
+    projects = (ROOT / "pyproject.toml", BASELINE / "pyproject.toml")
     return {
-        pyproject: _pyproject(pyproject.read_text(encoding="utf-8")),
+        **{file: _pyproject(file.read_text(encoding="utf-8")) for file in projects},
         ROOT / "docs/configuration.md": _table(),
         ROOT / "docs/cli.md": _commands(),
     }

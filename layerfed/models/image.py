@@ -15,9 +15,15 @@ from torch import Tensor, nn
 
 from layerfed.config import ConfigError, ModelConfig, nearest
 from layerfed.models.block_finder import lies_in, some
-from layerfed.models.source import FILES, loading, new_weights, require
+from layerfed.models.source import (
+    FILES,
+    loading,
+    new_weights,
+    require,
+    shipped_file,
+    shipped_vit,
+)
 from layerfed.models.weights import left_as_they_are, load_weights
-from layerfed_assets import BACKBONE, backbone
 
 __all__ = ["ImageClassifier", "Preprocessing", "Tower", "build_image_classifier", "clip_config"]
 
@@ -131,11 +137,12 @@ Built = tuple[nn.Module, Preprocessing]
 
 
 def _shipped(section: ModelConfig, classes: int, weights: str) -> Built:
-    net = backbone(num_classes=classes)
+    net = shipped_vit(classes)
     if weights == "embedded":
-        missing, unexpected = net.load_state_dict(load_file(BACKBONE), strict=False)
+        file = shipped_file("model.weights = 'embedded'", "vit_cifar100.safetensors")
+        missing, unexpected = net.load_state_dict(load_file(file), strict=False)
         if unexpected or any(not name.startswith("head.") for name in missing):
-            raise RuntimeError(f"{BACKBONE} does not fit: {missing} missing, {unexpected} too many")
+            raise RuntimeError(f"{file} does not fit: {missing} missing, {unexpected} too many")
     return net, Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
 
 

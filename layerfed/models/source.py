@@ -7,15 +7,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerfed.config import ConfigError, ModelConfig
 from layerfed.config.errors import naming_extras
 from layerfed.config.seeding import Stream, torch_seed
 
-__all__ = ["FILES", "loading", "new_weights", "require"]
+__all__ = ["FILES", "loading", "new_weights", "require", "shipped_file", "shipped_vit"]
 
 # Some of the oldest repositories have no owner.
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -34,6 +36,48 @@ def require(library: str, model: str) -> Any:
     """
     with naming_extras(f"model.name = '{model}'"):
         return import_module(library)
+
+
+def shipped_file(what: str, name: str) -> Path:
+    """Return a file of `layerfed_assets`, which Flower's hub and its app bundle leave out.
+
+    Parameters
+    ----------
+    what : str
+        The setting that needs it, for the message.
+    name : str
+        The file's name.
+
+    Raises
+    ------
+    ConfigError
+        If this environment has no such file. The message says how to get it.
+    """
+    try:
+        file = Path(str(import_module("layerfed_assets").__file__)).with_name(name)
+        there = file.exists()
+    except ModuleNotFoundError:
+        file, there = Path("layerfed_assets", name), False
+    if not there:
+        raise ConfigError(
+            f"{what} needs {file}, which is not here, since Flower's app bundles and its hub leave out "
+            "binary files: pip install layerfed from PyPI or a clone in this environment, or take "
+            "other data (task.name=custom) and another model (model.name)"
+        )
+    return file
+
+
+def shipped_vit(classes: int) -> nn.Module:
+    """Return the shipped architecture with random weights.
+
+    Raises
+    ------
+    ConfigError
+        If this environment lacks it, as for `shipped_file`.
+    """
+    shipped_file("model.name = 'layerfed/vit'", "vit.py")
+    net: nn.Module = import_module("layerfed_assets").backbone(num_classes=classes)
+    return net
 
 
 @contextmanager

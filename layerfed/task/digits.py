@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.errors import naming_extras
 from layerfed.config.seeding import Stream, torch_seed
+from layerfed.models.source import shipped_file, shipped_vit
 from layerfed.task.base import Batch, Examples, Inputs, Task
 from layerfed.task.partition import partition_indices
-from layerfed_assets import BACKBONE, DIGITS, backbone
 
 CLASSES = 10
 
@@ -32,7 +32,7 @@ class Digits(Task):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        with np.load(DIGITS) as raw:
+        with np.load(shipped_file("task.name = 'digits'", "digits.npz")) as raw:
             images = raw["image"]
             labels, train, test = (
                 raw[name].astype(np.int64) for name in ("label", "train", "test")
@@ -69,13 +69,14 @@ class Digits(Task):
         """Return the shipped ViT, or the same net from random weights (`model.weights`)."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(self.config.run.seed, Stream.HEAD))
-            model = backbone(num_classes=CLASSES)
+            model = shipped_vit(CLASSES)
         if self.config.model.weights == "embedded":
-            loaded = model.load_state_dict(load_file(BACKBONE), strict=False)
+            file = shipped_file("model.weights = 'embedded'", "vit_cifar100.safetensors")
+            loaded = model.load_state_dict(load_file(file), strict=False)
             if loaded.unexpected_keys or any(
                 not k.startswith("head.") for k in loaded.missing_keys
             ):
-                raise RuntimeError(f"{BACKBONE} does not fit the architecture: {loaded}")
+                raise RuntimeError(f"{file} does not fit the architecture: {loaded}")
         return model
 
     def partition(self, partition_id: int) -> Examples:

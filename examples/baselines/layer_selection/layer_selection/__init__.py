@@ -1,0 +1,1 @@
+"""Selective layer fine-tuning: the apps of the installed `layerfed`."""
