@@ -374,7 +374,7 @@ class ServerConfig(Scheduled):
 
     key: ClassVar[str] = "server"
 
-    aggregation: Literal["mean", "median", "trimmed-mean"] = "mean"
+    aggregation: Literal["mean", "median", "trimmed-mean", "svd"] = "mean"
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     clip: Annotated[float, Field(ge=0)] = 0.0
     optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
@@ -441,6 +441,15 @@ class RunConfig(Section):
     def _sums_can_be_secure(self) -> Self:
         if self.secagg.enabled:
             refuse_with_secagg(self.to_flat())
+        return self
+
+    @model_validator(mode="after")
+    def _factors(self) -> Self:
+        if self.server.aggregation == "svd" and self.model.tuning != "lora":
+            raise ConfigError(
+                f"server.aggregation = 'svd' is for adapters, and model.tuning = '{self.model.tuning}' "
+                "has none; choose server.aggregation=mean, or model.tuning=lora"
+            )
         return self
 
     @model_validator(mode="after")

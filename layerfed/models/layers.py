@@ -31,9 +31,11 @@ from layerfed.models.block_finder import (
 )
 from layerfed.models.trace import Forward, Trace, Uses, trace
 
-__all__ = ["Layer", "LayerMap", "LayerMapError", "layer_costs", "traced"]
+__all__ = ["Layer", "LayerMap", "LayerMapError", "factor_pairs", "layer_costs", "traced"]
 
 EMBEDDINGS, HEAD = "embeddings", "head"
+# As PEFT calls the two factors of its adapter.
+FACTOR_A, FACTOR_B = ".lora_A.default.", ".lora_B.default."
 
 # Tensors that are registered before the blocks but used after them, such as open_clip's `proj`. All
 # other tensors before the blocks are embeddings.
@@ -604,6 +606,11 @@ def _tensors(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+
+
+def factor_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the names of A and B of each adapter among some parameters."""
+    return [(name, name.replace(FACTOR_A, FACTOR_B)) for name in names if FACTOR_A in name]
 
 
 def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray | None:

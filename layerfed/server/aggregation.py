@@ -7,6 +7,8 @@ rule            update of layer l, over the k clients that trained it    memory,
 `median`        each element's median                                    every update of the round
 `trimmed-mean`  each element's mean, without the ⌊β k⌋ smallest and the  every update of the round
                 ⌊β k⌋ largest
+`svd`           that of `mean`; adapters: the best ones of their rank    A and B of every client
+                for Σ_i w_{i,l} B_i A_i
 =============== ======================================================== ==========================
 
 The mean is the paper's, and streams: each update is added to a sum and can be freed at once, and the
@@ -18,6 +20,11 @@ The other two rules are those of Yin et al. (2018). If fewer than half of a laye
 the trimmed mean, at most ⌊β k⌋), each element stays between values that honest clients sent. These
 rules take no weights, since a client states its own weight: one with a large d_i would be a majority by
 itself. Their result does not depend on the order of replies.
+
+The mean of B times the mean of A is not the mean of the products B·A, which is what clients' models
+add to a weight. `svd` computes that mean without forming it, from all factors side by side, and cuts it
+to the adapters' rank, as FlexLoRA does [Bai et al., arXiv 2402.11505]. No other adapters of that rank
+are closer.
 """
 
 from __future__ import annotations
@@ -25,12 +32,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from layerfed.exchange.clipping import norm_of
 from layerfed.exchange.pieces import pieces
-from layerfed.models.layers import LayerMap
+from layerfed.models.layers import LayerMap, factor_pairs
 
 __all__ = [
     "AGGREGATIONS",
@@ -39,12 +47,14 @@ __all__ = [
     "Aggregator",
     "MaskedMean",
     "Median",
+    "Products",
     "TrimmedMean",
 ]
 
 PIECE = 2**15
 # Size of the table in which the clients' values of some elements are put side by side and sorted.
 TABLE = 2**18
+NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Aggregator(ABC):
@@ -56,11 +66,16 @@ class Aggregator(ABC):
         The split of the model into layers.
     trim : float (default: 0.1)
         β, the share of the clients that a trimmed mean leaves out at either end.
+    model : Mapping[str, numpy.ndarray]
+        θ^t by tensor, for rules that read it.
     """
 
-    def __init__(self, layers: LayerMap, trim: float = 0.1) -> None:
+    def __init__(
+        self, layers: LayerMap, trim: float = 0.1, model: Mapping[str, np.ndarray] = NOTHING
+    ) -> None:
         self._layers = layers
         self.trim = trim
+        self._model = model
         self.weights: dict[str, int] = {}
         """Σ d_j over the clients that trained each layer, also for rules without weights."""
 
@@ -113,8 +128,10 @@ class Aggregator(ABC):
 class MaskedMean(Aggregator):
     """The weighted mean update of each layer over the clients that trained it."""
 
-    def __init__(self, layers: LayerMap, trim: float = 0.1) -> None:
-        super().__init__(layers, trim)
+    def __init__(
+        self, layers: LayerMap, trim: float = 0.1, model: Mapping[str, np.ndarray] = NOTHING
+    ) -> None:
+        super().__init__(layers, trim, model)
         self._sums: dict[str, np.ndarray] = {}
         self._term = np.empty(PIECE)
 
@@ -167,6 +184,76 @@ class MaskedMean(Aggregator):
         return means
 
 
+class Products(MaskedMean):
+    """The mean update, but of adapters the best ones for the mean of the clients' products B_i·A_i.
+
+    With the singular value decomposition U·Σ·Vᵀ of that mean, B is U·Σ and A is Vᵀ, cut to the adapters'
+    rank r. The singular values after the r-th are lost. The sign of each pair of vectors is fixed, since
+    it is free.
+    """
+
+    def __init__(
+        self, layers: LayerMap, trim: float = 0.1, model: Mapping[str, np.ndarray] = NOTHING
+    ) -> None:
+        super().__init__(layers, trim, model)
+        self._factors: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
+        for first, second in factor_pairs(self._layers[layer].parameters):
+            a, b = (_flat(self._model[n].astype(np.float64) + update[n]) for n in (first, second))
+            self._factors.setdefault(first, []).append((examples * b, a))
+        return super()._take(layer, update, examples)
+
+    def _best(self, first: str, second: str, weight: int) -> dict[str, np.ndarray]:
+        """Return the update of A and B; empty if all products are zero, which leaves the means."""
+        left = np.concatenate([b for b, _ in self._factors[first]], axis=1)
+        right = np.concatenate([a for _, a in self._factors[first]])
+        (q, r), (p, s) = np.linalg.qr(left / weight), np.linalg.qr(right.T)
+        u, sizes, v = np.linalg.svd(r @ s.T)
+        if not sizes.any():
+            return {}
+        count = len(sizes)
+        u, v = q @ u[:, :count], v[:count] @ p.T
+        signs = np.sign(u[np.abs(u).argmax(0), np.arange(count)])
+        b, a = u * sizes * signs, v * signs[:, None]
+        found = {}
+        for name, value in ((first, a), (second, b)):
+            now = self._model[name].astype(np.float64)
+            cut, kept = np.zeros_like(_flat(now)), tuple(map(min, _flat(now).shape, value.shape))
+            cut[: kept[0], : kept[1]] = value[: kept[0], : kept[1]]
+            found[name] = cut.reshape(now.shape) - now
+        return found
+
+    def changes(self, layer: str) -> list[np.ndarray]:
+        """Return the update of each of a layer's parameters."""
+        found = self.update(layer)
+        return [found[name] for name in self._layers[layer].parameters]
+
+    def norm_sq(self, layer: str) -> None:
+        """Return None, since the update of adapters is no mean of the clients' updates."""
+        return
+
+    def update(self, layer: str) -> dict[str, np.ndarray]:
+        """Return a layer's update by tensor."""
+        found = super().update(layer)
+        for first, second in factor_pairs(self._layers[layer].parameters):
+            found |= self._best(first, second, self.weights[layer])
+        return found
+
+    def pop(self, layer: str) -> dict[str, np.ndarray]:
+        """Return a layer's update by tensor, and forget it."""
+        found = self.update(layer)
+        super().pop(layer)
+        for first, _ in factor_pairs(self._layers[layer].parameters):
+            del self._factors[first]
+        return found
+
+
+def _flat(factor: np.ndarray) -> np.ndarray:
+    """Return a factor as a matrix; that of a convolution has the kernel's sides too."""
+    return factor.reshape(len(factor), -1)
+
+
 class TrimmedMean(Aggregator):
     """Each element's mean over the clients that trained its layer, without the extreme values.
 
@@ -177,8 +264,10 @@ class TrimmedMean(Aggregator):
     elements are then sorted at a time, so there is never a second copy of all updates.
     """
 
-    def __init__(self, layers: LayerMap, trim: float = 0.1) -> None:
-        super().__init__(layers, trim)
+    def __init__(
+        self, layers: LayerMap, trim: float = 0.1, model: Mapping[str, np.ndarray] = NOTHING
+    ) -> None:
+        super().__init__(layers, trim, model)
         self._updates: dict[str, list[np.ndarray]] = {}
         self._results: dict[str, np.ndarray] = {}
 
@@ -244,6 +333,7 @@ class Median(TrimmedMean):
 AGGREGATIONS: Mapping[str, type[Aggregator]] = {
     "mean": MaskedMean,
     "median": Median,
+    "svd": Products,
     "trimmed-mean": TrimmedMean,
 }
 
@@ -254,7 +344,7 @@ class Aggregation:
 
     Attributes
     ----------
-    rule : {"mean", "median", "trimmed-mean"} (default: "mean")
+    rule : {"mean", "median", "trimmed-mean", "svd"} (default: "mean")
     trim : float (default: 0.1)
         β of the trimmed mean, in [0, 0.5).
     """
@@ -262,9 +352,9 @@ class Aggregation:
     rule: str = "mean"
     trim: float = 0.1
 
-    def begin(self, layers: LayerMap) -> Aggregator:
-        """Return the aggregator for one round's updates."""
-        return AGGREGATIONS[self.rule](layers, self.trim)
+    def begin(self, layers: LayerMap, model: Mapping[str, np.ndarray] = NOTHING) -> Aggregator:
+        """Return the aggregator for the updates of one round, which begins with `model`."""
+        return AGGREGATIONS[self.rule](layers, self.trim, model)
 
 
 WEIGHTED_MEAN = Aggregation()

@@ -112,7 +112,7 @@ class Round:
         self._steps = steps
         self._aggregation = aggregation
         self._refused = refused
-        self._mean = aggregation.begin(model.layers)
+        self._mean = aggregation.begin(model.layers, model.tensors)
         self._spread = UpdateSpread()
         self.disagreement: float | None = None
         """The disagreement of this round's updates (`UpdateSpread`); None if it is unknown."""

@@ -15,8 +15,9 @@ from layerfed.client.training import selected_layers
 from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.seeding import Stream, generator
-from layerfed.models.layers import layer_costs
+from layerfed.models.layers import factor_pairs, layer_costs
 from layerfed.models.stored import Stored
+from layerfed.server.aggregation import Aggregation
 from layerfed.task import load_task
 from layerfed.task.base import Batch, Examples
 from tests.conftest import BLOCKS
@@ -225,3 +226,59 @@ class FusedTask(TinyTask):
 def test_settings_of_adapters_need_adapters() -> None:
     with pytest.raises(ConfigError, match=r"model\.lora-rank = 4 has no use for model\.tuning"):
         configured(TINY, "model.lora-rank=4")
+
+
+def products(rule: str, settings: tuple[str, ...] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return B·A of each adapter after a rule's aggregation, beside Σ_i p_i B_i·A_i."""
+    resident = workbench(lora(TINY, *settings).to_flat()).resident
+    state, layers = resident.base_state(), resident.layers
+    rng, examples = np.random.default_rng(0), (3, 9, 4)
+    mean = Aggregation(rule).begin(layers, state)
+    expected: dict[str, np.ndarray] = {}
+    pairs = [pair for block in layers.blocks for pair in factor_pairs(block.parameters)]
+    for count in examples:
+        update = {name: rng.standard_normal(value.shape) for name, value in state.items()}
+        mean.add([block.name for block in layers.blocks], update, count)
+        for a, b in pairs:
+            product = (state[b] + update[b]) @ (state[a] + update[a])
+            expected[a] = expected.get(a, 0 * product) + count / sum(examples) * product
+    after: dict[str, np.ndarray] = {}
+    for block in layers.blocks:
+        changes = mean.changes(block.name)
+        found = mean.pop(block.name)
+        if rule == "svd":
+            for name, change in zip(block.parameters, changes, strict=True):
+                np.testing.assert_array_equal(found[name], change)
+        after |= {name: state[name] + change for name, change in found.items()}
+    return [(after[b] @ after[a], expected[a]) for a, b in pairs]
+
+
+def test_svd_is_the_closest_of_its_rank_to_the_mean_product() -> None:
+    """Its distance is what the singular values after the r-th leave [Eckart & Young, 1936]."""
+    for (best, exact), (averaged, _) in zip(products("svd"), products("mean"), strict=True):
+        left = np.linalg.svd(exact)[1][2:]
+        distance = np.linalg.norm(best - exact)
+        assert distance == pytest.approx(np.sqrt((left**2).sum()), rel=1e-9)
+        assert 0 < distance < np.linalg.norm(averaged - exact)
+    for best, exact in products("svd", ("model.lora-rank=6",)):
+        np.testing.assert_allclose(best, exact, rtol=0, atol=1e-9)
+
+
+def test_svd_of_adapters_without_effect_keeps_their_factors() -> None:
+    resident = workbench(lora(TINY).to_flat()).resident
+    state, layers = resident.base_state(), resident.layers
+    mean = Aggregation("svd").begin(layers, state)
+    mean.add(["blocks.0"], {name: 0 * value for name, value in state.items()}, 5)
+    assert all(not change.any() for change in mean.pop("blocks.0").values())
+
+
+def test_a_round_with_svd_is_not_fedit_and_learns() -> None:
+    def factors(rule: str) -> list[np.ndarray]:
+        after = run(lora(TINY, f"server.aggregation={rule}"), 2).after
+        return [value for name, value in after.items() if "lora_" in name]
+
+    found, other = factors("svd"), factors("mean")
+    assert all(np.isfinite(value).all() and value.any() for value in found)
+    assert not any(np.allclose(a, b) for a, b in zip(found, other, strict=True))
+    with pytest.raises(ConfigError, match=r"server\.aggregation = 'svd' is for adapters"):
+        configured(TINY, "server.aggregation=svd")
