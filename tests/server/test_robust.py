@@ -74,8 +74,10 @@ def expected(
                 continue
             table = np.sort(np.stack(rows), axis=0)
             cut = int(trim * len(rows) + 1e-9)
+            mean = np.average(np.stack(rows), axis=0, weights=weights)
             step = {
-                "mean": np.average(np.stack(rows), axis=0, weights=weights),
+                "mean": mean,
+                "svd": mean,  # of a model without adapters
                 "median": np.median(table, axis=0),
                 "trimmed-mean": table[cut : len(rows) - cut].mean(axis=0),
             }[rule]
