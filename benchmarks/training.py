@@ -3,9 +3,11 @@
     python -m benchmarks.training --shapes vit,xlmr --json training.json
     python -m benchmarks.training --shapes llama-1b --methods run --storage bfloat16
 
-`head`, `top`, `middle`, `bottom` and `all` are steps of LayerFed on those blocks and the head, and
-`probe` is its probe. `plain` is full fine-tuning in PyTorch. `lora` is PEFT with r = 16 on all linear
-layers. `run` is a whole run in this process: the server and two clients, two rounds on the top block.
+`head`, `top`, `middle`, `bottom` and `all` are steps of LayerFed on those blocks and the head. `kept` is
+`top` with the outputs of all blocks below kept (`train.prefix-cache`), in an epoch after the first.
+`probe` is LayerFed's probe. `plain` is full fine-tuning in PyTorch. `lora` is PEFT with r = 16 on all
+linear layers. `run` is a whole run in this process: the server and two clients, two rounds on the top
+block.
 The floor is the closed form of a step: forward of all layers, the inputs' gradients above the lowest
 trained block, the weights' gradients of what is trained, at the speed that `plain` reaches.
 
@@ -39,6 +41,7 @@ from layerfed.client.devices import choose_device, synchronize
 from layerfed.client.flops import TotalFlops, forward_flops
 from layerfed.client.local_sgd import LocalSGD
 from layerfed.client.prediction import masks_named
+from layerfed.client.prefix import PrefixCache
 from layerfed.client.probe import probe_layers
 from layerfed.client.resident import ResidentModel
 from layerfed.client.training import train_layers
@@ -52,7 +55,7 @@ from layerfed.task.text import TextTask
 
 CLASSES, STEPS = 5, 4
 BLOCKS = ("head", "top", "middle", "bottom", "all")
-METHODS = (*BLOCKS, "probe", "plain", "lora", "run")
+METHODS = (*BLOCKS, "kept", "probe", "plain", "lora", "run")
 
 
 @dataclass(frozen=True)
@@ -256,10 +259,15 @@ def measured(method: str, settings: list[str]) -> dict[str, float]:
         flops /= STEPS + 1
         floor = 0.0
     else:
-        mask = masks_named(layers.num_blocks)["head only" if method == "head" else method]
-        floor = closed_form(task, resident.model, layers, batch, mask)
+        names = {"head": "head only", "kept": "top"}
+        mask = masks_named(layers.num_blocks)[names.get(method, method)]
+        cache = PrefixCache(resident, 4e9) if method == "kept" else None
+        floor = 0.0 if cache else closed_form(task, resident.model, layers, batch, mask)
         with resident.borrowed(layers.trained(mask)):
-            result = train_layers(resident.model, layers, mask, clock, task.loss, optimizer)
+            train = partial(train_layers, resident.model, layers, mask, cache=cache)
+            if cache:
+                train([batch], task.loss, optimizer)
+            result = train(clock, task.loss, optimizer)
         flops = result.flops / result.steps
     return {
         "seconds": clock.seconds,

@@ -114,13 +114,14 @@ def probe(message: Message, context: Context) -> Message:
     bench, settings = node.bench, node.bench.config.train
     bench.resident.move_to(*read_manifest(message), node.store)
     examples, _ = bench.examples(node.partition)
-    count = asked["batches"] or -(-len(examples) // settings.batch_size)
+    size = asked.get("examples-a-batch") or settings.batch_size
+    count = asked["batches"] or -(-len(examples) // size)
     rng = generator(bench.config.run.seed, Stream.PROBE, asked["round"], node.partition)
     work = Work("probe", bench.device)
     statistics, work.flops = probe_layers(
         bench.resident.model,
         bench.resident.layers,
-        islice(examples.shuffled(settings.batch_size, bench.device, rng), count),
+        islice(examples.shuffled(size, bench.device, rng), count),
         bench.loss(node.partition),
         asked["statistics"],
         precision=bench.step.precision,

@@ -95,6 +95,7 @@ def build_strategy(
             server_lr_factor=partial(server.factor, rounds=config.federation.rounds),
             local_steps=config.train.steps,
             probe_batches=section.probe_batches,
+            probe_examples=section.probe_examples,
             period=section.period,
             theory=section.theory,
             client_evaluation=config.task.local_test > 0,

@@ -249,6 +249,7 @@ class StrategyConfig(OpenSection):
     period: Positive = 1
     theory: Switch = False
     probe_batches: Annotated[int, Field(ge=0)] = 1
+    probe_examples: Annotated[int, Field(ge=0)] = 0
     options: str = ""
 
 

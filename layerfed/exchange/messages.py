@@ -7,7 +7,7 @@ Every instruction has a `config` record. An instruction that concerns the model 
 message type    config                                        reply
 =============== ============================================= =====================================
 query.describe                                                partition, partitions, examples, budget
-query.probe     round, statistics, batches                    examples; one list of L a statistic
+query.probe     round, statistics, batches, examples-a-batch  examples; one list of L a statistic
 train           that of a `TrainInstruction`                  arrays: Δ of the trained layers,
                                                               encoded; examples
 evaluate        round                                         examples

@@ -74,6 +74,8 @@ class RoundSettings:
         a round need it.
     probe_batches : int (default: 0)
         Batches of a probe; 0 means the client's whole data.
+    probe_examples : int (default: 0)
+        Examples in such a batch; 0 means as many as in training.
     period : int (default: 1)
         k: layers are selected in every k-th round. In between, clients keep their masks and nothing is
         probed. A client that missed the last selection gets masks within its own budget
@@ -106,6 +108,7 @@ class RoundSettings:
     server_lr_factor: Callable[[int], float] = lambda number: 1.0
     local_steps: Callable[[int], int] | None = None
     probe_batches: int = 0
+    probe_examples: int = 0
     period: int = 1
     theory: bool = False
     client_evaluation: bool = False
@@ -461,7 +464,11 @@ class SelectiveStrategy(Strategy):
         wanted = self.probed_in(self.round.record.round)
         if not wanted:
             return {client: {} for client in clients}
-        config = {"statistics": list(wanted), "batches": self.settings.probe_batches}
+        config = {
+            "statistics": list(wanted),
+            "batches": self.settings.probe_batches,
+            "examples-a-batch": self.settings.probe_examples,
+        }
         messages = self.round.messages("query.probe", clients, [config] * len(clients))
         return self.round.take_statistics(self.round.exchange(messages), wanted, enough)
 

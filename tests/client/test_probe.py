@@ -16,6 +16,7 @@ from layerfed.client.training import train_layers
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 from tests.conftest import BLOCKS, TinyNet, cross_entropy
+from tests.tiny_task import configured, run
 
 
 def gradients(model: nn.Module, batch: Batch) -> list[np.ndarray]:
@@ -287,3 +288,14 @@ def test_a_statistic_of_ones_own_is_named_by_module_and_function(
 def test_what_is_no_statistic_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"unknown statistic|cannot be imported"):
         load_statistic(name)
+
+
+@pytest.mark.usefixtures("tiny_task")
+def test_a_probe_on_a_quarter_of_a_batch_takes_a_quarter_of_the_arithmetic() -> None:
+    flops = {}
+    for examples in (0, 8, 2):
+        config = configured("strategy.name=rgn", f"strategy.probe-examples={examples}")
+        flops[examples] = run(config).rounds[0].metrics["flops_probe"]
+    # Another size of batch is counted anew, and the tiny task trains on batches of 8.
+    assert flops[0] == flops[8]
+    assert flops[2] == pytest.approx(float(flops[8] or 0) / 4)

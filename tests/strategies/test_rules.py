@@ -212,6 +212,7 @@ def test_each_strategy_takes_its_own_settings_from_the_configuration() -> None:
         "strategy.allocation": "bottleneck",
         "strategy.period": 4,
         "strategy.probe-batches": 3,
+        "strategy.probe-examples": 5,
         "strategy.theory": True,
         "strategy.form": "code",
         "strategy.resample-steps": 2,

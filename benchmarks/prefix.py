@@ -1,0 +1,82 @@
+"""FLOPs of a round with the frozen prefix computed once, beside the same run without.
+
+    python -m benchmarks.prefix --rounds 3 --json prefix.json
+
+Digits of 32 x 32 on the shipped ViT, whose 12 blocks are selected in the top quarter only: the top
+block, one of the three at random for each client, or all three. All clients train for five local epochs
+in each round. FLOPs are those that clients count as they compute; seconds are those of their training.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from layerfed.config import load_config
+from layerfed.engine import run_on
+
+QUARTER = "model.blocks=blocks.9, blocks.10, blocks.11", "model.head=norm, head"
+SELECTED = {
+    "top block": ("strategy.name=top",),
+    "one of the quarter": ("strategy.name=random", *QUARTER),
+    "whole quarter": ("strategy.name=top", "budget.layers=3"),
+}
+
+
+def rounds_of(settings: list[str]) -> list[dict[str, Any]]:
+    """Run in this process, and return the lines of `metrics.jsonl`."""
+    with tempfile.TemporaryDirectory(prefix="layerfed-prefix-") as folder:
+        run_on("inprocess", load_config(None, [*settings, f"run.dir={folder}", "run.name=run"]))
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    megabytes: Annotated[float, typer.Option(help="train.prefix-cache")] = 100.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
+) -> None:
+    """Measure, print a table, and write it as JSON."""
+    rows = []
+    for selected, settings in SELECTED.items():
+        common = [
+            *settings,
+            f"federation.rounds={rounds}",
+            "train.local-steps=0",
+            "train.local-epochs=5",
+            "run.checkpoint-every=0",
+        ]
+        plain = rounds_of(common)
+        kept = rounds_of([*common, f"train.prefix-cache={megabytes}"])
+        for before, after in zip(plain, kept, strict=True):
+            if before.get("flops"):
+                row: dict[str, Any] = {"selected": selected, "round": before["round"]}
+                for key in ("flops", "train_seconds", "train_loss"):
+                    row |= {key: before[key], f"{key}_kept": after[key]}
+                row["hits"] = after["prefix_hits"]
+                rows.append(row)
+    table = Table("selected", "round", "GFLOPs", "kept", "times fewer", "hits", "s", "s kept")
+    for row in rows:
+        table.add_row(
+            row["selected"],
+            str(row["round"]),
+            f"{row['flops'] / 1e9:.1f}",
+            f"{row['flops_kept'] / 1e9:.1f}",
+            f"{row['flops'] / row['flops_kept']:.2f}",
+            f"{row['hits']:.2f}",
+            f"{row['train_seconds']:.1f}",
+            f"{row['train_seconds_kept']:.1f}",
+        )
+    Console().print(table)
+    if json_file:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
