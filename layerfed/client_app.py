@@ -232,9 +232,9 @@ def evaluate_locally(message: Message, context: Context) -> Message:
         raise ValueError("this client's replies are private; it states no accuracy of its own")
     bench.resident.move_to(*read_manifest(message), node.store)
     _, held_out = bench.examples(node.partition)
+    rows = node.run.run.evaluate_batch or bench.evaluation_rows
     found = evaluate_task(
-        *(bench.task, bench.resident.model, held_out, node.run.run.evaluate_batch, bench.device),
-        logits=bench.logits,
+        *(bench.task, bench.resident.model, held_out, rows, bench.device), logits=bench.logits
     )
     # A score that these examples leave undefined is not stated.
     stated = {f"client_{k}": float(v) for k, v in found.scores.items() if v is not None}

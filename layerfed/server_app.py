@@ -342,7 +342,9 @@ def _evaluation(
         # From the strategy's own tensors, so that only changed layers are copied to the device.
         bench.resident.move_to(strategy.model.manifest(), strategy.model.tensors)
         evaluation = evaluate_task(
-            *(bench.task, bench.resident.model, test, config.run.evaluate_batch, bench.device),
+            *(bench.task, bench.resident.model, test),
+            config.run.evaluate_batch or bench.evaluation_rows,
+            bench.device,
             by_group=True,
             logits=bench.logits,
         )

@@ -14,10 +14,23 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from layerfed.client.limits import free_memory
 from layerfed.models.layers import LayerMap
 from layerfed.models.stored import Stored, owners, put, stored_like
+from layerfed.task.base import Task
 
-__all__ = ["LiveBytes", "Phases", "as_predicted", "fused_attention", "weights_in_training"]
+__all__ = [
+    "LiveBytes",
+    "Phases",
+    "as_predicted",
+    "fused_attention",
+    "rows_that_fit",
+    "weights_in_training",
+]
+
+MOST_ROWS = 256
+# What the activations of an evaluation may take: bytes on a CPU, a share of what is free on a GPU.
+CPU_ACTIVATIONS, GPU_SHARE = 2.5e8, 0.25
 
 Kind = Literal["activations", "gradients", "optimizer"]
 
@@ -130,6 +143,29 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the peaks, given the bytes of the weights."""
         most = {str(kind): float(size) for kind, size in self._most.items()}
         return Phases(weights=weights, **most, peak=weights + self._peak)
+
+
+@torch.no_grad()
+def rows_that_fit(task: Task, model: nn.Module, device: torch.device) -> int:
+    """Return the rows of an evaluation's batch: 256, or the power of two below whose activations fit.
+
+    They are counted by forward passes of one and of two rows, as large as the task has them. On a CPU
+    the result depends on the model and the task alone, so that a run can be repeated.
+    """
+    largest = task.largest_batch(2)
+    if largest is None:
+        return MOST_ROWS
+    rows = {n: torch.ones(t.shape, dtype=t.dtype, device=device) for n, t in largest.items()}
+    known = (*model.parameters(), *model.buffers(), *rows.values())
+    model.eval()
+    found = []
+    for count in (1, 2):
+        with LiveBytes(known) as live:
+            task.logits(model, {name: tensor[:count] for name, tensor in rows.items()})
+        found.append(live.phases(0.0).activations)
+    room = CPU_ACTIVATIONS if device.type == "cpu" else GPU_SHARE * free_memory(device)
+    fitting = int(room / max(1.0, found[1] - found[0]))
+    return min(MOST_ROWS, 2 ** max(0, fitting.bit_length() - 1))
 
 
 def weights_in_training(model: nn.Module, layers: LayerMap, chosen: Iterable[str]) -> float:

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from layerfed.client.costs import MeasuredUnit, measure_costs, step_cost
 from layerfed.client.devices import choose_device, chosen_precision
 from layerfed.client.limits import Allowance, LayerCosts, free_memory
+from layerfed.client.memory import rows_that_fit
 from layerfed.client.objective import objective
 from layerfed.client.prefix import PrefixCache
 from layerfed.client.resident import ResidentModel
@@ -136,6 +137,11 @@ class Workbench:
         needed, seconds = measured()
         # The first step loads libraries and fills caches, which does not matter to a slow one.
         return measured() if seconds < WARM_SECONDS else (needed, seconds)
+
+    @cached_property
+    def evaluation_rows(self) -> int:
+        """The rows of an evaluation's batch if `run.evaluate-batch` is 0; counted once."""
+        return rows_that_fit(self.task, self.resident.model, self.device)
 
     def head_memory(self, partition: int) -> float:
         """Return the bytes of a training step on the head alone, on this device."""

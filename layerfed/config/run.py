@@ -402,7 +402,7 @@ class RunSection(Section):
     checkpoint_every: Annotated[int, Field(ge=0)] = 1
     checkpoints: Positive = 2
     evaluate_every: Positive = 1
-    evaluate_batch: Positive = 256
+    evaluate_batch: Annotated[int, Field(ge=0)] = 0
     trackers: str = ""
     project: Annotated[str, Field(min_length=1)] = "layerfed"
     device: DeviceName = "auto"

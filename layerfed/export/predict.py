@@ -10,6 +10,7 @@ from typing import Any, Literal, TextIO
 
 import torch
 
+from layerfed.client.memory import rows_that_fit
 from layerfed.config import ConfigError
 from layerfed.export.saved import SavedRun
 from layerfed.task.scoring import SingleLabel
@@ -39,9 +40,10 @@ def predictions(saved: SavedRun, files: Iterable[Path]) -> Iterator[dict[str, An
         if not file.is_file():
             raise ConfigError(f"{file} is no file here")
         found = saved.task.read(file)
+        size = saved.config.run.evaluate_batch or rows_that_fit(saved.task, saved.model, CPU)
         row = 0
         with torch.inference_mode():
-            for batch in found.examples.in_order(saved.config.run.evaluate_batch, CPU):
+            for batch in found.examples.in_order(size, CPU):
                 for outputs in saved.task.logits(saved.model, batch):
                     named = {"input": found.names[row], **_described(saved, outputs)}
                     if found.answers is not None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from layerfed.client import devices, training
+from layerfed.client import devices, memory, training
 from layerfed.client.devices import chosen_precision
 from layerfed.client.local_sgd import Clipped, LocalSGD
-from layerfed.client.memory import LiveBytes, Phases
+from layerfed.client.memory import LiveBytes, Phases, rows_that_fit
 from layerfed.client.prediction import masks_named, predicted_step
 from layerfed.client.training import Step, Stepper, selected_layers, train_layers
 from layerfed.client.workbench import workbench
@@ -296,3 +296,33 @@ def test_a_run_leaves_its_memory_by_phase(monkeypatch: pytest.MonkeyPatch) -> No
     assert {how.checkpointing for how in asked} == {True}
     with pytest.raises(ConfigError, match=r"train\.micro-batch = 3: .* has BatchNorm"):
         workbench(configured("task.name=tests.tiny_task:TinyTask", "train.micro-batch=3").to_flat())
+
+
+class Wide:
+    """A task whose examples have `width` numbers each, of which its model makes four times as many."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def largest_batch(self, size: int) -> Batch | None:
+        return {"x": torch.empty(size, self.width, device="meta")} if self.width else None
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch["x"])
+
+
+@pytest.mark.parametrize(
+    ("width", "rows"), [(0, 256), (8, 256), (1000, 16), (16_000, 1), (100_000, 1)]
+)
+def test_an_evaluation_takes_as_many_rows_as_fit(
+    width: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "CPU_ACTIVATIONS", 4 * 4 * 16_001)
+    model = nn.Sequential(Repeat(), nn.Flatten()).train()
+    found = rows_that_fit(Wide(width), model, torch.device("cpu"))  # type: ignore[arg-type]
+    assert found == rows
+
+
+class Repeat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(1, 4)

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result
 from PIL import Image
 from safetensors.numpy import load_file
 
+from layerfed.client.workbench import Workbench
 from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.engine import run_on
 from layerfed.runs import latest_checkpoint, lock, read_lines
@@ -214,13 +215,15 @@ def test_the_size_of_batches_changes_no_accuracy(
         return tallied(model, found, update)  # type: ignore[arg-type]
 
     monkeypatch.setattr("layerfed.task.scoring.tallied", recorded)
+    monkeypatch.setattr(Workbench, "evaluation_rows", 5)
     accuracies = []
-    for size in (7, 256):
+    for size in (7, 256, 0):
         more = ["federation.rounds=1", "task.local-test=0.5", f"run.evaluate-batch={size}"]
         folder = run_on("inprocess", configured(tmp_path, f"of-{size}", *more))
         accuracies.append(read_lines(folder / "metrics.jsonl")[0]["accuracy"])
-        assert max(seen) <= size
-    assert accuracies[0] == accuracies[1]
+        assert max(seen) <= (size or 5)
+        seen.clear()
+    assert len(set(accuracies)) == 1
 
 
 def images(folder: Path, seed: int) -> Path:
