@@ -207,9 +207,10 @@ def as_predicted(
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Let attention on `meta` take the memory that it takes on a processor or a GPU.
+    """Let attention on `meta` take the memory that it takes on a processor.
 
-    On `meta`, torch computes it step by step and keeps the matrix of all pairs of tokens.
+    On `meta`, torch computes it step by step and keeps the matrix of all pairs of tokens. A processor
+    does so with dropout only; a GPU does not, and takes less then.
     """
     plain = functional.scaled_dot_product_attention
 
@@ -223,8 +224,11 @@ def fused_attention() -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if not query.is_meta:
-            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if not query.is_meta or dropout_p > 0:
+            return plain(
+                *(query, key, value, attn_mask, dropout_p, is_causal),
+                **{"scale": scale, "enable_gqa": enable_gqa},
+            )
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
             key, value = (t.repeat_interleave(groups, -3) for t in (key, value))

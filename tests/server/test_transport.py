@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import httpx
 import pytest
 from flwr.app import Message, RecordDict
 
+from layerfed import client_app
 from layerfed.exchange import instruction
 from layerfed.flower_compat import stamp
+from layerfed.grids.inprocess import InProcessGrid
 from layerfed.server.transport import exchange
 from tests.fakes import PlayedGrid
+from tests.tiny_task import configured, run
 
 
 class Builds(PlayedGrid):
@@ -102,3 +107,21 @@ def test_each_reply_is_told_with_the_number_of_those_asked() -> None:
     assert told == [(1, 3)]
     assert len(list(replies)) == 2
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.usefixtures("tiny_task")
+def test_an_update_is_freed_before_the_next_client_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Message]] = []
+    alive: list[int] = []
+    reply = client_app.train_reply
+
+    def counted(*given: Any, **numbers: Any) -> Message:
+        alive.append(sum(message() is not None for message in made))
+        found = reply(*given, **numbers)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(client_app, "train_reply", counted)
+    config = configured()
+    run(config, grid=InProcessGrid(client_app.client_app, config.federation.clients, config.to_flat()))
+    assert alive == [0, 0, 0, 0]
