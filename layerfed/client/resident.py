@@ -166,7 +166,8 @@ class ResidentModel:
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         }
-        lossy = {}
+        lossy: dict[str, Tensor] = {}
+        mapped = bool(files_of(self.model))
         for name in list(names):
             exact = values[name].detach()
             kind: Storage = self.storage if name in storable else "float32"
@@ -174,8 +175,9 @@ class ResidentModel:
                 self._owners[name], as_stored(exact, kind, self.device, table=name in tables)
             )
             if is_lossy(exact, kind):
-                lossy[name] = exact
-        self._exact |= on_disk(lossy, mapped=bool(files_of(self.model)))
+                # Of a mapped file at once, so that it is never in memory beside what was made of it.
+                lossy |= on_disk({name: exact}, mapped=True) if mapped else {name: exact}
+        self._exact |= lossy if mapped else on_disk(lossy, mapped=False)
 
     @property
     def base(self) -> str:

@@ -231,10 +231,10 @@ class Round:
     def take_updates(self, replies: Iterable[Message], enough: int) -> None:
         """Check training replies and add each to the mean as it arrives, until `enough` are added."""
         asked, answered = len(self._instructions), 0
-        for reply in replies:  # `enumerate` would hold each until the next one is there
-            answered += 1
+        for reply in replies:
+            answered += 1  # noqa: SIM113
             self._take_update(reply)
-            del reply  # freed before the next one is made
+            del reply  # freed before the next is made; `enumerate` would hold it
             if self.record.replies == enough:
                 self.record.late = max(0, asked - answered)
                 break

@@ -100,9 +100,7 @@ def test_the_prediction_is_within_15_percent(name: str, storage: Storage) -> Non
         with resident.borrowed(layers.trained(mask)):
             measured = train_layers(resident.model, layers, mask, [batch], loss, sgd).memory
         on_meta = {key: tensor.to("meta") for key, tensor in batch.items()}
-        found = predicted_step(
-            plain, layers, mask, on_meta, loss, sgd, how=Step(), storage=storage
-        )
+        found = predicted_step(plain, layers, mask, on_meta, loss, sgd, how=Step(), storage=storage)
         assert found.weights == pytest.approx(measured.weights, rel=0.01)
         off[trained] = (found.peak - found.weights) / (measured.peak - measured.weights)
     assert all(0.9 < ratio < 1.1 for ratio in off.values()), off

@@ -123,5 +123,8 @@ def test_an_update_is_freed_before_the_next_client_works(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(client_app, "train_reply", counted)
     config = configured()
-    run(config, grid=InProcessGrid(client_app.client_app, config.federation.clients, config.to_flat()))
+    run(
+        config,
+        grid=InProcessGrid(client_app.client_app, config.federation.clients, config.to_flat()),
+    )
     assert alive == [0, 0, 0, 0]
