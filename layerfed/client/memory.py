@@ -164,8 +164,8 @@ def rows_that_fit(task: Task, model: nn.Module, device: torch.device) -> int:
             task.logits(model, {name: tensor[:count] for name, tensor in rows.items()})
         found.append(live.phases(0.0).activations)
     room = CPU_ACTIVATIONS if device.type == "cpu" else GPU_SHARE * free_memory(device)
-    fitting = int(room / max(1.0, found[1] - found[0]))
-    return min(MOST_ROWS, 2 ** max(0, fitting.bit_length() - 1))
+    fitting = max(1, int(room / max(1.0, found[1] - found[0])))
+    return min(MOST_ROWS, 1 << (fitting.bit_length() - 1))
 
 
 def weights_in_training(model: nn.Module, layers: LayerMap, chosen: Iterable[str]) -> float:
@@ -225,10 +225,8 @@ def fused_attention() -> Iterator[None]:
         enable_gqa: bool = False,
     ) -> Tensor:
         if not query.is_meta or dropout_p > 0:
-            return plain(
-                *(query, key, value, attn_mask, dropout_p, is_causal),
-                **{"scale": scale, "enable_gqa": enable_gqa},
-            )
+            mask, gqa = attn_mask, enable_gqa
+            return plain(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=gqa)
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
             key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
