@@ -152,7 +152,7 @@ METRICS: dict[str, Metric] = {
         Metric("peak_memory", "train", "max", _peak_memory),
         Metric("peak_memory_probe", "probe", "max", _peak_memory),
         *(
-            Metric(f"memory_{part}", "train", "max", partial(_memory, part), public=True)
+            Metric(f"memory_{part}", "train", "max", partial(_memory, part))
             for part in ("weights", "activations", "gradients", "optimizer")
         ),
     )

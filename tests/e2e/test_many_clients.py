@@ -80,11 +80,12 @@ def test_a_hundred_clients_hold_one_model() -> None:
         *(f"task.name={__name__}:WideTask", f"federation.clients={CLIENTS}"),
         *(f"federation.clients-per-round={CLIENTS}", "strategy.name=top", "train.local-steps=1"),
     )
-    before = held()
+    # The first client's workbench, since it takes the place of one of an earlier test.
     model = sum(t.nbytes for t in workbench(config.to_flat()).resident.tensors.values())
+    before = held()
     grid = Weighed(config)
     run(config, 1, grid)
     assert grid.trained == CLIENTS
     assert max(grid.bytes) - min(grid.bytes) < 0.05 * model
-    # The model, a copy of what is trained, and the data of all clients, which were described before.
-    assert model <= min(grid.bytes) - before < 4 * model
+    # The server's model, a copy of what is trained, and the data of all clients.
+    assert max(grid.bytes) - before < 3 * model

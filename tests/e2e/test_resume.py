@@ -182,7 +182,8 @@ def test_a_run_that_was_asked_to_stop_goes_on(
     """It is asked after round 3, between two checkpoints."""
 
     def stopped(self: SelectiveStrategy, *given: Any, **named: Any) -> Result:
-        return start(self, *given, **named, should_stop=lambda: self.round.record.round == 3)
+        named["should_stop"] = lambda: self.round.record.round == 3
+        return start(self, *given, **named)
 
     start, config = SelectiveStrategy.start, configured(tmp_path, "x", "run.checkpoint-every=2")
     with monkeypatch.context() as patch:
