@@ -230,10 +230,11 @@ def read_metrics(
         raise RefusedReply(f"its metrics are not finite: {', '.join(bad)}")
     if bad := [name for name, value in numbers.items() if abs(value) > MAX_STATISTIC]:
         raise RefusedReply(f"its metrics are too large: {', '.join(bad)}")
+    known = {**METRICS, **declared}
     for name, value in numbers.items():
-        if name not in declared:
+        if name not in known:
             continue
-        least, most = declared[name].least, declared[name].most
+        least, most = known[name].least, known[name].most
         if not least <= value <= most:
             bound = f"{least:g} or more" if value < least else f"{most:g} or less"
             raise RefusedReply(f"it states {name} = {value:g}; {bound} is allowed")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import layerfed_assets
 from layerfed.cli import app
 from layerfed.config import ConfigError
 from layerfed.config.errors import Failed
@@ -335,7 +336,7 @@ def test_predict_prints_a_row_for_each_input(runs: Callable[[str], Path], tmp_pa
 def test_a_digit_is_read_as_the_data_are(tmp_path: Path) -> None:
     run = run_on("inprocess", hub.config(*SMALL, f"run.dir={tmp_path}"))
     saved = SavedRun.open(run)
-    with np.load(saved.task.__init__.__globals__["DIGITS"]) as raw:
+    with np.load(layerfed_assets.DIGITS) as raw:
         digits = raw["image"][raw["test"][:3]]
     for digit, expected in zip(
         digits,
@@ -389,7 +390,7 @@ def test_what_is_no_finished_run_is_refused_in_one_line(
 
     assert "is no run folder" in says("export", tmp_path, tmp_path / "out")
     assert "not empty" in says("export", run, tmp_path / "full")
-    assert "--format onix is unknown; choose one of native, onnx; did you mean onnx?" in says(
+    assert "--format onix is unknown; choose one of native, onnx, peft; did you mean onnx?" in says(
         "export", run, tmp_path / "out", "--format", "onix"
     )
     assert "is no file here" in says("predict", run, tmp_path / "none.png")

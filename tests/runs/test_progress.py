@@ -78,7 +78,7 @@ def test_in_a_terminal_a_bar_with_phase_clients_and_time_lives_below_the_lines(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (7384, "2:03:04")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert progress._duration(seconds) == text
+    assert progress.duration(seconds) == text
 
 
 def test_quiet_prints_the_folder_alone(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from layerfed.config import ConfigError
 from layerfed.task import images
 from tests.task import hub
 
+BICUBIC = Pixels.Resampling.BICUBIC
+
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
 def test_every_kind_of_image_becomes_three_colours(mode: str) -> None:
@@ -20,7 +22,7 @@ def test_every_kind_of_image_becomes_three_colours(mode: str) -> None:
     file = BytesIO()
     image.save(file, "JPEG" if mode == "CMYK" else "PNG")
     opened = images._open({"bytes": file.getvalue(), "path": None}, "here")
-    assert images._square(opened, 16).shape == (3, 16, 16)
+    assert images._square(opened, 16, 16, BICUBIC, False).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
@@ -58,7 +60,7 @@ def test_the_middle_square_is_kept(size: tuple[int, int]) -> None:
     pixels = np.zeros((*size, 3), np.uint8)
     middle = tuple(slice(side // 2 - 1, side // 2 + 1) for side in size)
     pixels[middle] = 255
-    kept = images._square(Pixels.fromarray(pixels), 32).astype(float)[0]
+    kept = images._square(Pixels.fromarray(pixels), 32, 32, BICUBIC, False).astype(float)[0]
     rows, columns = np.indices(kept.shape)
     centre = (rows * kept).sum() / kept.sum(), (columns * kept).sum() / kept.sum()
     assert centre == pytest.approx((15.5, 15.5), abs=1.5)
