@@ -131,6 +131,7 @@ class ModelConfig(Section):
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     lora_targets: str = ""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    units: Annotated[str, Field(min_length=1)] = "blocks"
 
     @property
     def family(self) -> str:

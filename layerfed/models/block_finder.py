@@ -100,7 +100,7 @@ def are_convolutions(model: nn.Module, blocks: Sequence[str]) -> bool:
     return all(isinstance(model.get_submodule(name), _Convolution) for name in blocks)
 
 
-def match_blocks(model: nn.Module, patterns: str) -> list[str]:
+def match_blocks(model: nn.Module, patterns: str, key: str = "model.blocks") -> list[str]:
     """Return the modules with parameters that match patterns, in the order of registration.
 
     Raises
@@ -111,7 +111,7 @@ def match_blocks(model: nn.Module, patterns: str) -> list[str]:
     wanted = [p.strip() for p in patterns.split(",") if p.strip()]
     if not wanted:
         raise LayerMapError(
-            f"model.blocks = '{patterns}' names nothing; give a pattern, as in 'encoder.layer.*', or "
+            f"{key} = '{patterns}' names nothing; give a pattern, as in 'encoder.layer.*', or "
             "leave it empty to have the blocks found"
         )
     rules = [_rule(pattern) for pattern in wanted]
@@ -119,15 +119,13 @@ def match_blocks(model: nn.Module, patterns: str) -> list[str]:
     for pattern, rule in zip(wanted, rules, strict=True):
         if not any(rule.fullmatch(name) for name in names):
             raise LayerMapError(
-                f"model.blocks = '{pattern}' matches no module with parameters; {_near(pattern, names)}"
+                f"{key} = '{pattern}' matches no module with parameters; {_near(pattern, names)}"
             )
     found = [name for name in names if any(rule.fullmatch(name) for rule in rules)]
     for name in found:
         nested = [other for other in found if other.startswith(name + ".")]
         if nested:
-            raise LayerMapError(
-                f"model.blocks = '{patterns}' matches {name} and {nested[0]} inside it"
-            )
+            raise LayerMapError(f"{key} = '{patterns}' matches {name} and {nested[0]} inside it")
     return found
 
 

@@ -30,6 +30,7 @@ from layerfed.models.block_finder import (
     some,
 )
 from layerfed.models.trace import Forward, Trace, Uses, trace
+from layerfed.models.units import BLOCKS, Units, find_units
 
 __all__ = ["Layer", "LayerMap", "LayerMapError", "factor_pairs", "layer_costs", "traced"]
 
@@ -105,6 +106,7 @@ class LayerMap:
         blocks: str | None = None,
         head: str | Sequence[str] = (),
         embeddings: str | Sequence[str] = (),
+        units: str = BLOCKS,
         forward: Forward | None = None,
     ) -> LayerMap:
         """Split a model.
@@ -125,6 +127,9 @@ class LayerMap:
             before them are embeddings, and those after them must be named in the head.
         head, embeddings : str or Sequence[str]
             Names or patterns of more modules or tensors that belong to the head or to the embeddings.
+        units : str
+            The parts of a block that are selected: whole `blocks`, `attention-mlp`, or patterns of
+            modules inside the blocks. Each part is then a layer `blocks.N` of its own (see `units`).
         forward : Callable[[nn.Module], object], optional
             Runs the model on an example and returns its scores.
 
@@ -154,17 +159,23 @@ class LayerMap:
         layer_of, aliases = _place(model, owner)
         if blocks or seen is None:
             refuse_left_over(model, names, apart, seen)
-        layers = _layers(model, layer_of, _outermost(model, layer_of, owner), len(names))
+        parts = find_units(model, names, units, None if seen is None else seen.order)
+        whole = layer_of
+        layer_of = {name: parts.layer(name, place) for name, place in whole.items()}
+        modules = _outermost(model, layer_of, owner, parts)
+        layers = _layers(model, layer_of, modules, len(parts.names))
         if not layers[-1].parameters:
             refuse_no_head(names)
-        for layer, name in zip(layers[1:], names, strict=False):
+        for layer, name in zip(layers[1:], parts.names, strict=False):
             if not layer.parameters:
                 raise LayerMapError(
                     f"{name} has no tensors of its own, so it cannot be a block; name others "
                     "(model.blocks)"
                 )
-        if isinstance(owner, _ByUse):
-            owner.refuse_reaching_down(layer_of)
+        if seen is not None and isinstance(owner, _ByUse):
+            refuse_reaching_down(names, owner.uses, whole)
+            if units != BLOCKS:
+                refuse_reaching_down(parts.names, seen.uses(parts.names), layer_of)
         return cls(layers, aliases, _shapes(model))
 
     def with_adapters(self, model: nn.Module, adapters: Mapping[str, str]) -> LayerMap:
@@ -373,7 +384,7 @@ class _ByUse(_Placement):
     ) -> None:
         super().__init__(model, blocks, head, embeddings)
         self._names = blocks
-        self._uses = uses
+        self.uses = uses
         self._model = model
         self._tables = {
             f"{name}.weight"
@@ -399,14 +410,14 @@ class _ByUse(_Placement):
 
     def _of_parameter(self, name: str) -> str:
         first = self._first_names[name]
-        users = [i for i, reach in enumerate(self._uses.reach) if first in reach.tensors]
+        users = [i for i, reach in enumerate(self.uses.reach) if first in reach.tensors]
         inside = self.block_of(name)
         if inside:
-            several = first in self._uses.handed_on and len(users) > 1
+            several = first in self.uses.handed_on and len(users) > 1
             return EMBEDDINGS if several else inside
         if users == [len(self._names)]:
             return HEAD
-        shared = len(users) > 1 and first not in self._uses.once
+        shared = len(users) > 1 and first not in self.uses.once
         if not users or users[0] == 0 or shared or name in self._tables:
             return EMBEDDINGS
         # The norm of a convolution follows it; what else lies between blocks leads to the next one.
@@ -428,24 +439,33 @@ class _ByUse(_Placement):
         places = {self.of_tensor(name) for name in names}
         return places.pop() if len(places) == 1 else EMBEDDINGS
 
-    def refuse_reaching_down(self, layer_of: Mapping[str, str]) -> None:
-        """Refuse a split in which a step on a layer reaches a layer below it.
 
-        Raises
-        ------
-        LayerMapError
-            If a block's output depends on the head or on a block above it.
-        """
-        for index, reach in enumerate(self._uses.reach[:-1]):
-            below = {EMBEDDINGS, *(f"blocks.{i}" for i in range(index + 1))}
-            above = [name for name in sorted(reach.tensors) if layer_of[name] not in below]
-            above += [self._names[other] for other in reach.blocks if other > index]
-            if above:
-                raise LayerMapError(
-                    f"{self._names[index]} depends on {some(above)}, of a layer above it, so that a "
-                    "step there would run back through this block; leave it out of model.head, or name "
-                    "other blocks (model.blocks)"
-                )
+def refuse_reaching_down(names: Sequence[str], uses: Uses, layer_of: Mapping[str, str]) -> None:
+    """Refuse a split in which a step on a layer reaches a layer below it.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        The blocks, or the cores of their units, input first.
+    uses : Uses
+    layer_of : Mapping[str, str]
+        The layer of each tensor.
+
+    Raises
+    ------
+    LayerMapError
+        If a block's output depends on the head or on a block above it.
+    """
+    for index, reach in enumerate(uses.reach[:-1]):
+        below = {EMBEDDINGS, *(f"blocks.{i}" for i in range(index + 1))}
+        above = [name for name in sorted(reach.tensors) if layer_of[name] not in below]
+        above += [names[other] for other in reach.blocks if other > index]
+        if above:
+            raise LayerMapError(
+                f"{names[index]} depends on {some(above)}, of a layer above it, so that a step there "
+                "would run back through this block; leave it out of model.head, or name other blocks "
+                "(model.blocks)"
+            )
 
 
 def traced(model: nn.Module, forward: Forward) -> Trace:
@@ -510,7 +530,7 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _outermost(
-    model: nn.Module, layer_of: Mapping[str, str | None], owner: _Placement
+    model: nn.Module, layer_of: Mapping[str, str | None], owner: _Placement, units: Units
 ) -> dict[str, str]:
     """Return the outermost modules that lie entirely in one layer, each with that layer."""
     found: dict[str, str] = {}
@@ -524,9 +544,10 @@ def _outermost(
             for child, inner in module.named_children():
                 visit(f"{name}.{child}", inner)
             return
-        where = inside.pop() if inside else owner.of_module(name)
-        if where is not None:
-            found[name] = where
+        if inside:
+            found[name] = str(inside.pop())
+        elif (where := owner.of_module(name)) is not None:
+            found[name] = units.layer(name, where)
 
     for name, module in model.named_children():
         visit(name, module)

@@ -440,6 +440,7 @@ class Task(ABC):
                 blocks=section.blocks or None,
                 head=section.head,
                 embeddings=section.embeddings,
+                units=section.units,
                 forward=self._forward(),
             )
         except LayerMapError as error:
