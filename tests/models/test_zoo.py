@@ -49,10 +49,42 @@ One forward pass of an example shows how a model uses its tensors.
 refuses a split in which a step on the head would reach a block, or a step on a block would reach
 something below it.
 
+**Halves of blocks.** `model.units = "attention-mlp"` selects the attention and the MLP of a block apart: a ViT of 12 blocks
+has 24 layers `blocks.0` … `blocks.23`, and a budget in parameters or bytes decides between them. A norm before the attention
+goes with the attention; what lies between the two, and what follows the MLP in the block, goes with the MLP. An attention
+is recognised by its name or class, and must come before the MLP. Patterns of modules inside the blocks name other parts:
+`model.units = "blocks.*.attn, blocks.*.mlp.fc1, blocks.*.mlp.fc2"`. What no pattern names goes with the next part of its
+block, or with the last.
+
 A task of your own returns its example from `Task.example`. Without an example the split follows the
 order in which modules are registered: what comes before the blocks is an embedding, what comes after
 them is the head, and models with stages need `model.blocks`.
-"""
+
+## Adapters in place of layers
+
+With `model.tuning = "lora"`, each block gets LoRA adapters by the [PEFT](https://huggingface.co/docs/peft) library
+(`pip install ".[lora]"`), and a block *is* its adapters: they are what is probed, selected, trained, sent, averaged,
+budgeted and counted. All weights of the blocks stay frozen, like the embeddings, and are never sent. The head is
+trained in full. Strategies, engines, codecs, privacy, stores and `model.storage` work as for layers.
+
+| key | meaning |
+|---|---|
+| `model.lora-rank` | r: an adapter adds (α/r)·B·A to a frozen weight |
+| `model.lora-alpha` | α |
+| `model.lora-targets` | ends of the names of modules that get an adapter, as in `query, value`. Empty: every linear layer and every convolution without groups, in blocks |
+| `model.lora-dropout` | share of an adapter's inputs that is dropped in training |
+
+- `strategy.name = "full"` with `lora` is FedIT: every client trains all adapters, and the server averages A and B. The
+  mean of B times the mean of A is not the mean of the products B·A, which are what the clients' models add to a weight.
+  `server.aggregation = "svd"` computes the latter and cuts it to the rank r by its singular values, as FlexLoRA does; no
+  adapters of rank r are closer to it. It keeps the cohort's adapters in memory, and E2 is null.
+- The matrices A are drawn from `run.seed`, and the fingerprint of the base covers them. B begins at 0, so the model
+  before training is the pretrained one.
+- The statistics of BatchNorm in blocks are frozen too.
+- A module that the model's forward pass does not call gets no adapter, since it would have no effect: torch's own
+  `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` read weights without calling the modules that hold them. A
+  block without any module to adapt is refused, with the names of the modules that there are.
+"""  # noqa: E501  (a table of Markdown has long lines)
 
 # Branches side by side; a model whose output layer is tied to the embeddings and that has no final norm.
 REFUSED = {"timm/hrnet", "transformers/led"}

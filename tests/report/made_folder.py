@@ -68,12 +68,13 @@ def make_folder(
         masks = (rng.random((clients, layers)) < 0.4).astype(int)
         masks[:, 0] = 1
         gains = rng.lognormal(size=(clients, layers))
+        accuracy = round(min(1.0, 0.3 + 0.6 * number / rounds + better), 4)
         share = dict.fromkeys(("train_seconds", "steps"), 2.0 * clients)
         up = 1100 * (clients - len(failed))
         metrics.append(
             {
                 "round": number,
-                "accuracy": round(min(1.0, 0.3 + 0.6 * number / rounds + better), 4),
+                "accuracy": accuracy,
                 "loss": 2.0 / number,
                 "e1": 3.0 + rng.random(),
                 "e2": 1e-16 * rng.random(),  # rounding noise
@@ -105,7 +106,7 @@ def make_folder(
                 **share,
                 "peak_memory": 1e6,
                 "peak_memory_probe": 1e6,
-                "scores": {"accuracy": round(min(1.0, 0.3 + 0.6 * number / rounds), 4), "f1": 0.5},
+                "scores": {"accuracy": accuracy, "f1": 0.5},
                 "groups": {group: {"examples": 10, "accuracy": 0.5} for group in GROUPS},
             }
         )
