@@ -24,7 +24,7 @@ from typing import Any
 import layerfed
 from layerfed.config import load_config
 from layerfed.deploy.processes import commands
-from layerfed.deploy.rehearsal import Loopback, on_loopback
+from layerfed.deploy.rehearsal import on_loopback
 from layerfed.runs import read_lines
 from layerfed.runs.signals import clean_up_on_sigterm
 
@@ -66,16 +66,15 @@ def clocked(folder: Path) -> Iterator[Path]:
         os.environ.update(before)
 
 
-def living(loopback: Loopback) -> dict[int, float]:
-    """Return the CPU seconds of each living process of a federation, by process id."""
+def living() -> dict[int, float]:
+    """Return the CPU seconds of each living process of the federation, by process id."""
     found = {}
-    for process in loopback.processes.by_name.values():
-        for pid in commands(process.pid):
-            try:
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-            except OSError:
-                continue  # it has just ended
-            found[pid] = (int(fields[11]) + int(fields[12])) / TICKS
+    for pid in commands(os.getpid()).keys() - {os.getpid()}:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        except OSError:
+            continue  # it has just ended
+        found[pid] = (int(fields[11]) + int(fields[12])) / TICKS
     return found
 
 
@@ -95,9 +94,9 @@ def measured(name: str, nodes: int, rounds: int) -> dict[str, Any]:
             clocked(folder / "clock") as file,
             on_loopback(folder / "federation", own, keep_model=CONTENDERS[name]) as loopback,
         ):
-            before = living(loopback)
+            before = living()
             status = loopback.federation.follow(loopback.start_run(source, config))
-            after, ended = living(loopback), read_lines(file)
+            after, ended = living(), read_lines(file)
             if not status.completed:
                 raise SystemExit(f"{name}: the run {status.status}: {status.details}")
         took = [row["seconds"] for row in read_lines(folder / "runs/timed/metrics.jsonl")]
