@@ -229,7 +229,7 @@ def evaluate_locally(message: Message, context: Context) -> Message:
     node = _as_asked(message, context)
     bench = node.bench
     if node.protection is not None:
-        raise ValueError("this client's replies are private; it states no accuracy of its own")
+        raise ValueError("this client's replies are private; it states no scores of its own")
     bench.resident.move_to(*read_manifest(message), node.store)
     _, held_out = bench.examples(node.partition)
     rows = node.run.run.evaluate_batch or bench.evaluation_rows

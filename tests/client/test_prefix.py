@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -115,14 +116,18 @@ def assert_close(
     assert difference <= tolerance * norm
 
 
-@pytest.mark.parametrize("depth", ["head", "top"])
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+# Not EfficientNet's top in half precision: BatchNorm on random weights and few images enlarges rounding.
+@pytest.mark.parametrize(
+    ("kind", "name", "depth"),
+    sorted(
+        {*product([torch.float16, torch.float32], MODELS, ["head", "top"])}
+        - {(torch.float16, "efficientnet", "top")},
+        key=str,
+    ),
+)
 def test_training_is_equal_with_and_without(
     kind: torch.dtype, name: str, depth: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if (name, depth, kind) == ("efficientnet", "top", torch.float16):
-        pytest.skip("BatchNorm on random weights and a handful of images enlarges each rounding")
     monkeypatch.setattr(prefix, "TYPE", kind)
     tolerance = 5e-3 if kind == torch.float16 else 1e-4
     held = resident(name)
