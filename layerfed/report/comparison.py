@@ -17,6 +17,7 @@ from layerfed.report.significance import Paired, differences_by_seed, holm, pair
 
 __all__ = [
     "PAPER_COSTS",
+    "TESTS",
     "accuracy_table",
     "differences",
     "differences_csv",
@@ -68,9 +69,10 @@ PAIRED = (
     "sampling and new weights; mean ± sample standard deviation over seeds."
 )
 TESTS = (
-    "Tests of these differences: mean with the 95% interval and p of the paired t-test, p corrected for "
-    "the number of tests (Holm), p of the sign-flip test, which needs six seeds to be below 0.05, and "
-    "the number of seeds that give the t-test 80% power at 5%, if mean and spread stay as they are."
+    "Tests of the differences paired by seed: mean with the 95% interval and p of the paired t-test, "
+    "p corrected for the number of tests (Holm), p of the sign-flip test, which needs six "
+    "seeds to be below 0.05, and the number of seeds that give the t-test 80% power at 5%, if mean and "
+    "spread stay as they are."
 )
 SCORES = "All final scores on the test set, of the first budget a row has."
 MEASURED = (

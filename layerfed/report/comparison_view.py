@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from layerfed.config import ConfigError
-from layerfed.report.comparison import differences
+from layerfed.report.comparison import TESTS, differences
 from layerfed.report.comparison_plots import mean_curve, pareto_front
 from layerfed.report.figures import RunFigures, Section
 from layerfed.report.run_view import metric_of
+from layerfed.report.significance import differences_by_seed, holm, paired_test
 from layerfed.runs.files import read_json
 
 __all__ = ["comparison_view", "run_folders", "sections_of"]
@@ -118,20 +120,25 @@ def comparison_view(
         "metric": metric,
         "warning": differences(shown).replace("**", ""),
         "experiments": [_experiment(section, metric["higher_is_better"]) for section in shown],
+        "tests_about": TESTS,
         "settings": _varied([read_json(run.folder / "config.json") for run in runs]),
         "left_out": list(left_out),
     }
 
 
 def _experiment(section: Section, higher_is_better: bool) -> dict[str, Any]:
-    entries: list[dict[str, Any]] = [
-        {
-            "name": f"{row} · {budget}" if budget else row,
-            "curve": _curve(found),
-            "runs": [_run(run) for run in found],
-        }
+    named = {
+        f"{row} · {budget}" if budget else row: found
         for (row, budget), found in section.runs.items()
         if found
+    }
+    entries: list[dict[str, Any]] = [
+        {
+            "name": name,
+            **_curve(found),
+            "runs": [_run(run) for run in found],
+        }
+        for name, found in named.items()
     ]
     sign = 1 if higher_is_better else -1
 
@@ -147,15 +154,35 @@ def _experiment(section: Section, higher_is_better: bool) -> dict[str, Any]:
         "title": section.title,
         "entries": entries,
         "fronts": {cost: front(cost) for cost in COSTS},
+        "tests": {name: _tests(named, name) for name in named},
     }
 
 
-def _curve(runs: Sequence[RunFigures]) -> list[list[float]]:
+def _tests(entries: Mapping[str, Sequence[RunFigures]], reference: str) -> dict[str, Any]:
+    """Return the paired tests of each entry against one, for entries with two pairs or more."""
+    found = {
+        name: differences
+        for name, runs in entries.items()
+        if name != reference
+        and len(differences := differences_by_seed(runs, entries[reference])) > 1
+    }
+    tests = holm([paired_test(each) for each in found.values()])
+    return {name: asdict(test) for name, test in zip(found, tests, strict=True)}
+
+
+def _curve(runs: Sequence[RunFigures]) -> dict[str, Any]:
+    """Return the main score by round, mean with its band, and the mean of what was spent by then."""
     if not all(run.curve for run in runs):
-        return []
+        return {"curve": [], "spent": {}}
     rounds, mean, spread = mean_curve([run.curve for run in runs])
     rows = np.stack([rounds, mean, mean - spread, mean + spread]).T
-    return rows.tolist() if len(runs) > 1 else rows[:, :2].tolist()  # type: ignore[no-any-return]
+    spent = {
+        key: np.mean([run.spent[key] for run in runs], axis=0)[rounds] for key in runs[0].spent
+    }
+    return {
+        "curve": (rows if len(runs) > 1 else rows[:, :2]).tolist(),
+        "spent": {key: values.tolist() for key, values in spent.items()},
+    }
 
 
 def _run(run: RunFigures) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from layerfed.exchange.scores import ACCURACY, LOSS, Score, score_of
 from layerfed.report.paper_costs import PaperCosts, paper_costs
 from layerfed.runs.files import read_json, read_lines
 
-__all__ = ["TERMS", "RunFigures", "Section", "score_curves", "scores_in"]
+__all__ = ["TERMS", "RunFigures", "Section", "score_curves", "scores_in", "spent_by_round"]
 
 TERMS = ("e1", "e2", "e2_masks")
 # Figures that are sums over the lines of metrics.jsonl.
@@ -44,6 +44,8 @@ class RunFigures:
         Number of updates that the server averaged: clients times rounds, less failures.
     seconds : float
         Duration of all rounds, by the server's clock.
+    spent : Mapping[str, Sequence[float]]
+        What was spent up to each round, from round 0 (`spent_by_round`).
     metrics : Mapping[str, float]
         What clients stated (`exchange/metrics.py`), combined over rounds as over clients. A mean is that
         of the last round that has one, and NaN without any.
@@ -67,6 +69,7 @@ class RunFigures:
     bytes_full_down: int
     updates: int
     seconds: float
+    spent: Mapping[str, Sequence[float]]
     metrics: Mapping[str, float]
     terms: Mapping[str, tuple[tuple[int, float], ...]]
     engine: str
@@ -100,6 +103,7 @@ class RunFigures:
             curves=score_curves(summary, metrics),
             updates=sum(row["clients"] for row in metrics),
             **{key: sum(row[key] for row in metrics) for key in SUMS},
+            spent=spent_by_round(metrics),
             metrics={metric.name: _over_rounds(metric, metrics) for metric in _stated(metrics)},
             terms={
                 key: tuple((row["round"], row[key]) for row in metrics if row.get(key) is not None)
@@ -167,6 +171,16 @@ class RunFigures:
         """The best main score of all rounds; NaN without any."""
         best = self.metric.best(value for _, value in self.curve)
         return math.nan if best is None else best
+
+
+def spent_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return what was spent up to each round, from round 0: bytes of both directions, FLOPs, seconds."""
+    each = {
+        "bytes": [line["bytes_up"] + line["bytes_down"] for line in lines],
+        "flops": [line.get("flops", 0) + line.get("flops_probe", 0) for line in lines],
+        "seconds": [line["seconds"] for line in lines],
+    }
+    return {key: [0, *np.cumsum(values).tolist()] for key, values in each.items()}
 
 
 def scores_in(line: Mapping[str, Any]) -> Mapping[str, float | None]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from layerfed.config import load_config
-from layerfed.report.figures import TERMS, TRAFFIC
+from layerfed.report.figures import TERMS, TRAFFIC, spent_by_round
 from layerfed.report.plots import selection_shares
 from layerfed.runs.files import read_json, read_lines
 from layerfed.selection import (
@@ -67,7 +67,7 @@ def run_view(folder: Path) -> dict[str, Any]:
         "metric": metric,
         "sentence": _sentence(summary, config, metric, scores[metric["name"]]),
         "rounds": [0, *(row["round"] for row in metrics)],
-        "spent": _spent(metrics),
+        "spent": spent_by_round(metrics),
         "scores": scores,
         "losses": {
             label: [None, *(row.get(key) for row in metrics)]
@@ -126,16 +126,6 @@ def _scores(summary: Mapping[str, Any], metrics: Rows, main: str) -> dict[str, l
             *(row.get(f"client_{main}") for row in metrics),
         ]
     return found
-
-
-def _spent(metrics: Rows) -> dict[str, list[float]]:
-    """Return what was spent up to each round, from round 0: bytes of both directions, FLOPs, seconds."""
-    each = {
-        "bytes": [row["bytes_up"] + row["bytes_down"] for row in metrics],
-        "flops": [row.get("flops", 0) + row.get("flops_probe", 0) for row in metrics],
-        "seconds": [row["seconds"] for row in metrics],
-    }
-    return {key: [0, *np.cumsum(values).tolist()] for key, values in each.items()}
 
 
 def _sentence(

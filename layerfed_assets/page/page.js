@@ -454,6 +454,8 @@
   // ---------------------------------------------------------------------------------- one run
   const kindOf = metric => metric.low === 0 && metric.high === 1 ? 'percent' : 'number';
   const X_AXES = { rounds: 'round', bytes: 'bytes sent', flops: 'FLOPs', seconds: 'time' };
+  const xAxis = () => state.x === 'rounds' ? { label: 'round', kind: 'whole', whole: true }
+    : { label: { bytes: 'bytes sent, up and down', flops: 'FLOPs of training and probes', seconds: 'time of rounds' }[state.x], kind: state.x, zero: true };
 
   const renderRun = view => {
     const { summary, metric, selection } = view, kind = kindOf(metric), main = view.scores[metric.name];
@@ -476,8 +478,6 @@
     // Progress: score and loss over rounds, bytes, FLOPs or time.
     const progress = h('div', { class: 'cards' });
     const xOf = n => state.x === 'rounds' ? view.rounds[n] : view.spent[state.x][n];
-    const xAxis = () => state.x === 'rounds' ? { label: 'round', kind: 'whole', whole: true }
-      : { label: { bytes: 'bytes sent, up and down', flops: 'FLOPs of training and probes', seconds: 'time of rounds' }[state.x], kind: state.x, zero: true };
     const along = found => Object.entries(found).map(([name, values], n) => ({ name, look: n, points: values.map((v, i) => [xOf(i), v]) }));
     const asRows = found => () => [['round', 'bytes sent', 'FLOPs', 'seconds', ...Object.keys(found)],
       ...view.rounds.map((round, i) => [round, view.spent.bytes[i], view.spent.flops[i], view.spent.seconds[i], ...Object.values(found).map(v => v[i])])];
@@ -646,6 +646,12 @@
       const other = reference.runs.find(r => r.seed === run.seed);
       return other && known(run.score) && known(other.score) ? [{ value: run.score - other.score, name: `seed ${run.seed}` }] : [];
     }) })).filter(row => row.points.length);
+    // What the files say in points is shown in points.
+    const chance = p => !known(p) ? '–' : p < 0.001 ? '<0.001' : p.toFixed(3), signed = v => show(points, known(v) && kind === 'percent' ? v / 100 : v);
+    const tested = (name, key, how) => ({ name, num: true, value: ([, t]) => t[key], show: ([, t]) => how(t[key]) });
+    const tests = Object.entries(here.tests[reference.name]), whole = v => show('whole', v);
+    const along = entry => entry.curve.map(([round, ...values], i) => [state.x === 'rounds' ? round : entry.spent[state.x][i], ...values]);
+    const xChoice = choice('x', 'Horizontal axis', X_AXES, state.x, value => { state.x = value; render(); document.getElementById(`x-${value}`)?.focus(); });
     const pareto = Object.entries({ bytes_up: ['uplink', 'bytes'], flops: ['compute', 'flops'], seconds: ['time', 'seconds'] }).map(([key, [name, how]]) => figure(`pareto-${key}`, `${capital(metric.name)} against ${name}`,
       'Large marks are means, small ones single seeds; the dashed line joins the entries that none beats in both.',
       scatter({ entries: entries.map((entry, n) => ({ name: entry.name, look: n, points: entry.runs.filter(r => known(r.score) && r[key] > 0).map(r => ({ x: r[key], y: r.score, name: `seed ${r.seed}` })) })).filter(e => e.points.length), front: here.fronts[key], x: { label: `${name} of a run`, kind: how, log: true }, y: { label: `final test ${metric.name}`, kind } }),
@@ -669,8 +675,11 @@
           { name: 'uplink, of full', num: true, value: of('share_up'), show: e => spread(e, 'share_up', 'percent') }, column('downlink', 'bytes_down', 'bytes'), column('compute', 'flops', 'flops'), column('time', 'seconds', 'seconds'), { name: 'runs', num: true, value: e => e.runs.length }], entries, { sort: [1, metric.higher_is_better ? -1 : 1] }),
         strips.length > 0 && figure('seeds', `Final test ${metric.name} by seed`, 'Dots are runs; the bar is the mean, the line one standard deviation.', strip({ rows: strips, kind, label: `final test ${metric.name}` }), () => [['entry', 'seed', metric.name], ...entries.flatMap(e => e.runs.map(r => [e.name, r.seed, r.score]))]),
         paired.length > 0 && figure('paired', `Differences to ${reference.name}, paired by seed`, 'Runs of one seed share partition, sampling and new weights, so their difference says more than that of two means.', strip({ rows: paired, kind: points, label: `difference in ${metric.name}`, zero: true }), () => [['entry', 'pair', `difference to ${reference.name}`], ...paired.flatMap(row => row.points.map(p => [row.name, p.name, p.value]))],
-          { controls: h('div', { class: 'controls' }, pick('reference', 'Reference', entries.map(e => e.name), entries.indexOf(reference), n => { state.reference = entries[n].name; })) })),
-      section('curves', 'Progress', null, figure('curve', `Test ${metric.name} by round`, 'Means over seeds; the band is one standard deviation.', lines({ series: entries.map((e, n) => ({ name: e.name, look: n, points: e.curve })), x: { label: 'round', kind: 'whole', whole: true }, y: { label: `test ${metric.name}`, kind, low: metric.low ?? undefined, high: metric.high ?? undefined }, height: 360 }), () => [['entry', 'round', 'mean', 'low', 'high'], ...entries.flatMap(e => e.curve.map(p => [e.name, ...p]))], { className: 'wide' })),
+          { controls: h('div', { class: 'controls' }, pick('reference', 'Reference', entries.map(e => e.name), entries.indexOf(reference), n => { state.reference = entries[n].name; })) }),
+        tests.length > 0 && table('tests', `Tests of the differences to ${reference.name}${kind === 'percent' ? ', in points' : ''}`, view.tests_about, [{ name: 'entry', value: ([name]) => name }, tested('seeds', 'seeds', whole), tested('difference', 'mean', signed),
+          { name: '95% interval', num: true, value: ([, t]) => t.low, show: ([, t]) => known(t.low) ? `${signed(t.low)} to ${signed(t.high)}` : '–' },
+          tested('p', 'p', chance), tested('p, Holm', 'p_holm', chance), tested('p, signs', 'p_signs', chance), tested('seeds for 80%', 'needed', whole)], tests)),
+      section('curves', 'Progress', null, h('div', { class: 'controls wide' }, xChoice), figure('curve', `Test ${metric.name} by ${X_AXES[state.x]}`, `Means over seeds${state.x === 'rounds' ? '' : ', also of what was spent up to a round'}; the band is one standard deviation.`, lines({ series: entries.map((e, n) => ({ name: e.name, look: n, points: along(e) })), x: xAxis(), y: { label: `test ${metric.name}`, kind, low: metric.low ?? undefined, high: metric.high ?? undefined }, height: 360 }), () => [['entry', 'round', 'bytes sent', 'FLOPs', 'seconds', 'mean', 'low', 'high'], ...entries.flatMap(e => e.curve.map(([round, ...values], i) => [e.name, round, e.spent.bytes[i], e.spent.flops[i], e.spent.seconds[i], ...values]))], { className: 'wide' })),
       section('costs', 'Score against cost', null, pareto),
       section('runs', 'Runs', null, table('runs-table', 'Each run', null, [{ name: 'run', value: r => r.folder }, { name: 'entry', value: r => r.entry }, { name: 'seed', num: true, value: r => r.seed, show: r => show('whole', r.seed) }, ...[['score', metric.name, kind], ['loss', 'loss', 'number'], ['bytes_up', 'uplink', 'bytes'], ['bytes_down', 'downlink', 'bytes'], ['flops', 'compute', 'flops'], ['seconds', 'time', 'seconds']].map(([key, name, how]) => ({ name, num: true, value: r => r[key], show: r => show(how, r[key]) })), { name: 'engine', value: r => r.engine }, { name: 'device', value: r => r.device }], entries.flatMap(e => e.runs.map(r => ({ ...r, entry: e.name }))))),
       section('settings-section', 'Settings', null, view.settings.length > 0 && table('varied', 'Settings in which the runs differ', null, [{ name: 'setting', value: r => r[0], show: r => h('code', {}, r[0]) }, { name: 'values', value: r => r[1].join(', ') }], view.settings), view.left_out.length > 0 && table('left-out', 'Folders left out', null, [{ name: 'folder', value: r => r[0] }, { name: 'reason', value: r => r[1] }], view.left_out)),

@@ -211,5 +211,11 @@ def test_a_comparison_sorts_and_pairs_with_the_chosen_entry(comparison_page: Pag
     with saved(page, "paired-csv").open() as file:
         rows = {(row["entry"], row["pair"]): row for row in csv.DictReader(file)}
     assert float(rows["random", "seed 1"]["difference to top"]) == pytest.approx(0.03)
+    assert page.locator("#tests tbody th").all_inner_texts() == ["ilp", "random"]
+    cells = page.locator("#tests tbody tr").nth(1).locator("td").all_inner_texts()
+    assert cells[:3] == ["2", "+1.50", "−17.56 to +20.56"]
+    page.get_by_text("bytes sent", exact=True).click()
+    assert page.locator("#curve h3").inner_text() == "Test accuracy by bytes sent"
+    assert "up and down, kB" in page.locator("#curve-plot").inner_text()
     for cost in ("bytes_up", "flops", "seconds"):
         assert page.locator(f"#pareto-{cost}-plot svg").is_visible()

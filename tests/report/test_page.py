@@ -7,6 +7,7 @@ import json
 import math
 import re
 import zlib
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from layerfed.report import (
     sections_of,
     write_page,
 )
+from layerfed.report.significance import differences_by_seed, holm, paired_test
 from layerfed.selection import SelectionProblem, solve
 from tests.report.made_folder import EVIL, make_folder
 
@@ -197,6 +199,21 @@ def test_a_comparison_has_every_run_under_its_entry(several: Path) -> None:
     best = np.mean([run["score"] for run in experiment["entries"][0]["runs"]])
     assert experiment["fronts"]["bytes_up"] == [[pytest.approx(31_900, abs=1100), best]]
     assert ["run.seed", ["0", "1"]] in view["settings"]
+
+
+def test_a_comparison_has_its_tests_and_what_was_spent_by_each_round(several: Path) -> None:
+    (section,) = sections_of(run_folders(several))[0]
+    (experiment,) = content(page(comparison_view("several", [section])))["experiments"]
+    theirs = differences_by_seed(section.runs["top", None], section.runs["ilp", None])
+    shown = experiment["tests"]["ilp"]
+    assert shown == plain({"top": asdict(holm([paired_test(theirs)])[0])})
+    assert shown["top"]["mean"] == pytest.approx(-2.0), "in points"
+    assert experiment["tests"]["top"]["ilp"]["mean"] == pytest.approx(2.0)
+    entry = experiment["entries"][0]
+    runs = [lines(several / run["folder"], "metrics") for run in entry["runs"]]
+    sent = np.mean([[r["bytes_up"] + r["bytes_down"] for r in rows] for rows in runs], axis=0)
+    np.testing.assert_allclose(entry["spent"]["bytes"], [0, *np.cumsum(sent)])
+    assert len(entry["spent"]["seconds"]) == len(entry["curve"])
 
 
 def test_runs_that_are_not_complete_are_left_out_with_the_reason(
