@@ -153,13 +153,14 @@ class Inputs:
     names : Sequence[str]
         What each is called: its file, and its row in a table.
     examples : Examples
-    answers : Sequence[Sequence[str]], optional
-        For each input, what the classes stand for, if that differs between inputs.
+    means : Sequence[Sequence[str | None]], optional
+        What the outputs for each input stand for: the answers of its classes, if they differ between
+        inputs, or its tokens, if each has a tag (None for an output without a token of its own).
     """
 
     names: Sequence[str]
     examples: Examples
-    answers: Sequence[Sequence[str]] | None = None
+    means: Sequence[Sequence[str | None]] | None = None
 
 
 class Task(ABC):
@@ -361,7 +362,10 @@ class Task(ABC):
         return self.kind.loss(self.logits(model, batch), self.targets(batch))
 
     def answers(self, model: nn.Module, batch: Batch) -> tuple[Sequence[object], Sequence[object]]:
-        """Return generated answers and the right ones, if the kind is `Generation`."""
+        """Return generated answers and the right ones, if the kind is `Generation`.
+
+        The right ones of inputs without any, which are only predicted on, may be anything.
+        """
         raise ConfigError("its kind is Generation, so it needs a method `answers`")
 
     def groups_of(self, examples: Examples) -> dict[str, np.ndarray]:

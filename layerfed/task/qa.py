@@ -316,7 +316,7 @@ class QuestionAnswering(TextTask):
         return replace(
             self.inputs_of(Part(encoded, str(file)), str(file), ("input_ids", "choices")),
             names=[f"{file}:{row}" for row in range(len(ids))],
-            answers=[question.choices for question in questions],
+            means=[question.choices for question in questions],
         )
 
     # ------------------------------------------------------------------------------- model

@@ -89,6 +89,23 @@ class Tally(ABC):
         return {}
 
     @staticmethod
+    def predicted(task: Task, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """Return what is predicted for each input of a batch, ready for JSON.
+
+        Raises
+        ------
+        ConfigError
+            If the kind does not say.
+        """
+        name = task.kind.__name__
+        raise ConfigError(f"{name} says nothing of one input; give it a method `predicted`")
+
+    @staticmethod
+    def explained(row: dict[str, Any], means: Sequence[str | None]) -> dict[str, Any]:
+        """Return a row of `predicted`, with what its outputs stand for if that is known."""
+        return row
+
+    @staticmethod
     def count(labels: np.ndarray) -> np.ndarray | None:
         """Return the number of labels of each class; None for a kind without classes."""
         return None
@@ -230,6 +247,23 @@ class SingleLabel(Tally):
         return report
 
     @staticmethod
+    def predicted(task: Task, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """Return the label of each input, and the probability of each class."""
+        outputs = task.logits(model, batch).float()
+        names = _names(task, outputs.shape[1])
+        return [
+            {"label": names[best], "scores": dict(zip(names, row, strict=True))}
+            for best, row in zip(
+                outputs.argmax(1).tolist(), outputs.softmax(1).tolist(), strict=True
+            )
+        ]
+
+    @staticmethod
+    def explained(row: dict[str, Any], means: Sequence[str | None]) -> dict[str, Any]:
+        """Add the answer that the label stands for."""
+        return {**row, "answer": means[list(row["scores"]).index(row["label"])]} if means else row
+
+    @staticmethod
     def count(labels: np.ndarray) -> np.ndarray | None:
         """Return the number of labels of each class."""
         whole = np.issubdtype(labels.dtype, np.integer)
@@ -264,6 +298,29 @@ class TokenTagging(SingleLabel):
             outputs, targets = outputs[kept], targets[kept]
         if len(targets):
             super().update(outputs, targets)
+
+    @staticmethod
+    def predicted(task: Task, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """Return the tag of each output, and its probability."""
+        shares, tags = task.logits(model, batch).float().softmax(-1).max(-1)
+        names = _names(task, int(tags.max()) + 1)
+        return [
+            {"tags": [names[tag] for tag in line], "scores": row}
+            for line, row in zip(tags.tolist(), shares.tolist(), strict=True)
+        ]
+
+    @staticmethod
+    def explained(row: dict[str, Any], means: Sequence[str | None]) -> dict[str, Any]:
+        """Add the tokens, and leave out outputs without one."""
+        kept = [n for n, token in enumerate(means) if token is not None]
+        return (
+            {
+                "tokens": [means[n] for n in kept],
+                **{key: [values[n] for n in kept] for key, values in row.items()},
+            }
+            if means
+            else row
+        )
 
 
 class MultiLabel(Tally):
@@ -323,6 +380,19 @@ class MultiLabel(Tally):
         return {"classes": names, "per_class": _per_class(*self._columns(), names)}
 
     @staticmethod
+    def predicted(task: Task, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """Return the labels of each input, those whose logit is above 0, and each one's probability."""
+        outputs = task.logits(model, batch).float()
+        names = _names(task, outputs.shape[1])
+        return [
+            {
+                "labels": [name for name, logit in zip(names, logits, strict=True) if logit > 0],
+                "scores": dict(zip(names, shares, strict=True)),
+            }
+            for logits, shares in zip(outputs.tolist(), outputs.sigmoid().tolist(), strict=True)
+        ]
+
+    @staticmethod
     def count(labels: np.ndarray) -> np.ndarray | None:
         """Return the number of examples that have each label."""
         held: np.ndarray = labels.sum(0).astype(int)
@@ -374,6 +444,17 @@ class Regression(Tally):
             "r2": float(r2.mean()) if examples > 1 else math.nan,
         }
 
+    @staticmethod
+    def predicted(task: Task, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """Return the number of each input, or its numbers by name."""
+        outputs = task.logits(model, batch).float()
+        rows = outputs.reshape(len(outputs), -1).tolist()
+        names = _names(task, len(rows[0]))
+        return [
+            {"value": row[0]} if len(row) == 1 else {"values": dict(zip(names, row, strict=True))}
+            for row in rows
+        ]
+
 
 class CausalLM(Tally):
     """The next token: outputs (B, T, V), and targets (B, T) that hold at t what outputs predict at t.
@@ -401,9 +482,19 @@ class CausalLM(Tally):
         """Return the perplexity, exp of the loss, and the share of tokens that come first."""
         loss = self.mean_loss
         return {
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "perplexity": _perplexity(loss),
             "token_accuracy": self.sums["hits"] / self.sums["count"],
         }
+
+    @staticmethod
+    def predicted(task: Task, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """Return the loss and the perplexity of each input: a model without answers scores texts."""
+        outputs, targets = task.logits(model, batch), task.targets(batch)
+        losses = (
+            float(CausalLM.loss(one[None], wanted[None]))
+            for one, wanted in zip(outputs, targets, strict=True)
+        )
+        return [{"loss": loss, "perplexity": _perplexity(loss)} for loss in losses]
 
 
 class Generation(CausalLM):
@@ -425,8 +516,21 @@ class Generation(CausalLM):
         """Return the share of answers that are exactly right, and the scores of tokens."""
         return {"exact_match": self.sums["right"] / self.sums["answers"], **super().values()}
 
+    @staticmethod
+    def predicted(task: Task, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        """Return the answer that is generated for each input."""
+        return [{"answer": answer} for answer in task.answers(model, batch)[0]]
+
 
 KINDS = ("SingleLabel", "MultiLabel", "Regression", "TokenTagging", "CausalLM", "Generation")
+
+
+def _names(task: Task, count: int) -> Sequence[str]:
+    return task.classes or [str(number) for number in range(count)]
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _counts(targets: Tensor, classes: int) -> bool:

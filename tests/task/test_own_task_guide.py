@@ -11,6 +11,7 @@ import pytest
 
 from layerfed.config import load_config
 from layerfed.engine import run_on
+from layerfed.export import SavedRun, predictions
 
 GUIDE = (Path(__file__).parents[2] / "docs/own-task.md").read_text(encoding="utf-8")
 MODULES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", GUIDE, re.DOTALL))
@@ -19,7 +20,7 @@ QUICK = ["federation.clients=4", "federation.rounds=6", "budget.layers=2", "task
 
 
 def test_each_module_has_a_command_and_is_short() -> None:
-    assert len(MODULES) == len(COMMANDS) == 6
+    assert len(MODULES) == len(COMMANDS) == 7
     for name, code in MODULES.items():
         assert any(f"task.name={name}:" in command for command in COMMANDS)
         assert len(code.splitlines()) < 40, name
@@ -37,3 +38,8 @@ def test_the_guide_runs(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     before = summary["initial_scores"][summary["metric"]["name"]]
     better = summary["best"]["value"] - before
     assert better > 0 if summary["metric"]["higher_is_better"] else better < 0
+    if "Appraisal" in command:
+        (tmp_path / "houses.csv").write_text("0,0,0,0,0,0,0,0\n2,1,1,0,0,0,0,0\n")
+        cheap, dear = predictions(SavedRun.open(folder), [tmp_path / "houses.csv"])
+        assert cheap["input"].endswith("houses.csv:0")
+        assert dear["value"] - cheap["value"] > 2, "the true difference is 4"
