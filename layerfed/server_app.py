@@ -100,6 +100,7 @@ def build_strategy(
             theory=section.theory,
             client_evaluation=config.task.local_test > 0,
             codec=config.exchange.codec,
+            downlink_codec=config.exchange.downlink_codec,
             steps=_steps(config),
             aggregation=Aggregation(server.aggregation, server.trim),
             scores=task.scores if task else (ACCURACY, LOSS),

@@ -18,6 +18,7 @@ from layerfed.client.base import KnownDigests, on_disk
 from layerfed.config import Storage
 from layerfed.digests import digest, fingerprint
 from layerfed.exchange.arrays import BaseArrays, LazyArray, decode
+from layerfed.exchange.codecs import codec_of, read
 from layerfed.exchange.messages import (
     Manifest,
     has_manifest,
@@ -45,6 +46,10 @@ from layerfed.models.weights import (
 )
 
 __all__ = ["MissingLayers", "ResidentModel", "keeping_layers"]
+
+
+# The codec of layers that come as they are.
+EXACT = "float32"
 
 
 class MissingLayers(LookupError):
@@ -132,6 +137,8 @@ class ResidentModel:
         self._exact: dict[str, Tensor] = {}
         self._base = self._versions()
         self._digests: dict[str, str | None] = dict(self._base)
+        # The base's values of changed layers, in runs that send changes since the base.
+        self._origin: dict[str, dict[str, Tensor]] = {}
         if self._casts:
             self._hold(self.tensors, self.tensors)
 
@@ -238,7 +245,8 @@ class ResidentModel:
         ----------
         manifest : Manifest
         arrays : Mapping[str, numpy.ndarray] or flwr.app.ArrayRecord
-            Tensors of layers that came with the message. Other layers are read from the store.
+            Tensors of layers that came with the message, in the manifest's codec. Other layers are read
+            from the store.
         store : LayerStore, optional
             The store for layers between messages. Layers that came with the message are added to it.
 
@@ -265,7 +273,7 @@ class ResidentModel:
         for name, version in manifest.digests.items():
             names, differs = self.layers[name].tensors, self._digests[name] != version
             if (differs or store is not None) and all(tensor in arrays for tensor in names):
-                came = {n: self._received(n, arrays) for n in names}
+                came = self._received(name, arrays, manifest.codec)
                 if store is not None:
                     store.put(version, {n: t.numpy() for n, t in came.items()}, keep)
             elif not differs:
@@ -278,12 +286,14 @@ class ResidentModel:
                 if kept is None:
                     missing.append(name)
                     continue
-                came = {n: self._received(n, kept) for n in names}
+                came = self._received(name, kept)
             if differs:
                 found[name] = came
         if missing:
             raise MissingLayers(missing)
         for name, values in found.items():
+            if manifest.codec != EXACT and self._digests[name] == self._base[name]:
+                self._origin[name] = self._values(name)
             self._load(name, values)
             self._digests[name] = manifest.digests[name]
         if back:
@@ -300,15 +310,36 @@ class ResidentModel:
                 self._load(layer, values)
             self._digests[layer] = self._base[layer]
 
-    def _received(self, name: str, arrays: Mapping[str, np.ndarray] | ArrayRecord) -> Tensor:
-        value = arrays[name]
-        if not isinstance(value, np.ndarray):
-            like = self.tensors[name]
-            value = decode(value, tuple(like.shape), _dtype(like))
+    def _received(
+        self, layer: str, arrays: Mapping[str, np.ndarray] | ArrayRecord, codec_name: str = EXACT
+    ) -> dict[str, Tensor]:
+        codec = codec_of(codec_name, self.layers)
+        parts: dict[str, np.ndarray] = {}
+        for name in self.layers[layer].tensors:
+            held = self.tensors[name]
+            like = np.broadcast_to(np.zeros((), _dtype(held)), tuple(held.shape))
+            for part, (shape, dtype) in codec.parts_of(name, like).items():
+                value = arrays[part]
+                parts[part] = (
+                    value if isinstance(value, np.ndarray) else decode(value, shape, dtype)
+                )
+        if codec_name != EXACT:
+            parts = read(codec, parts, self._base_of(layer))
         with warnings.catch_warnings():
             # torch warns that received bytes are read-only; `_load` only reads them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(value)
+            return {name: torch.from_numpy(value) for name, value in parts.items()}
+
+    def _base_of(self, layer: str) -> dict[str, np.ndarray]:
+        """Return the base's values of a layer; they are loaded again if nothing has kept them."""
+        if self._digests[layer] == self._base[layer]:
+            self._origin[layer] = self._values(layer)
+        elif layer not in self._origin:
+            rebuilt = self._build().state_dict(keep_vars=True)
+            for name in self.layers.names:
+                tensors = {tensor: rebuilt[tensor].detach() for tensor in self.layers[name].tensors}
+                self._origin.setdefault(name, tensors)
+        return {name: _as_array(value) for name, value in self._origin[layer].items()}
 
     def _load(self, layer: str, values: Mapping[str, Tensor]) -> None:
         self._digests[layer] = None

@@ -386,9 +386,10 @@ class ServerConfig(Scheduled):
 
 
 class ExchangeConfig(Section):
-    """The codec of updates, and the store for layers between messages."""
+    """The codecs of updates and of layers, and the store for layers between messages."""
 
     codec: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    downlink_codec: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     store: str = ""
     store_size: Annotated[float, Field(gt=0)] = 10.0
 

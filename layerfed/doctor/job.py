@@ -177,13 +177,12 @@ def _memory(config: RunConfig, task: Task, bench: Workbench, needed: float) -> I
 
 
 def _bytes(config: RunConfig, bench: Workbench) -> Finding:
-    from layerfed.exchange.codecs import CODECS
+    from layerfed.exchange.codecs import codec_of
 
-    layers, codec = bench.resident.layers, CODECS[config.exchange.codec]
-    codec = codec.sparing(name for layer in layers.layers for name in layer.buffers)
-    state = bench.resident.model.state_dict()
+    layers, state = bench.resident.layers, bench.resident.model.state_dict()
 
-    def sent(layer: str) -> int:
+    def sent(layer: str, codec_name: str = config.exchange.codec) -> int:
+        codec = codec_of(codec_name, layers)
         parts = [
             codec.parts_of(name, np.broadcast_to(np.float32(0), state[name].shape))
             for name in layers[layer].tensors
@@ -197,7 +196,8 @@ def _bytes(config: RunConfig, bench: Workbench) -> Finding:
     if budget.unit == "layers" and budget.kind != "per-node" and config.strategy.name != "full":
         blocks = blocks[: int(budget.layers if budget.kind == "identical" else budget.max)]
     up = sent("head") + sum(blocks)
-    changing = layers.head.bytes + sum(block.bytes for block in layers.blocks)
+    coded = config.exchange.downlink_codec
+    changing = sent("head", coded) + sum(sent(block.name, coded) for block in layers.blocks)
     cohort = config.federation.cohort
     return Finding(
         "bytes",

@@ -1,4 +1,4 @@
-"""Codecs: formats in which an update is sent, with fewer bytes and an error.
+"""Codecs: formats in which an update or a layer is sent, with fewer bytes and an error.
 
 =========== ========= ==========================================================================
 codec       bytes     error of each element x
@@ -12,6 +12,14 @@ int8        1         max|row| / 254, with rows along the first dimension; the e
 
 Error feedback is that of Seide et al. (2014) and Karimireddy et al. (2019). The client sends C(Δ + e)
 and keeps e ← Δ + e − C(Δ + e), so no part of an update is lost, only delayed.
+
+What the server sends is coded as each layer's change since the base (`written`), which every client
+has. So one message is enough for a client that was away for any number of rounds, and all clients have
+the same layer. Amiri et al. [arXiv 2006.10672] code the change since the last round, which only a
+client that was there can decode; they show that changes lose far less than values do. The server moves
+its exact model, so it still has what rounding left out, and the next version of the layer gets it: with
+e the difference of the exact layer and the clients' one, the next version is C(what the clients have +
+update + e), which is error feedback.
 
 Only parameters in float32 are coded. Buffers are sent as they are: rounding a change of BatchNorm's
 running variance can make the variance negative, and the model's output NaN.
@@ -29,8 +37,9 @@ import numpy as np
 from layerfed.exchange.arrays import RefusedReply
 from layerfed.exchange.bounds import check_values
 from layerfed.exchange.store import LayerStore
+from layerfed.models.layers import LayerMap
 
-__all__ = ["CODECS", "Codec", "compress"]
+__all__ = ["CODECS", "Codec", "codec_of", "compress", "read", "written"]
 
 # Suffix of a tensor's name; no tensor of a torch model has such a name.
 SCALE = "#scale"
@@ -103,8 +112,8 @@ class _Float16(Codec):
             half = values.astype(np.float16)
         if not np.isfinite(half).all() and np.isfinite(values).all():
             raise ValueError(
-                f"the update of '{name}' reaches {np.abs(values).max():g}, above what "
-                "exchange.codec = 'float16' holds; use bfloat16, or lower train.lr"
+                f"the change of '{name}' reaches {np.abs(values).max():g}, above what float16 "
+                "holds; set exchange.codec and exchange.downlink-codec to bfloat16, or lower train.lr"
             )
         return {name: half}
 
@@ -174,6 +183,33 @@ CODECS: Mapping[str, Codec] = {
     "bfloat16": _BFloat16(),
     "int8": _Int8(),
 }
+
+
+def codec_of(name: str, layers: LayerMap) -> Codec:
+    """Return a codec by name, which leaves a model's buffers as they are."""
+    return CODECS[name].sparing(buffer for layer in layers.layers for buffer in layer.buffers)
+
+
+def written(codec: Codec, layer: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> Parts:
+    """Encode a layer's tensors as their change since the base; those that are not coded stay values."""
+    return codec.encode(
+        {
+            name: np.asarray(values - base[name]) if codec.codes(name, values.dtype) else values
+            for name, values in layer.items()
+        }
+    )
+
+
+def read(
+    codec: Codec, parts: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the tensors of a layer that was `written`, the same to the bit on every machine."""
+    return {
+        name: np.asarray(start + codec.decode(name, start, parts))
+        if codec.codes(name, start.dtype)
+        else parts[name]
+        for name, start in base.items()
+    }
 
 
 def compress(

@@ -18,7 +18,7 @@ from flwr.app import Message
 
 from layerfed.config import ConfigError
 from layerfed.exchange.change_score import Norm, change_score, highest
-from layerfed.exchange.codecs import CODECS, Codec
+from layerfed.exchange.codecs import CODECS, Codec, codec_of
 from layerfed.models.layers import LayerMap
 
 __all__ = ["Mask", "TrainInstruction", "Upload"]
@@ -98,7 +98,7 @@ class TrainInstruction:
 
     def codec_for(self, layers: LayerMap) -> Codec:
         """Return the codec named by `codec`, which leaves the model's buffers as they are."""
-        return CODECS[self.codec].sparing(b for layer in layers.layers for b in layer.buffers)
+        return codec_of(self.codec, layers)
 
     # ------------------------------------------------------------------------------- on the wire
     def to_config(self) -> dict[str, Any]:

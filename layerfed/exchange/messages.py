@@ -79,10 +79,15 @@ WRONG_SETTINGS = 1000
 
 @dataclass(frozen=True)
 class Manifest:
-    """The name of a global model: the base's fingerprint and each layer's content digest."""
+    """The name of a global model: the base's fingerprint and each layer's content digest.
+
+    `codec` says in what layers come with the message: as changes since the base (`codecs.written`), or
+    as they are if it is "float32".
+    """
 
     base: str
     digests: Mapping[str, str]
+    codec: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,8 @@ def instruction(
     """Build a message to one node; `config` values must fit a `ConfigRecord`."""
     content = RecordDict({"config": ConfigRecord({**(config or {}), "round": server_round})})
     if manifest is not None:
-        content["manifest"] = ConfigRecord({"base": manifest.base, **manifest.digests})
+        coded = {} if manifest.codec == "float32" else {"codec": manifest.codec}
+        content["manifest"] = ConfigRecord({"base": manifest.base, **coded, **manifest.digests})
     if arrays is not None:
         content["arrays"] = arrays
     return Message(content, node, kind, group_id=str(server_round), ttl=timeout)
@@ -139,9 +145,9 @@ def has_manifest(message: Message) -> bool:
 def read_manifest(message: Message) -> tuple[Manifest, ArrayRecord]:
     """Return an instruction's manifest, and the arrays that came with it."""
     entries = {str(k): str(v) for k, v in message.content.config_records["manifest"].items()}
-    base = entries.pop("base")
+    base, codec = entries.pop("base"), entries.pop("codec", "float32")
     arrays = message.content.array_records.get("arrays", ArrayRecord())
-    return Manifest(base=base, digests=entries), arrays
+    return Manifest(base=base, digests=entries, codec=codec), arrays
 
 
 def read_config(message: Message) -> Mapping[str, Any]:

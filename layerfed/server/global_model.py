@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from layerfed.digests import digest, fingerprint
-from layerfed.exchange.arrays import BaseArrays, LiveArray, RefusedReply, decode
+from layerfed.exchange.arrays import (
+    BaseArrays,
+    LiveArray,
+    RefusedReply,
+    carried_bytes,
+    decode,
+    record_of,
+)
+from layerfed.exchange.codecs import codec_of, read, written
 from layerfed.exchange.messages import Manifest
 from layerfed.models.layers import LayerMap
 
@@ -27,6 +36,13 @@ class GlobalModel:
         The split of the model into layers.
     arrays : flwr.app.ArrayRecord
         The base: every tensor of every layer, by state-dict name. Other arrays are ignored.
+    codec : {"float32", "float16", "bfloat16", "int8"} (default: "float32")
+        The codec in which layers go to clients.
+
+    Attributes
+    ----------
+    sent : GlobalModel
+        The model that clients have: this one, or one that went through the codec.
 
     Raises
     ------
@@ -34,7 +50,7 @@ class GlobalModel:
         If `arrays` lacks a tensor of the layer map.
     """
 
-    def __init__(self, layers: LayerMap, arrays: ArrayRecord) -> None:
+    def __init__(self, layers: LayerMap, arrays: ArrayRecord, codec: str = "float32") -> None:
         self.layers = layers
         needed = [name for layer in layers.layers for name in layer.tensors]
         if missing := [name for name in needed if name not in arrays]:
@@ -46,6 +62,7 @@ class GlobalModel:
             else {layer.name: digest(self.layer(layer.name)) for layer in layers.layers}
         )
         self._base = dict(self._digests)
+        self.sent = self if codec == "float32" else _Coded(layers, arrays, codec)
 
     @property
     def tensors(self) -> Mapping[str, np.ndarray]:
@@ -76,6 +93,8 @@ class GlobalModel:
             # Arithmetic on a 0-d tensor (BatchNorm's batch counter) gives a scalar and not an array.
             self._arrays[tensor] = LiveArray(np.asarray(tensors[tensor]))
         self._digests[name] = digest(self.layer(name))
+        if self.sent is not self:
+            self.sent.replace(name, self.layer(name))
 
     def payload(self, layers: Iterable[str]) -> ArrayRecord:
         """Return the arrays of some layers for a message."""
@@ -98,6 +117,42 @@ class GlobalModel:
     def bytes(self, layers: Iterable[str]) -> int:
         """Return the size in bytes of some layers."""
         return sum(self.layers[name].bytes for name in layers)
+
+
+class _Coded(GlobalModel):
+    """The global model as clients have it: each layer is the base and a change that was encoded.
+
+    Its layers follow from the exact ones and the base alone, so a checkpoint needs no more than those.
+    """
+
+    def __init__(self, layers: LayerMap, arrays: ArrayRecord, codec: str) -> None:
+        super().__init__(layers, arrays)
+        self._codec, self._start = codec, dict(self._arrays)
+        self._parts: dict[str, ArrayRecord] = {}
+
+    def manifest(self) -> Manifest:
+        """Return the version of every layer, the identity of the base, and the codec."""
+        return replace(super().manifest(), codec=self._codec)
+
+    def replace(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """Encode a layer's new version, and keep what clients will decode."""
+        codec = codec_of(self._codec, self.layers)
+        base = Values({tensor: self._start[tensor] for tensor in self.layers[name].tensors})
+        parts = written(codec, tensors, base)
+        self._parts[name] = record_of(parts)
+        super().replace(name, read(codec, parts, base))
+
+    def payload(self, layers: Iterable[str]) -> ArrayRecord:
+        """Return the encoded arrays of some layers for a message; every client has those of the base."""
+        record = ArrayRecord()
+        for layer in layers:
+            for name, array in self._parts.get(layer, ArrayRecord()).items():
+                record[name] = array
+        return record
+
+    def bytes(self, layers: Iterable[str]) -> int:
+        """Return the encoded size in bytes of some layers."""
+        return carried_bytes(self.payload(layers).values())
 
 
 class Values(Mapping[str, np.ndarray]):

@@ -112,7 +112,7 @@ class Round:
         self._steps = steps
         self._aggregation = aggregation
         self._refused = refused
-        self._mean = aggregation.begin(model.layers, model.tensors)
+        self._mean = aggregation.begin(model.layers, model.sent.tensors)
         self._spread = UpdateSpread()
         self.disagreement: float | None = None
         """The disagreement of this round's updates (`UpdateSpread`); None if it is unknown."""
@@ -144,7 +144,8 @@ class Round:
         self, kind: str, clients: Sequence[int], configs: Sequence[Mapping[str, Any]]
     ) -> list[Message]:
         """Build one message for each client, with the layers that its node is not known to hold."""
-        manifest, changed = self.model.manifest(), self.model.changed
+        model = self.model.sent
+        manifest, changed = model.manifest(), model.changed
         # Clients that lack the same layers share one record, and all share the serialised tensors.
         payloads: dict[tuple[str, ...], ArrayRecord] = {}
         built = []
@@ -153,10 +154,8 @@ class Round:
             lacking = self._holdings.lacks(node, manifest, changed)
             sent = () if self._holdings.shares(node) else lacking
             if sent not in payloads:
-                payloads[sent] = self.model.payload(sent)
-            self.record.ledger[client].went_down(
-                self.model.bytes(lacking), moved=self.model.bytes(sent)
-            )
+                payloads[sent] = model.payload(sent)
+            self.record.ledger[client].went_down(model.bytes(lacking), moved=model.bytes(sent))
             message = instruction(
                 kind,
                 node,
@@ -194,7 +193,7 @@ class Round:
             missing = read_missing(reply, self.model.layers)
             held, store = read_held(reply)
             # Digests of unknown content are not kept.
-            known = set(self.model.manifest().digests.values())
+            known = set(self.model.sent.manifest().digests.values())
             self._holdings.learn(node, known.intersection(held), store)
         except RefusedReply:
             return None
@@ -204,9 +203,9 @@ class Round:
         self._resent.add((node, kind))
         number, names = self.record.round, ", ".join(missing)
         log(INFO, "round %d: client %d lacks %s; sent again", number, partition, names)
-        self.record.ledger[partition].went_down(self.model.bytes(missing))
+        self.record.ledger[partition].went_down(self.model.sent.bytes(missing))
         content = RecordDict(dict(asked.content))
-        content["arrays"] = self.model.payload(missing)
+        content["arrays"] = self.model.sent.payload(missing)
         return Message(
             content, node, kind, group_id=asked.metadata.group_id, ttl=asked.metadata.ttl
         )
@@ -346,7 +345,10 @@ class Round:
         # This frees the sums of layers that do not move.
         self._mean = self._aggregation.begin(self.model.layers)
         for layer, tensors in moved.items():
-            self.model.replace(layer, tensors)
+            try:
+                self.model.replace(layer, tensors)
+            except ValueError as error:  # more than float16 holds
+                raise RoundFailed(f"round {record.round}: layer '{layer}': {error}") from None
         record.moved = names
         record.updated = {
             client: tuple(layer for layer in layers if layer in moved)

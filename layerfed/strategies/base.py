@@ -88,6 +88,8 @@ class RoundSettings:
         Whether the round's clients evaluate the new model on their own held-out data.
     codec : {"float32", "float16", "bfloat16", "int8"} (default: "float32")
         The codec in which clients write their updates.
+    downlink_codec : {"float32", "float16", "bfloat16", "int8"} (default: "float32")
+        The codec in which layers go to clients.
     steps : tuple[ServerStep, ...] (default: ())
         The steps of updates on the server. `Decoding` is put in front unless one of these reads.
     aggregation : Aggregation
@@ -113,6 +115,7 @@ class RoundSettings:
     theory: bool = False
     client_evaluation: bool = False
     codec: str = "float32"
+    downlink_codec: str = "float32"
     steps: tuple[ServerStep, ...] = ()
     aggregation: Aggregation = WEIGHTED_MEAN
     scores: tuple[Score, ...] = (ACCURACY, LOSS)
@@ -312,7 +315,7 @@ class SelectiveStrategy(Strategy):
         train_config = train_config or ConfigRecord()
         evaluate_config = evaluate_config or ConfigRecord()
         self.timeout = timeout
-        self._model = model = GlobalModel(self.layers, initial_arrays)
+        self._model = model = self._global_model(initial_arrays)
         done = 0
         if self._resumed is not None:
             restore(self._resumed, model, self.optimizer, self._memory)
@@ -359,9 +362,9 @@ class SelectiveStrategy(Strategy):
     ) -> Iterable[Message]:
         """Sample, probe and select; return the training messages."""
         if self._model is None:  # Flower's steps without `start`
-            self._model = GlobalModel(self.layers, arrays)
+            self._model = self._global_model(arrays)
         settings = self.settings
-        if not self.population.refresh(grid, self.timeout, self.model.manifest()):
+        if not self.population.refresh(grid, self.timeout, self.model.sent.manifest()):
             raise RoundFailed(f"round {server_round}: no client is connected any more")
         self.round = self._new_round(server_round, grid, self.timeout, self.population.nodes)
         record = self.round.record
@@ -588,12 +591,16 @@ class SelectiveStrategy(Strategy):
             metric=self.settings.metric,
         )
 
+    def _global_model(self, arrays: ArrayRecord) -> GlobalModel:
+        return GlobalModel(self.layers, arrays, self.settings.downlink_codec)
+
     def _publish(self, layers: Iterable[str]) -> None:
         """Put new layers into the server's store, if a client reads it."""
         if self.store is not None and self.holdings.anyone_shares:
-            digests = self.model.manifest().digests
+            sent = self.model.sent
+            digests = sent.manifest().digests
             for layer in layers:
-                self.store.put(digests[layer], self.model.layer(layer), digests.values())
+                self.store.put(digests[layer], sent.layer(layer), digests.values())
 
     def _evaluate_centrally(self, evaluate_fn: EvaluateFn | None, result: Result) -> None:
         record = self.round.record

@@ -271,6 +271,25 @@ def test_a_codec_shrinks_the_uplink_and_keeps_the_model_close(codec: str, share:
     assert 0 < off < 0.05 * moved
 
 
+@pytest.mark.parametrize(("codec", "share"), [("bfloat16", 0.5), ("int8", 0.27)])
+def test_a_downlink_codec_shrinks_what_goes_down_and_keeps_the_clients_equal(
+    apart: Apart, codec: str, share: float
+) -> None:
+    away = ("federation.clients=6", "federation.clients-per-round=2", "strategy.name=random")
+    exact, coded = (configured(*away, f"exchange.downlink-codec={c}") for c in ("float32", codec))
+    (model, ledgers), (other, smaller) = together(exact), together(coded)
+    ratio = smaller.rounds[2].total().down / ledgers.rounds[2].total().down
+    assert ratio == pytest.approx(share, abs=0.02)
+    base = workbench(exact.to_flat()).resident.base_state()
+    moved = np.sqrt(sum(float(np.square(model[n] - base[n]).sum()) for n in base))
+    off = np.sqrt(sum(float(np.square(model[n] - other[n]).sum()) for n in base))
+    assert 0 < off < 0.05 * moved
+    # Devices decode what the ledger counts, and end with the model of those that share one store.
+    grid, apart_model, ledger = apart(coded)
+    assert same(apart_model, other)
+    assert sum(row.total().down for row in ledger.rounds) == sum(grid.sent("train"))
+
+
 def test_error_feedback_of_one_run_does_not_leak_into_the_next(tmp_path: Path) -> None:
     config = configured("strategy.name=top", "exchange.codec=int8")
     runs = [

@@ -102,7 +102,7 @@ def test_a_forged_scale_cannot_make_infinity() -> None:
 
 
 def test_an_update_too_large_for_float16_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"'w' reaches 70000.*use bfloat16"):
+    with pytest.raises(ValueError, match=r"'w' reaches 70000.*to bfloat16"):
         CODECS["float16"].encode({"w": np.full(3, 7e4, np.float32)})
 
 
