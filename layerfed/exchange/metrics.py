@@ -208,9 +208,9 @@ class Numbers:
         """
         return {name: self._combined(metric) for name, metric in self.declared.items()}
 
-    def examples(self, client: int, name: str) -> int:
-        """Return the weight of a client's metric in a mean."""
-        return self._weights[client, name]
+    def examples(self, client: int, name: str) -> int | None:
+        """Return the weight of a client's metric in a mean; None if the client did not state it."""
+        return self._weights.get((client, name))
 
     def _combined(self, metric: Metric) -> float | None:
         name = metric.name

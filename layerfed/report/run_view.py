@@ -258,9 +258,10 @@ def _clients(
         for client, mask in zip(selection.get("clients", []), selection["masks"], strict=False):
             of(client)["layers"] += sum(mask)
     for row in evaluation.get("clients", []):
-        scores = {k: v for k, v in row.items() if k not in ("partition", "examples")}
-        of(row["partition"])["score"] = scores.get(main)
-        of(row["partition"])["scores"] = scores
+        scores = {k: v for k, v in row.items() if k not in ("partition", "examples", "round")}
+        of(row["partition"]).update(
+            score=scores.get(main), scores=scores, evaluated=row.get("round")
+        )
     return [found[client] for client in sorted(found)]
 
 

@@ -11,7 +11,7 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from logging import WARNING
@@ -83,7 +83,6 @@ class RunFolder(Observer):
         self._before = 0.0
         self._initial: float | None = None
         self._before_training: dict[str, float | None] = {}
-        self._clients: list[dict[str, Any]] = []
         self._totals: dict[str, float] = dict.fromkeys(
             (*TRAFFIC, *(m.name for m in METRICS.values() if m.total)), 0
         )
@@ -279,19 +278,24 @@ class RunFolder(Observer):
         write_json(self.path / "data.json", content)
 
     def describe_result(self, content: Mapping[str, Any]) -> None:
-        """Write the evaluation of the final model, `evaluation.json`, with what its clients stated.
+        """Write the evaluation of the final model, `evaluation.json`.
+
+        Each client that was ever evaluated on its own examples is there with its latest evaluation and
+        that one's round: evaluating all clients at the end would send the model to all of them.
 
         Parameters
         ----------
         content : Mapping[str, Any]
-            With `groups`, the scores of each, if there are any.
+            With `scores`, and with `groups`, the scores of each, if there are any.
         """
         found, metric = dict(content), self._metric
-        if self._clients:
-            found["clients"] = self._clients
+        # From the file, which also has what was stated before a run was resumed.
+        clients = _client_scores(read_lines(self.path / "clients.jsonl"), content["scores"])
+        if clients:
+            found["clients"] = clients
         values = {
             "groups": {name: one.get(metric.name) for name, one in found.get("groups", {}).items()},
-            "clients": {one["partition"]: one.get(metric.name) for one in self._clients},
+            "clients": {one["partition"]: one.get(metric.name) for one in clients},
         }
         spreads = {key: metric.spread(each) for key, each in values.items()}
         found["spread"] = {key: spread for key, spread in spreads.items() if spread}
@@ -311,7 +315,6 @@ class RunFolder(Observer):
             if self._ended:  # the process may work on for some seconds
                 return
             self._count(line)
-            self._clients = _client_scores(record)
             append_line(self.path / "metrics.jsonl", line)
             append_line(self.path / "ledger.jsonl", _ledger_line(record.round, record.ledger))
             append_line(self.path / "clients.jsonl", *_client_lines(record))
@@ -454,6 +457,7 @@ def _client_lines(record: RoundRecord) -> list[dict[str, Any]]:
             "updated": list(record.updated.get(client, ())),
             **dict.fromkeys(METRICS, None),
             **record.numbers.rows.get(client, {}),
+            "client_examples": record.numbers.examples(client, f"client_{LOSS.name}"),
             "failed": failures[client].phase if client in failures else None,
             "reason": failures[client].reason if client in failures else None,
         }
@@ -461,16 +465,19 @@ def _client_lines(record: RoundRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _client_scores(record: RoundRecord) -> list[dict[str, Any]]:
-    """Return what each client of a round stated of the new model on its own examples."""
+def _client_scores(
+    lines: Iterable[Mapping[str, Any]], names: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Return what each client stated last of the model on its own examples, with the round."""
+    latest = {row["client"]: row for row in lines if row.get("client_examples")}
     return [
         {
             "partition": client,
-            "examples": record.numbers.examples(client, f"client_{LOSS.name}"),
-            **{name: row[key] for name in record.scores if (key := f"client_{name}") in row},
+            "round": row["round"],
+            "examples": row["client_examples"],
+            **{n: row[key] for n in names if row.get(key := f"client_{n}") is not None},
         }
-        for client, row in sorted(record.numbers.rows.items())
-        if f"client_{LOSS.name}" in row
+        for client, row in sorted(latest.items())
     ]
 
 

@@ -563,6 +563,7 @@
       has('classes') && { name: 'classes', num: true, value: r => r.classes?.filter(n => n > 0).length, show: r => show('whole', r.classes?.filter(n => n > 0).length) },
       has('groups') && { name: 'group', value: r => mainly(r.groups) },
       has('score') && { name: view.clients.find(r => r.scores) ? Object.keys(view.clients.find(r => r.scores).scores)[0] : 'own accuracy', num: true, value: r => r.score, show: r => show(kind, r.score) },
+      has('evaluated') && { name: 'after round', num: true, value: r => r.evaluated },
       { name: 'rounds', num: true, value: r => r.rounds }, { name: 'layers trained', num: true, value: r => r.layers },
       { name: 'failures', num: true, value: r => r.failures }, { name: 'uplink', num: true, value: r => r.bytes_up, show: r => show('bytes', r.bytes_up) },
       { name: 'downlink', num: true, value: r => r.bytes_down, show: r => show('bytes', r.bytes_down) }, { name: 'compute', num: true, value: r => r.flops + r.flops_probe, show: r => show('flops', r.flops + r.flops_probe) },

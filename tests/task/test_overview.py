@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,35 @@ def test_the_final_model_is_reported_by_class_and_by_client(folder: Path) -> Non
 
 def test_the_data_of_a_run_are_in_its_folder(folder: Path) -> None:
     assert [c["examples"] for c in content(folder, "data")["clients"]] == [18, 18, 18]
+
+
+def test_clients_of_earlier_rounds_keep_their_latest_evaluation(tmp_path: Path) -> None:
+    """Also if the run is resumed, which knows of the rounds before only by their lines."""
+    more = ["federation.clients=5", "federation.clients-per-round=2", "federation.rounds=4"]
+    settings = [*SETTINGS, *more, "task.local-test=0.25", "run.name=x", f"run.dir={tmp_path}"]
+    folder = run_on("inprocess", load_config(None, settings))
+    latest = {
+        row["client"]: row
+        for row in read_lines(folder / "clients.jsonl")
+        if row["client_accuracy"] is not None
+    }
+    found = content(folder, "evaluation")
+    assert len(latest) > 2, "more clients than the last round's"
+    assert found["clients"] == [
+        {
+            "partition": client,
+            "round": row["round"],
+            "examples": 6,
+            **{name: row[f"client_{name}"] for name in found["scores"]},
+        }
+        for client, row in sorted(latest.items())
+    ]
+    scores = {client: row["client_accuracy"] for client, row in latest.items()}
+    assert found["spread"]["clients"]["value"] == min(scores.values())
+    shutil.rmtree(folder / "checkpoint/round-000004")
+    (folder / "evaluation.json").unlink()
+    run_on("inprocess", load_config(folder / "config.json", [f"run.resume={folder}"]))
+    assert content(folder, "evaluation") == found
 
 
 @pytest.mark.parametrize("private", ["privacy.mode=local", "secagg.enabled=true"])
