@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
 
 from layerfed.client.flops import forward_flops
 from layerfed.client.objective import objective
@@ -26,7 +28,7 @@ from layerfed.flower_compat import add_exit_handler, engine_of, in_one_line
 from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.privacy.account import PrivacyAccount
 from layerfed.privacy.protection import refuse_buffers
-from layerfed.report import PAGE, draw_run, run_view, write_page
+from layerfed.report import PAGE, data_table, draw_run, run_view, write_page
 from layerfed.runs import (
     BestModel,
     Checkpoint,
@@ -389,3 +391,7 @@ def _opened(folder: RunFolder) -> None:
     add_exit_handler(folder.stop)
     # Unless run.dir is absolute, the path depends on the folder in which the SuperLink was started.
     log(INFO, "run folder: %s", folder.path)
+    table = StringIO()
+    Console(file=table, width=160).print(data_table(read_json(folder.path / "data.json")))
+    for line in table.getvalue().splitlines():
+        log(INFO, "%s", line.rstrip())

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from layerfed import server_app
 from layerfed.config import load_config
 from layerfed.engine import run_on
-from layerfed.runs import read_lines
+from layerfed.runs import RunFolder, read_lines
 from layerfed.task import Task, load_task
 from layerfed.task.overview import describe_data
 
@@ -102,8 +103,20 @@ def test_the_final_model_is_reported_by_class_and_by_client(folder: Path) -> Non
     assert result["spread"]["clients"]["worst"] == worst["partition"]
 
 
-def test_the_data_of_a_run_are_in_its_folder(folder: Path) -> None:
-    assert [c["examples"] for c in content(folder, "data")["clients"]] == [18, 18, 18]
+def test_the_data_of_a_run_are_in_its_folder_and_in_flowers_log(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = content(folder, "data")
+    assert [c["examples"] for c in data["clients"]] == [18, 18, 18]
+    monkeypatch.setattr(server_app, "add_exit_handler", lambda handler: None)
+    caplog.set_level("INFO", "flwr")
+    server_app._opened(RunFolder(folder, load_config(None, SETTINGS), "superlink", ""))
+    lines = [message.split() for message in caplog.messages]
+    groups = [f"{group}{n}" for group, n in data["clients"][1]["groups"].items()]
+    assert lines[-3] == ["client", "1", "18", *lines[-3][3:]]
+    assert "".join(lines[-3][3:-2]).split(",") == groups
+    assert list(map(int, lines[-3][-2:])) == data["clients"][1]["classes"]
+    assert lines[-1][:3] == ["test", "set", "24"]
 
 
 def test_clients_of_earlier_rounds_keep_their_latest_evaluation(tmp_path: Path) -> None:
