@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -57,6 +58,11 @@ def test_without_the_weights_digits_can_still_be_trained_from_random_ones(
     with pytest.raises(ConfigError, match=r"vit_cifar100\.safetensors"):
         load_task(RunConfig()).build_model()
     load_task(load_config(None, ["model.weights=random"])).build_model()
+
+
+def test_export_needs_no_shipped_package() -> None:
+    code = "import sys; sys.modules['layerfed_assets'] = None; import layerfed.export"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_the_baseline_is_layerfed_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file, save_model
@@ -22,7 +23,9 @@ from layerfed.models.adapters import merge_adapters, save_adapters
 from layerfed.models.image import ImageClassifier, Tower, clip_config
 from layerfed.models.source import require
 from layerfed.models.text import with_whole_output
-from layerfed_assets.vit import Block, VisionTransformer
+
+if TYPE_CHECKING:
+    from layerfed_assets.vit import VisionTransformer
 
 __all__ = ["ExportFormat", "export_run"]
 
@@ -87,7 +90,9 @@ def _native(saved: SavedRun) -> Form:
     net = model.net if isinstance(model, ImageClassifier) else model
     if isinstance(net, Tower):
         return _open_clip(saved, net)
-    if isinstance(net, VisionTransformer):
+    # The shipped package may be absent; a model of its class is here only if it was imported.
+    shipped = sys.modules.get("layerfed_assets.vit")
+    if shipped is not None and isinstance(net, shipped.VisionTransformer):
         return _timm(saved, _as_timm(net, saved))
     if hasattr(net, "pretrained_cfg"):
         return _timm(saved, net)
@@ -105,7 +110,7 @@ def _as_timm(net: VisionTransformer, saved: SavedRun) -> nn.Module:
     """Return the shipped ViT as timm builds it; names and results are the same."""
     timm = require("timm", "layerfed/vit")
     rows, width = net.pos_embed.shape[1] - 1, net.pos_embed.shape[2]
-    patch, first = net.patch_embed.proj.kernel_size[0], cast(Block, net.blocks[0])
+    patch, first = net.patch_embed.proj.kernel_size[0], cast(Any, net.blocks[0])
     model: nn.Module = timm.create_model(
         "vit_tiny_patch16_224",
         img_size=round(rows**0.5) * patch,
