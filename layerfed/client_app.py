@@ -22,7 +22,7 @@ from torch import nn
 
 from layerfed.client.costs import MEASURED_UNITS
 from layerfed.client.limits import paced
-from layerfed.client.local_sgd import Clipped, LocalOptimizer, LocalSGD
+from layerfed.client.local_sgd import Clipped, InPart, LocalOptimizer, LocalSGD
 from layerfed.client.probe import probe_layers
 from layerfed.client.resident import keeping_layers
 from layerfed.client.statistics import load_statistic
@@ -44,6 +44,7 @@ from layerfed.exchange import (
     train_reply,
 )
 from layerfed.flower_compat import ErrorCode
+from layerfed.models.layers import of_ranks
 from layerfed.secure.client import add_secure_sums
 from layerfed.task import Batch
 from layerfed.task.scoring import evaluate_task
@@ -148,15 +149,18 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
     schedule = instruction.schedule(settings.steps(len(examples)))
     if (allowance := node.allowance()) is not None:
         for mask, _steps in schedule:
-            allowance.check(mask)
+            allowance.check(mask, instruction.share(layers))
     bench.resident.move_to(*read_manifest(message), node.store)
     work = Work("train", bench.device)
+    optimizer = local_optimizer(settings, settings.lr if instruction.lr is None else instruction.lr)
+    if instruction.rank is not None:
+        optimizer = of_first_ranks(optimizer, bench.resident.model, instruction.rank)
     update, result = train_update(
         bench.resident,
         instruction.mask,
         _batches(node, instruction, settings),
         bench.loss(node.partition),
-        local_optimizer(settings, settings.lr if instruction.lr is None else instruction.lr),
+        optimizer,
         how=bench.step,
         schedule=schedule,
         cache=bench.prefix,
@@ -165,7 +169,7 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
     work.memory = asdict(result.memory)
     work.prefix_hits, work.flops_saved = result.found / result.examples, result.saved
     departure = Departure(
-        update,
+        instruction.part(update),
         tuple(layers.trained(instruction.mask)),
         node.stated(len(examples)),
         work.numbers(private=node.protection is not None),
@@ -222,6 +226,18 @@ def local_optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
         return Clipped(optimizer, parameters, bound) if bound else optimizer
 
     return build
+
+
+def of_first_ranks(build: OptimizerFn, model: nn.Module, rank: int) -> OptimizerFn:
+    """Return a function like `build`, whose optimiser moves only the first ranks of each adapter."""
+
+    def made(parameters: list[nn.Parameter]) -> LocalOptimizer:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        others = {id(p): of_ranks(names[id(p)], slice(rank, None)) for p in parameters}
+        frozen = [(p, others[id(p)]) for p in parameters if slice(rank, None) in others[id(p)]]
+        return InPart(build(parameters), frozen)
+
+    return made
 
 
 def evaluate_locally(message: Message, context: Context) -> Message:

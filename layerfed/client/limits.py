@@ -192,15 +192,21 @@ class Allowance:
             limit = float(np.floor(limit)) if unit == "layers" else limit
         return cls(limit, unit, wanted)
 
-    def check(self, mask: Sequence[bool]) -> None:
+    def check(self, mask: Sequence[bool], share: float = 1.0) -> None:
         """Refuse a mask above the budget.
+
+        Parameters
+        ----------
+        mask : Sequence[bool]
+        share : float (default: 1)
+            The part of each block that is trained.
 
         Raises
         ------
         MaskRefused
             If the mask costs more. The message gives its cost and the budget.
         """
-        cost = self.costs.of(mask)
+        cost = share * self.costs.of(mask)
         if cost > self.budget * (1 + TOLERANCE):
             raise MaskRefused(
                 f"the server asks for {sum(map(bool, mask))} layers that cost {cost:g} {self.unit}; "

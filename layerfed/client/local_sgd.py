@@ -8,7 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Clipped", "LocalOptimizer", "LocalSGD"]
+__all__ = ["Clipped", "InPart", "LocalOptimizer", "LocalSGD"]
+
+
+Index = tuple[slice, ...]
 
 
 class LocalOptimizer(Protocol):
@@ -101,6 +104,42 @@ class Clipped:
         """Clip the gradients and move the parameters."""
         nn.utils.clip_grad_norm_(self.parameters, self.bound)
         self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.optimizer.zero_grad(set_to_none)
+
+
+class InPart:
+    """A local optimiser that leaves parts of its parameters as they are.
+
+    Parameters
+    ----------
+    optimizer : LocalOptimizer
+    frozen : Sequence[tuple[nn.Parameter, Index]]
+        Parameters, each with the index of what stays as it is now.
+    """
+
+    def __init__(
+        self, optimizer: LocalOptimizer, frozen: Sequence[tuple[nn.Parameter, Index]]
+    ) -> None:
+        self.optimizer = optimizer
+        self._frozen = [(p, index, p.detach()[index].clone()) for p, index in frozen]
+
+    @property
+    def state(self) -> object:
+        """The state of the optimiser."""
+        return getattr(self.optimizer, "state", {})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the parameters, without the gradients of the frozen parts."""
+        for parameter, index, _ in self._frozen:
+            if parameter.grad is not None:
+                parameter.grad[index] = 0
+        self.optimizer.step()
+        for parameter, index, value in self._frozen:
+            parameter[index] = value  # against weight decay
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""

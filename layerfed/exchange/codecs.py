@@ -255,6 +255,8 @@ def compress(
             continue
         place = f"{key}/{layer}"
         error = store.recall(place) or {}
+        # A client may train other ranks than before.
+        error = {n: e for n, e in error.items() if n in update and e.shape == update[n].shape}
         wanted = {
             name: values + error[name] if name in error else values
             for name, values in update.items()

@@ -19,14 +19,14 @@ from flwr.app import Message
 from layerfed.config import ConfigError
 from layerfed.exchange.change_score import Norm, change_score, highest
 from layerfed.exchange.codecs import CODECS, Codec, codec_of
-from layerfed.models.layers import LayerMap
+from layerfed.models.layers import LayerMap, of_ranks
 
 __all__ = ["Mask", "TrainInstruction", "Upload"]
 
 Mask = tuple[bool, ...]
 OWN = (
     *("round", "client", "examples", "run", "codec", "lr"),
-    *("mask", "schedule", "schedule-steps", "sends", "upload", "upload-norm"),
+    *("mask", "schedule", "schedule-steps", "sends", "upload", "upload-norm", "rank"),
 )
 
 
@@ -61,6 +61,8 @@ class TrainInstruction:
         The other entries of the train config that Flower's `start` got.
     sends : Mask | None
         The trained blocks that the client sends; None sends all, or those that `upload` chooses.
+    rank : int | None
+        The first ranks of each adapter, which alone the client trains and sends; None means all.
     """
 
     round: int
@@ -72,6 +74,7 @@ class TrainInstruction:
     upload: Upload | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     sends: Mask | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse an instruction that no client could follow.
@@ -123,6 +126,8 @@ class TrainInstruction:
             entries["schedule-steps"] = self.steps_each
         if self.sends is not None:
             entries["sends"] = [int(on) for on in self.sends]
+        if self.rank is not None:
+            entries["rank"] = self.rank
         if self.upload is not None:
             entries |= {"upload": self.upload.count, "upload-norm": self.upload.norm}
         return entries
@@ -173,6 +178,9 @@ class TrainInstruction:
         lr = entries.get("lr")
         if lr is not None and not (isinstance(lr, int | float) and 0 < lr < math.inf):
             raise ValueError(f"the server sent a learning rate of {lr!r}")
+        rank = entries.get("rank")
+        if rank is not None and not (isinstance(rank, int) and rank > 0):
+            raise ValueError(f"the server asks for {rank!r} ranks of each adapter")
         found = cls(
             round=int(entries["round"]),
             masks=masks,
@@ -182,6 +190,7 @@ class TrainInstruction:
             codec=codec,
             sends=_bits(entries["sends"], "sends") if "sends" in entries else None,
             upload=upload,
+            rank=rank,
             config={key: value for key, value in entries.items() if key not in OWN},
         )
         if found.mask != mask:
@@ -191,6 +200,19 @@ class TrainInstruction:
     def asked(self, layers: LayerMap) -> list[str]:
         """Return the layers that the client may send: those that it trains, or those that are named."""
         return layers.trained(self.mask if self.sends is None else self.sends)
+
+    def part(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Return what the client trains of some tensors: its ranks of each adapter."""
+        if self.rank is None:
+            return tensors
+        return {
+            name: np.ascontiguousarray(x[of_ranks(name, slice(self.rank))])
+            for name, x in tensors.items()
+        }
+
+    def share(self, layers: LayerMap) -> float:
+        """Return the part of each adapter that the client trains."""
+        return 1.0 if self.rank is None else self.rank / layers.rank
 
     # -------------------------------------------------------------------------------- on a client
     def schedule(self, steps: int) -> list[tuple[Mask, int]]:
@@ -233,6 +255,24 @@ class TrainInstruction:
         return [*highest(scores, self.upload.count), head]
 
     # ------------------------------------------------------------------------------ on the server
+    def whole(
+        self, update: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray]:
+        """Return an update with zeros in the ranks that the client did not train.
+
+        Parameters
+        ----------
+        update : Mapping[str, numpy.ndarray]
+        like : Mapping[str, numpy.ndarray]
+            Tensors of the model, for their shapes.
+        """
+        if self.rank is None:
+            return update
+        found = {name: np.zeros(like[name].shape, x.dtype) for name, x in update.items()}
+        for name, values in update.items():
+            found[name][of_ranks(name, slice(self.rank))] = values
+        return found
+
     def layer_steps(self, layers: LayerMap, steps: float) -> dict[str, float]:
         """Return the number of steps in which each block moved, for a client that states `steps`.
 

@@ -32,7 +32,15 @@ from layerfed.models.block_finder import (
 from layerfed.models.trace import Forward, Trace, Uses, trace
 from layerfed.models.units import BLOCKS, Units, find_units
 
-__all__ = ["Layer", "LayerMap", "LayerMapError", "factor_pairs", "layer_costs", "traced"]
+__all__ = [
+    "Layer",
+    "LayerMap",
+    "LayerMapError",
+    "factor_pairs",
+    "of_ranks",
+    "layer_costs",
+    "traced",
+]
 
 EMBEDDINGS, HEAD = "embeddings", "head"
 # As PEFT calls the two factors of its adapter.
@@ -213,6 +221,11 @@ class LayerMap:
     def num_blocks(self) -> int:
         """L, the number of selectable layers."""
         return len(self.layers) - 2
+
+    @property
+    def rank(self) -> int:
+        """r, the rank of the adapters; 1 if the model has none."""
+        return next((shape[0] for name, shape in self.shapes.items() if FACTOR_A in name), 1)
 
     @property
     def storable(self) -> tuple[Layer, ...]:
@@ -632,6 +645,13 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def factor_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     """Return the names of A and B of each adapter among some parameters."""
     return [(name, name.replace(FACTOR_A, FACTOR_B)) for name in names if FACTOR_A in name]
+
+
+def of_ranks(name: str, ranks: slice) -> tuple[slice, ...]:
+    """Return the index of some ranks of a tensor: rows of A, columns of B, and all of any other."""
+    if FACTOR_A in name:
+        return (ranks,)
+    return (slice(None), ranks) if FACTOR_B in name else (slice(None),)
 
 
 def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray | None:

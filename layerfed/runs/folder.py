@@ -449,12 +449,17 @@ def _ledger_line(server_round: int, ledger: Ledger) -> dict[str, Any]:
 def _client_lines(record: RoundRecord) -> list[dict[str, Any]]:
     """Return a line for each client of a round: its bytes, what it stated, and why it failed."""
     failures = {f.partition: f for f in record.failures}
+    selection, ranks = record.selection, dict[int, dict[str, int]]()
+    if selection is not None and selection.choice.ranks is not None:
+        stated = zip(selection.clients, selection.choice.ranks.tolist(), strict=True)
+        ranks = {client: {"rank": rank} for client, rank in stated}
     return [
         {
             "round": record.round,
             "client": client,
             **{key: getattr(traffic, field) for key, field in TRAFFIC.items()},
             "updated": list(record.updated.get(client, ())),
+            **ranks.get(client, {}),
             **dict.fromkeys(METRICS, None),
             **record.numbers.rows.get(client, {}),
             "client_examples": record.numbers.examples(client, f"client_{LOSS.name}"),
@@ -510,6 +515,8 @@ def _selection_line(round_record: RoundRecord, record: SelectionRecord) -> dict[
         line["schedules"] = [masks.astype(int).tolist() for masks in choice.schedules]
     if choice.consistency is not None:
         line["consistency"] = choice.consistency
+    if choice.ranks is not None:
+        line["ranks"] = choice.ranks.tolist()
     if choice.sent is not None:
         line["sent"] = choice.sent.astype(int).tolist()
     if record.held:

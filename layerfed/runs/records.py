@@ -35,6 +35,9 @@ class Choice:
         Booleans: the layers that each client sends, if those are not all that it trains.
     consistency : float, optional
         The relative λ that the strategy found, if it was not given.
+    ranks : numpy.ndarray, optional
+        The number of ranks of its adapters that each client trains, the first ones, shape (n,); by
+        default all.
     """
 
     masks: np.ndarray
@@ -46,6 +49,7 @@ class Choice:
     schedules: Sequence[np.ndarray] | None = None
     sent: np.ndarray | None = None
     consistency: float | None = None
+    ranks: np.ndarray | None = None
 
     @property
     def sends(self) -> np.ndarray:

@@ -249,7 +249,8 @@ class Round:
             arrays = answer.content.array_records.get("arrays", ArrayRecord()).values()
             record.ledger[partition].went_up(carried_bytes(arrays), moved=moved_bytes(arrays))
             own = self._instructions[partition]
-            asked = {name: self.model.layer(name) for name in own.asked(self.model.layers)}
+            layers = own.asked(self.model.layers)
+            asked = {name: own.part(self.model.layer(name)) for name in layers}
             stated = self.examples.get(partition, 2**62)
             codec = own.codec_for(self.model.layers)
             arrival = Arrival(partition, answer, own, asked, stated, codec)
@@ -257,6 +258,7 @@ class Round:
                 step.receive(arrival, record)
             arrival.examples = self.weight(arrival.examples)
             if arrival.update:
+                arrival.update = own.whole(arrival.update, self.model.tensors)
                 self.add(arrival)
             record.updated[partition] = tuple(arrival.due)
             record.replies += 1

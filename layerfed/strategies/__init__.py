@@ -31,6 +31,7 @@ from layerfed.strategies.full import Full
 from layerfed.strategies.head import Head
 from layerfed.strategies.ilp import ILP
 from layerfed.strategies.random import Random
+from layerfed.strategies.ranks import Ranks
 from layerfed.strategies.rgn import RGN
 from layerfed.strategies.snr import SNR
 from layerfed.strategies.top import Top
@@ -52,6 +53,7 @@ __all__ = [
     "Head",
     "Masks",
     "Random",
+    "Ranks",
     "RoundSettings",
     "SelectiveStrategy",
     "Top",
@@ -66,7 +68,7 @@ STRATEGIES: dict[str, type[SelectiveStrategy]] = {
     strategy.name: strategy
     for strategy in (
         *(ILP, Full, Head, Top, Bottom, Both, Random, Cyclic, SNR, RGN),
-        *(F3OCUS, FedHeLLo, FedTLU, FedLUAR, FedBCGD),
+        *(F3OCUS, FedHeLLo, FedTLU, FedLUAR, FedBCGD, Ranks),
     )
 }
 

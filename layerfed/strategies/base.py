@@ -384,7 +384,7 @@ class SelectiveStrategy(Strategy):
         lr, rest = train_config(config)
         if lr is not None:
             record.lr = lr * settings.lr_factor(server_round)
-        instructions, sent = {}, selection.choice.sent
+        instructions, sent, ranks = {}, selection.choice.sent, selection.choice.ranks
         for row, client in enumerate(clients):
             record.ledger[client].full_down = self.model.bytes(self.layers.names)
             instructions[client] = self.instruct(
@@ -395,6 +395,7 @@ class SelectiveStrategy(Strategy):
                     lr=record.lr,
                     codec=settings.codec,
                     sends=None if sent is None else as_masks(sent[row : row + 1])[0],
+                    rank=int(ranks[row]) or None if ranks is not None else None,
                     config=rest,
                 )
             )

@@ -77,7 +77,8 @@ trained in full. Strategies, engines, codecs, privacy, stores and `model.storage
 - `strategy.name = "full"` with `lora` is FedIT: every client trains all adapters, and the server averages A and B. The
   mean of B times the mean of A is not the mean of the products B·A, which are what the clients' models add to a weight.
   `server.aggregation = "svd"` computes the latter and cuts it to the rank r by its singular values, as FlexLoRA does; no
-  adapters of rank r are closer to it. It keeps the cohort's adapters in memory, and E2 is null.
+  adapters of rank r are closer to it. It keeps the cohort's adapters in memory, and E2 is null. With it,
+  `strategy.name = "ranks"` gives [each client the ranks that its budget affords](strategies.md#ranks-in-place-of-layers).
 - The matrices A are drawn from `run.seed`, and the fingerprint of the base covers them. B begins at 0, so the model
   before training is the pretrained one.
 - The statistics of BatchNorm in blocks are frozen too.
