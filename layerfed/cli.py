@@ -418,7 +418,7 @@ def layers(settings: Settings = None) -> None:
     for layer in found.layers:
         table.add_row(
             escape(layer.name),
-            role[layer.kind],
+            role[layer.kind] + (", personal" if layer.name in found.personal else ""),
             escape(", ".join(_with_tensors(layer, found))),
             f"{layer.elements:,}",
             f"{layer.bytes / 1e6:.3f}",

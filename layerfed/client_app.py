@@ -23,6 +23,7 @@ from torch import nn
 from layerfed.client.costs import MEASURED_UNITS
 from layerfed.client.limits import paced
 from layerfed.client.local_sgd import Clipped, InPart, LocalOptimizer, LocalSGD
+from layerfed.client.personal import own_layers
 from layerfed.client.probe import probe_layers
 from layerfed.client.resident import keeping_layers
 from layerfed.client.statistics import load_statistic
@@ -119,16 +120,17 @@ def probe(message: Message, context: Context) -> Message:
     count = asked["batches"] or -(-len(examples) // size)
     rng = generator(bench.config.run.seed, Stream.PROBE, asked["round"], node.partition)
     work = Work("probe", bench.device)
-    statistics, work.flops = probe_layers(
-        bench.resident.model,
-        bench.resident.layers,
-        islice(examples.shuffled(size, bench.device, rng), count),
-        bench.loss(node.partition),
-        asked["statistics"],
-        precision=bench.step.precision,
-        lr=settings.lr,
-        checkpointing=bench.step.checkpointing,
-    )
+    with own_layers(node, message):
+        statistics, work.flops = probe_layers(
+            bench.resident.model,
+            bench.resident.layers,
+            islice(examples.shuffled(size, bench.device, rng), count),
+            bench.loss(node.partition),
+            asked["statistics"],
+            precision=bench.step.precision,
+            lr=settings.lr,
+            checkpointing=bench.step.checkpointing,
+        )
     if node.protection is not None:
         public = [name for name in statistics if load_statistic(name).public]
         statistics = node.protection.statistics(statistics, public)
@@ -155,22 +157,24 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
     optimizer = local_optimizer(settings, settings.lr if instruction.lr is None else instruction.lr)
     if instruction.rank is not None:
         optimizer = of_first_ranks(optimizer, bench.resident.model, instruction.rank)
-    update, result = train_update(
-        bench.resident,
-        instruction.mask,
-        _batches(node, instruction, settings),
-        bench.loss(node.partition),
-        optimizer,
-        how=bench.step,
-        schedule=schedule,
-        cache=bench.prefix,
-    )
+    with own_layers(node, message) as own_parts:
+        update, result = train_update(
+            bench.resident,
+            instruction.mask,
+            _batches(node, instruction, settings),
+            bench.loss(node.partition),
+            optimizer,
+            how=bench.step,
+            schedule=schedule,
+            cache=bench.prefix,
+        )
+        shared = own_parts.keep(update)
     work.loss, work.steps, work.flops = result.loss, result.steps, result.flops
     work.memory = asdict(result.memory)
     work.prefix_hits, work.flops_saved = result.found / result.examples, result.saved
     departure = Departure(
-        instruction.part(update),
-        tuple(layers.trained(instruction.mask)),
+        instruction.part(shared),
+        tuple(name for name in layers.trained(instruction.mask) if name not in layers.personal),
         node.stated(len(examples)),
         work.numbers(private=node.protection is not None),
     )
@@ -249,9 +253,10 @@ def evaluate_locally(message: Message, context: Context) -> Message:
     bench.resident.move_to(*read_manifest(message), node.store)
     _, held_out = bench.examples(node.partition)
     rows = node.run.run.evaluate_batch or bench.evaluation_rows
-    found = evaluate_task(
-        *(bench.task, bench.resident.model, held_out, rows, bench.device), logits=bench.logits
-    )
+    with own_layers(node, message):
+        found = evaluate_task(
+            *(bench.task, bench.resident.model, held_out, rows, bench.device), logits=bench.logits
+        )
     # A score that these examples leave undefined is not stated.
     stated = {f"client_{k}": float(v) for k, v in found.scores.items() if v is not None}
     return evaluate_reply(message, len(held_out), **stated)

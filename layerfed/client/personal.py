@@ -75,8 +75,8 @@ class OwnLayers:
         last = next(iter(self.versions), 0)
         if last < due:
             raise ValueError(
-                f"this client trained its personal layers in round {due}, and its store lacks them: was it "
-                "cleared, is it too small (exchange.store-size), or is this another machine? The "
+                f"this client trained its personal layers in round {due}, and its store lacks them: was "
+                "it cleared, is it too small (exchange.store-size), or is this another machine? The "
                 "client cannot go on in this run"
             )
         return self.versions.get(last, {})

@@ -191,6 +191,10 @@ class ResidentModel:
         """The fingerprint of the pretrained base."""
         return fingerprint(self._base)
 
+    def values(self, name: str) -> np.ndarray:
+        """Return the values of a tensor as they are now."""
+        return _as_array(decoded(self.tensors[name]))
+
     def base_version(self, layer: str) -> str:
         """Return the digest of a layer of the base."""
         return self._base[layer]
@@ -382,6 +386,21 @@ class ResidentModel:
             for tensor, value in held.items():
                 self._replace(tensor, value)
             self._digests.update(versions)
+
+    @contextmanager
+    def wearing(self, own: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """Put a client's own values of some tensors into the model, and the global ones back afterwards.
+
+        A layer counts as unknown meanwhile, as in `borrowed`, which may be used within.
+        """
+        with self.borrowed(sorted({self.layers.layer_of(name).name for name in own})):
+            exact = {name: self._exact.pop(name) for name in own if name in self._exact}
+            try:
+                for name, value in own.items():
+                    self._replace(name, torch.from_numpy(value).to(self.device))
+                yield
+            finally:
+                self._exact |= exact
 
 
 def _dtype(tensor: Tensor) -> np.dtype[Any]:

@@ -125,6 +125,7 @@ class ModelConfig(Section):
     blocks: str = ""
     head: str = ""
     embeddings: str = ""
+    personal: str = ""
     storage: Storage = "checkpoint"
     tuning: Literal["layers", "lora"] = "layers"
     lora_rank: Positive = 8
@@ -452,6 +453,16 @@ class RunConfig(Section):
             raise ConfigError(
                 f"server.aggregation = 'svd' is for adapters, and model.tuning = '{self.model.tuning}' "
                 "has none; choose server.aggregation=mean, or model.tuning=lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _personal(self) -> Self:
+        scored = self.task.local_test > 0 or self.privacy.mode != "none"
+        if self.model.personal and not scored:
+            raise ConfigError(
+                f"model.personal = '{self.model.personal}' needs task.local-test above 0: only clients "
+                "have these layers, so only they can score the model; try task.local-test=0.2"
             )
         return self
 

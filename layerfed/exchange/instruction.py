@@ -27,6 +27,7 @@ Mask = tuple[bool, ...]
 OWN = (
     *("round", "client", "examples", "run", "codec", "lr"),
     *("mask", "schedule", "schedule-steps", "sends", "upload", "upload-norm", "rank"),
+    "personal",
 )
 
 
@@ -198,17 +199,19 @@ class TrainInstruction:
         return found
 
     def asked(self, layers: LayerMap) -> list[str]:
-        """Return the layers that the client may send: those that it trains, or those that are named."""
-        return layers.trained(self.mask if self.sends is None else self.sends)
+        """Return the layers that the client may send: those that it trains, or those that are named.
+
+        Those that are personal are not among them.
+        """
+        named = layers.trained(self.mask if self.sends is None else self.sends)
+        return [name for name in named if name not in layers.personal]
 
     def part(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Return what the client trains of some tensors: its ranks of each adapter."""
         if self.rank is None:
             return tensors
-        return {
-            name: np.ascontiguousarray(x[of_ranks(name, slice(self.rank))])
-            for name, x in tensors.items()
-        }
+        ranks = {name: of_ranks(name, slice(self.rank)) for name in tensors}
+        return {name: x[ranks[name]].copy() if ranks[name] else x for name, x in tensors.items()}
 
     def share(self, layers: LayerMap) -> float:
         """Return the part of each adapter that the client trains."""
@@ -245,14 +248,15 @@ class TrainInstruction:
         update : Mapping[str, numpy.ndarray]
             Δ_i by tensor.
         """
-        *blocks, head = self.asked(layers)
+        asked = self.asked(layers)
         if self.upload is None:
-            return [*blocks, head]
+            return asked
+        blocks = [name for name in asked if name != layers.head.name]
         scores = {
             name: change_score((update[p] for p in layers[name].parameters), self.upload.norm)
             for name in blocks
         }
-        return [*highest(scores, self.upload.count), head]
+        return [*highest(scores, self.upload.count), *asked[len(blocks) :]]
 
     # ------------------------------------------------------------------------------ on the server
     def whole(

@@ -208,13 +208,14 @@ class FolderStore(LayerStore):
             with suppress(OSError):
                 os.utime(file)
             return
-        self._write(file, tensors)
+        self._write(file, tensors, 0o644)
         self._evict({self._file(digest) for digest in (name, *keep)})
 
-    def _write(self, file: Path, tensors: Tensors) -> None:
+    def _write(self, file: Path, tensors: Tensors, mode: int) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # the user may have cleared the cache
             with whole(file, shared=True) as beside:
+                beside.touch(mode)
                 save_tensors(beside, tensors)
         except (OSError, SafetensorError) as error:
             log(WARNING, "%s could not be kept: %s", file, error)
@@ -246,8 +247,10 @@ class FolderStore(LayerStore):
         return self._read(self._own_file(key))
 
     def remember(self, key: str, tensors: Tensors) -> None:
-        """Keep tensors under a key, and replace earlier ones."""
-        self._write(self._own_file(key), tensors)
+        """Keep tensors under a key, and replace earlier ones; only this user may read them."""
+        file = self._own_file(key)
+        self._write(file, tensors, 0o600)
+        self._evict({file})
 
 
 def user_cache() -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.common.logger import log
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -96,6 +98,12 @@ class SavedRun:
             for layer in resident.layers.layers
         }
         resident.move_to(Manifest(resident.base, digests), tensors)
+        if personal := sorted(resident.layers.personal):
+            log(
+                WARNING,
+                "model.personal: %s stayed on the clients; here they are as the run began",
+                ", ".join(personal),
+            )
         round_ = int(about["round"])
         return cls(folder, config, task, resident.model.eval(), resident.layers, round_)
 

@@ -7,9 +7,10 @@ the head in every round [S, section V].
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -37,8 +38,8 @@ __all__ = [
     "LayerMap",
     "LayerMapError",
     "factor_pairs",
-    "of_ranks",
     "layer_costs",
+    "of_ranks",
     "traced",
 ]
 
@@ -99,12 +100,15 @@ class LayerMap:
     adapted : bool
         Whether the blocks are adapters. Everything that they adapt is in the embeddings then, which no
         client trains and no message carries.
+    personal : frozenset[str]
+        Layers that each client keeps to itself: it trains them like the others, and sends none.
     """
 
     layers: tuple[Layer, ...]
     aliases: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     adapted: bool = False
+    personal: frozenset[str] = frozenset()
 
     @classmethod
     def from_model(
@@ -200,7 +204,35 @@ class LayerMap:
         rest = {name: HEAD if name in head else EMBEDDINGS for name in _tensors(model)}
         modules = {module: layer.name for layer in self.layers for module in layer.modules}
         layers = _layers(model, {**rest, **adapters}, modules, self.num_blocks)
-        return LayerMap(layers, _aliases(_tied(model)), _shapes(model), adapted=True)
+        shapes = _shapes(model)
+        return LayerMap(layers, _aliases(_tied(model)), shapes, True, self.personal)
+
+    def keeping(self, personal: str) -> LayerMap:
+        """Return the same split with some layers personal.
+
+        Parameters
+        ----------
+        personal : str
+            Names of layers, separated by commas, with `*` for any text: `head, blocks.1*`.
+
+        Raises
+        ------
+        LayerMapError
+            If a pattern matches no layer that clients train, or nothing is left to share.
+        """
+        trained = [layer.name for layer in self.layers[1:]]
+        found: set[str] = set()
+        for pattern in (part.strip() for part in personal.split(",") if part.strip()):
+            names = fnmatch.filter(trained, pattern)
+            if not names:
+                raise LayerMapError(
+                    f"model.personal = '{pattern}' names no layer that clients train: there are "
+                    f"blocks.0 to {trained[-2]} and head"
+                )
+            found.update(names)
+        if len(found) == len(trained):
+            raise LayerMapError(f"model.personal = '{personal}' leaves no layer that is shared")
+        return replace(self, personal=frozenset(found))
 
     @property
     def embeddings(self) -> Layer:
@@ -651,7 +683,7 @@ def of_ranks(name: str, ranks: slice) -> tuple[slice, ...]:
     """Return the index of some ranks of a tensor: rows of A, columns of B, and all of any other."""
     if FACTOR_A in name:
         return (ranks,)
-    return (slice(None), ranks) if FACTOR_B in name else (slice(None),)
+    return (slice(None), ranks) if FACTOR_B in name else ()
 
 
 def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray | None:

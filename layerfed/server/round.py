@@ -82,6 +82,10 @@ class Round:
         The task's scores, which clients state of their own examples.
     metric : Score
         The main one.
+    token : str
+        The run's token, under which clients keep their personal layers.
+    personal : Callable[[int], int]
+        Returns the last round in which a client (partition id) trained its personal layers, or 0.
     """
 
     def __init__(
@@ -99,7 +103,10 @@ class Round:
         refused: Callable[[int], None] = lambda node: None,
         scores: Sequence[Score] = (ACCURACY, LOSS),
         metric: Score = ACCURACY,
+        token: str = "",
+        personal: Callable[[int], int] = lambda client: 0,
     ) -> None:
+        self._token, self._personal = token, personal
         self._client_metrics = client_metrics(scores)
         self.record = RoundRecord(number, metric=metric, numbers=Numbers(self._client_metrics))
         self.model = model
@@ -169,10 +176,14 @@ class Round:
             built.append(message)
         return built
 
-    def _taken_for(self, client: int) -> dict[str, int]:
+    def _taken_for(self, client: int) -> dict[str, int | str]:
         """Return what a node must still be, since it may have been restarted since it was asked."""
-        stated = {"examples": self.examples[client]} if client in self.examples else {}
-        return {"client": client, **stated}
+        known: dict[str, int | str] = {"client": client}
+        if client in self.examples:
+            known["examples"] = self.examples[client]
+        if self.model.layers.personal:
+            known |= {"run": self._token, "personal": self._personal(client)}
+        return known
 
     def exchange(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Send messages and yield replies as they arrive; resend layers that a node lacks."""
@@ -370,7 +381,7 @@ class Round:
             record.e1 = importance_term(
                 selection.statistics["grad_norm_sq"],
                 np.array([self.weight(self.examples.get(c, 1)) for c in selection.clients]),
-                np.array([block.name in names for block in blocks]),
+                np.array([b.name in {*names, *self.model.layers.personal} for b in blocks]),
             )
         if record.lr and len(known) == len(names):
             there = {block.name: known[block.name] for block in blocks if block.name in known}

@@ -20,6 +20,7 @@ from flwr.common.logger import log
 from layerfed.config import ConfigError
 from layerfed.exchange import CODECS, Codec, RefusedReply, TrainInstruction, read_train_reply
 from layerfed.exchange.clipping import clipped
+from layerfed.models.layers import HEAD
 from layerfed.runs.records import RoundRecord
 
 if TYPE_CHECKING:
@@ -176,11 +177,12 @@ def _sent(arrival: Arrival) -> Layers:
             for part in arrival.codec.parts_of(name, like)
         )
     }
-    *_, head = asked
-    if head not in found or len(found) != upload.count + 1:
+    blocks = [name for name in asked if name != HEAD]
+    count, rest = min(upload.count, len(blocks)), asked.keys() - blocks
+    if not rest <= found.keys() or len(found) != count + len(rest):
         raise RefusedReply(
-            f"it holds {', '.join(found) or 'no layer'}; {upload.count} of the blocks it trained and "
-            "the head are due"
+            f"it holds {', '.join(found) or 'no layer'}; {count} of the blocks it trained"
+            f"{' and the head' * len(rest)} are due"
         )
     return found
 

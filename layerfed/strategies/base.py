@@ -414,6 +414,9 @@ class SelectiveStrategy(Strategy):
         record.server_lr = self.optimizer.lr
         with self._phase("train"):
             self.round.take_updates(replies, min(asked, self.settings.clients_per_round or asked))
+            if self.layers.personal:
+                known = {f"personal/{c}": np.asarray(server_round) for c in record.updated}
+                self.kept.update(known)
             self._publish(
                 self.round.finish(self.settings.min_replies, self.optimizer, self.applied)
             )
@@ -590,6 +593,8 @@ class SelectiveStrategy(Strategy):
             refused=self.population.ask_again,
             scores=self.settings.scores,
             metric=self.settings.metric,
+            token=self.run_token,
+            personal=lambda client: int(self.kept.get(f"personal/{client}", 0)),
         )
 
     def _global_model(self, arrays: ArrayRecord) -> GlobalModel:
@@ -605,7 +610,13 @@ class SelectiveStrategy(Strategy):
 
     def _evaluate_centrally(self, evaluate_fn: EvaluateFn | None, result: Result) -> None:
         record = self.round.record
-        metrics = evaluate_fn(record.round, self.model.record()) if evaluate_fn else None
+        if self.layers.personal and self.settings.client_evaluation:
+            # Nobody else has the personal layers.
+            found = {s.name: record.metrics[f"client_{s.name}"] for s in self.settings.scores}
+            numbers = {name: value for name, value in found.items() if value is not None}
+            metrics = MetricRecord(cast(Any, numbers)) if numbers else None
+        else:
+            metrics = evaluate_fn(record.round, self.model.record()) if evaluate_fn else None
         if metrics is None:
             return
         result.evaluate_metrics_serverapp[record.round] = metrics

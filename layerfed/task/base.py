@@ -446,7 +446,7 @@ class Task(ABC):
                 embeddings=section.embeddings,
                 units=section.units,
                 forward=self._forward(),
-            )
+            ).keeping(section.personal)
         except LayerMapError as error:
             raise ConfigError(str(error)) from None
 
