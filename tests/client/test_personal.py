@@ -221,7 +221,8 @@ def test_a_run_is_judged_by_its_clients(tmp_path: Path, caplog: pytest.LogCaptur
     assert summary["initial_scores"] == {}
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["scores"]["accuracy"] == values[-1]
-    assert len(result["clients"]) == 4
+    everyone = {row["client"] for row in read_lines(folder / "clients.jsonl")}
+    assert {row["partition"] for row in result["clients"]} == everyone
     assert (folder / "report.html").exists()
     export_run(SavedRun.open(folder, best=True), tmp_path / "out")
     assert "personal: head stayed on the clients" in caplog.text
