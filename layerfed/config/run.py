@@ -102,6 +102,9 @@ class TaskConfig(OpenSection):
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     image_size: Annotated[int, Field(ge=0)] = 0
     max_tokens: Annotated[int, Field(ge=8)] = 128
+    packing: Switch = True
+    decode_examples: Annotated[int, Field(ge=0)] = 64
+    new_tokens: Positive = 64
     local_test: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")

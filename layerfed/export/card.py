@@ -14,7 +14,11 @@ from layerfed.models.source import HUB_ID
 
 __all__ = ["model_card"]
 
-PIPELINES = {"image": "image-classification", "text": "text-classification"}
+PIPELINES = {
+    "image": "image-classification",
+    "text": "text-classification",
+    "prompt": "text-generation",
+}
 
 
 def model_card(saved: SavedRun, library: str, code: str) -> str:

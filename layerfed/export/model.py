@@ -23,6 +23,7 @@ from layerfed.models.adapters import merge_adapters, save_adapters
 from layerfed.models.image import ImageClassifier, Tower, clip_config
 from layerfed.models.source import require
 from layerfed.models.text import with_whole_output
+from layerfed.task.scoring import CausalLM
 
 if TYPE_CHECKING:
     from layerfed_assets.vit import VisionTransformer
@@ -194,6 +195,7 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _transformers(saved: SavedRun, net: Any) -> Form:
     task: Any = saved.task
     answers = getattr(task, "letters", None)
+    generates = issubclass(task.kind, CausalLM)
     model = (
         net
         if answers is None
@@ -216,15 +218,24 @@ def _transformers(saved: SavedRun, net: Any) -> Form:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    kind = "ForSequenceClassification" if answers is None else "ForCausalLM"
+    kind = "ForCausalLM" if generates or answers is not None else "ForSequenceClassification"
+    use = 'logits = model(**tokenizer([text], truncation=True, return_tensors="pt")).logits'
+    if generates:
+        tokenizer.padding_side = "left"  # in a batch, an answer follows its prompt
+        use = (
+            'chat = [{"role": "user", "content": prompt}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)\n'
+            'tokens = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]\n'
+            "answer = tokenizer.decode(tokens, skip_special_tokens=True)"
+        )
+    elif answers is not None:
+        use += f"\nscores = logits[0, -1, {list(answers)}]  # of {', '.join(task.classes)}"
     code = (
         f"from transformers import AutoModel{kind}, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
-        f'model = AutoModel{kind}.from_pretrained("FOLDER").eval()\n'
-        'logits = model(**tokenizer([text], truncation=True, return_tensors="pt")).logits'
+        f'model = AutoModel{kind}.from_pretrained("FOLDER").eval()\n{use}'
     )
-    if answers is not None:
-        code += f"\nscores = logits[0, -1, {list(answers)}]  # of {', '.join(task.classes)}"
     return write, "transformers", code
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "build_choice_model",
+    "build_language_model",
     "build_text_classifier",
     "load_tokenizer",
     "reading_limits",
@@ -119,9 +120,8 @@ def build_choice_model(
     ConfigError
         If the library or the weights are missing. The message says what to do.
     """
-    transformers = require("transformers", section.name)
     with new_weights(seed):
-        model = _build(transformers.AutoModelForCausalLM, section, {}, skeleton)
+        model = build_language_model(section, seed, skeleton=skeleton)
         full: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         head = nn.Linear(
             full.in_features,
@@ -138,6 +138,21 @@ def build_choice_model(
     model.config.tie_word_embeddings = False
     model.set_output_embeddings(head)  # type: ignore[no-untyped-call]
     return model
+
+
+def build_language_model(
+    section: ModelConfig, seed: int, *, skeleton: bool = False
+) -> PreTrainedModel:
+    """Build a causal language model; the parameters are those of `build_choice_model`.
+
+    Raises
+    ------
+    ConfigError
+        If the library or the weights are missing. The message says what to do.
+    """
+    transformers = require("transformers", section.name)
+    with new_weights(seed):
+        return _build(transformers.AutoModelForCausalLM, section, {}, skeleton)
 
 
 def with_whole_output(
@@ -157,9 +172,7 @@ def with_whole_output(
     seed : int
         The run's seed, which draws all weights if they are random.
     """
-    transformers = require("transformers", section.name)
-    with new_weights(seed):
-        whole = _build(transformers.AutoModelForCausalLM, section, {}, skeleton=False)
+    whole = build_language_model(section, seed)
     full, cut = (
         m.get_output_embeddings()  # type: ignore[no-untyped-call]
         for m in (whole, model)

@@ -20,6 +20,7 @@ TASKS: dict[str, str] = {
     "xglue_nc": "layerfed.task.xglue_nc:XglueNc",
     "qa": "layerfed.task.qa:QuestionAnswering",
     "custom": "layerfed.task.custom:custom",
+    "instructions": "layerfed.task.instructions:Instructions",
 }
 
 

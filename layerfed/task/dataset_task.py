@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +73,7 @@ class Table:
     def __init__(self, rows: Dataset, collate: Callable[[pa.Table], dict[str, Tensor]]) -> None:
         self.rows = rows
         self._arrow = rows.with_format("arrow")
-        self._collate = collate
+        self.collate = collate
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -85,10 +85,12 @@ class Table:
         return found
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """Return some rows as a batch; labels come as int64 under `label`."""
+        """Return some rows as a batch; labels come as int64 under `label`, unless it has its own."""
         rows = self._arrow[indices]
-        labels = torch.from_numpy(rows.column("label").to_numpy().copy())
-        return {**self._collate(rows), "label": labels}
+        made = self.collate(rows)
+        if "label" in made:
+            return made
+        return {**made, "label": torch.from_numpy(rows.column("label").to_numpy().copy())}
 
 
 def join_parts(parts: Sequence[Dataset]) -> Dataset:
@@ -100,8 +102,9 @@ class DatasetTask(Task):
     """A task whose examples are rows with inputs, a label, and possibly a group.
 
     A subclass says where its data are (`hub`, or `parts`), which columns it reads, and how inputs are
-    encoded. Encoding leaves out rows of classes or groups that were not chosen. If no groups are chosen,
-    test rows of every group count, since groups only decide which client trains on which rows.
+    encoded. One without labels has the label column "" and no classes. Encoding leaves out rows of
+    classes or groups that were not chosen. If no groups are chosen, test rows of every group count,
+    since groups only decide which client trains on which rows.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
@@ -246,6 +249,14 @@ class DatasetTask(Task):
         given = self.config.task.input_columns
         return pick_columns(given, self.inputs, part, "task.input-columns")
 
+    def columns_to_predict(self, part: Part) -> tuple[str, ...]:
+        """Return the columns of inputs in a table without labels."""
+        return self.input_columns(part)
+
+    def is_complete(self, cells: Mapping[str, Any]) -> bool:
+        """Return whether a row's inputs are an example; a row that is none is left out."""
+        return True
+
     def recall(self, folder: Path) -> None:
         """Take the classes from a run folder."""
         self.classes = tuple(read_json(folder / "classes.json")["classes"])
@@ -261,7 +272,7 @@ class DatasetTask(Task):
         columns : Sequence[str]
             The columns of a file that is no table but one input.
         """
-        used, count = columns or self.input_columns(part), len(part.rows)
+        used, count = columns or self.columns_to_predict(part), len(part.rows)
         if not count:
             raise ConfigError(f"{file} has no rows to predict on")
         # Only the used columns, since others may hold what cannot be decoded.
@@ -278,27 +289,29 @@ class DatasetTask(Task):
         encoder, inputs = self.encoder, self.input_columns(part)
         label, group = self._label_column(part), self._group_column(part)
         known = self._known_classes
-        if self.own_data:
+        if self.own_data and label:
             self._refuse_other_classes(part, label)
         elif missing := [name for name in self.classes if name not in known]:
             raise ConfigError(
                 f"class '{missing[0]}' is not in {part.where}; there are {some(known)} (task.classes)"
             )
-        read_label = NameReader(part, label, known, self.classes)
+        read_label = NameReader(part, label, known, self.classes or known)
         read_group = NameReader(
             part, group, names_in([(part, group)] if group else []), self.groups
         )
         every_group = self._asked_groups in ((), ("all",))
 
         def make(columns: Columns, rows: list[int]) -> Columns:
-            labels = read_label(columns[label], rows)
+            labels = read_label(columns[label], rows) if label else [0] * len(rows)
             groups = (
                 read_group(columns[group], rows) if group else [self._own_group(part)] * len(rows)
             )
             if every_group:
                 groups = [UNSEEN if found is None else found for found in groups]
             chosen = [
-                i for i, pair in enumerate(zip(labels, groups, strict=True)) if None not in pair
+                i
+                for i, pair in enumerate(zip(labels, groups, strict=True))
+                if None not in pair and self.is_complete({n: columns[n][i] for n in inputs})
             ]
             wanted = {name: [columns[name][i] for i in chosen] for name in inputs}
             encoded = encoder.encode(wanted, [rows[i] for i in chosen], part.where)

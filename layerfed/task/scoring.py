@@ -514,7 +514,9 @@ class Generation(CausalLM):
 
     def values(self) -> dict[str, float]:
         """Return the share of answers that are exactly right, and the scores of tokens."""
-        return {"exact_match": self.sums["right"] / self.sums["answers"], **super().values()}
+        answers = self.sums.get("answers", 0)
+        exact = self.sums["right"] / answers if answers else math.nan
+        return {"exact_match": exact, **super().values()}
 
     @staticmethod
     def predicted(task: Task, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,7 +30,7 @@ from layerfed.task.loading import Part, is_text, load_file_list, require_type
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextTask", "by_length", "padded", "token_features", "tokenised"]
+__all__ = ["TextTask", "by_length", "filled", "padded", "plain_text", "token_features", "tokenised"]
 
 # Lengths are rounded up to a multiple of this, which suits matrix units and makes fewer shapes: FLOPs
 # are counted once a shape (`client/flops.py`).
@@ -110,7 +110,7 @@ class TextTask(DatasetTask):
                 f"the tokenizer has token ids up to {largest}, but model.name = '{name}' knows {known} "
                 "tokens; set model.tokenizer to the model's own tokenizer"
             )
-        if limit is not None and _filled(asked) > limit:
+        if limit is not None and filled(asked) > limit:
             raise ConfigError(
                 f"task.max-tokens = {asked}, but model.name = '{name}' reads {limit} tokens at most, in "
                 f"rows of multiples of {MULTIPLE}; lower it to {limit // MULTIPLE * MULTIPLE}"
@@ -173,7 +173,7 @@ class TextTask(DatasetTask):
     def largest_batch(self, size: int) -> Batch | None:
         """Return a batch of texts that are cut at `task.max-tokens`."""
         batch = dict(super().largest_batch(size) or {})
-        shape = size, _filled(self.config.task.max_tokens)
+        shape = size, filled(self.config.task.max_tokens)
         for name in ("input_ids", "attention_mask"):
             batch[name] = torch.empty(shape, dtype=torch.long, device="meta")
         return batch
@@ -218,9 +218,8 @@ def tokenised(
         If a text holds a special token nevertheless.
     """
     ids: list[list[int]] = tokenizer(list(texts), **how)["input_ids"]
-    special = _special_tokens(tokenizer)
-    words = sorted(special.values(), key=len, reverse=True)
-    spelled = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
+    special = tokens_with_meaning(tokenizer)
+    plain = plain_text(tokenizer)
 
     def acting(row: Sequence[int]) -> Counter[str]:
         return Counter(special[token] for token in row if token in special)
@@ -230,9 +229,7 @@ def tokenised(
         if not acting(row) - around:
             continue
         # A tokenizer may take a fullwidth letter for the plain one.
-        plain = unicodedata.normalize("NFKC", texts[i])
-        apart = spelled.sub(lambda found: f"{found[0][0]} {found[0][1:]}", plain)
-        ids[i] = tokenizer(apart, **how)["input_ids"]
+        ids[i] = tokenizer(plain(unicodedata.normalize("NFKC", texts[i])), **how)["input_ids"]
         if left := acting(ids[i]) - around:
             raise ConfigError(
                 f"{named[i]}: the tokenizer reads a part of the text as its special token "
@@ -241,7 +238,16 @@ def tokenised(
     return ids
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def plain_text(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """Return a function that writes a space into each special token that a text spells out."""
+    words = sorted(tokens_with_meaning(tokenizer).values(), key=len, reverse=True)
+    if not words:
+        return lambda text: text
+    spelled = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
+    return lambda text: spelled.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
+def tokens_with_meaning(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Return the tokens with a meaning of their own; an unknown word is rightly read as unknown."""
     found = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -262,18 +268,19 @@ def padded(rows: pa.Table, pad: int) -> dict[str, Tensor]:
     """
     ids = rows.column("input_ids").combine_chunks()
     lengths = np.diff(ids.offsets.to_numpy())
-    width = _filled(int(lengths.max()))
+    width = filled(int(lengths.max()))
     mask = np.arange(width) < lengths[:, None]
-    filled = np.full(mask.shape, pad, dtype=np.int64)
-    filled[mask] = ids.flatten().to_numpy()
+    tokens = np.full(mask.shape, pad, dtype=np.int64)
+    tokens[mask] = ids.flatten().to_numpy()
     return {
-        "input_ids": torch.from_numpy(filled),
+        "input_ids": torch.from_numpy(tokens),
         "attention_mask": torch.from_numpy(mask.astype(np.int64)),
     }
 
 
-def _filled(length: int) -> int:
-    return -(-length // MULTIPLE) * MULTIPLE
+def filled(length: int, multiple: int = MULTIPLE) -> int:
+    """Return a length, rounded up to a multiple."""
+    return -(-length // multiple) * multiple
 
 
 def by_length(examples: Examples) -> Examples:

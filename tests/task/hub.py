@@ -146,6 +146,35 @@ def llama(folder: Path, **changes: object) -> Path:
     return tokenizer(folder)
 
 
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def chat_llama(folder: Path, template: str | None = CHAT, **changes: object) -> Path:
+    """A LLaMA with a byte-level tokenizer of its own, and its chat template."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|end|>"]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=special, initial_alphabet=alphabet)
+    raw.train_from_iterator(["what is the sum of two and three", "the sum is five"], trainer)
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **marks)
+    made.add_special_tokens({"additional_special_tokens": special[3:]})
+    made.chat_template = template
+    made.save_pretrained(folder)
+    torch.manual_seed(0)
+    settings = transformers.LlamaConfig(**{**TINY, "vocab_size": 280, **changes})
+    transformers.LlamaForCausalLM(settings).save_pretrained(folder)
+    return folder
+
+
 def gpt2(folder: Path, **changes: object) -> Path:
     """A tokenizer like those of decoders, without a token for padding."""
     import transformers
