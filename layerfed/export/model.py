@@ -242,7 +242,7 @@ def _transformers(saved: SavedRun, net: Any) -> Form:
 def _adapters(saved: SavedRun) -> Form:
     section, net = saved.config.model, cast(Any, saved.model)
     classifies = section.family == "transformers" and not hasattr(saved.task, "letters")
-    if section.tuning != "lora" or not classifies:
+    if section.tuning != "lora" or not classifies or issubclass(saved.task.kind, CausalLM):
         raise ConfigError(
             "--format peft writes the adapters of a sequence classifier of transformers; this run has "
             f"model.name = '{section.name}' with model.tuning = '{section.tuning}' and task.name = "

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from layerfed.cli import app
-from layerfed.config import RunConfig, load_config
+from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.engine import run_on
-from layerfed.export import SavedRun, export_run
+from layerfed.export import SavedRun, export_run, predictions
 from layerfed.runs import read_lines
 from tests.task import hub
 
@@ -97,8 +96,7 @@ def test_the_exported_model_answers_as_the_run_does(
     prompts = ["say five", "say sum and three"]
     table = tmp_path / "prompts.csv"
     table.write_text("\n".join(["instruction", *prompts]) + "\n")
-    batch = next(saved.task.read(table).examples.in_order(2, torch.device("cpu")))
-    ours, _ = saved.task.answers(saved.model, batch)
+    ours = [str(row["answer"]) for row in predictions(saved, [table])]
     export_run(saved, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert "pipeline_tag: text-generation" in card
@@ -111,6 +109,8 @@ def test_the_exported_model_answers_as_the_run_does(
         found: dict[str, object] = {"prompt": prompt}
         exec(code, found)
         assert str(found["answer"]).strip() == answer
+    with pytest.raises(ConfigError, match="use --format native"):
+        export_run(saved, tmp_path / "adapter", "peft")
     settings = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert (settings.do_sample, settings.max_new_tokens) == (False, 8)
 
