@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -179,8 +180,8 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
             if not _any_size(shape):
                 options["img_size"] = section.image_size  # timm interpolates the positions
         net = timm.create_model(name, **options)
-        # A file's head is of other classes, unless there are as many as its configuration has, or else
-        # the architecture's.
+        # The weights' head is of other classes, unless there are as many as their configuration has, or
+        # else the architecture's.
         heads = net.pretrained_cfg.get("classifier") or ()
         heads = (heads,) if isinstance(heads, str) else heads
         if lacking := [name for name in missing if not lies_in(name, heads)]:
@@ -188,8 +189,10 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
                 f"'{source}' has no weights for {some(lacking)} of model.name = '{section.name}', which "
                 "timm would leave at random; give weights of this architecture (model.weights)"
             )
+        same = classes == net.pretrained_cfg["num_classes"]
+        if not same and weights != "random":
+            _draw(net, heads)
         if file is not None and weights != "random":
-            same = classes == net.pretrained_cfg["num_classes"]
             convert = getattr(import_module(type(net).__module__), "checkpoint_filter_fn", None)
             load_weights(net, file, convert, () if same else heads)
     taken = data.resolve_model_data_config(net)
@@ -202,6 +205,18 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
         squash=taken["crop_mode"] == "squash",
         any_size=_any_size(net),
     )
+
+
+def _draw(net: nn.Module, heads: Iterable[str]) -> None:
+    """Draw a new head as `nn.Linear` does, by its inputs.
+
+    timm draws some by their outputs, for a thousand classes. With seven, scores start at a deviation of 5,
+    and a federated run spends its first rounds on unlearning them.
+    """
+    modules = dict(net.named_modules())
+    for name in heads:
+        if isinstance(head := modules.get(name), nn.Linear | nn.Conv2d):
+            head.reset_parameters()
 
 
 def _any_size(net: nn.Module) -> bool:

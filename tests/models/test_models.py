@@ -201,6 +201,18 @@ def test_weights_of_every_kind_of_file_are_taken(
     assert bool(caplog.records) == (said is not None)
 
 
+def test_a_new_head_is_drawn_by_its_inputs(tmp_path: Path) -> None:
+    # timm draws this one by its outputs, which are few: scores would start far from 0.
+    file = tmp_path / "net.safetensors"
+    kept = timm.create_model("test_efficientnet")
+    save_file(kept.state_dict(), file)
+    head = image("timm/test_efficientnet", file, classes=4).net.classifier
+    bound = head.in_features**-0.5
+    assert 0.9 * bound < head.weight.abs().max() <= bound
+    same_classes = image("timm/test_efficientnet", file, classes=1000).net.classifier
+    assert torch.equal(same_classes.weight, kept.classifier.weight)
+
+
 def test_a_file_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     """They used to stay random without a word."""
     state = timm.create_model("vit_tiny_patch16_224").state_dict()

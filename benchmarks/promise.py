@@ -1,0 +1,199 @@
+"""What a statistic of a layer promises, beside what training the layer gives.
+
+    layerfed run conf/custom.toml strategy.name=head run.name=warm …
+    python -m benchmarks.promise runs/warm --clients 4 --rates 0.003,0.01,0.03 --csv promise.csv \
+        --figure promise.png
+
+From a run's final model, some clients train one layer and the head for a round, each layer in turn and
+at several learning rates. Measured is how far the mean loss falls, beyond what the head alone gives:
+on the clients' own examples (each trains for itself), and on the server's test set after their updates
+are averaged (all train the layer together). A statistic of the probe is useful if it orders the layers
+as these two do: printed is Spearman's rank correlation over the layers.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+
+from layerfed.client.local_sgd import LocalSGD
+from layerfed.client.probe import probe_layers
+from layerfed.client.training import train_update
+from layerfed.client.workbench import Workbench
+from layerfed.config import load_config
+from layerfed.task import Examples
+from layerfed.task.scoring import evaluate_task
+
+STATISTICS = (
+    "grad_norm_sq",
+    "relative_grad_sq",
+    "grad_mean_sq",
+    "snr",
+    "loss_decrease",
+    "newton_decrease",
+)
+
+
+def some_of(examples: Examples, count: int, rng: np.random.Generator) -> Examples:
+    """Return so many of the examples, drawn without replacement."""
+    return examples.select(np.sort(rng.permutation(len(examples))[:count]))
+
+
+@contextmanager
+def moved(bench: Workbench, update: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Add an update to the model within the context."""
+    before = {name: bench.resident.tensors[name].detach().clone() for name in update}
+    with torch.no_grad():
+        for name, change in update.items():
+            bench.resident.tensors[name].add_(torch.from_numpy(change))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, old in before.items():
+                bench.resident.tensors[name].copy_(old)
+
+
+def loss_on(bench: Workbench, examples: Examples) -> float:
+    """Return the model's mean loss."""
+    found = evaluate_task(bench.task, bench.resident.model, examples, 64, bench.device)
+    return found.tally.mean_loss
+
+
+def measured(
+    bench: Workbench, clients: list[int], rates: list[float], tested: int
+) -> list[dict[str, Any]]:
+    """Return a row for each learning rate and layer."""
+    layers, train = bench.resident.layers, bench.config.train
+    rng = np.random.default_rng(bench.config.run.seed)
+    test = some_of(bench.task.test_examples(), tested, rng)
+    own = {c: some_of(bench.examples(c)[0], tested // len(clients), rng) for c in clients}
+    size = {c: len(bench.examples(c)[0]) for c in clients}
+    share = {c: size[c] / sum(size.values()) for c in clients}
+
+    def batches(client: int, draw: int) -> Iterator[Any]:
+        drawn = np.random.default_rng((bench.config.run.seed, draw, client))
+        return bench.examples(client)[0].shuffled(train.batch_size, bench.device, drawn)
+
+    rows = []
+    for rate in rates:
+        probes = [
+            probe_layers(
+                bench.resident.model,
+                layers,
+                islice(batches(client, 0), 2),
+                bench.loss(client),
+                STATISTICS,
+                lr=rate,
+            )[0]
+            for client in clients
+        ]
+        found = {}
+        for layer in (None, *range(layers.num_blocks)):
+            mask = [index == layer for index in range(layers.num_blocks)]
+            updates, local = [], []
+            for client in clients:
+                update, _ = train_update(
+                    bench.resident,
+                    mask,
+                    islice(batches(client, 1), train.local_steps or 5),
+                    bench.loss(client),
+                    partial(LocalSGD, lr=rate),
+                )
+                updates.append(update)
+                with moved(bench, update):
+                    local.append(loss_on(bench, own[client]))
+            mean = {
+                name: np.sum(
+                    [share[c] * u[name] for c, u in zip(clients, updates, strict=True)],
+                    axis=0,
+                    dtype=np.float32,
+                )
+                for name in updates[0]
+                if np.issubdtype(updates[0][name].dtype, np.floating)
+            }
+            with moved(bench, mean):
+                found[layer] = float(np.mean(local)), loss_on(bench, test)
+        for index, block in enumerate(layers.blocks):
+            row: dict[str, Any] = {"rate": rate, "layer": block.name}
+            row["local"] = found[None][0] - found[index][0]
+            row["together"] = found[None][1] - found[index][1]
+            row |= {name: float(np.mean([p[name][index] for p in probes])) for name in STATISTICS}
+            rows.append(row)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw what each layer gave, and what its gradient's norm promised."""
+    rates = list(dict.fromkeys(row["rate"] for row in rows))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    for rate in rates:
+        own = [row for row in rows if row["rate"] == rate]
+        for axis, key in zip(axes[:2], ("local", "together"), strict=True):
+            axis.plot(range(len(own)), [row[key] for row in own], marker=".", label=f"η = {rate:g}")
+    own = [row for row in rows if row["rate"] == rates[0]]
+    norms = np.array([row["grad_norm_sq"] for row in own])
+    axes[2].bar(range(len(own)), norms / norms.sum(), color="0.6")
+    axes[0].set_title("each for itself: fall of the own loss")
+    axes[1].set_title("together: fall of the test loss")
+    axes[2].set_title("share of ‖g‖²")
+    for axis in axes:
+        axis.axhline(0, color="0.3", lw=0.8)
+        axis.set_xlabel("layer trained beside the head")
+    axes[0].legend()
+    figure.savefig(file, dpi=110)
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="a finished run's folder")],
+    clients: Annotated[int, typer.Option(min=1, help="clients, evenly from the population")] = 4,
+    rates: Annotated[str, typer.Option(help="learning rates, separated by commas")] = "0.01",
+    tested: Annotated[int, typer.Option(min=1, help="test examples; and own ones, in all")] = 512,
+    csv_file: Annotated[Path | None, typer.Option("--csv")] = None,
+    figure: Annotated[Path | None, typer.Option("--figure")] = None,
+) -> None:
+    """Measure, print the correlations, and write the rows."""
+    bench = Workbench(load_config(run / "config.json"))
+    torch.set_num_threads(bench.config.run.threads or torch.get_num_threads())
+    with torch.no_grad():
+        for name, tensor in load_file(run / "final.safetensors").items():
+            bench.resident.tensors[name].copy_(tensor)
+    population = bench.config.federation.population
+    chosen = [population * i // clients for i in range(clients)]
+    values = [float(rate) for rate in rates.split(",")]
+    rows = measured(bench, chosen, values, tested)
+    table = Table("η", "statistic", "each for itself", "together")
+    for rate in values:
+        own = [row for row in rows if row["rate"] == rate]
+        for name in (*STATISTICS, "local"):
+            ranks = [
+                float(spearmanr([r[name] for r in own], [r[key] for r in own]).statistic)
+                for key in ("local", "together")
+            ]
+            table.add_row(f"{rate:g}", name, *(f"{rank:+.2f}" for rank in ranks))
+    Console().print(table)
+    if csv_file:
+        with csv_file.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if figure:
+        draw(rows, figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)
