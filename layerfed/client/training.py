@@ -150,7 +150,7 @@ def selected_layers(model: nn.Module, layers: LayerMap, names: Iterable[str]) ->
         for name in layer.modules:
             modules[name].train(layer.name in chosen)
     for name in set(layers.embeddings.buffers).intersection(layers.embeddings.tensors):
-        # The statistics of a BatchNorm that an adapter leaves frozen.
+        # A BatchNorm whose statistics are frozen.
         modules[name.rpartition(".")[0]].training = False
     try:
         yield

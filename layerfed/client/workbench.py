@@ -73,13 +73,15 @@ class Workbench:
             chosen_precision(train.precision, self.device), train.micro_batch, train.checkpointing
         )
         """How a step of training is computed on this device."""
-        if train.micro_batch and any(
-            isinstance(module, _BatchNorm) for module in self.resident.model.modules()
+        if (
+            train.micro_batch
+            and not config.model.frozen_statistics
+            and any(isinstance(module, _BatchNorm) for module in self.resident.model.modules())
         ):
             raise ConfigError(
                 f"train.micro-batch = {train.micro_batch}: model.name = '{config.model.name}' has "
                 "BatchNorm, whose statistics are those of a whole batch; set it to 0 and lower "
-                "train.batch-size"
+                "train.batch-size, or set model.batch-norm=frozen"
             )
         self.prefix: PrefixCache | None = None
         """The outputs of frozen blocks, if the run keeps them."""

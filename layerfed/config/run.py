@@ -136,6 +136,7 @@ class ModelConfig(Section):
     lora_targets: str = ""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     units: Annotated[str, Field(min_length=1)] = "blocks"
+    batch_norm: Literal["auto", "frozen", "trained"] = "auto"
 
     @property
     def family(self) -> str:
@@ -147,6 +148,12 @@ class ModelConfig(Section):
         """The name of the model in its library."""
         return self.name.partition("/")[2]
 
+    @property
+    def frozen_statistics(self) -> bool:
+        """Whether BatchNorm's statistics stay as they are."""
+        untrained = self.weights == "random" and self.tuning == "layers"
+        return self.batch_norm == "frozen" or (self.batch_norm == "auto" and not untrained)
+
     @model_validator(mode="after")
     def _adapters(self) -> Self:
         fields = type(self).model_fields
@@ -157,6 +164,11 @@ class ModelConfig(Section):
                     f"model.{name.replace('_', '-')} = {value!r} has no use for model.tuning = "
                     "'layers'; leave it out, or choose model.tuning=lora"
                 )
+        if self.tuning == "lora" and self.batch_norm == "trained":
+            raise ConfigError(
+                "model.batch-norm = 'trained' goes with model.tuning = 'layers' only: adapters leave "
+                "everything else as it is; set it to auto"
+            )
         return self
 
     @model_validator(mode="after")

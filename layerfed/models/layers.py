@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from layerfed.models.block_finder import (
     LayerMapError,
@@ -233,6 +234,25 @@ class LayerMap:
         if len(found) == len(trained):
             raise LayerMapError(f"model.personal = '{personal}' leaves no layer that is shared")
         return replace(self, personal=frozenset(found))
+
+    def with_frozen_statistics(self, model: nn.Module) -> LayerMap:
+        """Return this split with BatchNorm's statistics among the embeddings, so they stay as they are.
+
+        The probe measures the model as it is evaluated. With statistics of the batch, a block in training
+        is another function: its loss falls along another gradient, and its new statistics do not fit the
+        blocks around it, at any learning rate.
+        """
+        frozen = {
+            f"{name}.{buffer}"
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm)
+            for buffer, _ in module.named_buffers(recurse=False)
+        }
+        if not frozen:
+            return self
+        places = {n: EMBEDDINGS if n in frozen else self.layer_of(n).name for n in _tensors(model)}
+        modules = {module: layer.name for layer in self.layers for module in layer.modules}
+        return replace(self, layers=_layers(model, places, modules, self.num_blocks))
 
     @property
     def embeddings(self) -> Layer:

@@ -439,7 +439,7 @@ class Task(ABC):
             return known
         section = self.config.model
         try:
-            return LayerMap.from_model(
+            found = LayerMap.from_model(
                 model,
                 blocks=section.blocks or None,
                 head=section.head,
@@ -447,6 +447,7 @@ class Task(ABC):
                 units=section.units,
                 forward=self._forward(),
             ).keeping(section.personal)
+            return found.with_frozen_statistics(model) if section.frozen_statistics else found
         except LayerMapError as error:
             raise ConfigError(str(error)) from None
 
