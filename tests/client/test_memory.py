@@ -295,7 +295,13 @@ def test_a_run_leaves_its_memory_by_phase(monkeypatch: pytest.MonkeyPatch) -> No
     assert weights > 0
     assert {how.checkpointing for how in asked} == {True}
     with pytest.raises(ConfigError, match=r"train\.micro-batch = 3: .* has BatchNorm"):
-        workbench(configured("task.name=tests.tiny_task:TinyTask", "train.micro-batch=3").to_flat())
+        workbench(
+            configured(
+                "task.name=tests.tiny_task:TinyTask",
+                "train.micro-batch=3",
+                "model.batch-norm=trained",
+            ).to_flat()
+        )
 
 
 class Wide:

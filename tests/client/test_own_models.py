@@ -66,7 +66,12 @@ def test_an_example_too_many_for_a_batch_keeps_no_client_from_training(
 
     monkeypatch.setattr(TinyTask, "partition", seventeen)
     module._workbench.cache_clear()
-    config = configured("train.batch-size=16", "train.local-steps=0", "train.local-epochs=2")
+    config = configured(
+        "train.batch-size=16",
+        "train.local-steps=0",
+        "train.local-epochs=2",
+        "model.batch-norm=trained",
+    )
     found = run(config, rounds=2)
     module._workbench.cache_clear()
     assert not [f for record in found.rounds for f in record.failures]

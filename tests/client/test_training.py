@@ -99,6 +99,29 @@ def test_only_masked_blocks_and_the_head_change(
         assert tiny.blocks[index].norm.num_batches_tracked == len(batches) * on
 
 
+def test_with_frozen_statistics_a_step_goes_along_the_gradient_that_is_probed(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    without_dropout(tiny)
+    batch, before = batches[0], state(tiny)
+    tiny.eval().requires_grad_(True)
+    own = dict(tiny.named_parameters())
+    names = layers["blocks.1"].parameters
+    gradients = torch.autograd.grad(cross_entropy(tiny, batch), [own[n] for n in names])
+    frozen = layers.with_frozen_statistics(tiny)
+    train_layers(tiny, frozen, [False, True, False, False], [batch], cross_entropy, sgd(LR))
+    for name, gradient in zip(names, gradients, strict=True):
+        torch.testing.assert_close(own[name].detach(), before[name] - LR * gradient)
+    assert not [n for n in changed(tiny, before) if "running_" in n or "tracked" in n]
+    assert frozen["blocks.1"].parameters == names
+    # Statistics of the batch are another function, along whose gradient this step does not go.
+    tiny.load_state_dict(before)
+    train_layers(tiny, layers, [False, True, False, False], [batch], cross_entropy, sgd(LR))
+    weight = "blocks.1.norm.weight"
+    step = before[weight] - LR * gradients[names.index(weight)]
+    assert not torch.allclose(own[weight].detach(), step)
+
+
 def test_frozen_blocks_neither_drop_out_nor_use_batch_statistics(
     tiny: nn.Module, layers: LayerMap, batches: list[Batch]
 ) -> None:
