@@ -210,8 +210,8 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
 def _draw(net: nn.Module, heads: Iterable[str]) -> None:
     """Draw a new head as `nn.Linear` does, by its inputs.
 
-    timm draws some by their outputs, for a thousand classes. With seven, scores start at a deviation of 5,
-    and a federated run spends its first rounds on unlearning them.
+    timm draws some by their outputs, for a thousand classes. With seven, scores start far from 0, and a
+    run spends its first rounds on unlearning them.
     """
     modules = dict(net.named_modules())
     for name in heads:

@@ -238,9 +238,9 @@ class LayerMap:
     def with_frozen_statistics(self, model: nn.Module) -> LayerMap:
         """Return this split with BatchNorm's statistics among the embeddings, so they stay as they are.
 
-        The probe measures the model as it is evaluated. With statistics of the batch, a block in training
-        is another function: its loss falls along another gradient, and its new statistics do not fit the
-        blocks around it, at any learning rate.
+        The probe measures the model as it is evaluated. With statistics of the batch, a block in
+        training is another function: its loss falls along another gradient, and its new statistics do
+        not fit the blocks around it, at any learning rate.
         """
         frozen = {
             f"{name}.{buffer}"
