@@ -245,7 +245,7 @@ def test_a_model_with_buffers_is_refused_before_anybody_works(
     monkeypatch.setattr(benches, "load_task", TinyTask)
     benches._workbench.cache_clear()
     try:
-        config: RunConfig = configured("privacy.mode=central")
+        config: RunConfig = configured("privacy.mode=central", "model.batch-norm=trained")
         layers = workbench(config.to_flat()).resident.layers
         with pytest.raises(ConfigError, match="num_batches_tracked"):
             build_strategy(config, layers)
