@@ -251,7 +251,11 @@ def test_a_model_with_buffers_is_refused_before_anybody_works(
             build_strategy(config, layers)
         build_strategy(configured(), layers)
         # If only a node asks for privacy, the server does not refuse anything in its place.
-        config = configured("federation.clients-per-round=6", "federation.min-replies=1")
+        config = configured(
+            "federation.clients-per-round=6",
+            "federation.min-replies=1",
+            "model.batch-norm=trained",
+        )
         grid: InProcessGrid = Recorded(config, nodes=[OWN])
         (record,) = run(config, 1, grid).rounds
         assert [f.partition for f in record.failures] == [0]
