@@ -15,6 +15,7 @@ __all__ = ["TASKS", "Batch", "Examples", "Inputs", "Task", "load_task", "task_na
 # since a task's libraries take seconds to import and on real devices every message starts a new process.
 TASKS: dict[str, str] = {
     "digits": "layerfed.task.digits:Digits",
+    "scanners": "layerfed.task.scanners:Scanners",
     "cifar10": "layerfed.task.cifar10:Cifar10",
     "domainnet": "layerfed.task.domainnet:DomainNet",
     "xglue_nc": "layerfed.task.xglue_nc:XglueNc",
