@@ -1,10 +1,13 @@
 """FLOPs of a round with the frozen prefix computed once, beside the same run without.
 
     python -m benchmarks.prefix --rounds 3 --json prefix.json
+    python -m benchmarks.prefix conf/cifar10.toml task.data=path/to/cifar10 model.name=layerfed/vit \
+        model.weights=embedded train.batch-size=16 federation.clients-per-round=4
 
-Digits of 32 x 32 on the shipped ViT, whose 12 blocks are selected in the top quarter only: the top
-block, one of the three at random for each client, or all three. All clients train for five local epochs
-in each round. FLOPs are those that clients count as they compute; seconds are those of their training.
+Digits, or another configuration's job, on the shipped ViT, whose 12 blocks are selected in the top
+quarter only: the top block, one of the three at random for each client, or all three. All clients train
+for five local epochs in each round. FLOPs are those that clients count as they compute; seconds are
+those of their training.
 """
 
 from __future__ import annotations
@@ -29,31 +32,35 @@ SELECTED = {
 }
 
 
-def rounds_of(settings: list[str]) -> list[dict[str, Any]]:
+def rounds_of(conf: Path | None, settings: list[str]) -> list[dict[str, Any]]:
     """Run in this process, and return the lines of `metrics.jsonl`."""
     with tempfile.TemporaryDirectory(prefix="layerfed-prefix-") as folder:
-        run_on("inprocess", load_config(None, [*settings, f"run.dir={folder}", "run.name=run"]))
+        run_on("inprocess", load_config(conf, [*settings, f"run.dir={folder}", "run.name=run"]))
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in lines.splitlines()]
 
 
 def main(
+    job: Annotated[list[str] | None, typer.Argument(help="[CONF] [KEY=VALUE]…")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     megabytes: Annotated[float, typer.Option(help="train.prefix-cache")] = 100.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
 ) -> None:
     """Measure, print a table, and write it as JSON."""
+    given = list(job or [])
+    conf = Path(given.pop(0)) if given and "=" not in given[0] else None
     rows = []
     for selected, settings in SELECTED.items():
         common = [
+            *given,
             *settings,
             f"federation.rounds={rounds}",
             "train.local-steps=0",
             "train.local-epochs=5",
             "run.checkpoint-every=0",
         ]
-        plain = rounds_of(common)
-        kept = rounds_of([*common, f"train.prefix-cache={megabytes}"])
+        plain = rounds_of(conf, common)
+        kept = rounds_of(conf, [*common, f"train.prefix-cache={megabytes}"])
         for before, after in zip(plain, kept, strict=True):
             if before.get("flops"):
                 row: dict[str, Any] = {"selected": selected, "round": before["round"]}
