@@ -27,12 +27,13 @@ def predictions(saved: SavedRun, files: Iterable[Path]) -> Iterator[dict[str, An
     ConfigError
         If a file does not exist or cannot be read.
     """
-    task = saved.task
+    task, files = saved.task, list(files)
     for file in files:
         if not file.is_file():
             raise ConfigError(f"{file} is no file here")
+    size = saved.config.run.evaluate_batch or rows_that_fit(task, saved.model, CPU)
+    for file in files:
         found = task.read(file)
-        size = saved.config.run.evaluate_batch or rows_that_fit(task, saved.model, CPU)
         names = iter(found.names)
         means = iter(found.means or [()] * len(found.names))
         with torch.inference_mode():

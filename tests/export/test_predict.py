@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
-from layerfed.export import SavedRun, predictions, write_rows
+from layerfed.export import SavedRun, predict, predictions, write_rows
 from layerfed.task import Examples, Inputs
 from layerfed.task.scoring import (
     CausalLM,
@@ -93,6 +93,17 @@ def test_a_text_has_its_perplexity_and_a_generated_answer() -> None:
     assert [row["perplexity"] for row in rows] == pytest.approx([8.0] * 3)
     outputs[1, 0, 0] = 1
     assert [row["answer"] for row in rows_of(Generation, outputs)] == ["no", "yes", "no"]
+
+
+def test_the_rows_that_fit_are_counted_once_for_all_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    monkeypatch.setattr(predict, "rows_that_fit", lambda *given: counted.append(given) or 2)
+    config = configured()
+    task = TinyTask(config)
+    monkeypatch.setattr(task, "read", lambda file: Inputs([str(file)] * 10, task.partition(0)))
+    saved = SavedRun(Path(), config, task, task.build_model(), cast(Any, None), 1)
+    assert len(list(predictions(saved, [Path(__file__)] * 3))) == 30
+    assert len(counted) == 1
 
 
 def test_a_kind_that_says_nothing_of_one_input_is_refused() -> None:
