@@ -132,7 +132,7 @@ def run(
 
     logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
     chosen, why = choose_engine(config, wanted)
-    shown, lines = Console(stderr=True, quiet=quiet), JsonLines(sys.stdout)
+    shown, lines = _printer(stderr=True, quiet=quiet), JsonLines(sys.stdout)
     shown.print(
         f"[bold]{escape(config.task.name)}[/] · {config.strategy.name} · "
         f"{config.federation.clients} clients, {config.federation.clients_per_round} a round, "
@@ -176,7 +176,7 @@ def _say_how_to_resume(folders: Sequence[Path]) -> None:
 def _print_summary(folder: Path, page: Path | None = None) -> None:
     from layerfed.report import PAGE, class_table, run_table
 
-    output = Console(markup=False)
+    output = _printer(markup=False)
     output.print(run_table(folder))
     if (classes := class_table(folder)) is not None:
         output.print(classes)
@@ -425,9 +425,7 @@ def layers(settings: Settings = None) -> None:
             f"{layer.elements / total:.1%}",
             *costs.get(layer.name, ()),
         )
-    output = Console()
-    if not output.is_terminal:
-        output.width = 120
+    output = _printer()
     output.print(table)
     if (predicted := _predicted(config, task)) is not None:
         output.print(predicted)
@@ -502,9 +500,7 @@ def data(
     from layerfed.task.overview import describe_data
 
     found = describe_data(load_task(config), config.federation.population)
-    output = Console()
-    if not output.is_terminal:
-        output.width = 160
+    output = _printer()
     for what in ("classes", "groups"):
         names = ", ".join(found[what][:50])
         output.print(f"{what:9}{len(found[what])}{': ' * bool(names)}{escape(names)}")
@@ -624,6 +620,14 @@ def predict(
     wanted = cast(Literal["csv", "json"], _one_of(form, ("csv", "json"), "--format"))
     saved = SavedRun.open(run.resolve(), best=best)
     write_rows(predictions(saved, files), wanted, sys.stdout)
+
+
+def _printer(**options: Any) -> Console:
+    """Return a console for tables; in a file, which has no width, few of them are broken."""
+    found = Console(**options)
+    if not found.is_terminal:
+        found.width = 160
+    return found
 
 
 def _one_of(value: str, allowed: Sequence[str], option: str) -> str:

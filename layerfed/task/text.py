@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -158,7 +159,9 @@ class TextTask(DatasetTask):
     def summary(self) -> str:
         """Return the tokenizer and the length that were chosen."""
         source = self.config.model.tokenizer or self.tokenizer.name_or_path
-        return f"texts: {self.config.task.max_tokens} tokens at most, by the tokenizer of {source}"
+        # A model card has it too, where a path would tell about the machine.
+        named = self.config.model.name if os.path.isabs(source) else source
+        return f"texts: {self.config.task.max_tokens} tokens at most, by the tokenizer of {named}"
 
     def test_examples(self) -> Examples:
         """Return the server's test set, ordered by the length of texts."""

@@ -419,6 +419,11 @@ def test_the_card_says_what_the_model_is(runs: Callable[[str], Path], tmp_path: 
     ):
         assert text in card
     assert str(root) not in card
+    texts = runs("encoder")
+    exported(texts, tmp_path / "texts")
+    card = (tmp_path / "texts/README.md").read_text()
+    assert "by the tokenizer of transformers/xlm-r." in card
+    assert str(texts) not in card
 
 
 def test_the_upload_is_the_folder_and_a_failed_one_keeps_it(

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from layerfed import server_app
+from layerfed.cli import app
 from layerfed.config import load_config
 from layerfed.engine import run_on
 from layerfed.runs import RunFolder, read_lines
@@ -101,6 +103,13 @@ def test_the_final_model_is_reported_by_class_and_by_client(folder: Path) -> Non
     assert mean == pytest.approx(last["client_accuracy"])
     worst = min(clients, key=lambda one: one["accuracy"])
     assert result["spread"]["clients"]["worst"] == worst["partition"]
+
+
+def test_a_run_whose_output_is_kept_has_a_client_in_a_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", *SETTINGS, f"run.dir={tmp_path}"])
+    assert result.exit_code == 0, result.stderr
+    lines = [line.split() for line in result.stderr.splitlines()]
+    assert sum(line[:1] == ["client"] and line[2] == "24" for line in lines) == 3
 
 
 def test_the_data_of_a_run_are_in_its_folder_and_in_flowers_log(
