@@ -150,23 +150,14 @@ class Instructions(TextTask):
     def encode(self, part: Part) -> Dataset:
         """Encode a part's rows, once a machine, and say how many are left out or cut."""
         rows = super().encode(part)
-        if left_out := len(part.rows) - len(rows):
+        left_out = len(part.rows) - len(rows)
+        cut = int(np.sum(rows.with_format("arrow").data.column("cut").to_numpy()))
+        if left_out or cut:
             log(
                 INFO,
-                "%s: %d of %d rows are left out: they have no prompt or no answer, or are of a group "
-                "that was not chosen",
-                part.where,
-                left_out,
-                len(part.rows),
-            )
-        if cut := int(np.sum(rows.with_format("arrow").data.column("cut").to_numpy())):
-            limit = self.config.task.max_tokens
-            log(
-                INFO,
-                "%s: %d prompts or answers are cut (task.max-tokens = %d)",
-                part.where,
-                cut,
-                limit,
+                "%s: of %d rows %d are left out (no prompt, no answer, or a group that was not chosen), "
+                "and %d are cut (task.max-tokens = %d)",
+                *(part.where, len(part.rows), left_out, cut, self.config.task.max_tokens),
             )
         return rows
 

@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerfed.client.prediction import predicted_step
-from layerfed.client.training import Step
+from layerfed.client.training import Step, Stepper, selected_layers
 from layerfed.client_app import local_optimizer
 from layerfed.config import ConfigError, load_config
-from layerfed.models.trace import OnesOnMeta
 from layerfed.task import load_task
 from layerfed.task.instructions import PLAIN, Instructions, shared_rows
 from layerfed.task.overview import describe_data
@@ -264,8 +263,8 @@ def test_rows_without_prompt_or_answer_are_left_out_and_counted(
     task = asked(tmp_path, weights, rows)
     with caplog.at_level(logging.INFO, logger="flwr"):
         assert sum(len(task.partition(i)) for i in range(2)) + len(task.test_examples()) == 30
-    assert "4 of 34 rows are left out" in caplog.text
-    assert "30 prompts or answers are cut (task.max-tokens = 64)" in caplog.text
+    assert "of 34 rows 4 are left out" in caplog.text
+    assert "30 are cut (task.max-tokens = 64)" in caplog.text
 
 
 def test_clients_by_group_and_by_category(weights: Path, tmp_path: Path) -> None:
@@ -365,25 +364,43 @@ def test_a_length_beyond_the_models_is_refused(weights: Path, tmp_path: Path) ->
         ).build_model()
 
 
-@pytest.mark.parametrize("packing", ["true", "false"])
-def test_memory_is_predicted(packing: str, weights: Path, tmp_path: Path) -> None:
-    """A step on the largest batch, without weights; a packed row's mask takes memory."""
-    task = asked(tmp_path, weights, sums(20), f"task.packing={packing}")
-    net = task.skeleton()
-    with OnesOnMeta():  # type: ignore[no-untyped-call]
-        layers = task.layers(net)
-    batch = task.largest_batch(4)
-    assert batch is not None
-    made = predicted_step(
-        *(net, layers, [True] * 3, batch, task.loss, local_optimizer(task.config.train, 0.1)),
+@pytest.mark.parametrize(("packing", "tokens", "count"), [("true", 26, 8), ("false", 300, 4)])
+def test_the_memory_of_the_largest_batch_is_predicted(
+    packing: str, tokens: int, count: int, weights: Path, tmp_path: Path
+) -> None:
+    """As it is measured where rows are full: of one example, or of two that the mask keeps apart."""
+    rows = [{"prompt": "x", "completion": "y" * tokens}] * 20
+    task = asked(tmp_path, weights, rows, f"task.packing={packing}")
+    optimizer = local_optimizer(task.config.train, 0.1)
+    skeleton, net = task.skeleton(), task.build_model()
+    layers, largest = task.layers(net), task.largest_batch(4)
+    assert largest is not None
+    found = predicted_step(
+        *(skeleton, layers, [True] * 3, largest, task.loss, optimizer),
         how=Step(),
         storage="float32",
     )
-    assert made.activations > 4 * 64 * 280 * 4  # at least the scores
-    real = next(task.client_examples(0)[0].in_order(4, CPU))
-    assert real.keys() - {"prompt"} == batch.keys()
-    for name in batch:
-        assert all(a <= b for a, b in zip(real[name].shape, batch[name].shape, strict=True)), name
+    real = next(task.client_examples(0)[0].in_order(count, CPU))
+    assert {n: t.shape for n, t in largest.items()} == {n: real[n].shape for n in largest}
+    with selected_layers(net, layers, layers.names[1:]):
+        trained = [p for p in net.parameters() if p.requires_grad]
+        step = Stepper(net, trained, task.loss, optimizer, Step())
+        _, measured = step.measured(real, 0.0)
+    assert found.activations == pytest.approx(measured.activations, rel=0.02)
+
+
+def test_a_nodes_own_data_and_what_a_run_folder_keeps(tmp_path: Path) -> None:
+    weights = hub.chat_llama(tmp_path / "llama", None)
+    task = asked(tmp_path, weights, sums(20))
+    task.own_data = True
+    train, _ = task.client_examples(0)
+    assert len(train) == 20
+    assert "position_ids" in next(train.in_order(4, CPU))
+    task.keep(tmp_path)
+    again = asked(tmp_path, weights, [])
+    again.recall(tmp_path)
+    assert again.tokenizer.chat_template == PLAIN
+    assert again.preprocessing() == task.preprocessing()
 
 
 def test_the_file_that_is_shipped_reads_the_hub(
