@@ -13,6 +13,7 @@ example, and from that transformers makes a mask in which no example sees anothe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from logging import INFO
@@ -323,7 +324,7 @@ class Instructions(TextTask):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the scores of the next token at the scored positions, or at all of them."""
         net: Any = model
-        ids, scored = batch["input_ids"], batch.get("scored")
+        ids = batch["input_ids"]
         how = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
         if ids.is_meta and "position_ids" in how:
             # Positions without values make no mask, and a packed row's takes memory.
@@ -331,14 +332,14 @@ class Instructions(TextTask):
             how["attention_mask"] = torch.ones(shape, dtype=torch.bool, device="meta")
 
         def only_scored(_module: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-            return (given[0] if scored is None else given[0].take_along_dim(scored[..., None], 1),)
+            return (given[0].take_along_dim(batch["scored"][..., None], 1),)
 
-        # In front of the output layer, since what models do behind it differs.
-        hook = net.get_output_embeddings().register_forward_pre_hook(only_scored)
-        try:
+        with ExitStack() as hooks:
+            if "scored" in batch:
+                # In front of the output layer, since what models do behind it differs.
+                output = net.get_output_embeddings()
+                hooks.callback(output.register_forward_pre_hook(only_scored).remove)
             scores: Tensor = net(input_ids=ids, use_cache=False, **how).logits
-        finally:
-            hook.remove()
         return scores
 
     def largest_batch(self, size: int) -> Batch | None:

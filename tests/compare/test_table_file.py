@@ -128,4 +128,17 @@ def test_no_table_runs_anew_what_another_one_ran() -> None:
         for cell in load_plan(file).cells(Path("x")):
             assert seen.setdefault(cell.folder, cell.config) == cell.config
     # Table 3 adds its two cheaper selections, Figure 2 nothing.
-    assert len([folder for folder in seen if "small" not in folder.parts[1]]) == 144 + 72 + 2
+    papers = {experiment.name for experiment in load_plan(TABLES / "table1.toml").experiments}
+    assert len([folder for folder in seen if folder.parts[1] in papers]) == 144 + 72 + 2
+
+
+def test_flowertunes_baseline_is_a_row_beside_chosen_adapters_and_layers() -> None:
+    cells = load_plan(TABLES / "instructions.toml").cells(Path("x"))
+    found = [(c.row, c.config.strategy.name, c.config.model.tuning) for c in cells if not c.seed]
+    assert found == [
+        ("FlowerTune", "full", "lora"),
+        ("ilp, LoRA", "ilp", "lora"),
+        ("top, LoRA", "top", "lora"),
+        ("ilp, layers", "ilp", "layers"),
+        ("full, layers", "full", "layers"),
+    ]
