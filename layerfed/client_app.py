@@ -8,6 +8,7 @@ a client must know in its next process is in Flower's context, or in the layer s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -21,6 +22,7 @@ from flwr.common.logger import log
 from torch import nn
 
 from layerfed.client.costs import MEASURED_UNITS
+from layerfed.client.deadline import Clock
 from layerfed.client.limits import paced
 from layerfed.client.local_sgd import Clipped, InPart, LocalOptimizer, LocalSGD
 from layerfed.client.personal import own_layers
@@ -119,7 +121,7 @@ def probe(message: Message, context: Context) -> Message:
     size = asked.get("examples-a-batch") or settings.batch_size
     count = asked["batches"] or -(-len(examples) // size)
     rng = generator(bench.config.run.seed, Stream.PROBE, asked["round"], node.partition)
-    work = Work("probe", bench.device)
+    work = Work("probe", bench.device, speed=node.run.federation.speed(node.partition))
     with own_layers(node, message):
         statistics, work.flops = probe_layers(
             bench.resident.model,
@@ -153,11 +155,15 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
         for mask, _steps in schedule:
             allowance.check(mask, instruction.share(layers))
     bench.resident.move_to(*read_manifest(message), node.store)
-    work = Work("train", bench.device)
+    federation, due = node.run.federation, instruction.deadline
+    work = Work("train", bench.device, speed=federation.speed(node.partition))
     optimizer = local_optimizer(settings, settings.lr if instruction.lr is None else instruction.lr)
     if instruction.rank is not None:
         optimizer = of_first_ranks(optimizer, bench.resident.model, instruction.rank)
-    with own_layers(node, message) as own_parts:
+    with (
+        own_layers(node, message) as own_parts,
+        Clock(due, bench.device, work.speed) if due else nullcontext() as clock,
+    ):
         update, result = train_update(
             bench.resident,
             instruction.mask,
@@ -167,9 +173,14 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
             how=bench.step,
             schedule=schedule,
             cache=bench.prefix,
+            clock=clock,
         )
-        shared = own_parts.keep(update)
-    work.loss, work.steps, work.flops = result.loss, result.steps, result.flops
+        done = {tensor for layer in result.layers for tensor in layers[layer].tensors}
+        shared = own_parts.keep({name: change for name, change in update.items() if name in done})
+    if result.late and federation.late == "drop":
+        shared = {}
+    work.loss, work.steps = result.loss, result.steps
+    work.flops = (clock and clock.flops) or result.flops
     work.memory = asdict(result.memory)
     work.prefix_hits, work.flops_saved = result.found / result.examples, result.saved
     departure = Departure(

@@ -103,6 +103,7 @@ def build_strategy(
             client_evaluation=config.task.local_test > 0,
             codec=config.exchange.codec,
             downlink_codec=config.exchange.downlink_codec,
+            deadline=config.federation.deadline,
             steps=_steps(config),
             aggregation=Aggregation(server.aggregation, server.trim),
             scores=task.scores if task else (ACCURACY, LOSS),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from layerfed.client.deadline import Clock, OutOfTime, Progress
 from layerfed.client.devices import autocast
 from layerfed.client.flops import counted
 from layerfed.client.local_sgd import LocalOptimizer, LocalSGD
@@ -58,12 +59,17 @@ _MEASURED: WeakKeyDictionary[nn.Module, dict[object, Phases]] = WeakKeyDictionar
 class TrainResult:
     """Mean loss over the steps, their number, FLOPs of forward and backward together, and memory.
 
+    `layers` are the ones that moved: all trained ones, unless the client was `late` in its first step.
+    In real time the FLOPs of a step that was cut are not known, and left out.
+
     Of the examples of all steps, `found` is the number whose prefix was kept, which saved `saved` FLOPs.
     """
 
     loss: float
     steps: int
     flops: float
+    layers: tuple[str, ...] = ()
+    late: bool = False
     memory: Phases = field(default_factory=Phases)
     found: int = 0
     examples: int = 0
@@ -79,6 +85,8 @@ class TrainResult:
             loss,
             steps,
             sum(result.flops for result in results),
+            tuple(dict.fromkeys(layer for result in results for layer in result.layers)),
+            results[-1].late,
             memory,
             sum(result.found for result in results),
             sum(result.examples for result in results),
@@ -218,12 +226,17 @@ class Stepper:
         self.model, self.parameters, self.loss, self.how = model, parameters, loss, how
         self.optimizer = optimizer(list(parameters))
         self.live: LiveBytes | None = None
+        self.progress: Progress | None = None
+        self.value: Tensor | None = None
+        """The loss before the last step, also if that was cut."""
         # A subclass with steps of its own makes them.
         alone = getattr(type(self.optimizer), "step", None) is LocalSGD.step
         self._one = getattr(self.optimizer, "step_one", None) if alone else None
         self._last = False
 
     def _ready(self, parameter: Tensor) -> None:
+        if self.progress is not None:
+            self.progress.reached(parameter, last=self._last)
         if self.live is not None:
             self.live.move(parameter.grad, "gradients")
         if self._one is not None and self._last:
@@ -231,7 +244,13 @@ class Stepper:
             parameter.grad = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Make one step, and return the loss before it."""
+        """Make one step, and return the loss before it.
+
+        Raises
+        ------
+        OutOfTime
+            If the step was cut; the layers that it had finished have moved.
+        """
         hooks = [
             p.register_post_accumulate_grad_hook(self._ready)  # type: ignore[no-untyped-call]
             for p in self.parameters
@@ -246,17 +265,28 @@ class Stepper:
                     value = self.loss(self.model, part)
                 if share is not None:
                     value = value * share
+                self.value = total = value.detach() if total is None else total + value.detach()
                 value.backward()  # type: ignore[no-untyped-call]
-                total = value.detach() if total is None else total + value.detach()
+        except OutOfTime:
+            assert self.progress is not None
+            for parameter in self.parameters:
+                if not self.progress.has_finished(parameter):
+                    parameter.grad = None
+            self._move()
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
+        self._move()
+        assert total is not None
+        return total
+
+    def _move(self) -> None:
+        """Move all parameters that have a gradient, unless each has moved by itself."""
         if self._one is None:
             # The order that local SGD needs: gradients are used first and cleared afterwards.
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        assert total is not None
-        return total
 
     def measured(self, batch: Batch, weights: float) -> tuple[Tensor, Phases]:
         """Make one step, and return the loss and the step's memory."""
@@ -281,6 +311,7 @@ def train_layers(
     *,
     how: Step = Step(),
     cache: PrefixCache | None = None,
+    clock: Clock | None = None,
 ) -> TrainResult:
     """Train the selected blocks and the head in place, with one optimiser step for each batch.
 
@@ -299,6 +330,8 @@ def train_layers(
     how : Step
     cache : PrefixCache, optional
         Keeps the outputs of the blocks below the lowest selected one. It is of the same model.
+    clock : Clock, optional
+        It ends the training at its deadline; the first step begins in any case.
 
     Raises
     ------
@@ -308,6 +341,10 @@ def train_layers(
     chosen = layers.trained(mask)
     parameters = dict(model.named_parameters())
     trained = [parameters[name] for layer in chosen for name in layers[layer].parameters]
+    layer_of: dict[Tensor, str] = {
+        parameters[name]: layer for layer in chosen for name in layers[layer].parameters
+    }
+    moved, late = chosen, False
     losses: list[Tensor] = []
     flops, memory = 0.0, Phases()
     measured = _MEASURED.setdefault(model, {})
@@ -321,17 +358,29 @@ def train_layers(
             stack.enter_context(recomputed(model, layers, chosen))
         step = Stepper(model, trained, loss, optimizer, how)
         for batch in batches:
+            if clock is not None:
+                step.progress = Progress(clock, layer_of)
+                if late := bool(losses) and clock.over:
+                    break
             examples += len(next(iter(batch.values())))
             if prefix:
                 batch = prefix.joined(model, batch, whole)
             kind = ("train", tuple(mask), how, getattr(step.optimizer, "momentum", None))
             key = (kind, tuple((name, tuple(tensor.shape)) for name, tensor in batch.items()))
-            if key in measured:
-                value, cost = counted(model, kind, batch, partial(step, batch))
-            else:
-                weights = weights_in_training(model, layers, chosen)
-                run = partial(step.measured, batch, weights)
-                (value, measured[key]), cost = counted(model, kind, batch, run)
+            try:
+                if key in measured:
+                    value, cost = counted(model, kind, batch, partial(step, batch))
+                else:
+                    weights = weights_in_training(model, layers, chosen)
+                    run = partial(step.measured, batch, weights)
+                    (value, measured[key]), cost = counted(model, kind, batch, run)
+            except OutOfTime:
+                assert step.progress is not None
+                assert step.value is not None
+                moved, late = (chosen if losses else step.progress.finished), True
+                if step.progress.finished or not losses:
+                    losses.append(step.value)
+                break
             memory = memory.most(measured[key])
             losses.append(value)
             flops += cost
@@ -340,10 +389,10 @@ def train_layers(
     mean = float(torch.stack(losses).mean())
     if not torch.isfinite(torch.tensor(mean)):
         raise ValueError(f"the training loss is {mean}; lower train.lr")
-    if not prefix:
-        return TrainResult(mean, len(losses), flops, memory, examples=examples)
-    counts = prefix.found, examples, prefix.saved
-    return TrainResult(mean, len(losses), flops + prefix.flops, memory, *counts)
+    found, saved = 0, 0.0
+    if prefix:
+        found, saved, flops = prefix.found, prefix.saved, flops + prefix.flops
+    return TrainResult(mean, len(losses), flops, tuple(moved), late, memory, found, examples, saved)
 
 
 def train_update(
@@ -356,19 +405,21 @@ def train_update(
     how: Step = Step(),
     schedule: Sequence[tuple[Sequence[bool], int]] = (),
     cache: PrefixCache | None = None,
+    clock: Clock | None = None,
 ) -> tuple[dict[str, np.ndarray], TrainResult]:
     """Train like `train_layers` and return Δ_i (eq. 4) of the trained layers' tensors, by name.
 
     A schedule is a list of masks with a number of steps for each. They are trained one after the other,
     each with a new optimiser, and `mask` is their union. The last mask gets all remaining batches.
 
+    A client that is late has moved the layers that its result names, and may have moved others in part.
     The resident model is back at θ^t afterwards, also if training raises.
     """
-    stream = iter(batches)
+    stream, results = iter(batches), list[TrainResult]()
     with resident.borrowed(resident.layers.trained(mask)) as before:
-        result = TrainResult.together(
-            [
-                train_layers(
+        for part, steps in [*schedule[:-1], (schedule[-1][0] if schedule else mask, None)]:
+            if not results or not results[-1].late:
+                found = train_layers(
                     resident.model,
                     resident.layers,
                     part,
@@ -377,10 +428,10 @@ def train_update(
                     optimizer,
                     how=how,
                     cache=cache,
+                    clock=clock,
                 )
-                for part, steps in [*schedule[:-1], (schedule[-1][0] if schedule else mask, None)]
-            ]
-        )
+                results.append(found)
+        result = TrainResult.together(results)
         # In place, since the trained tensors are copies that are not needed any more.
         update = {
             name: resident.tensors[name].detach().sub_(start).cpu().numpy()

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from layerfed.config.privacy import PrivacyConfig, check_private
 from layerfed.config.secagg import SecAggConfig, refuse_with_secagg
@@ -222,6 +222,32 @@ class FederationConfig(Section):
     over_provision: Annotated[float, Field(ge=0, le=1)] = 0.0
     timeout: Annotated[float, Field(gt=0)] = 3600.0
     max_examples: Annotated[int, Field(ge=0)] = 0
+    deadline: Annotated[float, Field(ge=0)] = 0.0
+    late: Literal["send", "drop"] = "send"
+    speeds: Annotated[str, BeforeValidator(str)] = ""  # one number is no text in TOML
+
+    def speed(self, client: int) -> float:
+        """Return a simulated client's FLOPs a second; 0 if clients are not simulated."""
+        speeds = [float(number) for number in self.speeds.split(",") if self.speeds]
+        return speeds[client % len(speeds)] if speeds else 0.0
+
+    @model_validator(mode="after")
+    def _clocks(self) -> Self:
+        try:
+            usable = all(0 < float(n) < math.inf for n in self.speeds.split(",") if self.speeds)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ConfigError(
+                f"federation.speeds = '{self.speeds}' is not allowed: it should be empty, or numbers "
+                "above 0, in FLOPs a second, as in '4e9, 1e9'"
+            )
+        if self.late == "drop" and not self.deadline:
+            raise ConfigError(
+                "federation.late = 'drop' has no use without a deadline; set federation.deadline, or "
+                "leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -27,7 +27,7 @@ Mask = tuple[bool, ...]
 OWN = (
     *("round", "client", "examples", "run", "codec", "lr"),
     *("mask", "schedule", "schedule-steps", "sends", "upload", "upload-norm", "rank"),
-    "personal",
+    *("personal", "deadline"),
 )
 
 
@@ -64,6 +64,8 @@ class TrainInstruction:
         The trained blocks that the client sends; None sends all, or those that `upload` chooses.
     rank : int | None
         The first ranks of each adapter, which alone the client trains and sends; None means all.
+    deadline : float
+        Seconds of training, after which the client sends the layers that it has finished; 0: none.
     """
 
     round: int
@@ -76,6 +78,7 @@ class TrainInstruction:
     config: Mapping[str, Any] = field(default_factory=dict)
     sends: Mask | None = None
     rank: int | None = None
+    deadline: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse an instruction that no client could follow.
@@ -129,6 +132,8 @@ class TrainInstruction:
             entries["sends"] = [int(on) for on in self.sends]
         if self.rank is not None:
             entries["rank"] = self.rank
+        if self.deadline:
+            entries["deadline"] = self.deadline
         if self.upload is not None:
             entries |= {"upload": self.upload.count, "upload-norm": self.upload.norm}
         return entries
@@ -182,6 +187,9 @@ class TrainInstruction:
         rank = entries.get("rank")
         if rank is not None and not (isinstance(rank, int) and rank > 0):
             raise ValueError(f"the server asks for {rank!r} ranks of each adapter")
+        deadline = entries.get("deadline", 0.0)
+        if not (isinstance(deadline, int | float) and 0 <= deadline < math.inf):
+            raise ValueError(f"the server sent a deadline of {deadline!r} seconds")
         found = cls(
             round=int(entries["round"]),
             masks=masks,
@@ -192,6 +200,7 @@ class TrainInstruction:
             sends=_bits(entries["sends"], "sends") if "sends" in entries else None,
             upload=upload,
             rank=rank,
+            deadline=deadline,
             config={key: value for key, value in entries.items() if key not in OWN},
         )
         if found.mask != mask:
@@ -246,10 +255,10 @@ class TrainInstruction:
         ----------
         layers : LayerMap
         update : Mapping[str, numpy.ndarray]
-            Δ_i by tensor.
+            Δ_i by tensor. A client that is out of time has none of some layers.
         """
-        asked = self.asked(layers)
-        if self.upload is None:
+        asked = [n for n in self.asked(layers) if all(t in update for t in layers[n].tensors)]
+        if self.upload is None or not asked:
             return asked
         blocks = [name for name in asked if name != layers.head.name]
         scores = {

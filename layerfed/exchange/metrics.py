@@ -43,6 +43,8 @@ class Work:
         The share of examples whose outputs of frozen blocks were kept (`train.prefix-cache`).
     flops_saved : float
         The FLOPs that these outputs would have taken.
+    speed : float
+        FLOPs a second of a simulated client; 0 if it is not simulated.
     """
 
     phase: Phase
@@ -53,6 +55,7 @@ class Work:
     memory: Mapping[str, float] = field(default_factory=dict)
     prefix_hits: float = 0.0
     flops_saved: float = 0.0
+    speed: float = 0.0
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -119,6 +122,11 @@ def _peak_memory(work: Work) -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
+def _simulated(work: Work) -> float:
+    """Return a simulated client's seconds, or 0."""
+    return work.flops / work.speed if work.speed else 0.0
+
+
 def _memory(part: str, work: Work) -> float:
     """Return the bytes of one part of a step's memory, at its own peak."""
     return work.memory.get(part, 0.0)
@@ -148,6 +156,8 @@ METRICS: dict[str, Metric] = {
         Metric("flops_saved", "train", "sum", lambda work: work.flops_saved, total=True),
         Metric("prefix_hits", "train", "mean", lambda work: work.prefix_hits, most=1.0),
         Metric("steps", "train", "sum", lambda work: work.steps, least=1.0),
+        Metric("simulated_seconds", "train", "max", _simulated, public=True, total=True),
+        Metric("simulated_seconds_probe", "probe", "max", _simulated, public=True, total=True),
         Metric("train_seconds", "train", "sum", lambda work: time.monotonic() - work.began),
         Metric("peak_memory", "train", "max", _peak_memory),
         Metric("peak_memory_probe", "probe", "max", _peak_memory),

@@ -327,7 +327,7 @@ class RunFolder(Observer):
     def _count(self, line: Mapping[str, Any]) -> None:
         """Add a line of `metrics.jsonl` to the run's totals."""
         for key in self._totals:
-            self._totals[key] += line[key]
+            self._totals[key] += line.get(key, 0)  # an earlier version may lack it
         self._failures += line["failures"]
         self._epsilon = {key: line[key] for key in self._epsilon}
         # Runs of earlier versions have these two scores.

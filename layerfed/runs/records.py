@@ -115,7 +115,8 @@ class RoundRecord:
     clipped : int
         Updates that were scaled down to `server.clip`.
     late : int
-        Clients that the round did not wait for, since enough others had answered.
+        Clients that the round did not wait for, since enough others had answered, or that were out of
+        time before they had finished a layer.
     numbers : Numbers
         The metrics that each client stated; `metrics` has them combined.
     moved : tuple[str, ...]

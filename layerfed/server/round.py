@@ -246,7 +246,7 @@ class Round:
             self._take_update(reply)
             del reply  # freed before the next is made; `enumerate` would hold it
             if self.record.replies == enough:
-                self.record.late = max(0, asked - answered)
+                self.record.late += max(0, asked - answered)
                 break
         if isinstance(replies, Generator):
             replies.close()  # takes back what is still to be answered, before other exchanges begin
@@ -268,6 +268,10 @@ class Round:
             for step in self._steps:
                 step.receive(arrival, record)
             arrival.examples = self.weight(arrival.examples)
+            if asked and not arrival.due:  # it was out of time before a layer was finished
+                record.late += 1
+                record.numbers.add(partition, "train", arrival.metrics, arrival.examples)
+                return
             if arrival.update:
                 arrival.update = own.whole(arrival.update, self.model.tensors)
                 self.add(arrival)
@@ -398,9 +402,10 @@ class Round:
     # ------------------------------------------------------------------------------------ errors
     def failed(self, phase: str, needed: int) -> RoundFailed:
         """Return an error with the number of usable replies and the reasons for the others."""
+        late = f"; {self.record.late} clients were late" if self.record.late else ""
         return RoundFailed(
             f"round {self.record.round}: {self.record.replies} usable replies in {phase}, "
-            f"{needed} are needed (federation.min-replies). {self.reasons()}"
+            f"{needed} are needed (federation.min-replies){late}. {self.reasons()}"
         )
 
     def reasons(self) -> str:

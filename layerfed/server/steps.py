@@ -162,10 +162,13 @@ class Decoding(ServerStep):
 def _sent(arrival: Arrival) -> Layers:
     """Return the layers whose updates are due: all asked ones, or those that the client chose.
 
+    A client that was out of time sends fewer of them, or none; backward reaches the head first.
+
     This looks at names only. Reading the reply then checks that those layers are whole.
     """
     asked, upload = arrival.asked, arrival.instruction.upload
-    if upload is None:
+    late = arrival.instruction.deadline > 0
+    if upload is None and not late:
         return asked
     record = arrival.message.content.array_records.get("arrays", ArrayRecord())
     found = {
@@ -178,7 +181,10 @@ def _sent(arrival: Arrival) -> Layers:
         )
     }
     blocks = [name for name in asked if name != HEAD]
-    count, rest = min(upload.count, len(blocks)), asked.keys() - blocks
+    count = len(blocks) if upload is None else min(upload.count, len(blocks))
+    rest = asked.keys() - blocks
+    if late and (not found or (rest <= found.keys() and len(found) <= count + len(rest))):
+        return found
     if not rest <= found.keys() or len(found) != count + len(rest):
         raise RefusedReply(
             f"it holds {', '.join(found) or 'no layer'}; {count} of the blocks it trained"

@@ -90,6 +90,8 @@ class RoundSettings:
         The codec in which clients write their updates.
     downlink_codec : {"float32", "float16", "bfloat16", "int8"} (default: "float32")
         The codec in which layers go to clients.
+    deadline : float (default: 0)
+        Seconds of a client's training, after which it sends the layers that it has finished; 0: none.
     steps : tuple[ServerStep, ...] (default: ())
         The steps of updates on the server. `Decoding` is put in front unless one of these reads.
     aggregation : Aggregation
@@ -116,6 +118,7 @@ class RoundSettings:
     client_evaluation: bool = False
     codec: str = "float32"
     downlink_codec: str = "float32"
+    deadline: float = 0.0
     steps: tuple[ServerStep, ...] = ()
     aggregation: Aggregation = WEIGHTED_MEAN
     scores: tuple[Score, ...] = (ACCURACY, LOSS)
@@ -394,6 +397,7 @@ class SelectiveStrategy(Strategy):
                     run=self.run_token,
                     lr=record.lr,
                     codec=settings.codec,
+                    deadline=settings.deadline,
                     sends=None if sent is None else as_masks(sent[row : row + 1])[0],
                     rank=int(ranks[row]) or None if ranks is not None else None,
                     config=rest,

@@ -29,4 +29,4 @@ def test_a_private_reply_states_public_numbers_only() -> None:
     stated = work.numbers(private=False)
     assert stated["train_loss"] == 0.5
     assert stated["steps"] == 2.0
-    assert work.numbers(private=True) == {"flops": 3.0}
+    assert work.numbers(private=True) == {"flops": 3.0, "simulated_seconds": 0.0}

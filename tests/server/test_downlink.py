@@ -17,6 +17,8 @@ from layerfed.server.global_model import GlobalModel
 from tests.conftest import TinyNet
 from tests.tiny_task import check_resumed, configured, run
 
+pytestmark = pytest.mark.usefixtures("tiny_task")
+
 CPU = torch.device("cpu")
 CODECS = ["float16", "bfloat16", "int8"]
 
