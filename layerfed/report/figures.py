@@ -174,11 +174,17 @@ class RunFigures:
 
 
 def spent_by_round(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return what was spent up to each round, from round 0: bytes of both directions, FLOPs, seconds."""
+    """Return what was spent up to each round, from round 0: bytes of both directions, FLOPs, seconds.
+
+    The seconds of simulated clients are those of their own clocks.
+    """
+    simulated = ("simulated_seconds", "simulated_seconds_probe")
     each = {
         "bytes": [line["bytes_up"] + line["bytes_down"] for line in lines],
         "flops": [line.get("flops", 0) + line.get("flops_probe", 0) for line in lines],
-        "seconds": [line["seconds"] for line in lines],
+        "seconds": [
+            sum(line.get(key, 0) for key in simulated) or line["seconds"] for line in lines
+        ],
     }
     return {key: [0, *np.cumsum(values).tolist()] for key, values in each.items()}
 
