@@ -26,7 +26,7 @@ VARIANTS = {
     "lora": LORA,
     "FedIT": ["strategy.name=full", *LORA],
     "cached": ["train.prefix-cache=5", "strategy.name=top"],
-    "uncached": ["strategy.name=top", "task.packing=false"],
+    "uncached": ["strategy.name=top", "task.packing=false", "train.checkpointing=true"],
 }
 
 
