@@ -363,15 +363,14 @@ class DatasetTask(Task):
         train, test = self.parts
         found = table(train), table(test) if test else None
         present = np.unique(found[0].column("group"))
+        classes = f"the classes {some(self.classes)}" if self.classes else "complete rows"
         if empty := [name for i, name in enumerate(self.groups) if i not in present]:
             raise ConfigError(
-                f"{train[0].where}: no examples of '{empty[0]}' among the classes "
-                f"{some(self.classes)}; leave it out (task.groups) or choose other classes"
+                f"{train[0].where}: no examples of '{empty[0]}' among {classes}; leave it out "
+                "(task.groups) or choose other classes"
             )
         if not len(found[0]) or (found[1] is not None and not len(found[1])):
-            raise ConfigError(
-                f"{self.data}: no examples of the classes {some(self.classes)} to train or to test on"
-            )
+            raise ConfigError(f"{self.data}: no examples of {classes} to train or to test on")
         return found
 
     @cached_property

@@ -265,6 +265,7 @@ def test_rows_without_prompt_or_answer_are_left_out_and_counted(
         assert sum(len(task.partition(i)) for i in range(2)) + len(task.test_examples()) == 30
     assert "of 34 rows 4 are left out" in caplog.text
     assert "30 are cut (task.max-tokens = 64)" in caplog.text
+    refused(lambda: asked(tmp_path, weights, bad), "no examples of complete rows to train")
 
 
 def test_clients_by_group_and_by_category(weights: Path, tmp_path: Path) -> None:
