@@ -530,7 +530,8 @@ def _with_tensors(layer: Layer, layers: LayerMap) -> list[str]:
     blocks = tuple(f"{module}." for block in layers.blocks for module in block.modules)
     if layers.adapted and layer is layers.embeddings:
         loose = [t for t in loose if not t.startswith(blocks)]
-        return [*loose, *inside, "all weights of the blocks but their adapters"]
+        folded = " and what those change" if layers.blocks[0].frozen else ""
+        return [*loose, *inside, f"all weights of the blocks but their adapters{folded}"]
     return [*loose, *inside]
 
 

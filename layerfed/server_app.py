@@ -105,7 +105,12 @@ def build_strategy(
             downlink_codec=config.exchange.downlink_codec,
             deadline=config.federation.deadline,
             steps=_steps(config),
-            aggregation=Aggregation(server.aggregation, server.trim),
+            aggregation=Aggregation(
+                server.aggregation,
+                server.trim,
+                config.model.lora_alpha / config.model.lora_rank,
+                config.run.seed,
+            ),
             scores=task.scores if task else (ACCURACY, LOSS),
             metric=task.metric if task else ACCURACY,
             seed=config.run.seed,

@@ -98,8 +98,7 @@ class Encode(ClientStep):
     def __call__(self, departure: Departure, layers: LayerMap) -> Departure:
         """Encode layer by layer, with error feedback if the codec has it."""
         by_layer = {
-            name: {t: departure.tensors[t] for t in layers[name].tensors}
-            for name in departure.layers
+            name: {t: departure.tensors[t] for t in layers[name].sent} for name in departure.layers
         }
         # Private updates have no error feedback: a remembered error would carry parts of an update
         # into a later round, whose ε does not count them.

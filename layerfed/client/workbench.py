@@ -175,7 +175,7 @@ class Workbench:
             return math.inf
         # θ^t of the trained layers is kept beside them.
         copies = 1 + (2 if train.optimizer == "adamw" else bool(train.momentum))
-        trained = sum(layers[name].bytes for name in [*chosen, layers.head.name])
+        trained = sum(layers[name].sent_bytes for name in [*chosen, layers.head.name])
         model = self.resident.nbytes
         process = CUDA_PROCESS if self.device.type == "cuda" else 0.0
         return model + step + copies * trained + process
@@ -228,7 +228,8 @@ def workbench(flat: Flat, node: NodeConfig | None = None) -> Workbench:
         update={
             "strategy": defaults.strategy,
             "budget": defaults.budget,
-            "server": defaults.server,
+            # Stacking changes what a layer holds.
+            "server": config.server if config.server.aggregation == "stack" else defaults.server,
             "exchange": defaults.exchange,
             "privacy": defaults.privacy,
             "secagg": defaults.secagg,

@@ -418,7 +418,7 @@ class ServerConfig(Scheduled):
 
     key: ClassVar[str] = "server"
 
-    aggregation: Literal["mean", "median", "trimmed-mean", "svd"] = "mean"
+    aggregation: Literal["mean", "median", "trimmed-mean", "svd", "stack"] = "mean"
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     clip: Annotated[float, Field(ge=0)] = 0.0
     optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
@@ -490,11 +490,27 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _factors(self) -> Self:
-        if self.server.aggregation == "svd" and self.model.tuning != "lora":
+        rule = f"server.aggregation = '{self.server.aggregation}'"
+        if self.server.aggregation in ("svd", "stack") and self.model.tuning != "lora":
             raise ConfigError(
-                f"server.aggregation = 'svd' is for adapters, and model.tuning = '{self.model.tuning}' "
-                "has none; choose server.aggregation=mean, or model.tuning=lora"
+                f"{rule} is for adapters, and model.tuning = '{self.model.tuning}' has none; choose "
+                "server.aggregation=mean, or model.tuning=lora"
             )
+        if self.server.aggregation != "stack":
+            return self
+        again = "adapters begin again in each round, so that there is no step to scale"
+        stepping = ServerConfig.model_fields.keys() - {"aggregation", "trim", "clip"}
+        reasons = {f"server.{name.replace('_', '-')}": again for name in stepping} | {
+            "model.storage": "it changes the weights, which are in float32 then",
+            "exchange.downlink-codec": "it is exact, and coded weights are not",
+        }
+        flat, usual = self.to_flat(), RunConfig().to_flat()
+        for key, why in sorted(reasons.items()):
+            if flat[key] != usual[key]:
+                raise ConfigError(
+                    f"{key} = {flat[key]!r} does not go with {rule}: {why}; leave it at "
+                    f"{usual[key]!r}, or choose server.aggregation=svd"
+                )
         return self
 
     @model_validator(mode="after")

@@ -195,7 +195,6 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _transformers(saved: SavedRun, net: Any) -> Form:
     task: Any = saved.task
     answers = getattr(task, "letters", None)
-    generates = issubclass(task.kind, CausalLM)
     model = (
         net
         if answers is None
@@ -204,7 +203,27 @@ def _transformers(saved: SavedRun, net: Any) -> Form:
     if answers is None and saved.task.classes:
         model.config.id2label = dict(enumerate(saved.task.classes))
         model.config.label2id = {name: i for i, name in model.config.id2label.items()}
+    tokenizer, kind, use = _reading(saved, model)
 
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    code = (
+        f"from transformers import AutoModel{kind}, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        f'model = AutoModel{kind}.from_pretrained("FOLDER").eval()\n{use}'
+    )
+    return write, "transformers", code
+
+
+def _reading(saved: SavedRun, model: Any) -> tuple[Any, str, str]:
+    """Return the tokenizer as the run used it, the end of the model's class, and the code of its use.
+
+    The model's configuration gets the token that pads.
+    """
+    task: Any = saved.task
+    answers, generates = getattr(task, "letters", None), issubclass(task.kind, CausalLM)
     tokenizer = deepcopy(task.tokenizer)
     # So that `truncation=True` cuts a text where the run did.
     tokenizer.model_max_length = saved.config.task.max_tokens
@@ -213,11 +232,6 @@ def _transformers(saved: SavedRun, net: Any) -> Form:
     pads = [token for token in (task.pad, *tokenizer.all_special_ids) if token != end]
     model.config.pad_token_id = pads[0] if pads else None
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pads[0]) if pads else None
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
     kind = "ForCausalLM" if generates or answers is not None else "ForSequenceClassification"
     use = 'logits = model(**tokenizer([text], truncation=True, return_tensors="pt")).logits'
     if generates:
@@ -231,37 +245,50 @@ def _transformers(saved: SavedRun, net: Any) -> Form:
         )
     elif answers is not None:
         use += f"\nscores = logits[0, -1, {list(answers)}]  # of {', '.join(task.classes)}"
-    code = (
-        f"from transformers import AutoModel{kind}, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
-        f'model = AutoModel{kind}.from_pretrained("FOLDER").eval()\n{use}'
-    )
-    return write, "transformers", code
+    return tokenizer, kind, use
 
 
 def _adapters(saved: SavedRun) -> Form:
-    section, net = saved.config.model, cast(Any, saved.model)
-    classifies = section.family == "transformers" and not hasattr(saved.task, "letters")
-    if section.tuning != "lora" or not classifies or issubclass(saved.task.kind, CausalLM):
-        raise ConfigError(
-            "--format peft writes the adapters of a sequence classifier of transformers; this run has "
-            f"model.name = '{section.name}' with model.tuning = '{section.tuning}' and task.name = "
-            f"'{saved.config.task.name}'; use --format native, which merges adapters into the weights"
-        )
+    config, section, net = saved.config, saved.config.model, cast(Any, saved.model)
+    rule = config.server.aggregation
+    for key, value, wrong, why in (
+        (
+            "model.name",
+            section.name,
+            section.family != "transformers",
+            "it is none of transformers",
+        ),
+        ("model.tuning", section.tuning, section.tuning != "lora", "there are no adapters"),
+        ("model.weights", section.weights, section.weights == "random", "the base is in no file"),
+        ("server.aggregation", rule, rule == "stack", "the weights beside adapters have changed"),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"--format peft cannot hold a model of {key} = '{value}': {why}; use --format native, "
+                "which merges adapters into the weights"
+            )
     base = section.architecture if section.weights == "pretrained" else section.weights
+    answers = getattr(saved.task, "letters", None)
+    generates = issubclass(saved.task.kind, CausalLM)
+    tokenizer, kind, use = _reading(saved, net)
+    size = f", num_labels={net.config.num_labels}, pad_token_id={net.config.pad_token_id}"
+    task, more = ("CAUSAL_LM", "") if kind == "ForCausalLM" else ("SEQ_CLS", size)
 
     def write(folder: Path) -> None:
-        save_adapters(net, folder, base)
-        saved.task.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        seed = config.run.seed
+        whole = None if answers is None else with_whole_output(net, section, answers, seed)
+        save_adapters(net, folder, base, task, whole)
+        tokenizer.save_pretrained(folder)
+        if generates:
+            net.generation_config.save_pretrained(folder)
 
     code = (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+        f"from transformers import AutoModel{kind}, AutoTokenizer{', GenerationConfig' * generates}\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
-        "base = AutoModelForSequenceClassification.from_pretrained(\n"
-        f"    {base!r}, num_labels={net.config.num_labels}, pad_token_id={net.config.pad_token_id}\n)\n"
-        'model = PeftModel.from_pretrained(base, "FOLDER").eval()\n'
-        'logits = model(**tokenizer([text], truncation=True, return_tensors="pt")).logits'
+        f"base = AutoModel{kind}.from_pretrained({base!r}{more})\n"
+        + 'base.generation_config = GenerationConfig.from_pretrained("FOLDER")\n' * generates
+        + f'model = PeftModel.from_pretrained(base, "FOLDER").eval()\n{use}'
     )
     return write, "peft", code
 

@@ -23,7 +23,7 @@ from torch import nn
 from layerfed.config import ConfigError, ModelConfig
 from layerfed.config.errors import naming_extras
 from layerfed.config.seeding import Stream
-from layerfed.models.layers import LayerMap, traced
+from layerfed.models.layers import LayerMap, adapted_weight, factor_pairs, traced
 from layerfed.models.source import new_weights
 from layerfed.models.trace import Forward
 from layerfed.models.weights import files_of, note_files
@@ -47,6 +47,8 @@ def insert_adapters(
     section: ModelConfig,
     seed: int,
     forward: Forward | None = None,
+    *,
+    folded: bool = False,
 ) -> None:
     """Put an adapter beside each target module in the blocks of a model.
 
@@ -62,6 +64,9 @@ def insert_adapters(
     forward : Callable[[nn.Module], object], optional
         Runs the model on an example. Modules that are not called then get no adapter, since it would
         have no effect.
+
+    folded : bool
+        Whether the server adds adapters to the weights beside them, which clients then get.
 
     Raises
     ------
@@ -89,7 +94,14 @@ def insert_adapters(
     }
     if (files := files_of(model)) is not None:
         note_files(model, replace(files, drawn=files.drawn.union(adapters)))
-    _LAYERS[model] = layers.with_adapters(model, adapters)
+    weights = {adapted_weight(name): adapters[name] for name, _ in factor_pairs([*adapters])}
+    for target in targets if folded else ():
+        if _transposed(model.get_submodule(f"{target}.base_layer")):
+            raise ConfigError(
+                f"server.aggregation = 'stack' adds B·A to weights as nn.Linear has them, and {target} "
+                "has them transposed; choose server.aggregation=svd"
+            )
+    _LAYERS[model] = layers.with_adapters(model, adapters, weights if folded else {})
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -105,28 +117,45 @@ def merge_adapters(model: nn.Module) -> None:
     del model.peft_config
 
 
-def save_adapters(model: nn.Module, folder: Path, base: str) -> None:
+def save_adapters(
+    model: nn.Module, folder: Path, base: str, kind: str, whole: nn.Module | None = None
+) -> None:
     """Write adapters and head in PEFT's own form, which `PeftModel.from_pretrained` loads.
 
     Parameters
     ----------
     model : nn.Module
-        A sequence classifier with adapters.
+        A model of transformers with adapters.
     folder : Path
     base : str
         Where the pretrained model is; PEFT calls it `base_model_name_or_path`.
+    kind : {"SEQ_CLS", "CAUSAL_LM"}
+        PEFT's name of what the model does.
+    whole : nn.Module, optional
+        The model with the base's own head, if the run's is a part of it.
+
+    Raises
+    ------
+    ConfigError
+        If a tensor of the head is in no module of its own, which PEFT saves as wholes.
     """
     peft = import_module("peft")
     head = _LAYERS[model].head
     modules = [m for m in head.modules if any(t.startswith(f"{m}.") for t in head.tensors)]
+    loose = [t for t in head.tensors if not any(t.startswith(f"{m}.") for m in modules)]
+    if loose:
+        raise ConfigError(
+            f"--format peft cannot hold '{loose[0]}' of the head, which is in no module of its own; use "
+            "--format native, which merges adapters into the weights"
+        )
     config = replace(
         cast(Any, model).peft_config["default"],
-        task_type="SEQ_CLS",
+        task_type=kind,
         modules_to_save=modules,
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    state = model.state_dict()
+    state = (whole or model).state_dict()
     tensors = peft.get_peft_model_state_dict(model) | {name: state[name] for name in head.tensors}
     made = {f"base_model.model.{name}": t.detach().contiguous() for name, t in tensors.items()}
     save_file(made, folder / "adapter_model.safetensors", {"format": "pt"})
@@ -170,8 +199,12 @@ def _targets(
 def _adaptable(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == 1  # whose factors would have to be split by groups too
-    # GPT-2's own kind of linear layer.
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or _transposed(module)
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Return whether a module is GPT-2's own kind of linear layer."""
+    return type(module).__name__ == "Conv1D"
 
 
 def _ends_with(name: str, part: str) -> bool:

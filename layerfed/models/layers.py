@@ -8,7 +8,7 @@ the head in every round [S, section V].
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,6 +38,7 @@ __all__ = [
     "Layer",
     "LayerMap",
     "LayerMapError",
+    "adapted_weight",
     "factor_pairs",
     "layer_costs",
     "of_ranks",
@@ -46,7 +47,7 @@ __all__ = [
 
 EMBEDDINGS, HEAD = "embeddings", "head"
 # As PEFT calls the two factors of its adapter.
-FACTOR_A, FACTOR_B = ".lora_A.default.", ".lora_B.default."
+FACTOR_A, FACTOR_B, ADAPTED = ".lora_A.default.", ".lora_B.default.", ".base_layer."
 
 # Tensors that are registered before the blocks but used after them, such as open_clip's `proj`. All
 # other tensors before the blocks are embeddings.
@@ -74,6 +75,10 @@ class Layer:
         Number of parameter elements.
     bytes : int
         Size of `tensors`.
+    frozen : tuple[str, ...]
+        Those of `tensors` that clients get, and neither train nor send: weights that the server changes.
+    sent_bytes : int
+        Size of the others.
     """
 
     name: str
@@ -84,6 +89,13 @@ class Layer:
     modules: tuple[str, ...]
     elements: int
     bytes: int
+    frozen: tuple[str, ...]
+    sent_bytes: int
+
+    @cached_property
+    def sent(self) -> tuple[str, ...]:
+        """The tensors whose updates clients send."""
+        return tuple(name for name in self.tensors if name not in self.frozen)
 
 
 @dataclass(frozen=True)
@@ -191,7 +203,9 @@ class LayerMap:
                 refuse_reaching_down(parts.names, seen.uses(parts.names), layer_of)
         return cls(layers, aliases, _shapes(model))
 
-    def with_adapters(self, model: nn.Module, adapters: Mapping[str, str]) -> LayerMap:
+    def with_adapters(
+        self, model: nn.Module, adapters: Mapping[str, str], weights: Mapping[str, str]
+    ) -> LayerMap:
         """Return the split of the same model once it has adapters.
 
         Parameters
@@ -200,11 +214,14 @@ class LayerMap:
             The model that this map splits, with adapters in its blocks.
         adapters : Mapping[str, str]
             Names of the adapters' parameters, each with the name of its block.
+        weights : Mapping[str, str]
+            The same of the weights that the server folds adapters into.
         """
         head = {*self.head.parameters, *self.head.buffers}
         rest = {name: HEAD if name in head else EMBEDDINGS for name in _tensors(model)}
         modules = {module: layer.name for layer in self.layers for module in layer.modules}
-        layers = _layers(model, {**rest, **adapters}, modules, self.num_blocks)
+        places = {**rest, **adapters, **weights}
+        layers = _layers(model, places, modules, self.num_blocks, weights)
         shapes = _shapes(model)
         return LayerMap(layers, _aliases(_tied(model)), shapes, True, self.personal)
 
@@ -304,7 +321,9 @@ class LayerMap:
     @cached_property
     def _by_tensor(self) -> dict[str, Layer]:
         return {
-            name: layer for layer in self.layers for name in (*layer.parameters, *layer.buffers)
+            name: layer
+            for layer in self.layers
+            for name in (*layer.parameters, *layer.frozen, *layer.buffers)
         }
 
     def __getitem__(self, name: str) -> Layer:
@@ -656,6 +675,7 @@ def _layers(
     layer_of: Mapping[str, str],
     modules: Mapping[str, str],
     num_blocks: int,
+    frozen: Collection[str] = (),
 ) -> tuple[Layer, ...]:
     """Return the layers in order, each with its tensors and modules."""
     tensors = _tensors(model)
@@ -664,9 +684,12 @@ def _layers(
     buffers = [name for name, _ in model.named_buffers()]
 
     def layer(name: str, kind: Literal["embeddings", "block", "head"]) -> Layer:
-        mine = tuple(n for n in parameters if layer_of[n] == name)
+        all_mine = [n for n in parameters if layer_of[n] == name]
+        mine = tuple(n for n in all_mine if n not in frozen)
+        rest = tuple(n for n in all_mine if n in frozen)
         also = tuple(n for n in buffers if layer_of[n] == name)
-        travel = tuple(n for n in (*mine, *also) if n in kept)
+        travel = tuple(n for n in (*mine, *rest, *also) if n in kept)
+        size = {n: tensors[n].numel() * tensors[n].element_size() for n in travel}
         return Layer(
             name=name,
             kind=kind,
@@ -675,7 +698,9 @@ def _layers(
             tensors=travel,
             modules=tuple(m for m, where in modules.items() if where == name),
             elements=sum(tensors[n].numel() for n in mine),
-            bytes=sum(tensors[n].numel() * tensors[n].element_size() for n in travel),
+            bytes=sum(size.values()),
+            frozen=rest,
+            sent_bytes=sum(size.values()) - sum(size[n] for n in rest),
         )
 
     middle = (layer(f"blocks.{index}", "block") for index in range(num_blocks))
@@ -699,6 +724,11 @@ def factor_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, name.replace(FACTOR_A, FACTOR_B)) for name in names if FACTOR_A in name]
 
 
+def adapted_weight(factor: str) -> str:
+    """Return the name of the weight beside which an adapter's A is."""
+    return factor.replace(FACTOR_A, ADAPTED)
+
+
 def of_ranks(name: str, ranks: slice) -> tuple[slice, ...]:
     """Return the index of some ranks of a tensor: rows of A, columns of B, and all of any other."""
     if FACTOR_A in name:
@@ -715,5 +745,5 @@ def layer_costs(layers: LayerMap, unit: str = "layers") -> np.ndarray | None:
         return None
     if unit == "layers":
         return np.ones(layers.num_blocks)
-    attribute = {"parameters": "elements", "bytes": "bytes"}[unit]
+    attribute = {"parameters": "elements", "bytes": "sent_bytes"}[unit]
     return np.array([getattr(block, attribute) for block in layers.blocks], dtype=np.float64)

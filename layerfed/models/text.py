@@ -161,7 +161,7 @@ def with_whole_output(
     """Return a model of `build_choice_model` with all rows of its output layer.
 
     The rows of the answers are the model's; the others, which were never trained, are those of the
-    weights that `model.weights` names.
+    weights that `model.weights` names. A model with adapters gives what it has besides them.
 
     Parameters
     ----------
@@ -185,7 +185,8 @@ def with_whole_output(
     whole.config.tie_word_embeddings = False
     whole.set_output_embeddings(head)  # type: ignore[no-untyped-call]
     state = dict(whole.state_dict())
-    taken = {n: t for n, t in model.state_dict().items() if t.shape == state[n].shape}
+    given = model.state_dict().items()
+    taken = {n: t for n, t in given if n in state and t.shape == state[n].shape}
     whole.load_state_dict(taken, strict=False)
     return whole
 

@@ -59,7 +59,7 @@ def refuse_buffers(layers: LayerMap) -> None:
         without clipping and noise, and a running variance with noise may be negative.
     """
     for layer in (*layers.blocks, layers.head):
-        buffers = sorted(set(layer.tensors) - set(layer.parameters))
+        buffers = sorted(set(layer.sent) - set(layer.parameters))
         if buffers and layer.name not in layers.personal:
             raise ConfigError(
                 f"differential privacy does not go with this model: '{buffers[0]}' of layer "

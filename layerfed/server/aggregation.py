@@ -9,6 +9,8 @@ rule            update of layer l, over the k clients that trained it    memory,
                 ⌊β k⌋ largest
 `svd`           that of `mean`; adapters: the best ones of their rank    A and B of every client
                 for Σ_i w_{i,l} B_i A_i
+`stack`         that of `mean`; adapters: none, and α/r times that sum   the same, and a weight
+                for the weight beside them
 =============== ======================================================== ==========================
 
 The mean is the paper's, and streams: each update is added to a sum and can be freed at once, and the
@@ -24,7 +26,10 @@ itself. Their result does not depend on the order of replies.
 The mean of B times the mean of A is not the mean of the products B·A, which is what clients' models
 add to a weight. `svd` computes that mean without forming it, from all factors side by side, and cuts it
 to the adapters' rank, as FlexLoRA does [Bai et al., arXiv 2402.11505]. No other adapters of that rank
-are closer.
+are closer. `stack` loses nothing, as FLoRA [Wang et al., arXiv 2409.05976]: all factors side by side are
+one pair of factors. Its product is added to the frozen weight, and adapters begin again. The weight then
+travels to clients. The factors side by side would be smaller only if Σ_i r_i is below half the weight's
+side, and a node that missed rounds would need those of all of them.
 """
 
 from __future__ import annotations
@@ -33,12 +38,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from zlib import crc32
 
 import numpy as np
 
+from layerfed.config.seeding import Stream, generator
 from layerfed.exchange.clipping import norm_of
 from layerfed.exchange.pieces import pieces
-from layerfed.models.layers import LayerMap, factor_pairs
+from layerfed.models.layers import LayerMap, adapted_weight, factor_pairs
 
 __all__ = [
     "AGGREGATIONS",
@@ -142,7 +149,7 @@ class MaskedMean(Aggregator):
 
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
         parameters, square = set(self._layers[layer].parameters), 0.0
-        for name in self._layers[layer].tensors:
+        for name in self._layers[layer].sent:
             if name not in self._sums:
                 self._sums[name] = np.zeros(update[name].shape)
             norm_sq = self._add(self._sums[name], update[name], examples)
@@ -173,12 +180,12 @@ class MaskedMean(Aggregator):
     def update(self, layer: str) -> dict[str, np.ndarray]:
         """Return a copy of a layer's mean update by tensor."""
         total = self.weights[layer]
-        return {name: self._sums[name] / total for name in self._layers[layer].tensors}
+        return {name: self._sums[name] / total for name in self._layers[layer].sent}
 
     def pop(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's mean update by tensor, Σ_i w_{i,l} Δ_{i,l} in float64, and forget its sum."""
         means = {}
-        for name in self._layers[layer].tensors:
+        for name in self._layers[layer].sent:
             means[name] = self._sums.pop(name)
             means[name] /= self.weights[layer]
         return means
@@ -254,6 +261,55 @@ def _flat(factor: np.ndarray) -> np.ndarray:
     return factor.reshape(len(factor), -1)
 
 
+class Stack(Products):
+    """The mean update, but of adapters the mean product, which is added to the weight beside them.
+
+    The new adapters have no effect: B is 0, and A is drawn as PEFT draws it, uniform up to 1 / √inputs.
+
+    Parameters
+    ----------
+    layers, trim, model
+        See `Aggregator`.
+    scale : float
+        α/r.
+    seed : int
+        The run's seed, which draws A.
+    number : int
+        t, from 1.
+    """
+
+    def __init__(
+        self,
+        layers: LayerMap,
+        trim: float = 0.1,
+        model: Mapping[str, np.ndarray] = NOTHING,
+        scale: float = 1.0,
+        seed: int = 0,
+        number: int = 0,
+    ) -> None:
+        super().__init__(layers, trim, model)
+        self._scale, self._seed, self._number = scale, seed, number
+
+    def changes(self, layer: str) -> list[np.ndarray]:
+        """Return the update of the weights that move, or of the head's parameters."""
+        found, owner = self.update(layer), self._layers[layer]
+        return [found[name] for name in owner.frozen or owner.parameters]
+
+    def _best(self, first: str, second: str, weight: int) -> dict[str, np.ndarray]:
+        """Return the update of A, of B, and of the weight beside them."""
+        left = np.concatenate([b for b, _ in self._factors[first]], axis=1)
+        right = np.concatenate([a for _, a in self._factors[first]])
+        a, b, name = self._model[first], self._model[second], adapted_weight(first)
+        rng = generator(self._seed, Stream.ADAPTERS, self._number, crc32(first.encode()))
+        fresh = rng.uniform(-1, 1, a.shape) / np.sqrt(a.size / len(a))
+        product = self._scale * (left / weight) @ right
+        return {
+            first: fresh - a,
+            second: -b.astype(np.float64),
+            name: product.reshape(self._model[name].shape),
+        }
+
+
 class TrimmedMean(Aggregator):
     """Each element's mean over the clients that trained its layer, without the extreme values.
 
@@ -277,7 +333,7 @@ class TrimmedMean(Aggregator):
         return min(int(self.trim * clients + 1e-9), (clients - 1) // 2)
 
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
-        for name in self._layers[layer].tensors:
+        for name in self._layers[layer].sent:
             self._updates.setdefault(name, []).append(update[name])
         return norm_of({name: update[name] for name in self._layers[layer].parameters}) ** 2
 
@@ -310,12 +366,12 @@ class TrimmedMean(Aggregator):
 
     def update(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's update by tensor, without a copy."""
-        return {name: self._result(name) for name in self._layers[layer].tensors}
+        return {name: self._result(name) for name in self._layers[layer].sent}
 
     def pop(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's update by tensor, in float64, and forget it."""
         self.update(layer)
-        return {name: self._results.pop(name) for name in self._layers[layer].tensors}
+        return {name: self._results.pop(name) for name in self._layers[layer].sent}
 
 
 class Median(TrimmedMean):
@@ -333,6 +389,7 @@ class Median(TrimmedMean):
 AGGREGATIONS: Mapping[str, type[Aggregator]] = {
     "mean": MaskedMean,
     "median": Median,
+    "stack": Stack,
     "svd": Products,
     "trimmed-mean": TrimmedMean,
 }
@@ -344,16 +401,26 @@ class Aggregation:
 
     Attributes
     ----------
-    rule : {"mean", "median", "trimmed-mean", "svd"} (default: "mean")
+    rule : {"mean", "median", "trimmed-mean", "svd", "stack"} (default: "mean")
     trim : float (default: 0.1)
         β of the trimmed mean, in [0, 0.5).
+    scale : float (default: 1)
+        α/r of adapters that are stacked.
+    seed : int (default: 0)
+        The run's seed, which draws the adapters that begin again.
     """
 
     rule: str = "mean"
     trim: float = 0.1
+    scale: float = 1.0
+    seed: int = 0
 
-    def begin(self, layers: LayerMap, model: Mapping[str, np.ndarray] = NOTHING) -> Aggregator:
-        """Return the aggregator for the updates of one round, which begins with `model`."""
+    def begin(
+        self, layers: LayerMap, model: Mapping[str, np.ndarray] = NOTHING, number: int = 0
+    ) -> Aggregator:
+        """Return the aggregator for the updates of round `number`, which begins with `model`."""
+        if self.rule == "stack":
+            return Stack(layers, self.trim, model, self.scale, self.seed, number)
         return AGGREGATIONS[self.rule](layers, self.trim, model)
 
 

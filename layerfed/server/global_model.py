@@ -87,6 +87,10 @@ class GlobalModel:
         """Return read-only views of the tensors of one layer, each of which is read when it is used."""
         return Values({tensor: self._arrays[tensor] for tensor in self.layers[name].tensors})
 
+    def due(self, name: str) -> Mapping[str, np.ndarray]:
+        """Return those of a layer's tensors whose updates clients send."""
+        return Values({tensor: self._arrays[tensor] for tensor in self.layers[name].sent})
+
     def replace(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
         """Replace a layer by a new version, without copying its tensors."""
         for tensor in self.layers[name].tensors:

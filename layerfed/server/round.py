@@ -119,7 +119,7 @@ class Round:
         self._steps = steps
         self._aggregation = aggregation
         self._refused = refused
-        self._mean = aggregation.begin(model.layers, model.sent.tensors)
+        self._mean = aggregation.begin(model.layers, model.sent.tensors, number)
         self._spread = UpdateSpread()
         self.disagreement: float | None = None
         """The disagreement of this round's updates (`UpdateSpread`); None if it is unknown."""
@@ -261,7 +261,7 @@ class Round:
             record.ledger[partition].went_up(carried_bytes(arrays), moved=moved_bytes(arrays))
             own = self._instructions[partition]
             layers = own.asked(self.model.layers)
-            asked = {name: own.part(self.model.layer(name)) for name in layers}
+            asked = {name: own.part(self.model.due(name)) for name in layers}
             stated = self.examples.get(partition, 2**62)
             codec = own.codec_for(self.model.layers)
             arrival = Arrival(partition, answer, own, asked, stated, codec)
@@ -277,7 +277,8 @@ class Round:
                 self.add(arrival)
             record.updated[partition] = tuple(arrival.due)
             record.replies += 1
-            record.ledger[partition].full_up += self.model.bytes(self.model.layers.names)
+            whole = sum(layer.sent_bytes for layer in self.model.layers.layers)
+            record.ledger[partition].full_up += whole
             record.numbers.add(partition, "train", arrival.metrics, arrival.examples)
 
     def add(self, arrival: Arrival) -> None:

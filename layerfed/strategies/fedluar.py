@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
-from layerfed.config import Section
+from layerfed.config import ConfigError, RunConfig, Section
 from layerfed.config.seeding import Stream, generator
 from layerfed.exchange.clipping import norm_of
 from layerfed.models.layers import Layer
@@ -49,6 +49,15 @@ class FedLUAR(SelectiveStrategy):
     within_budget = False
     masks = "shared"
     options: Options
+
+    @classmethod
+    def refuse(cls, options: Any, config: RunConfig) -> None:
+        """Refuse adapters that begin again, whose last updates mean nothing."""
+        if config.server.aggregation == "stack":
+            raise ConfigError(
+                "server.aggregation = 'stack' does not go with strategy.name = 'fedluar': adapters "
+                "begin again, so their last update cannot be used once more; choose svd or mean"
+            )
 
     def selects_in(self, server_round: int) -> bool:
         """Return True: the layers are drawn in each round."""

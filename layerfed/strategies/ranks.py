@@ -18,7 +18,7 @@ ALLOWED = {
         "r ranks do not cost r times as much as one in other units",
     ),
     "server.aggregation": (
-        ("svd",),
+        ("svd", "stack"),
         "factors of different ranks have no mean, and their products have one",
     ),
 }

@@ -169,7 +169,8 @@ class Task(ABC):
     Parameters
     ----------
     config : RunConfig
-        The run's configuration, of which a task reads `task`, `model` and `run.seed`.
+        The run's configuration, of which a task reads `task`, `model` and `run.seed`, and whether the
+        server stacks adapters.
 
     Notes
     -----
@@ -424,7 +425,8 @@ class Task(ABC):
         """
         if self.config.model.tuning == "lora":
             layers = self.layers(model)
-            insert_adapters(model, layers, self.config.model, self.config.run.seed, self._forward())
+            seed, folded = self.config.run.seed, self.config.server.aggregation == "stack"
+            insert_adapters(model, layers, self.config.model, seed, self._forward(), folded=folded)
         return model
 
     def layers(self, model: nn.Module) -> LayerMap:

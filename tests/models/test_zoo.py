@@ -64,7 +64,7 @@ them is the head, and models with stages need `model.blocks`.
 
 With `model.tuning = "lora"`, each block gets LoRA adapters by the [PEFT](https://huggingface.co/docs/peft) library
 (`pip install ".[lora]"`), and a block *is* its adapters: they are what is probed, selected, trained, sent, averaged,
-budgeted and counted. All weights of the blocks stay frozen, like the embeddings, and are never sent. The head is
+budgeted and counted. All weights of the blocks stay frozen, like the embeddings, and are never sent (but see `stack`). The head is
 trained in full. Strategies, engines, codecs, privacy, stores and `model.storage` work as for layers.
 
 | key | meaning |
@@ -79,6 +79,12 @@ trained in full. Strategies, engines, codecs, privacy, stores and `model.storage
   `server.aggregation = "svd"` computes the latter and cuts it to the rank r by its singular values, as FlexLoRA does; no
   adapters of rank r are closer to it. It keeps the cohort's adapters in memory, and E2 is null. With it,
   `strategy.name = "ranks"` gives [each client the ranks that its budget affords](strategies.md#ranks-in-place-of-layers).
+- `server.aggregation = "stack"` is exact, as FLoRA: the server adds the mean of the products to the weight beside the
+  adapter, and adapters begin again, with B = 0 and A drawn anew. Clients send factors as before and get the weights that
+  have changed, in float32: the ledger counts them, and downlink is that of `model.tuning = "layers"`. Where all factors
+  of a cohort side by side are smaller (Σ r_i below half of a weight's side), FLoRA sends those; here a node that missed
+  rounds, or has no store, needs the weight in any case. It goes with the plain mean of the server (`server.optimizer`,
+  `lr` at their defaults), with weights as the checkpoint has them, and with all strategies but `fedluar`.
 - The matrices A are drawn from `run.seed`, and the fingerprint of the base covers them. B begins at 0, so the model
   before training is the pretrained one.
 - The statistics of BatchNorm in blocks are frozen too.
