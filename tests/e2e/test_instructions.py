@@ -25,6 +25,10 @@ VARIANTS = {
     "layers": [],
     "lora": LORA,
     "FedIT": ["strategy.name=full", *LORA],
+    "taught": [
+        *("strategy.name=full", "model.embeddings=", "train.lr=0.03", "train.local-steps=40"),
+        "task.metric=exact_match",
+    ],
     "cached": ["train.prefix-cache=5", "strategy.name=top"],
     "uncached": ["strategy.name=top", "task.packing=false", "train.checkpointing=true"],
 }
@@ -77,6 +81,19 @@ def test_answers_are_learnt(name: str, finished: Callable[[str], tuple[RunConfig
     assert any("lora_A" in tensor for tensor in changed) == (name != "layers")
 
 
+def test_a_model_that_trains_whole_answers_exactly(
+    finished: Callable[[str], tuple[RunConfig, Path]], tmp_path: Path
+) -> None:
+    """The template, the end of an answer and greedy decoding fit what was trained."""
+    folder = finished("taught")[1]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["initial_scores"]["exact_match"] == 0
+    assert summary["best"]["value"] == summary["scores"]["exact_match"] == 1
+    (tmp_path / "prompts.csv").write_text("instruction\nsay sum\nsay three\n")
+    rows = predictions(SavedRun.open(folder), [tmp_path / "prompts.csv"])
+    assert [row["answer"] for row in rows] == ["sum", "three"]
+
+
 def test_a_kept_prefix_gives_the_same_run(
     finished: Callable[[str], tuple[RunConfig, Path]],
 ) -> None:
@@ -87,7 +104,7 @@ def test_a_kept_prefix_gives_the_same_run(
         assert scores[0]["perplexity"] == pytest.approx(scores[1]["perplexity"], rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["layers", "lora"])
+@pytest.mark.parametrize("name", ["taught", "lora"])
 def test_the_exported_model_answers_as_the_run_does(
     name: str, finished: Callable[[str], tuple[RunConfig, Path]], tmp_path: Path
 ) -> None:
