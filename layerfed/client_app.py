@@ -28,6 +28,7 @@ from layerfed.client.local_sgd import Clipped, InPart, LocalOptimizer, LocalSGD
 from layerfed.client.personal import own_layers
 from layerfed.client.probe import probe_layers
 from layerfed.client.resident import keeping_layers
+from layerfed.client.skipping import skipped
 from layerfed.client.statistics import load_statistic
 from layerfed.client.steps import ClientStep, Departure, steps_of
 from layerfed.client.training import OptimizerFn, train_update
@@ -46,6 +47,7 @@ from layerfed.exchange import (
     read_manifest,
     train_reply,
 )
+from layerfed.exchange.instruction import read_runs
 from layerfed.flower_compat import ErrorCode
 from layerfed.models.layers import of_ranks
 from layerfed.secure.client import add_secure_sums
@@ -116,16 +118,17 @@ def probe(message: Message, context: Context) -> Message:
     """Measure each layer's gradient at θ^t on this client's data."""
     node, asked = _as_asked(message, context), read_config(message)
     bench, settings = node.bench, node.bench.config.train
+    layers = bench.resident.layers
     bench.resident.move_to(*read_manifest(message), node.store)
     examples, _ = bench.examples(node.partition)
     size = asked.get("examples-a-batch") or settings.batch_size
     count = asked["batches"] or -(-len(examples) // size)
     rng = generator(bench.config.run.seed, Stream.PROBE, asked["round"], node.partition)
     work = Work("probe", bench.device, speed=node.run.federation.speed(node.partition))
-    with own_layers(node, message):
+    with own_layers(node, message), skipped(bench.resident.model, layers, read_runs(asked)):
         statistics, work.flops = probe_layers(
             bench.resident.model,
-            bench.resident.layers,
+            layers,
             islice(examples.shuffled(size, bench.device, rng), count),
             bench.loss(node.partition),
             asked["statistics"],
@@ -162,6 +165,7 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
         optimizer = of_first_ranks(optimizer, bench.resident.model, instruction.rank)
     with (
         own_layers(node, message) as own_parts,
+        skipped(bench.resident.model, layers, instruction.runs),
         Clock(due, bench.device, work.speed) if due else nullcontext() as clock,
     ):
         update, result = train_update(

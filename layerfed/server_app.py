@@ -49,6 +49,7 @@ from layerfed.server.population import federation_size
 from layerfed.server.private import Accounting, CentralNoise
 from layerfed.server.resuming import check_base, check_data
 from layerfed.server.secure_sums import SecureSums
+from layerfed.server.skipping import Skipping
 from layerfed.server.steps import CappedWeights, Clipping, Decoding, ServerStep
 from layerfed.strategies import (
     RoundSettings,
@@ -104,6 +105,7 @@ def build_strategy(
             codec=config.exchange.codec,
             downlink_codec=config.exchange.downlink_codec,
             deadline=config.federation.deadline,
+            skip=Skipping.of(config.train, layers),
             steps=_steps(config),
             aggregation=Aggregation(
                 server.aggregation,

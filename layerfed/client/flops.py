@@ -23,6 +23,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from layerfed.client.skipping import now_skipped
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 
@@ -226,7 +227,8 @@ def counted(model: nn.Module, kind: object, batch: Batch, step: Callable[[], T])
     step : Callable[[], T]
     """
     known = _KNOWN.setdefault(model, {})
-    key = (kind, tuple((name, tuple(tensor.shape)) for name, tensor in batch.items()))
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
+    key = (kind, now_skipped(model), shapes)
     if key in known:
         return step(), known[key]
     with TotalFlops() as flops:

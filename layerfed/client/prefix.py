@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from hashlib import blake2b
@@ -29,6 +29,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from layerfed.client.devices import autocast
 from layerfed.client.flops import TotalFlops, counted
 from layerfed.client.resident import ResidentModel
+from layerfed.client.skipping import with_forward
 from layerfed.exchange.store import user_cache
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
@@ -245,18 +246,9 @@ class Split:
         raise RuntimeError("a forward pass has not used the block at which it is cut")
 
 
-@contextmanager
-def _returning(module: nn.Module, output: object) -> Iterator[None]:
+def _returning(module: nn.Module, output: object) -> AbstractContextManager[None]:
     """Let a module return a value, whatever it gets, within the context."""
-    before = module.__dict__.get("forward")
-    module.forward = lambda *_args, **_named: output
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+    return with_forward(module, lambda *_args, **_named: output)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from layerfed.client.local_sgd import LocalOptimizer, LocalSGD
 from layerfed.client.memory import LiveBytes, Phases, weights_in_training
 from layerfed.client.prefix import PrefixCache
 from layerfed.client.resident import ResidentModel
+from layerfed.client.skipping import now_skipped, with_forward
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 from layerfed.task.scoring import SingleLabel, tallied
@@ -181,21 +182,14 @@ def recomputed(model: nn.Module, layers: LayerMap, trained: Iterable[str]) -> It
     chosen = set(trained)
     low = next((i for i, b in enumerate(layers.blocks) if b.name in chosen), layers.num_blocks)
     modules = dict(model.named_modules())
-    changed = []
-    for name in (name for block in layers.blocks[low:] for name in block.modules):
-        module = modules[name]
-        counts = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        if not any(m.training for m in counts):
-            changed.append((module, module.__dict__.get("forward")))
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    try:
+    with ExitStack() as stack:
+        for name in (name for block in layers.blocks[low:] for name in block.modules):
+            module = modules[name]
+            counts = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+            if not any(m.training for m in counts):
+                forward = partial(checkpoint, module.forward, use_reentrant=False)
+                stack.enter_context(with_forward(module, forward))
         yield
-    finally:
-        for module, before in changed:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
 
 
 class Stepper:
@@ -366,7 +360,8 @@ def train_layers(
             if prefix:
                 batch = prefix.joined(model, batch, whole)
             kind = ("train", tuple(mask), how, getattr(step.optimizer, "momentum", None))
-            key = (kind, tuple((name, tuple(tensor.shape)) for name, tensor in batch.items()))
+            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
+            key = (kind, now_skipped(model), shapes)
             try:
                 if key in measured:
                     value, cost = counted(model, kind, batch, partial(step, batch))

@@ -369,6 +369,8 @@ class TrainConfig(Scheduled):
     micro_batch: Annotated[int, Field(ge=0)] = 0
     checkpointing: Switch = False
     prefix_cache: Annotated[float, Field(ge=0)] = 0.0
+    skip: Literal["none", "random", "substack"] = "none"
+    skip_rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
     clip_gradient: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weights: str = ""
@@ -391,6 +393,20 @@ class TrainConfig(Scheduled):
             raise ConfigError(
                 f"train.class-weights = '{self.class_weights}' is not allowed: it should be empty, "
                 "balanced, or a number above 0 for each class, as in '1, 2.5, 1'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _skipping(self) -> Self:
+        if self.skip != "none" and self.prefix_cache:
+            raise ConfigError(
+                f"train.prefix-cache = {self.prefix_cache:g} has no use for train.skip = '{self.skip}': "
+                "each draw of blocks gives other outputs; set train.prefix-cache=0"
+            )
+        if self.skip == "random" and self.skip_rate > 0.5:
+            raise ConfigError(
+                f"train.skip-rate = {self.skip_rate:g} is above 0.5, at which train.skip = 'random' "
+                "leaves the uppermost block out nearly always; lower it, or choose train.skip=substack"
             )
         return self
 

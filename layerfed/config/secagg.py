@@ -35,6 +35,7 @@ ALLOWED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "server.aggregation": (("mean",), SINGLE_UPDATES),
     "server.clip": ((0.0,), SINGLE_UPDATES),
     "federation.max-examples": ((0,), SINGLE_UPDATES),
+    "train.skip": (("none",), OWN_LAYERS),
     "federation.deadline": ((0.0,), "a client that is out of time sends fewer layers than others"),
     "privacy.mode": (("none", "local"), SINGLE_UPDATES),
 }

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     LOCAL_TEST = 8
     AUGMENT = 9
     ADAPTERS = 10
+    SKIP = 11
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

@@ -21,13 +21,13 @@ from layerfed.exchange.change_score import Norm, change_score, highest
 from layerfed.exchange.codecs import CODECS, Codec, codec_of
 from layerfed.models.layers import LayerMap, of_ranks
 
-__all__ = ["Mask", "TrainInstruction", "Upload"]
+__all__ = ["Mask", "TrainInstruction", "Upload", "read_runs"]
 
 Mask = tuple[bool, ...]
 OWN = (
     *("round", "client", "examples", "run", "codec", "lr"),
     *("mask", "schedule", "schedule-steps", "sends", "upload", "upload-norm", "rank"),
-    *("personal", "deadline"),
+    *("personal", "deadline", "runs"),
 )
 
 
@@ -66,6 +66,8 @@ class TrainInstruction:
         The first ranks of each adapter, which alone the client trains and sends; None means all.
     deadline : float
         Seconds of training, after which the client sends the layers that it has finished; 0: none.
+    runs : Mask | None
+        The blocks that run; the client's network skips the others. None lets all run.
     """
 
     round: int
@@ -79,6 +81,7 @@ class TrainInstruction:
     sends: Mask | None = None
     rank: int | None = None
     deadline: float = 0.0
+    runs: Mask | None = None
 
     def __post_init__(self) -> None:
         """Refuse an instruction that no client could follow.
@@ -87,10 +90,14 @@ class TrainInstruction:
         ------
         ValueError
             If there is no mask, masks have different lengths, or blocks are to be sent that are not
-            trained.
+            trained, or trained that are skipped.
         """
         if not self.masks or len({len(mask) for mask in self.masks}) > 1:
             raise ValueError("an instruction needs masks over the same layers")
+        if self.runs is not None:
+            kept = zip(self.mask, self.runs, strict=False)
+            if len(self.runs) != len(self.mask) or any(on and not runs for on, runs in kept):
+                raise ValueError("the server asks for training of blocks that are to be skipped")
         if self.sends is not None:
             kept = zip(self.sends, self.mask, strict=False)
             if len(self.sends) != len(self.mask) or any(sent and not on for sent, on in kept):
@@ -132,6 +139,8 @@ class TrainInstruction:
             entries["sends"] = [int(on) for on in self.sends]
         if self.rank is not None:
             entries["rank"] = self.rank
+        if self.runs is not None:
+            entries["runs"] = [int(on) for on in self.runs]
         if self.deadline:
             entries["deadline"] = self.deadline
         if self.upload is not None:
@@ -201,6 +210,7 @@ class TrainInstruction:
             upload=upload,
             rank=rank,
             deadline=deadline,
+            runs=read_runs(entries),
             config={key: value for key, value in entries.items() if key not in OWN},
         )
         if found.mask != mask:
@@ -302,6 +312,17 @@ def _bits(entry: Any, name: str) -> Mask:
     if not isinstance(entry, list) or not all(bit in (0, 1) for bit in entry):
         raise ValueError(f"the server sent no '{name}' of zeros and ones")
     return tuple(bool(bit) for bit in entry)
+
+
+def read_runs(entries: Mapping[str, Any]) -> Mask | None:
+    """Return the blocks that run, from a message's `config` record; None lets all run.
+
+    Raises
+    ------
+    ValueError
+        If they are no list of zeros and ones.
+    """
+    return _bits(entries["runs"], "runs") if "runs" in entries else None
 
 
 def train_config(config: Mapping[str, Any]) -> tuple[float | None, dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -115,6 +115,9 @@ class LayerMap:
         client trains and no message carries.
     personal : frozenset[str]
         Layers that each client keeps to itself: it trains them like the others, and sends none.
+    skippable : Mapping[str, str]
+        The blocks without which the network runs too, each with its module: residual blocks whose output
+        has the shape and type of their input. Known only if the model was traced, and of whole blocks.
     """
 
     layers: tuple[Layer, ...]
@@ -122,6 +125,7 @@ class LayerMap:
     shapes: Mapping[str, tuple[int, ...]]
     adapted: bool = False
     personal: frozenset[str] = frozenset()
+    skippable: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_model(
@@ -201,7 +205,12 @@ class LayerMap:
             refuse_reaching_down(names, owner.uses, whole)
             if units != BLOCKS:
                 refuse_reaching_down(parts.names, seen.uses(parts.names), layer_of)
-        return cls(layers, aliases, _shapes(model))
+        skippable = {
+            f"blocks.{index}": name
+            for index, name in enumerate(names)
+            if units == BLOCKS and seen is not None and seen.can_be_skipped(name)
+        }
+        return cls(layers, aliases, _shapes(model), skippable=skippable)
 
     def with_adapters(
         self, model: nn.Module, adapters: Mapping[str, str], weights: Mapping[str, str]
@@ -223,7 +232,7 @@ class LayerMap:
         places = {**rest, **adapters, **weights}
         layers = _layers(model, places, modules, self.num_blocks, weights)
         shapes = _shapes(model)
-        return LayerMap(layers, _aliases(_tied(model)), shapes, True, self.personal)
+        return LayerMap(layers, _aliases(_tied(model)), shapes, True, self.personal, self.skippable)
 
     def keeping(self, personal: str) -> LayerMap:
         """Return the same split with some layers personal.

@@ -28,12 +28,16 @@ RESHAPING = ("TBackward", "ToCopy", "View", "Permute", "Transpose", "Unsqueeze",
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: the graph's nodes and the first shape of what it got and of what it gave."""
+    """One call of a module: the graph's nodes and the first shape of what it got and of what it gave.
+
+    `alike` says whether it gave one tensor of the shape and type of the first one that it got.
+    """
 
     given: tuple[Node, ...]
     made: tuple[Node, ...]
     shape_in: tuple[int, ...]
     shape_out: tuple[int, ...]
+    alike: bool
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,11 @@ class Trace:
                 todo += fresh
         return frozenset(name for name, nodes in users.items() if len(nodes) == 1)
 
+    def can_be_skipped(self, name: str) -> bool:
+        """Return whether the network runs without a module: it adds to its input, and is called once."""
+        calls = self.calls.get(name, ())
+        return len(calls) == 1 and calls[0].alike and self.is_residual(name)
+
     def is_residual(self, name: str) -> bool:
         """Return whether a module adds a value to another that is computed from it."""
         inside = (
@@ -192,8 +201,13 @@ def trace(model: nn.Module, forward: Forward) -> Trace:
     def left(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: object, kwargs: object, output: object) -> None:
             given, made = list(_tensors((args, kwargs))), list(_tensors(output))
-            shapes = (tuple(tensors[0].shape) if tensors else () for tensors in (given, made))
-            calls.setdefault(name, []).append(Call(_nodes(given), _nodes(made), *shapes))
+            shapes = [tuple(tensors[0].shape) if tensors else () for tensors in (given, made)]
+            alike = isinstance(output, Tensor) and any(
+                (output.shape, output.dtype) == (first.shape, first.dtype) for first in given[:1]
+            )
+            calls.setdefault(name, []).append(
+                Call(_nodes(given), _nodes(made), shapes[0], shapes[1], alike)
+            )
 
         return hook
 

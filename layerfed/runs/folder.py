@@ -519,6 +519,8 @@ def _selection_line(round_record: RoundRecord, record: SelectionRecord) -> dict[
         line["ranks"] = choice.ranks.tolist()
     if choice.sent is not None:
         line["sent"] = choice.sent.astype(int).tolist()
+    if record.runs is not None:
+        line["runs"] = record.runs.astype(int).tolist()
     if record.held:
         line["held"] = list(record.held)
     if record.assumed:

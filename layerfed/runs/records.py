@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -56,6 +56,16 @@ class Choice:
         """The layers that each client may send, shape (n, L)."""
         return self.masks if self.sent is None else self.sent
 
+    def within(self, runs: np.ndarray) -> Choice:
+        """Return this choice without the blocks that do not run, shape (n, L)."""
+        schedules, sent = self.schedules, self.sent
+        return replace(
+            self,
+            masks=self.masks & runs,
+            schedules=schedules and [own & row for own, row in zip(schedules, runs, strict=True)],
+            sent=None if sent is None else sent & runs,
+        )
+
     def schedule(self, row: int) -> np.ndarray:
         """Return the masks that one client trains one after the other, shape (S_i, L)."""
         return self.masks[row : row + 1] if self.schedules is None else self.schedules[row]
@@ -75,7 +85,8 @@ class SelectionRecord:
     """A round's masks and all data behind them. Rows follow `clients`, columns `layers`.
 
     `statistics` were probed in this round. Between two selections, `held` names the clients that keep
-    their masks, and `assumed` has the statistics from which the other clients' masks were chosen.
+    their masks, and `assumed` has the statistics from which the other clients' masks were chosen. `runs`
+    are the blocks that were not skipped, if some were.
     """
 
     clients: Sequence[int]
@@ -88,6 +99,7 @@ class SelectionRecord:
     seconds: float
     held: Sequence[int] = ()
     assumed: Mapping[str, np.ndarray] = field(default_factory=dict)
+    runs: np.ndarray | None = None
 
 
 class RoundFailed(Failed):

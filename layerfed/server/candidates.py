@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -48,6 +48,8 @@ class Candidates:
     last : numpy.ndarray | None
         The layers of each client's last selection, shape (n, L), as numbers from 0 to 1. A client that
         took no part in it has the mean of those that did. None in the first selection, and between two.
+    runs : numpy.ndarray
+        Booleans, shape (n, L): the blocks that are not skipped; see `running`.
     """
 
     round: int
@@ -61,11 +63,12 @@ class Candidates:
     limits: np.ndarray = field(default_factory=lambda: np.full(1, np.inf))
     held: Mapping[int, np.ndarray] = field(default_factory=dict)
     last: np.ndarray | None = None
+    runs: np.ndarray = field(default_factory=lambda: np.ones(1, dtype=bool))
 
     def __post_init__(self) -> None:
         """Expand costs, examples and limits to one entry for each client."""
         shape = (len(self.clients), np.shape(self.costs)[-1])
-        for name in ("costs", "depth_costs"):
+        for name in ("costs", "depth_costs", "runs"):
             object.__setattr__(self, name, np.broadcast_to(getattr(self, name), shape))
         for name in ("examples", "limits"):
             object.__setattr__(self, name, np.broadcast_to(getattr(self, name), shape[:1]))
@@ -98,6 +101,16 @@ class Candidates:
             examples=np.array([client.examples for client in described]),
             limits=np.array([np.inf if c.budget is None else c.budget for c in described]),
         )
+
+    def running(self, runs: np.ndarray) -> Candidates:
+        """Return these candidates with blocks that some clients skip, shape (n, L).
+
+        To its client such a block costs more than it has, and its statistics are 0.
+        """
+        beyond = 2.0 * self.budgets[:, None] + 1.0
+        found = {name: np.where(runs, table, 0.0) for name, table in self.statistics.items()}
+        costs = np.where(runs, self.costs, beyond)
+        return replace(self, runs=runs, costs=costs, statistics=found)
 
     def problem(self, rows: Sequence[int] | np.ndarray) -> SelectionProblem:
         """Return the budgets and costs of some clients as a problem without gains, to check masks."""

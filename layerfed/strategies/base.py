@@ -41,6 +41,7 @@ from layerfed.server.optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from layerfed.server.population import Population
 from layerfed.server.resuming import restore, take
 from layerfed.server.round import Round
+from layerfed.server.skipping import Skipping
 from layerfed.server.steps import Decoding, ServerStep, check_steps
 from layerfed.server.transport import exchange
 
@@ -92,6 +93,8 @@ class RoundSettings:
         The codec in which layers go to clients.
     deadline : float (default: 0)
         Seconds of a client's training, after which it sends the layers that it has finished; 0: none.
+    skip : Skipping | None (default: None)
+        The rule for the blocks that clients' networks leave out; None leaves out none.
     steps : tuple[ServerStep, ...] (default: ())
         The steps of updates on the server. `Decoding` is put in front unless one of these reads.
     aggregation : Aggregation
@@ -119,6 +122,7 @@ class RoundSettings:
     codec: str = "float32"
     downlink_codec: str = "float32"
     deadline: float = 0.0
+    skip: Skipping | None = None
     steps: tuple[ServerStep, ...] = ()
     aggregation: Aggregation = WEIGHTED_MEAN
     scores: tuple[Score, ...] = (ACCURACY, LOSS)
@@ -398,6 +402,7 @@ class SelectiveStrategy(Strategy):
                     lr=record.lr,
                     codec=settings.codec,
                     deadline=settings.deadline,
+                    runs=None if selection.runs is None else as_masks(selection.runs)[row],
                     sends=None if sent is None else as_masks(sent[row : row + 1])[0],
                     rank=int(ranks[row]) or None if ranks is not None else None,
                     config=rest,
@@ -480,8 +485,25 @@ class SelectiveStrategy(Strategy):
             "batches": self.settings.probe_batches,
             "examples-a-batch": self.settings.probe_examples,
         }
-        messages = self.round.messages("query.probe", clients, [config] * len(clients))
+        runs = self.runs(self.round.record.round, clients)
+        each = (
+            [{}] * len(clients) if runs is None else [{"runs": list(map(int, on))} for on in runs]
+        )
+        configs = [{**config, **own} for own in each]
+        messages = self.round.messages("query.probe", clients, configs)
         return self.round.take_statistics(self.round.exchange(messages), wanted, enough)
+
+    def runs(self, server_round: int, clients: Sequence[int]) -> np.ndarray | None:
+        """Return the blocks that run on each client, shape (n, L); None if all do.
+
+        A draw lasts from one selection to the next, as masks do.
+        """
+        if self.settings.skip is None:
+            return None
+        while server_round > 1 and not self.selects_in(server_round):
+            server_round -= 1
+        seed, skip = self.settings.seed, self.settings.skip
+        return np.stack([skip.runs(seed, server_round, client) for client in clients])
 
     def choose(
         self,
@@ -505,6 +527,9 @@ class SelectiveStrategy(Strategy):
         }
         seed = self.settings.seed
         candidates = Candidates.of(server_round, clients, self.budgets, statistics, seed)
+        costs, runs = candidates.costs, self.runs(server_round, candidates.clients)
+        if runs is not None:
+            candidates = candidates.running(runs)
         began = time.perf_counter()
         if selected := self.selects_in(server_round):
             candidates = replace(candidates, last=self._memory.last(candidates.clients))
@@ -518,17 +543,21 @@ class SelectiveStrategy(Strategy):
             clients=candidates.clients,
             layers=[block.name for block in self.layers.blocks],
             budgets=candidates.budgets,
-            costs=candidates.costs,
+            costs=costs,
             depth_costs=candidates.depth_costs,
             statistics=statistics,
             choice=choice,
             seconds=time.perf_counter() - began,
             held=[candidates.clients[row] for row in candidates.held],
             assumed={} if selected or choice.solver == HELD else candidates.statistics,
+            runs=runs,
         )
 
     def _checked(self, candidates: Candidates) -> Choice:
         choice = self.select(candidates)
+        if not candidates.runs.all():
+            check_choice(self.name, choice, candidates, bounded=False)
+            choice = choice.within(candidates.runs)
         check_choice(self.name, choice, candidates, bounded=self.bounded(candidates.round))
         return choice
 

@@ -62,9 +62,14 @@ def _fill(
 
 
 def by_order(candidates: Candidates, order: Sequence[int]) -> Choice:
-    """Give each client the first layers of a common order, up to the first that does not fit."""
-    rows = zip(candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
-    return Choice(np.stack([prefix(order, c, r, d) for c, r, d in rows]))
+    """Give each client the first layers of a common order, up to the first that does not fit.
+
+    Blocks that a client skips are passed over.
+    """
+    rows = zip(
+        candidates.runs, candidates.costs, candidates.budgets, candidates.depth_costs, strict=True
+    )
+    return Choice(np.stack([prefix([x for x in order if on[x]], *rest) for on, *rest in rows]))
 
 
 def by_score(candidates: Candidates, scores: np.ndarray) -> Choice:
