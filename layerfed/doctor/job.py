@@ -225,10 +225,15 @@ def _run_folder(config: RunConfig, bench: Workbench) -> Finding:
 
 
 def predicted_by_mask(config: RunConfig, task: Task) -> dict[str, Phases]:
-    """Return the memory of a training step by mask; empty for a task without an example."""
+    """Return the memory of a training step by mask; empty for a task without an example.
+
+    With `train.skip = "substack"` it is that of the first client's network; `random` may leave out none.
+    """
     from layerfed.client.prediction import masks_named, predicted_step
+    from layerfed.client.skipping import skipped
     from layerfed.client.training import Step
     from layerfed.client_app import local_optimizer
+    from layerfed.server.skipping import Skipping
 
     train, storage = config.train, storage_of(config)
     batch = task.largest_batch(train.batch_size)
@@ -237,19 +242,20 @@ def predicted_by_mask(config: RunConfig, task: Task) -> dict[str, Phases]:
     model = task.adapted(task.skeleton().to("meta"))
     layers = task.layers(model)
     how = Step("float32", train.micro_batch, train.checkpointing)
-    return {
-        name: predicted_step(
-            model,
-            layers,
-            mask,
-            batch,
-            task.loss,
-            local_optimizer(train, train.lr),
-            how=how,
-            storage=storage,
-        )
-        for name, mask in masks_named(layers.num_blocks).items()
-    }
+    runs = np.ones(layers.num_blocks, dtype=bool)
+    if (skip := Skipping.of(train, layers)) is not None and skip.rule == "substack":
+        runs = skip.runs(config.run.seed, 1, 0)
+    found, masks = {}, masks_named(int(runs.sum()))
+    for name, those in masks.items():
+        mask = np.zeros(layers.num_blocks, dtype=bool)
+        mask[runs] = those
+        with skipped(model, layers, runs.tolist()):
+            found[name] = predicted_step(
+                *(model, layers, mask.tolist(), batch, task.loss, local_optimizer(train, train.lr)),
+                how=how,
+                storage=storage,
+            )
+    return found
 
 
 def storage_of(config: RunConfig) -> str:
