@@ -150,8 +150,14 @@ class ResidentModel:
         """Return the digest of each layer as the checkpoint has it, whatever this node makes of it."""
         known = KnownDigests.of(self.model, self.layers)
         fresh = [layer for layer in self.layers.layers if layer.name not in known.digests]
-        refuse_not_finite({name: self.tensors[name] for x in fresh for name in x.parameters})
-        found = {layer.name: self._digest(layer.name) for layer in fresh}
+        found = {}
+        for layer in fresh:
+            refuse_not_finite({name: self.tensors[name] for name in layer.parameters})
+            found[layer.name] = self._digest(layer.name)
+            if self._casts and files_of(self.model):
+                # Before the next layer, so that the file is never whole in memory.
+                lossy = {n: self.tensors[n] for n in layer.tensors}
+                on_disk({n: t for n, t in lossy.items() if is_lossy(t, self.storage)}, mapped=True)
         known.add(found)
         return {name: known.digests.get(name) or found[name] for name in self.layers.names}
 
