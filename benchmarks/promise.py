@@ -8,7 +8,8 @@ From a run's final model, some clients train one layer and the head for a round,
 at several learning rates. Measured is how far the mean loss falls, beyond what the head alone gives:
 on the clients' own examples (each trains for itself), and on the server's test set after their updates
 are averaged (all train the layer together). A statistic of the probe is useful if it orders the layers
-as these two do: printed is Spearman's rank correlation over the layers.
+as these two do: printed is Spearman's rank correlation over the layers. Printed too is what the clients
+reach together if each trains the layer that a statistic gives it, beside the best layer for all.
 """
 
 from __future__ import annotations
@@ -74,25 +75,38 @@ def loss_on(bench: Workbench, examples: Examples) -> float:
     return found.tally.mean_loss
 
 
+def averaged(
+    updates: Mapping[int, Mapping[str, np.ndarray]], sizes: Mapping[int, int]
+) -> dict[str, np.ndarray]:
+    """Return the mean of each tensor over the clients that trained it, by their examples."""
+    found = {}
+    for name in dict.fromkeys(name for update in updates.values() for name in update):
+        own = [client for client in updates if name in updates[client]]
+        total = sum(sizes[client] for client in own)
+        parts = [sizes[client] / total * updates[client][name] for client in own]
+        if np.issubdtype(parts[0].dtype, np.floating):
+            found[name] = np.asarray(np.stack(parts).sum(axis=0, dtype=np.float32))
+    return found
+
+
 def measured(
     bench: Workbench, clients: list[int], rates: list[float], tested: int
-) -> list[dict[str, Any]]:
-    """Return a row for each learning rate and layer."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return a row for each learning rate and layer, and one for each rate and statistic."""
     layers, train = bench.resident.layers, bench.config.train
     rng = np.random.default_rng(bench.config.run.seed)
     test = some_of(bench.task.test_examples(), tested, rng)
     own = {c: some_of(bench.examples(c)[0], tested // len(clients), rng) for c in clients}
-    size = {c: len(bench.examples(c)[0]) for c in clients}
-    share = {c: size[c] / sum(size.values()) for c in clients}
+    sizes = {c: len(bench.examples(c)[0]) for c in clients}
 
     def batches(client: int, draw: int) -> Iterator[Any]:
         drawn = np.random.default_rng((bench.config.run.seed, draw, client))
         return bench.examples(client)[0].shuffled(train.batch_size, bench.device, drawn)
 
-    rows = []
+    rows, choices = [], []
     for rate in rates:
-        probes = [
-            probe_layers(
+        probes = {
+            client: probe_layers(
                 bench.resident.model,
                 layers,
                 islice(batches(client, 0), 2),
@@ -101,11 +115,12 @@ def measured(
                 lr=rate,
             )[0]
             for client in clients
-        ]
-        found = {}
+        }
+        found: dict[int | None, tuple[float, float]] = {}
+        updates: dict[int | None, dict[int, dict[str, np.ndarray]]] = {}
         for layer in (None, *range(layers.num_blocks)):
             mask = [index == layer for index in range(layers.num_blocks)]
-            updates, local = [], []
+            local, own_updates = [], {}
             for client in clients:
                 update, _ = train_update(
                     bench.resident,
@@ -114,27 +129,27 @@ def measured(
                     bench.loss(client),
                     partial(LocalSGD, lr=rate),
                 )
-                updates.append(update)
+                own_updates[client] = update
                 with moved(bench, update):
                     local.append(loss_on(bench, own[client]))
-            mean = {
-                name: np.sum(
-                    [share[c] * u[name] for c, u in zip(clients, updates, strict=True)],
-                    axis=0,
-                    dtype=np.float32,
-                )
-                for name in updates[0]
-                if np.issubdtype(updates[0][name].dtype, np.floating)
-            }
-            with moved(bench, mean):
+            updates[layer] = own_updates
+            with moved(bench, averaged(own_updates, sizes)):
                 found[layer] = float(np.mean(local)), loss_on(bench, test)
         for index, block in enumerate(layers.blocks):
             row: dict[str, Any] = {"rate": rate, "layer": block.name}
             row["local"] = found[None][0] - found[index][0]
             row["together"] = found[None][1] - found[index][1]
-            row |= {name: float(np.mean([p[name][index] for p in probes])) for name in STATISTICS}
+            row |= {
+                name: float(np.mean([p[name][index] for p in probes.values()]))
+                for name in STATISTICS
+            }
             rows.append(row)
-    return rows
+        for name in STATISTICS:
+            chosen = {client: int(np.argmax(probes[client][name])) for client in clients}
+            with moved(bench, averaged({c: updates[chosen[c]][c] for c in clients}, sizes)):
+                reached = found[None][1] - loss_on(bench, test)
+            choices.append({"rate": rate, "statistic": name, "chosen": chosen, "together": reached})
+    return rows, choices
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -175,7 +190,7 @@ def main(
     population = bench.config.federation.population
     chosen = [population * i // clients for i in range(clients)]
     values = [float(rate) for rate in rates.split(",")]
-    rows = measured(bench, chosen, values, tested)
+    rows, choices = measured(bench, chosen, values, tested)
     table = Table("η", "statistic", "each for itself", "together")
     for rate in values:
         own = [row for row in rows if row["rate"] == rate]
@@ -186,6 +201,16 @@ def main(
             ]
             table.add_row(f"{rate:g}", name, *(f"{rank:+.2f}" for rank in ranks))
     Console().print(table)
+    masks = Table("η", "each trains its largest", "layers", "together", "best layer for all")
+    for choice in choices:
+        own = [row for row in rows if row["rate"] == choice["rate"]]
+        best = max(own, key=lambda row: float(row["together"]))
+        layers = ", ".join(str(layer) for layer in choice["chosen"].values())
+        shared = f"{best['layer']}: {best['together']:+.4f}"
+        masks.add_row(
+            f"{choice['rate']:g}", choice["statistic"], layers, f"{choice['together']:+.4f}", shared
+        )
+    Console().print(masks)
     if csv_file:
         with csv_file.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, rows[0])
