@@ -2,7 +2,7 @@
 
     python -m benchmarks.prefix --rounds 3 --json prefix.json
     python -m benchmarks.prefix conf/cifar10.toml task.data=path/to/cifar10 model.name=layerfed/vit \
-        model.weights=embedded train.batch-size=16 federation.clients-per-round=4
+        model.weights=embedded train.batch-size=16 federation.clients-per-round=4 --within net.
 
 Digits, or another configuration's job, on the shipped ViT, whose 12 blocks are selected in the top
 quarter only: the top block, one of the three at random for each client, or all three. All clients train
@@ -24,12 +24,7 @@ from rich.table import Table
 from layerfed.config import load_config
 from layerfed.engine import run_on
 
-QUARTER = "model.blocks=blocks.9, blocks.10, blocks.11", "model.head=norm, head"
-SELECTED = {
-    "top block": ("strategy.name=top",),
-    "one of the quarter": ("strategy.name=random", *QUARTER),
-    "whole quarter": ("strategy.name=top", "budget.layers=3"),
-}
+QUARTER = "blocks.9", "blocks.10", "blocks.11"
 
 
 def rounds_of(conf: Path | None, settings: list[str]) -> list[dict[str, Any]]:
@@ -43,14 +38,26 @@ def rounds_of(conf: Path | None, settings: list[str]) -> list[dict[str, Any]]:
 def main(
     job: Annotated[list[str] | None, typer.Argument(help="[CONF] [KEY=VALUE]…")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
+    within: Annotated[
+        str, typer.Option(help="what the names of the ViT's modules begin with")
+    ] = "",
     megabytes: Annotated[float, typer.Option(help="train.prefix-cache")] = 100.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
 ) -> None:
     """Measure, print a table, and write it as JSON."""
     given = list(job or [])
     conf = Path(given.pop(0)) if given and "=" not in given[0] else None
+    selections = {
+        "top block": ("strategy.name=top",),
+        "one of the quarter": (
+            "strategy.name=random",
+            f"model.blocks={', '.join(within + block for block in QUARTER)}",
+            f"model.head={within}norm, {within}head",
+        ),
+        "whole quarter": ("strategy.name=top", "budget.layers=3"),
+    }
     rows = []
-    for selected, settings in SELECTED.items():
+    for selected, settings in selections.items():
         common = [
             *given,
             *settings,
