@@ -76,13 +76,19 @@ def loss_on(bench: Workbench, examples: Examples) -> float:
 
 
 def averaged(
-    updates: Mapping[int, Mapping[str, np.ndarray]], sizes: Mapping[int, int]
+    updates: Mapping[int, Mapping[str, np.ndarray]],
+    sizes: Mapping[int, int],
+    *,
+    all_of: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Return the mean of each tensor over the clients that trained it, by their examples."""
+    """Return the mean of each tensor over the clients that trained it, by their examples.
+
+    With `all_of` the clients that did not train it count as well, with no change.
+    """
     found = {}
     for name in dict.fromkeys(name for update in updates.values() for name in update):
         own = [client for client in updates if name in updates[client]]
-        total = sum(sizes[client] for client in own)
+        total = sum(sizes[client] for client in (updates if all_of else own))
         parts = [sizes[client] / total * updates[client][name] for client in own]
         if np.issubdtype(parts[0].dtype, np.floating):
             found[name] = np.asarray(np.stack(parts).sum(axis=0, dtype=np.float32))
@@ -146,9 +152,12 @@ def measured(
             rows.append(row)
         for name in STATISTICS:
             chosen = {client: int(np.argmax(probes[client][name])) for client in clients}
-            with moved(bench, averaged({c: updates[chosen[c]][c] for c in clients}, sizes)):
-                reached = found[None][1] - loss_on(bench, test)
-            choices.append({"rate": rate, "statistic": name, "chosen": chosen, "together": reached})
+            row = {"rate": rate, "statistic": name, "chosen": chosen}
+            for key, all_of in (("together", False), ("damped", True)):
+                trained = {c: updates[chosen[c]][c] for c in clients}
+                with moved(bench, averaged(trained, sizes, all_of=all_of)):
+                    row[key] = found[None][1] - loss_on(bench, test)
+            choices.append(row)
     return rows, choices
 
 
@@ -201,14 +210,19 @@ def main(
             ]
             table.add_row(f"{rate:g}", name, *(f"{rank:+.2f}" for rank in ranks))
     Console().print(table)
-    masks = Table("η", "each trains its largest", "layers", "together", "best layer for all")
+    masks = Table("η", "each trains its largest", "layers", "together", "over all", "best for all")
     for choice in choices:
         own = [row for row in rows if row["rate"] == choice["rate"]]
         best = max(own, key=lambda row: float(row["together"]))
         layers = ", ".join(str(layer) for layer in choice["chosen"].values())
         shared = f"{best['layer']}: {best['together']:+.4f}"
         masks.add_row(
-            f"{choice['rate']:g}", choice["statistic"], layers, f"{choice['together']:+.4f}", shared
+            f"{choice['rate']:g}",
+            choice["statistic"],
+            layers,
+            f"{choice['together']:+.4f}",
+            f"{choice['damped']:+.4f}",
+            shared,
         )
     Console().print(masks)
     if csv_file:
