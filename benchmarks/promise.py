@@ -44,6 +44,7 @@ STATISTICS = (
     "relative_grad_sq",
     "grad_mean_sq",
     "snr",
+    "grad_signal_sq",
     "loss_decrease",
     "newton_decrease",
 )

@@ -225,6 +225,30 @@ def _project(
 
 
 @statistic(passes=True)
+def grad_signal_sq(passes: Passes) -> Tensor:
+    """Return ⟨g_a, g_b⟩ of the batch's two halves, or 0 if it is negative.
+
+    Its expectation is ‖∇f_i‖², without the noise of the batch, tr(Σ) / n, which is part of ‖g‖² and
+    which no step can gain; near an optimum it is most of it. Of a batch of one it is ‖g‖². It takes the
+    FLOPs of one pass, and the memory of one gradient.
+    """
+    count = len(next(iter(passes.batch.values())))
+    halves = [
+        {name: tensor[part] for name, tensor in passes.batch.items()}
+        for part in ([slice(count // 2), slice(count // 2, None)] if count > 1 else [slice(1)])
+    ]
+    first: dict[int, list[Tensor]] = {}
+    products = torch.zeros(len(passes.weights), dtype=wide(passes.device), device=passes.device)
+
+    def project(row: int, own: Sequence[Tensor]) -> None:
+        products[row] = _dot(first[row], own)
+
+    passes.backward(lambda row, own: _add(first, row, own), halves[0])
+    passes.backward(project, halves[-1])
+    return products.clamp(min=0.0)
+
+
+@statistic(passes=True)
 def loss_decrease(passes: Passes) -> Tensor:
     """Return max(0, f(θ) − f(θ − η g_l)): what one step of SGD on the layer alone gains on its batch.
 

@@ -81,6 +81,23 @@ def test_the_kernels_eigenvalue_is_that_of_the_whole_matrix(
     assert np.argsort(found).tolist() == np.argsort(expected).tolist()
 
 
+def test_the_signal_is_the_product_of_two_halves_gradients(
+    tiny: nn.Module, exact: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    batch, count = doubled(batches[0]), len(batches[0]["label"])
+    parts = [slice(count // 2), slice(count // 2, None)]
+    one, other = (gradients(exact, {n: t[p] for n, t in batch.items()}) for p in parts)
+    expected = [max(0.0, float(flat(a) @ flat(b))) for a, b in zip(one, other, strict=True)]
+    found = probed(tiny, layers, batches[:1], "grad_signal_sq")
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
+    lonely = {name: tensor[:1] for name, tensor in batches[0].items()}
+    np.testing.assert_allclose(
+        probed(tiny, layers, [lonely], "grad_signal_sq"),
+        probed(tiny, layers, [lonely], "grad_norm_sq"),
+        rtol=1e-5,
+    )
+
+
 def test_the_decrease_is_that_of_a_step_on_one_layer(
     tiny: nn.Module, exact: nn.Module, layers: LayerMap, batches: list[Batch]
 ) -> None:
@@ -146,6 +163,7 @@ def test_what_a_statistic_costs_is_counted(
     one = flops("grad_norm_sq")
     assert flops("fisher") == pytest.approx(one)
     assert flops("ntk_eigenvalue") == pytest.approx(2 * POWER_STEPS * one)
+    assert flops("grad_signal_sq") == pytest.approx(one)
     assert flops("newton_decrease") == pytest.approx(2 * one)
     assert one < flops("loss_decrease") < (1 + BLOCKS / 2) * one
     assert flops("grad_norm_sq", "fisher") == pytest.approx(2 * one)
@@ -163,7 +181,7 @@ def test_a_block_without_a_part_in_the_loss_counts_as_zero(
     found, _ = probe_layers(tiny, layers, batches[:1], loss, SEVERAL_PASSES)
     for name, values in found.items():
         assert values[0] == 0.0, name
-        assert min(values[1:]) > 0.0 or name == "loss_decrease"
+        assert min(values[1:]) > 0.0 or name in ("loss_decrease", "grad_signal_sq")
 
 
 def test_moved_weights_may_be_a_checkpoint_in_half_precision(
