@@ -16,6 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from flwr.common.logger import log
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
     FlopCounterMode,
@@ -256,17 +260,27 @@ def forward_flops(
     logits : Callable[[nn.Module, Batch], Tensor]
         The task's forward pass.
     """
+    layer_of = {
+        model.get_submodule(m): layer.name for layer in layers.layers for m in layer.modules
+    }
+    by_layer = dict.fromkeys((layer.name for layer in layers.layers), 0.0)
+    began: dict[nn.Module, float] = {}
+
+    def before(module: nn.Module, *_: Any) -> None:
+        if module in layer_of:
+            began[module] = flops.total
+
+    def after(module: nn.Module, *_: Any) -> None:
+        if module in layer_of:
+            by_layer[layer_of[module]] += flops.total - began[module]
+
     model.eval()
-    with torch.no_grad(), _counter() as flops, TotalFlops():  # which names what has no formula
-        logits(model, example)
-    # The counter names modules by the class of the outermost module and their names inside it.
-    root = type(model).__name__
-    by_module = {
-        module: float(sum(operations.values()))
-        for module, operations in flops.get_flop_counts().items()
-    }
-    by_layer = {
-        layer.name: sum(by_module.get(f"{root}.{module}", 0.0) for module in layer.modules)
-        for layer in layers.layers
-    }
-    return by_layer, float(flops.get_total_flops())
+    # Hooks of the modules' own would keep torch from its fused operations.
+    hooks = (register_module_forward_pre_hook(before), register_module_forward_hook(after))
+    try:
+        with torch.no_grad(), TotalFlops() as flops:
+            logits(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return by_layer, flops.total

@@ -131,22 +131,21 @@ def draw_run(folder: Path) -> list[Path]:
     Raises
     ------
     OSError, ValueError
-        If the folder is no run folder, one of its files is damaged, or no round was finished.
+        If the folder is no run folder, or one of its files is damaged.
     """
     summary = read_json(folder / "summary.json")
     lines = [folder / "metrics.jsonl", folder / "selection.jsonl"]
     metrics, selections = (read_lines(file) if file.exists() else [] for file in lines)
-    if not metrics or not selections:
-        ended = summary.get("error") or f"its status is '{summary.get('status')}'"
-        raise ValueError(f"{folder}: no round was finished; {ended}")
     title = f"{summary['task']} · {summary['strategy']} · seed {summary['seed']}"
-    pictures = [
-        _score(metrics, summary, title, folder),
-        _layers(selections, title, folder / "layers.png"),
-    ]
+    pictures = []
+    if metrics and selections:  # a run may end before its first round does
+        pictures += [
+            _score(metrics, summary, title, folder),
+            _layers(selections, title, folder / "layers.png"),
+        ]
     if any(row.get(key) is not None for row in metrics for key in TERMS):
         pictures.append(_theory(metrics, title, folder / "theory.png"))
-    if len(curves := score_curves(summary, metrics)) > 2:
+    if metrics and len(curves := score_curves(summary, metrics)) > 2:
         pictures.append(_all_scores(curves, metrics, title, folder / "scores.png"))
     data, result = (
         read_json(file) if (file := folder / name).exists() else {}

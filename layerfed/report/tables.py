@@ -123,6 +123,7 @@ def run_table(folder: Path) -> Table:
     result = read_json(file) if file.exists() else {}
     rows = {
         "status": summary["status"],
+        **({"error": summary["error"]} if summary.get("error") else {}),
         metric.title: f"{metric.text(after.get(metric.name))} (best {metric.text(best['value'])}, "
         f"before training {metric.text(before.get(metric.name))})",
         **_other_scores(after, metric),

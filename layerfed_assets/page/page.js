@@ -472,7 +472,7 @@
         ['uplink', show('bytes', up), full ? `${show('percent', up / full)} of full-model exchange` : ''],
         ['compute', show('flops', flops), `${show('percent', flops ? view.flops.flops_probe / flops : 0)} of it in probes`],
         ['time', show('seconds', seconds), done ? `${show('seconds', seconds / done)} a round` : ''],
-        ['updates', show('whole', view.updates), failed ? `${counted(failed, 'failure')}: see below` : 'no failures'],
+        ['updates', show('whole', view.updates), failed ? `${counted(failed, 'failure')}: see below` : done ? 'no failures' : 'no round is finished'],
       ])];
 
     // Progress: score and loss over rounds, bytes, FLOPs or time.
@@ -561,7 +561,7 @@
       { name: 'client', num: true, value: r => r.client, show: r => show('whole', r.client) },
       has('examples') && { name: 'examples', num: true, value: r => r.examples, show: r => show('whole', r.examples) },
       has('classes') && { name: 'classes', num: true, value: r => r.classes?.filter(n => n > 0).length, show: r => show('whole', r.classes?.filter(n => n > 0).length) },
-      has('groups') && { name: 'group', value: r => mainly(r.groups) },
+      (view.data.groups || []).length > 0 && { name: 'group', value: r => mainly(r.groups) },
       has('score') && { name: view.clients.find(r => r.scores) ? Object.keys(view.clients.find(r => r.scores).scores)[0] : 'own accuracy', num: true, value: r => r.score, show: r => show(kind, r.score) },
       has('evaluated') && { name: 'after round', num: true, value: r => r.evaluated },
       { name: 'rounds', num: true, value: r => r.rounds }, { name: 'layers trained', num: true, value: r => r.layers },
@@ -590,7 +590,7 @@
     } }, 'Copy');
 
     const sections = [
-      section('progress-section', 'Progress', null, h('div', { class: 'controls wide' }, xChoice), h('div', { class: 'wide' }, progress)),
+      section('progress-section', 'Progress', null, done > 0 && [h('div', { class: 'controls wide' }, xChoice), h('div', { class: 'wide' }, progress)]),
       section('selection', 'Selected layers', null, selection.length > 0 && [mapBox, h('div', { class: 'card wide chooser' }, h('div', { class: 'controls' }, h('div', { class: 'slider' }, h('label', { for: 'round-slider' }, 'One round'), slider, at))), roundBox]),
       section('clients', 'Clients', null,
         withClasses.length > 0 && figure('client-classes', 'Examples of each class by client', 'What each client has to train on.', heat({ rows: withClasses.map(r => String(r.client)), columns: classes.map(String), value: (r, c) => withClasses[r].classes[c] || null, kind: 'number', label: 'examples', xlabel: 'class', ylabel: 'client' }),
@@ -616,7 +616,7 @@
         phases.length > 0 && figure('phase-totals', 'Time of the run by phase', 'Sums over rounds.', bars({ rows: phases.map((name, n) => ({ name, value: sum(perPhase[n]), look: n, more: `${show('percent', sum(perPhase[n]) / seconds)} of the rounds’ time` })), kind: 'seconds', label: 'time' }), () => [['phase', 'seconds'], ...phases.map((name, n) => [name, sum(perPhase[n])])])),
       section('failures', 'Failures', null, view.failures.length ? table('failure-table', 'Replies that were missing or refused', 'The round went on with the other clients.', [
         { name: 'phase', value: r => r.phase }, { name: 'reason', value: r => r.reason }, { name: 'times', num: true, value: r => r.count, show: r => show('whole', r.count) },
-        { name: 'clients', value: r => r.clients.join(', ') }, { name: 'rounds', value: r => r.rounds.join(', ') }], view.failures, { sort: [2, -1] }) : h('p', { class: 'empty wide', id: 'no-failures' }, 'Every reply came and was usable.')),
+        { name: 'clients', value: r => r.clients.join(', ') }, { name: 'rounds', value: r => r.rounds.join(', ') }], view.failures, { sort: [2, -1] }) : h('p', { class: 'empty wide', id: 'no-failures' }, done ? 'Every reply came and was usable.' : 'No round is finished.')),
       privacy && section('privacy', 'Privacy', privacy.covers && `ε by client, for ${privacy.covers}, at δ = ${privacy.delta}.`,
         privacy.epsilon.some(known) ? figure('epsilon', 'Privacy loss ε by round', 'What the run has spent up to each round.', lines({ series: [{ name: 'ε', points: rounds.map((r, i) => [r, privacy.epsilon[i]]) }], x: { label: 'round', kind: 'whole', whole: true }, y: { label: 'ε', zero: true } }), () => [['round', 'epsilon'], ...rounds.map((r, i) => [r, privacy.epsilon[i]])], { className: 'wide' })
           : h('p', { class: 'empty wide' }, privacy.epsilon.includes('inf') ? 'ε is infinite: the run promises no privacy.' : 'Nothing has been revealed yet.')),

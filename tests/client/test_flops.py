@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -80,6 +81,15 @@ def test_a_forward_pass_is_counted_by_layer(tiny: nn.Module, layers: LayerMap) -
     assert by_layer["blocks.0"] == by_layer["blocks.3"] == 2 * WIDTH**2
     assert by_layer["embeddings"] == 2 * 5 * WIDTH
     assert sum(by_layer.values()) == whole
+
+    def by_parts(model: Any, batch: Batch) -> Tensor:
+        x = model.embed(batch["x"])
+        for block in model.blocks:
+            x = block(x)
+        return model.head(model.norm(x))  # type: ignore[no-any-return]
+
+    # A decoder's task calls its parts, of which none is the whole model.
+    assert forward_flops(tiny, layers, example, by_parts) == (by_layer, whole)
 
 
 # --------------------------------------------------------------------------- families of operations

@@ -213,3 +213,16 @@ def make_folder(
     for name, rows in {"metrics": metrics, "selection": selections, "clients": lines}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def failed_at_once(folder: Path) -> Path:
+    """Write a run that failed in its first round."""
+    make_folder(folder)
+    for name in ("evaluation.json", "clients.jsonl", "metrics.jsonl", "selection.jsonl"):
+        (folder / name).unlink()
+    file = folder / "summary.json"
+    totals = dict.fromkeys((*TRAFFIC, "flops", "flops_probe", "failures", "rounds", "seconds"), 0)
+    blank = {"scores": {}, "initial_scores": {}, "best": None, "accuracy": None}
+    ended = {"status": "failed", "error": "RoundFailed: nobody answered", "epsilon": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | totals | blank | ended))
+    return folder

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page
 
 from layerfed.report import comparison_view, run_folders, run_view, sections_of, write_page
 from tests.report.chromium import chromium, ready, watched
-from tests.report.made_folder import EVIL, make_folder
+from tests.report.made_folder import EVIL, failed_at_once, make_folder
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +24,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of runs, with run.html and comparison.html beside them."""
     root = tmp_path_factory.mktemp("pages")
     write_page(run_view(make_folder(root / "run")), root / "run.html")
+    write_page(run_view(failed_at_once(root / "failed")), root / "failed.html")
     for strategy in ("ilp", "top", "random"):
         for seed in (0, 1):
             make_folder(
@@ -72,7 +73,7 @@ def saved(page: Page, button: str) -> Path:
     return download.value.path()
 
 
-@pytest.mark.parametrize("name", ["run", "comparison"])
+@pytest.mark.parametrize("name", ["run", "comparison", "failed"])
 @pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 1280), ("light", 360)])
 def test_a_page_opens_without_errors_and_fits(
     browser: Browser, files: Path, name: str, theme: str, width: int

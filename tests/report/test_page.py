@@ -29,7 +29,7 @@ from layerfed.report import (
 )
 from layerfed.report.significance import differences_by_seed, holm, paired_test
 from layerfed.selection import SelectionProblem, solve
-from tests.report.made_folder import EVIL, make_folder
+from tests.report.made_folder import EVIL, failed_at_once, make_folder
 
 MOST_BYTES = 2_000_000
 
@@ -122,6 +122,21 @@ def test_a_page_says_why_a_run_failed(tmp_path: Path) -> None:
         json.dumps(summary | {"status": "failed", "error": "RoundFailed: nobody answered"})
     )
     assert "RoundFailed: nobody answered" in run_view(folder)["sentence"]
+
+
+def test_a_run_without_a_finished_round_has_a_page_of_what_is_known(tmp_path: Path) -> None:
+    folder = failed_at_once(tmp_path / "run")
+    result = CliRunner().invoke(app, ["report", str(folder)])
+    assert result.exit_code == 0, result.stderr
+    assert "RoundFailed: nobody answered" in " ".join(result.stdout.split())
+    view = content((folder / "report.html").read_text())
+    assert view["sentence"].endswith("The run failed: RoundFailed: nobody answered")
+    assert "in 0 of 5 rounds" in view["sentence"]
+    assert (view["selection"], view["rounds"]) == ([], [0])
+    assert [row["examples"] for row in view["clients"]] == [
+        row["examples"] for row in json.loads((folder / "data.json").read_text())["clients"]
+    ]
+    assert view["settings"]
 
 
 def test_settings_that_differ_repeat_the_run(folder: Path) -> None:
