@@ -90,13 +90,15 @@ class OwnLayers:
             Δ_i of all layers that the client trained.
         """
         resident, layers = self.node.bench.resident, self.node.bench.resident.layers
-        shared, own = {}, dict(next(iter(self.versions.values()), {}))
+        shared: dict[str, np.ndarray] = {}
+        own: dict[str, np.ndarray] = {}
         for name, change in update.items():
             if layers.layer_of(name).name in layers.personal:
                 own[name] = resident.values(name) + change
             else:
                 shared[name] = change
         if own:
+            own = {**next(iter(self.versions.values()), {}), **own}
             run = self.node.run.run
             oldest = self.number - run.checkpoint_every * run.checkpoints
             # Of those before the oldest checkpoint, the last one may still be needed.

@@ -132,6 +132,10 @@ class Round:
         """Return the client (partition id) that a message goes to."""
         return self._partitions[message.metadata.dst_node_id]
 
+    def mask_of(self, client: int) -> tuple[bool, ...]:
+        """Return the blocks that a client was asked to train."""
+        return self._instructions[client].mask
+
     @property
     def run(self) -> str:
         """The run's token, which is in every instruction."""

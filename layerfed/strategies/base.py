@@ -423,9 +423,11 @@ class SelectiveStrategy(Strategy):
         record.server_lr = self.optimizer.lr
         with self._phase("train"):
             self.round.take_updates(replies, min(asked, self.settings.clients_per_round or asked))
-            if self.layers.personal:
-                known = {f"personal/{c}": np.asarray(server_round) for c in record.updated}
-                self.kept.update(known)
+            for client in record.updated:
+                if self.layers.personal.intersection(
+                    self.layers.trained(self.round.mask_of(client))
+                ):
+                    self.kept[f"personal/{client}"] = np.asarray(server_round)
             self._publish(
                 self.round.finish(self.settings.min_replies, self.optimizer, self.applied)
             )

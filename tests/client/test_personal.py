@@ -157,6 +157,18 @@ def test_no_byte_of_a_personal_layer_is_in_any_message(settings: tuple[str, ...]
     assert not {*layers.personal}.intersection(*(record.moved for record in done.rounds))
 
 
+def test_a_layer_that_some_clients_have_not_trained_yet() -> None:
+    config = personal(
+        "model.personal=blocks.1", "strategy.name=random", "federation.clients-per-round=6"
+    )
+    grid = Recorded(config)
+    done = run(config, 4, grid)
+    assert all(record.failures == [] for record in done.rounds)
+    trained = {c for n in range(1, 5) for c, blocks in done.masks(n).items() if 1 in blocks}
+    assert trained == kept_by(grid).keys()
+    assert 0 < len(trained) < 6
+
+
 def kept_by(grid: Recorded) -> dict[int, dict[str, np.ndarray]]:
     """Return what each client keeps of its own, by round and tensor."""
     (token,) = {m.content.config_records["config"]["run"] for m, _ in grid.trained()}
