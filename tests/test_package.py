@@ -69,6 +69,10 @@ def test_the_baseline_is_layerfed_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.syspath_prepend(str(BASELINE))
     assert importlib.import_module("layer_selection.server_app").app is server_app
     assert importlib.import_module("layer_selection.client_app").app is client_app
+    # The files that Flower's dev/test-baseline-structure.sh asks for.
+    for name in ("dataset", "model", "strategy", "utils"):
+        module = importlib.import_module(f"layer_selection.{name}")
+        assert all(hasattr(module, each) for each in module.__all__)
     ours, app = (
         tomllib.loads((place / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
         for place in (ROOT, BASELINE)
