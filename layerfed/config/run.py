@@ -717,12 +717,20 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def shipped(file: Path) -> Path:
-    """Return a file, or the configuration of that name that comes with the package (`cifar10`)."""
-    if file.suffix or file.exists():
+    """Return a file, or the configuration of that name that comes with the package.
+
+    That is `cifar10`, or `conf/cifar10.toml`, as the documents write it, in a folder that is no clone.
+    """
+    if file.exists():
+        return file
+    name = file
+    if file.parts[:1] == ("conf",) and file.suffix == ".toml":
+        name = file.relative_to("conf").with_suffix("")
+    if name.suffix:
         return file
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
-        if (found := folder / f"{file}.toml").exists():
+        if (found := folder / f"{name}.toml").exists():
             return found
     return file
 

@@ -282,3 +282,17 @@ def test_override_values_are_read_as_toml_and_else_as_text() -> None:
     assert parse_override("a.b=top") == ("a.b", "top")
     assert parse_override('a.b="3"') == ("a.b", "3")
     assert parse_override("a.b=") == ("a.b", "")
+
+
+def test_the_files_that_the_documents_name_are_found_without_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = load_config(Path("conf/custom.toml"), ["task.data=x"])
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("conf/custom.toml"), ["task.data=x"]) == here
+    assert load_config(Path("custom"), ["task.data=x"]) == here
+    with pytest.raises(ConfigError, match=r"cannot read configuration conf/custum\.toml"):
+        load_config(Path("conf/custum.toml"))
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/custom.toml").write_text("train.lr = 0.5\n")
+    assert load_config(Path("conf/custom.toml")).train.lr == 0.5, "a file of one's own comes first"
