@@ -81,12 +81,17 @@ def _section(runs: Sequence[tuple[RunFigures, Mapping[str, Any]]]) -> Section:
         for key in configs[0]
         if not key.startswith(FREE) and len({str(config.get(key)) for config in configs}) > 1
     ]
+    # Without its section, which leaves charts no room, unless two settings would be called the same.
+    ends = [key.rpartition(".")[2] for key in varied]
+    short = {
+        key: key if ends.count(end) > 1 else end for key, end in zip(varied, ends, strict=True)
+    }
     entries: dict[tuple[str, str | None], list[RunFigures]] = {}
     for run, config in runs:
         row = " · ".join(
             [
                 str(config["strategy.name"]),
-                *(f"{key} = {config.get(key)}" for key in varied if key not in BUDGET),
+                *(f"{short[key]} = {config.get(key)}" for key in varied if key not in BUDGET),
             ]
         )
         kind = config["budget.kind"]

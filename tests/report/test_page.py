@@ -231,6 +231,15 @@ def test_a_comparison_has_its_tests_and_what_was_spent_by_each_round(several: Pa
     assert len(entry["spent"]["seconds"]) == len(entry["curve"])
 
 
+def test_entries_are_named_by_what_differs(tmp_path: Path) -> None:
+    for n, more in enumerate(("train.lr=0.1", "train.lr=0.2", "server.lr=0.5")):
+        make_folder(tmp_path / f"run{n}", settings=[more])
+    both, _ = sections_of(run_folders(tmp_path))
+    assert "ilp · train.lr = 0.1 · server.lr = 1.0" in both[0].rows
+    one, _ = sections_of([tmp_path / "run0", tmp_path / "run1"])
+    assert one[0].rows == ["ilp · lr = 0.1", "ilp · lr = 0.2"]
+
+
 def test_runs_that_are_not_complete_are_left_out_with_the_reason(
     several: Path, tmp_path: Path
 ) -> None:
