@@ -282,7 +282,7 @@
   };
 
   const bars = ({ rows, kind, label, low, high, zero = true }) => width => {
-    const left = Math.min(width * 0.36, 14 + Math.max(...rows.map(row => wide(row.name)))), tall = 30;
+    const left = Math.min(width * 0.42, 14 + Math.max(...rows.map(row => wide(row.name)))), tall = 30;
     const ax = axis(rows.map(row => row.value), { kind, label, zero, low, high }, width - left - 100, 70);
     const bottom = 8 + rows.length * tall, svg = canvas(width, bottom + 42), right = width - 92, X = v => left + ax.at(v) * (right - left);
     for (const t of ax.ticks) svg.append(s('path', { d: `M${X(t)} 4V${bottom}`, stroke: color('grid') }), text(X(t), bottom + 17, ax.text(t), { 'text-anchor': 'middle' }));
@@ -295,7 +295,7 @@
   };
 
   const strip = ({ rows, kind, label, zero }) => width => {
-    const left = Math.min(width * 0.36, 14 + Math.max(...rows.map(row => wide(row.name)))), tall = 30, right = width - 16;
+    const left = Math.min(width * 0.42, 14 + Math.max(...rows.map(row => wide(row.name)))), tall = 30, right = width - 16;
     const all = rows.flatMap(({ points }) => {
       const values = points.map(p => p.value), m = mean(values), d = deviation(values);
       return [...values, m - d, m + d];
