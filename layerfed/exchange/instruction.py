@@ -267,7 +267,7 @@ class TrainInstruction:
         update : Mapping[str, numpy.ndarray]
             Δ_i by tensor. A client that is out of time has none of some layers.
         """
-        asked = [n for n in self.asked(layers) if all(t in update for t in layers[n].tensors)]
+        asked = [n for n in self.asked(layers) if all(t in update for t in layers[n].sent)]
         if self.upload is None or not asked:
             return asked
         blocks = [name for name in asked if name != layers.head.name]

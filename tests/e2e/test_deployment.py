@@ -14,6 +14,7 @@ import certifi
 import httpx
 import pytest
 from flwr.cli.build import build_fab_from_disk
+from safetensors.numpy import load_file
 
 from layerfed.client.workbench import workbench
 from layerfed.config import RunConfig, Scalar, load_config
@@ -86,7 +87,7 @@ def deployed(loopback: Loopback) -> Path:
     return loopback.folder / "runs/deployed"
 
 
-def configured(directory: Path, name: str) -> RunConfig:
+def configured(directory: Path, name: str, *more: str) -> RunConfig:
     return load_config(
         None,
         [
@@ -98,6 +99,7 @@ def configured(directory: Path, name: str) -> RunConfig:
             "run.device=cpu",
             f"run.dir={directory}",
             f"run.name={name}",
+            *more,
         ],
     )
 
@@ -158,6 +160,25 @@ def test_the_ledger_is_what_the_wire_carried(deployed: Path) -> None:
     summary = json.loads((deployed / "summary.json").read_text())
     for direction in ("up", "down"):
         assert summary[f"bytes_moved_{direction}"] == summary[f"bytes_{direction}"]
+
+
+def test_adapters_and_personal_layers_are_those_of_the_simulation(
+    loopback: Loopback, tmp_path: Path
+) -> None:
+    lora = ("model.tuning=lora", "model.lora-rank=2", "server.aggregation=stack")
+    more = (*lora, "model.personal=head", "task.local-test=0.2", "strategy.name=top")
+    run = loopback.start_run(ROOT, configured(loopback.folder / "runs", "adapters", *more))
+    status = loopback.federation.follow(run, timeout=600)
+    assert status.completed, status
+    deployed = loopback.folder / "runs/adapters"
+    simulated = run_on("inprocess", configured(tmp_path, "simulated", *more), nodes=BUDGETS)
+    found = Comparison.of(simulated, deployed)
+    assert found.masks
+    assert found.weights <= 1e-5
+    assert found.accuracies[0] == found.accuracies[1] > 0.1
+    tensors = load_file(deployed / "final.safetensors")
+    assert any("base_layer" in name for name in tensors)
+    assert not any(name.startswith(("head", "norm")) for name in tensors)
 
 
 def test_who_is_not_registered_or_trusts_another_authority_does_not_get_in(
