@@ -489,7 +489,7 @@
       progress.replaceChildren(...[
         Object.keys(alike).length && figure('score', `Test ${metric.name} by ${X_AXES[state.x]}`, 'On the server’s test set; round 0 is the model before training.',
           lines({ series: along(alike), x: xAxis(), y: { label: Object.keys(alike).length > 1 ? 'score' : `test ${metric.name}`, kind, low: metric.low ?? undefined, high: metric.high ?? undefined } }), asRows(alike)),
-        Object.keys(losses).length && figure('loss', `Loss by ${X_AXES[state.x]}`, 'Cross-entropy; the loss in training is the mean over a round’s clients.', lines({ series: along(losses), x: xAxis(), y: { label: 'loss' } }), asRows(losses)),
+        Object.keys(losses).length && figure('loss', `Loss by ${X_AXES[state.x]}`, 'The task’s own loss; that in training is the mean over a round’s clients.', lines({ series: along(losses), x: xAxis(), y: { label: 'loss' } }), asRows(losses)),
       ].filter(Boolean));
       redraw();
     };
@@ -531,7 +531,7 @@
         { name: 'budget', num: true, value: of('budgets') }, { name: 'spent', num: true, value: of('spent') },
         row.gains && { name: 'gain of (P1)', num: true, value: of('gains') }, { name: 'loss', num: true, value: of('train_loss') },
         { name: 'uplink', num: true, value: of('bytes_up'), show: n => show('bytes', row.bytes_up[n]) }, { name: 'time', num: true, value: of('train_seconds'), show: n => show('seconds', row.train_seconds[n]) },
-        { name: 'failed in', value: of('failed') }].filter(Boolean);
+        row.failed.some(Boolean) && { name: 'failed in', value: of('failed') }].filter(Boolean);
       const unitOf = view.settings.find(each => each[0] === 'budget.unit')?.[1] || '';
       roundBox.replaceChildren(
         h('div', { class: 'card', id: 'round-facts' }, h('h3', {}, `Round ${row.round}: what was solved`), facts([
@@ -575,6 +575,8 @@
     const ev = view.evaluation, groups = Object.entries(ev.groups || {}), gName = groups[0] && Object.keys(groups[0][1]).find(k => k === metric.name) || groups[0] && Object.keys(groups[0][1]).find(k => k !== 'examples');
     const gNames = [...new Set(view.groups.flatMap(g => Object.keys(g || {})))], gKey = gNames.length && Object.keys(view.groups.find(Boolean)[gNames[0]]).find(k => k === metric.name || k !== 'examples');
     const bins = ev.calibration?.bins?.filter(bin => bin.examples > 0 && known(bin.accuracy)), totals = ev.confusion?.map(sum);
+    const ends = bins?.length > 0 && ['confidence', 'accuracy'].map(key => extent(bins.map(bin => bin[key])));
+    const perfect = ends && [Math.max(...ends.map(e => e[0])), Math.min(...ends.map(e => e[1]))];
     const perClass = ev.per_class || [];
 
     const terms = view.terms, floor = view.terms_floor, phases = [...new Set(view.phases.flatMap(Object.keys))], perPhase = phases.map(name => view.phases.map(row => row[name] || 0));
@@ -601,7 +603,7 @@
         gNames.length > 0 && figure('groups-rounds', `Test ${gKey} by group and round`, 'One line for each group of the test set.', lines({ series: gNames.map((name, n) => ({ name, look: n, points: view.groups.map((g, i) => [rounds[i], g?.[name]?.[gKey]]) })), x: { label: 'round', kind: 'whole', whole: true }, y: { label: gKey, kind } }), () => [['round', ...gNames], ...rounds.map((r, i) => [r, ...gNames.map(name => view.groups[i]?.[name]?.[gKey])])]),
         ev.confusion && figure('confusion', 'Confusion matrix', 'The share of each true class’s examples that the model takes for each class.', heat({ rows: ev.classes.map(String), columns: ev.classes.map(String), value: (r, c) => totals[r] ? ev.confusion[r][c] / totals[r] : null, kind: 'percent', range: [0, 1], label: 'share of the true class', xlabel: 'predicted', ylabel: 'true', cell: Math.max(4, Math.min(30, 460 / ev.classes.length)) }), () => [['true', ...ev.classes.map(c => `predicted ${c}`)], ...ev.confusion.map((row, r) => [ev.classes[r], ...row])]),
         perClass.length > 0 && table('per-class', 'Each class', null, [{ name: 'class', value: r => r.class }, ...['precision', 'recall', 'f1'].map(key => ({ name: key, num: true, value: r => r[key], show: r => show('percent', r[key]) })), { name: 'support', num: true, value: r => r.support, show: r => show('whole', r.support) }], perClass, { className: '' }),
-        bins?.length > 0 && figure('calibration', 'Calibration', `Accuracy by stated confidence; the dashed line is perfect. Expected calibration error ${show('percent', ev.calibration.ece)}.`, lines({ series: [{ name: 'accuracy', points: bins.map(bin => [bin.confidence, bin.accuracy]) }], x: { label: 'confidence', kind: 'percent', low: 0, high: 1 }, y: { label: 'accuracy', kind: 'percent', low: 0, high: 1 } }), () => [['confidence', 'accuracy', 'examples'], ...bins.map(bin => [bin.confidence, bin.accuracy, bin.examples])])),
+        bins?.length > 0 && figure('calibration', 'Calibration', `Accuracy by stated confidence; the dashed line is perfect. Expected calibration error ${show('percent', ev.calibration.ece)}.`, lines({ series: [{ name: 'accuracy', points: bins.map(bin => [bin.confidence, bin.accuracy]) }], x: { label: 'confidence', kind: 'percent', low: 0, high: 1 }, y: { label: 'accuracy', kind: 'percent', low: 0, high: 1 }, guide: perfect[0] < perfect[1] && perfect.map(v => [v, v]) }), () => [['confidence', 'accuracy', 'examples'], ...bins.map(bin => [bin.confidence, bin.accuracy, bin.examples])])),
       section('theory', 'Error terms', 'Estimates of the two terms of the method’s error floor, in squared gradients.',
         terms.e1.some(known) && figure('e1', 'E1: layers that no client trains', 'Known in rounds that probe gradient norms.', lines({ series: [{ name: 'E1', points: rounds.map((r, i) => [r, terms.e1[i]]) }], x: { label: 'round', kind: 'whole', whole: true }, y: { label: 'estimate', zero: true, floor: Math.max(floor, 1e-12) } }), () => [['round', 'e1'], ...rounds.map((r, i) => [r, terms.e1[i]])]),
         terms.e2.some(known) && figure('e2', 'E2: differences between clients', 'And the part of it that differing masks cause.', lines({ series: [{ name: 'E2', points: rounds.map((r, i) => [r, terms.e2[i]]) }, { name: 'part from masks', points: rounds.map((r, i) => [r, terms.e2_masks[i]]) }], x: { label: 'round', kind: 'whole', whole: true }, y: { label: 'estimate', zero: true, floor: Math.max(floor, 1e-12) } }), () => [['round', 'e2', 'e2_masks'], ...rounds.map((r, i) => [r, terms.e2[i], terms.e2_masks[i]])])),

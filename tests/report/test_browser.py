@@ -192,6 +192,10 @@ def test_rounding_noise_does_not_stretch_an_axis(run_page: Page) -> None:
     assert "1.0" in labels
 
 
+def test_the_line_of_perfect_calibration_is_drawn(run_page: Page) -> None:
+    assert run_page.locator("#calibration-plot path[stroke-dasharray='4 4']").count() == 1
+
+
 def test_a_page_prints_in_light_colours_without_controls(run_page: Page, tmp_path: Path) -> None:
     assert run_page.pdf(path=tmp_path / "page.pdf").startswith(b"%PDF")
     run_page.emulate_media(media="print")
