@@ -25,7 +25,7 @@ def predictions(saved: SavedRun, files: Iterable[Path]) -> Iterator[dict[str, An
     Raises
     ------
     ConfigError
-        If a file does not exist or cannot be read.
+        If a file does not exist or cannot be read, or if an input has no prediction.
     """
     task, files = saved.task, list(files)
     for file in files:
@@ -38,7 +38,13 @@ def predictions(saved: SavedRun, files: Iterable[Path]) -> Iterator[dict[str, An
         means = iter(found.means or [()] * len(found.names))
         with torch.inference_mode():
             for batch in found.examples.in_order(size, CPU):
-                for row in task.kind.predicted(task, saved.model, batch):
+                rows = task.kind.predicted(task, saved.model, batch)
+                if len(rows) != (inputs := len(next(iter(batch.values())))):
+                    raise ConfigError(
+                        f"task.name = '{saved.config.task.name}' predicted {len(rows)} rows for "
+                        f"{inputs} inputs of {file}; it should be one for each"
+                    )
+                for row in rows:
                     yield {"input": next(names), **task.kind.explained(row, next(means))}
 
 

@@ -114,6 +114,16 @@ def test_a_kind_that_says_nothing_of_one_input_is_refused() -> None:
         rows_of(Silent, torch.zeros(1, 2))
 
 
+def test_an_input_without_a_prediction_shifts_no_other() -> None:
+    class Some(SingleLabel):
+        @staticmethod
+        def predicted(task: Any, model: nn.Module, batch: Any) -> list[dict[str, Any]]:
+            return SingleLabel.predicted(task, model, batch)[:1]
+
+    with pytest.raises(ConfigError, match=r"predicted 1 rows for 2 inputs of .*one for each"):
+        rows_of(Some, torch.zeros(3, 2))
+
+
 def test_lists_and_mappings_fit_into_csv() -> None:
     row = {"input": "x", "labels": ["a", "b"], "scores": {"a": 0.9, "b": 0.6}}
     text, lines = io.StringIO(), io.StringIO()
