@@ -42,7 +42,7 @@ class OwnLayers:
     node: Node
     key: str
     number: int
-    versions: dict[int, Tensors] = field(default_factory=dict)
+    versions: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
     @property
     def store(self) -> LayerStore:
@@ -70,7 +70,9 @@ class OwnLayers:
         for name, values in (self.store.recall(self.key) or {}).items():
             number, _, tensor = name.partition("/")
             if int(number) < before:
-                self.versions.setdefault(int(number), {})[tensor] = values  # type: ignore[index]
+                version = self.versions.setdefault(int(number), {})
+                if tensor:
+                    version[tensor] = values
         self.versions = dict(sorted(self.versions.items(), reverse=True))
         last = next(iter(self.versions), 0)
         if last < due:
@@ -97,7 +99,7 @@ class OwnLayers:
                 own[name] = resident.values(name) + change
             else:
                 shared[name] = change
-        if own:
+        if layers.personal:
             own = {**next(iter(self.versions.values()), {}), **own}
             run = self.node.run.run
             oldest = self.number - run.checkpoint_every * run.checkpoints
@@ -105,9 +107,10 @@ class OwnLayers:
             needed = [n for n in self.versions if n > oldest]
             needed += [n for n in self.versions if n <= oldest][:1]
             kept = {self.number: own, **{n: self.versions[n] for n in needed}}
-            self.store.remember(
-                self.key, {f"{n}/{t}": x for n, tensors in kept.items() for t, x in tensors.items()}
-            )
+            content = {f"{n}/{t}": x for n, tensors in kept.items() for t, x in tensors.items()}
+            # A version is there also if no time was left to train any of these layers.
+            content |= {f"{n}/": np.zeros(0, np.float32) for n in kept}
+            self.store.remember(self.key, content)
         return shared
 
 

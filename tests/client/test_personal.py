@@ -140,9 +140,9 @@ def test_no_byte_of_a_personal_layer_is_in_any_message(settings: tuple[str, ...]
     changed = 0
     for tensors in kept.values():
         for name, value in tensors.items():
-            assert name.partition("/")[2] in names
             if value.size < 6:
                 continue
+            assert name.partition("/")[2] in names
             changed += not np.array_equal(value, done.before[name.partition("/")[2]])
             start = done.before[name.partition("/")[2]]
             for content in (value, value - start):
@@ -165,7 +165,10 @@ def test_a_layer_that_some_clients_have_not_trained_yet() -> None:
     done = run(config, 4, grid)
     assert all(record.failures == [] for record in done.rounds)
     trained = {c for n in range(1, 5) for c, blocks in done.masks(n).items() if 1 in blocks}
-    assert trained == kept_by(grid).keys()
+    kept = {
+        c for c, tensors in kept_by(grid).items() if any("blocks.1" in name for name in tensors)
+    }
+    assert trained == kept
     assert 0 < len(trained) < 6
 
 
