@@ -86,7 +86,8 @@ def without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_it_is_fedper_by_hand(pattern: str, own: tuple[str, ...]) -> None:
     """Clients' scores are those of their own models [Arivazhagan et al., FedPer, 2019]."""
-    config = personal(f"model.personal={pattern}", "federation.clients-per-round=6")
+    whole = ("federation.clients-per-round=6", "model.batch-norm=trained")
+    config = personal(f"model.personal={pattern}", *whole)
     done, task = run(config, 3), load_task(config)
     expected = by_hand(config, 3, own)
     for record, models in zip(done.rounds, expected, strict=True):
