@@ -181,11 +181,11 @@ def _bytes(config: RunConfig, bench: Workbench) -> Finding:
 
     layers, state = bench.resident.layers, bench.resident.model.state_dict()
 
-    def sent(layer: str, codec_name: str = config.exchange.codec) -> int:
+    def sent(layer: str, codec_name: str = config.exchange.codec, *, down: bool = False) -> int:
         codec = codec_of(codec_name, layers)
         parts = [
             codec.parts_of(name, np.broadcast_to(np.float32(0), state[name].shape))
-            for name in layers[layer].tensors
+            for name in (layers[layer].tensors if down else layers[layer].sent)
         ]
         return sum(
             math.prod(shape) * dtype.itemsize for part in parts for shape, dtype in part.values()
@@ -197,7 +197,7 @@ def _bytes(config: RunConfig, bench: Workbench) -> Finding:
         blocks = blocks[: int(budget.layers if budget.kind == "identical" else budget.max)]
     up = sent("head") + sum(blocks)
     coded = config.exchange.downlink_codec
-    changing = sent("head", coded) + sum(sent(block.name, coded) for block in layers.blocks)
+    changing = sum(sent(layer.name, coded, down=True) for layer in layers.layers[1:])
     cohort = config.federation.cohort
     return Finding(
         "bytes",
