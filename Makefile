@@ -33,8 +33,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 setup: $(VENV)/.installed ## create .venv with the layerfed command
 
-run: $(VENV)/.installed ## the main job: ten simulated clients fine-tune a pretrained ViT on digits
-	$(BIN)/layerfed run conf/default.toml --engine ray
+run: $(VENV)/.installed ## the main job: ten clients fine-tune a pretrained ViT, by the method and by four rules
+	$(BIN)/layerfed compare conf/scanners.toml --strategies ilp,top,bottom,random,full --budgets half-normal \
+		--seeds 0 --jobs 2 --dir runs/first
 
 # Tests of a module share what they set up, and stay in one process.
 test: $(VENV)/.installed-dev ## set up and pass the tests, on all cores
