@@ -1,7 +1,7 @@
 """What a statistic of a layer promises, beside what training the layer gives.
 
     layerfed run conf/custom.toml strategy.name=head run.name=warm …
-    python -m benchmarks.promise runs/warm --clients 4 --rates 0.003,0.01,0.03 --csv promise.csv \
+    python -m benchmarks.promise runs/warm --clients 4 --rates 0.003,0.01,0.03 --json promise.json \
         --figure promise.png
 
 From a run's final model, some clients train one layer and the head for a round, each layer in turn and
@@ -14,7 +14,7 @@ reach together if each trains the layer that a statistic gives it, beside the be
 
 from __future__ import annotations
 
-import csv
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -188,7 +188,7 @@ def main(
     clients: Annotated[int, typer.Option(min=1, help="clients, evenly from the population")] = 4,
     rates: Annotated[str, typer.Option(help="learning rates, separated by commas")] = "0.01",
     tested: Annotated[int, typer.Option(min=1, help="test examples; and own ones, in all")] = 512,
-    csv_file: Annotated[Path | None, typer.Option("--csv")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
     figure: Annotated[Path | None, typer.Option("--figure")] = None,
 ) -> None:
     """Measure, print the correlations, and write the rows."""
@@ -226,11 +226,9 @@ def main(
             shared,
         )
     Console().print(masks)
-    if csv_file:
-        with csv_file.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    if json_file:
+        found = {"layers": rows, "choices": choices}
+        json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if figure:
         draw(rows, figure)
 

@@ -114,7 +114,7 @@ def test_the_exported_model_answers_as_the_run_does(
     table = tmp_path / "prompts.csv"
     table.write_text("\n".join(["instruction", *prompts]) + "\n")
     ours = [str(row["answer"]) for row in predictions(saved, [table])]
-    if name == "layers":
+    if name == "taught":
         with pytest.raises(ConfigError, match="there are no adapters; use --format native"):
             export_run(saved, tmp_path / "adapter", "peft")
     else:

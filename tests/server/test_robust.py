@@ -78,6 +78,7 @@ def expected(
             step = {
                 "mean": mean,
                 "svd": mean,  # of a model without adapters
+                "stack": mean,
                 "median": np.median(table, axis=0),
                 "trimmed-mean": table[cut : len(rows) - cut].mean(axis=0),
             }[rule]

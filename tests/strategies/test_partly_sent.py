@@ -16,7 +16,7 @@ from tests.fakes import Recorded
 from tests.tiny_task import Run, check_resumed, configured, run
 
 pytestmark = pytest.mark.usefixtures("tiny_task")
-LAYERS = LayerMap.from_model(TinyNet())
+LAYERS = LayerMap.from_model(TinyNet()).with_frozen_statistics(TinyNet())
 ALL = (True,) * 4
 
 
