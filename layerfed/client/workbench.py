@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from logging import INFO
+from logging import INFO, WARNING
 from typing import cast
 
 import numpy as np
@@ -73,11 +73,14 @@ class Workbench:
             chosen_precision(train.precision, self.device), train.micro_batch, train.checkpointing
         )
         """How a step of training is computed on this device."""
-        if (
-            train.micro_batch
-            and not config.model.frozen_statistics
-            and any(isinstance(module, _BatchNorm) for module in self.resident.model.modules())
-        ):
+        norms = [m for m in self.resident.model.modules() if isinstance(m, _BatchNorm)]
+        if config.model.frozen_statistics and any(map(_untrained, norms)):
+            log(
+                WARNING,
+                "BatchNorm's statistics have never been trained, and stay as they are; if the model has "
+                "new weights, set model.batch-norm=trained",
+            )
+        if train.micro_batch and not config.model.frozen_statistics and norms:
             raise ConfigError(
                 f"train.micro-batch = {train.micro_batch}: model.name = '{config.model.name}' has "
                 "BatchNorm, whose statistics are those of a whole batch; set it to 0 and lower "
@@ -199,6 +202,12 @@ class Workbench:
 @lru_cache(maxsize=64)
 def _parsed(items: tuple[tuple[str, type, Scalar], ...]) -> RunConfig:
     return RunConfig.from_flat({key: value for key, _, value in items})
+
+
+def _untrained(norm: _BatchNorm) -> bool:
+    """Return whether the running statistics are those of a new module."""
+    mean, var = norm.running_mean, norm.running_var
+    return mean is not None and var is not None and not mean.any() and bool((var == 1).all())
 
 
 def run_config_of(flat: Flat) -> RunConfig:

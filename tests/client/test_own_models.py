@@ -76,3 +76,24 @@ def test_an_example_too_many_for_a_batch_keeps_no_client_from_training(
     module._workbench.cache_clear()
     assert not [f for record in found.rounds for f in record.failures]
     assert found.rounds[0].replies == 4
+
+
+@pytest.mark.parametrize(
+    ("statistics", "setting", "warned"),
+    [(0.0, "auto", True), (0.0, "trained", False), (0.5, "auto", False)],
+)
+def test_statistics_that_were_never_trained_and_stay_are_named(
+    of_model: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    statistics: float,
+    setting: str,
+    warned: bool,
+) -> None:
+    def moved(model: nn.Module) -> None:
+        for block in model.blocks:
+            block.norm.running_mean.fill_(statistics)
+
+    of_model(moved)
+    module.workbench(configured(f"model.batch-norm={setting}").to_flat())
+    module._workbench.cache_clear()
+    assert ("never been trained" in caplog.text) == warned

@@ -156,7 +156,6 @@ def test_a_resumed_run_ends_the_same(rule: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("storage", ["int8", "4bit", "bfloat16"])
 def test_adapters_train_over_quantised_weights(storage: str) -> None:
     """The base takes less memory, stays what it is, and is the same model to the server."""
-    pytest.importorskip("bitsandbytes")
     settings = ("task.name=digits", "model.lora-rank=2", "model.tuning=lora", "strategy.name=top")
     quick = ("federation.clients-per-round=2", "train.local-steps=2")
     plain = configured(*settings, *quick)
