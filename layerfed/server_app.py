@@ -112,6 +112,7 @@ def build_strategy(
                 server.trim,
                 config.model.lora_alpha / config.model.lora_rank,
                 config.run.seed,
+                server.average_over,
             ),
             scores=task.scores if task else (ACCURACY, LOSS),
             metric=task.metric if task else ACCURACY,

@@ -435,6 +435,7 @@ class ServerConfig(Scheduled):
     key: ClassVar[str] = "server"
 
     aggregation: Literal["mean", "median", "trimmed-mean", "svd", "stack"] = "mean"
+    average_over: Literal["trained", "cohort"] = "trained"
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     clip: Annotated[float, Field(ge=0)] = 0.0
     optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"

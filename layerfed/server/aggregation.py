@@ -30,6 +30,11 @@ are closer. `stack` loses nothing, as FLoRA [Wang et al., arXiv 2409.05976]: all
 one pair of factors. Its product is added to the frozen weight, and adapters begin again. The weight then
 travels to clients. The factors side by side would be smaller only if Σ_i r_i is below half the weight's
 side, and a node that missed rounds would need those of all of them.
+
+Each rule averages over the clients that trained a layer, as the paper does. So a layer that one client
+trained takes this client's whole step, however many others left the layer as it is. An average over the
+*cohort* counts these as no change: the layer's update is multiplied by Σ_{i trained l} d_i / Σ_i d_i.
+The model then moves along the mean of the clients' masked updates.
 """
 
 from __future__ import annotations
@@ -85,6 +90,8 @@ class Aggregator(ABC):
         self._model = model
         self.weights: dict[str, int] = {}
         """Σ d_j over the clients that trained each layer, also for rules without weights."""
+        self.examples = 0
+        """Σ d_j over all clients of the round."""
 
     def add(
         self, trained: Iterable[str], update: Mapping[str, np.ndarray], examples: int
@@ -101,6 +108,7 @@ class Aggregator(ABC):
             d_i, the client's number of training examples.
         """
         norms = {}
+        self.examples += examples
         for layer in trained:
             self.weights[layer] = self.weights.get(layer, 0) + examples
             norms[layer] = self._take(layer, update, examples)
@@ -408,12 +416,15 @@ class Aggregation:
         α/r of adapters that are stacked.
     seed : int (default: 0)
         The run's seed, which draws the adapters that begin again.
+    over : {"trained", "cohort"} (default: "trained")
+        The clients that a layer's update is averaged over.
     """
 
     rule: str = "mean"
     trim: float = 0.1
     scale: float = 1.0
     seed: int = 0
+    over: str = "trained"
 
     def begin(
         self, layers: LayerMap, model: Mapping[str, np.ndarray] = NOTHING, number: int = 0
@@ -422,6 +433,10 @@ class Aggregation:
         if self.rule == "stack":
             return Stack(layers, self.trim, model, self.scale, self.seed, number)
         return AGGREGATIONS[self.rule](layers, self.trim, model)
+
+    def share(self, mean: Aggregator, layer: str) -> float:
+        """Return what a layer's update is multiplied by, in (0, 1]."""
+        return mean.weights[layer] / mean.examples if self.over == "cohort" else 1.0
 
 
 WEIGHTED_MEAN = Aggregation()

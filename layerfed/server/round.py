@@ -353,10 +353,11 @@ class Round:
         self._estimate_theory(names)
         moved = {}
         for layer in names:
+            share = self._aggregation.share(self._mean, layer)
             means, after = self._mean.pop(layer), dict[str, np.ndarray]()
             for name, before in self.model.layer(layer).items():
                 # One tensor at a time, so that each mean is freed when it has been used.
-                mean = {name: means.pop(name)}
+                mean = {name: means.pop(name) * share if share < 1 else means.pop(name)}
                 after |= optimizer.step(self.model.layers[layer], {name: before}, mean)
             if not all(np.isfinite(tensor).all() for tensor in after.values()):
                 raise RoundFailed(

@@ -52,7 +52,12 @@ class FedLUAR(SelectiveStrategy):
 
     @classmethod
     def refuse(cls, options: Any, config: RunConfig) -> None:
-        """Refuse adapters that begin again, whose last updates mean nothing."""
+        """Refuse adapters that begin again, and a share of clients where nobody trained a layer."""
+        if config.server.average_over == "cohort":
+            raise ConfigError(
+                "server.average-over = 'cohort' does not go with strategy.name = 'fedluar': a layer "
+                "that is not sent moves by its last whole update; choose trained"
+            )
         if config.server.aggregation == "stack":
             raise ConfigError(
                 "server.aggregation = 'stack' does not go with strategy.name = 'fedluar': adapters "

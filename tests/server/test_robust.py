@@ -56,7 +56,12 @@ def rounds_of(grid: Federation) -> list[list[tuple[dict[str, np.ndarray], dict[s
 
 
 def expected(
-    grid: Federation, rule: str, trim: float = 0.0, clip: float = 0.0, cap: int = 0
+    grid: Federation,
+    rule: str,
+    trim: float = 0.0,
+    clip: float = 0.0,
+    cap: int = 0,
+    over: str = "trained",
 ) -> Any:
     """The model after these rounds, in float64 and written out."""
     model = {name: tensor.astype(np.float64) for name, tensor in BASE.items()}
@@ -82,6 +87,8 @@ def expected(
                 "median": np.median(table, axis=0),
                 "trimmed-mean": table[cut : len(rows) - cut].mean(axis=0),
             }[rule]
+            if over == "cohort":
+                step = step * sum(weights) / sum(metrics["examples"] for _, metrics in replies)
             step = np.rint(step) if BASE[name].dtype == np.int64 else step
             model[name] = (model[name] + step).astype(BASE[name].dtype).astype(float)
     return model
@@ -96,13 +103,16 @@ def same_model(outcome: Outcome, wanted: dict[str, np.ndarray]) -> None:
 
 
 # ------------------------------------------------------------------------------- against formulas
+@pytest.mark.parametrize("over", ["trained", "cohort"])
 @pytest.mark.parametrize("budget", [1, 2, 4])
 @pytest.mark.parametrize("rule", AGGREGATIONS)
-def test_rounds_are_the_formula_over_the_clients_of_each_layer(rule: str, budget: int) -> None:
+def test_rounds_are_the_formula_over_the_clients_of_each_layer(
+    rule: str, budget: int, over: str
+) -> None:
     """With one layer for each client, one, two or no clients train a layer."""
     grid = Federation(CLIENTS)
-    found = run(grid, budget=budget, aggregation=Aggregation(rule, 0.3))
-    same_model(found, expected(grid, rule, trim=0.3))
+    found = run(grid, budget=budget, aggregation=Aggregation(rule, 0.3, over=over))
+    same_model(found, expected(grid, rule, trim=0.3, over=over))
     assert [(r.failures, r.late) for r in found.rounds] == [([], 0), ([], 0)]
     for record in found.rounds:
         assert record.e1 is not None

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from layerfed.client.workbench import workbench
+from layerfed.config import ConfigError
 from layerfed.config.seeding import Stream, generator
 from layerfed.exchange.instruction import TrainInstruction
 from layerfed.models.layers import LayerMap
-from layerfed.strategies import FedBCGD, RoundSettings
+from layerfed.strategies import FedBCGD, RoundSettings, checked
 from tests.candidates import candidates
 from tests.conftest import TinyNet
 from tests.fakes import Recorded
@@ -38,6 +39,11 @@ def relative_change(
 
 
 # --------------------------------------------------------------------------------------- fedluar
+def test_a_recycled_layer_is_nobodys_share_of_a_cohort() -> None:
+    with pytest.raises(ConfigError, match=r"server\.average-over = 'cohort' does not go with"):
+        checked(configured("strategy.name=fedluar", "server.average-over=cohort"))
+
+
 def test_a_recycled_layer_repeats_its_last_step_and_is_not_sent() -> None:
     config = configured("strategy.name=fedluar", "run.seed=3")
     one, grid = run(config, 1), Recorded(config)
