@@ -130,7 +130,7 @@ class Workload:
         """Return the names of the parameters that every client trains."""
         layers = self.load().layers(model)
         mask = [self.trains == "full"] * (layers.num_blocks - 1) + [True]
-        return [name for layer in layers.trained(mask) for name in layers[layer].parameters]
+        return [name for layer in layers.trained(mask) for name in layers[layer].trained]
 
 
 WORKLOADS = {

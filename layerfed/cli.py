@@ -418,7 +418,7 @@ def layers(settings: Settings = None) -> None:
     for layer in found.layers:
         table.add_row(
             escape(layer.name),
-            role[layer.kind] + (", personal" if layer.name in found.personal else ""),
+            role[layer.kind] + _kept(layer, found),
             escape(", ".join(_with_tensors(layer, found))),
             f"{layer.elements:,}",
             f"{layer.bytes / 1e6:.3f}",
@@ -429,6 +429,13 @@ def layers(settings: Settings = None) -> None:
     output.print(table)
     if (predicted := _predicted(config, task)) is not None:
         output.print(predicted)
+
+
+def _kept(layer: Layer, layers: LayerMap) -> str:
+    """Return what a layer's role says of tensors that stay on clients."""
+    if layer.name in layers.personal:
+        return ", personal"
+    return ", with personal adapters" if layer.own else ""
 
 
 def _predicted(config: RunConfig, task: Task) -> Table | None:

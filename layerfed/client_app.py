@@ -137,7 +137,9 @@ def probe(message: Message, context: Context) -> Message:
             checkpointing=bench.step.checkpointing,
         )
     if node.protection is not None:
-        public = [name for name in statistics if load_statistic(name).public]
+        # Of a personal layer nothing is public.
+        shared = layers.personal.isdisjoint(block.name for block in layers.blocks)
+        public = [name for name in statistics if load_statistic(name).public and shared]
         statistics = node.protection.statistics(statistics, public)
     numbers = work.numbers(private=node.protection is not None)
     return probe_reply(message, statistics, node.stated(len(examples)), **numbers)
@@ -179,7 +181,7 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
             cache=bench.prefix,
             clock=clock,
         )
-        done = {tensor for layer in result.layers for tensor in layers[layer].tensors}
+        done = {t for layer in result.layers for t in (*layers[layer].tensors, *layers[layer].own)}
         shared = own_parts.keep({name: change for name, change in update.items() if name in done})
     if result.late and federation.late == "drop":
         shared = {}

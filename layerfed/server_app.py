@@ -269,7 +269,7 @@ def _run(
         )
         if evaluations:
             folder.describe_result(_result(bench.task, *evaluations.popitem()))
-        elif config.model.personal and config.task.local_test:
+        elif strategy.layers.kept and config.task.local_test:
             record = strategy.round.record
             folder.describe_result({"round": record.round, "scores": record.scores})
         folder.finish(bench.resident.base, strategy.model.changed_tensors)

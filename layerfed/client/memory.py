@@ -171,7 +171,7 @@ def rows_that_fit(task: Task, model: nn.Module, device: torch.device) -> int:
 def weights_in_training(model: nn.Module, layers: LayerMap, chosen: Iterable[str]) -> float:
     """Return the bytes of a model as it is held, and of the copies of some layers that are trained."""
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return float(held + sum(layers[name].sent_bytes for name in chosen))
+    return float(held + sum(layers[name].trained_bytes for name in chosen))
 
 
 @contextmanager

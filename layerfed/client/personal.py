@@ -1,9 +1,9 @@
-"""The layers that stay on a client (`model.personal`): it trains them, keeps them and sends none.
+"""What stays on a client: layers (`model.personal`) and second adapters (`model.personal-rank`).
 
-A client has its own version of them in its layer store, in a file that only its user may read. Clients
-of a simulation, which share the server's memory, have theirs in the user's default store: so a run that
-is killed can be continued. The file has the versions of several rounds, as many as the run's oldest
-checkpoint may go back.
+A client trains them, and sends none. It has its own version of them in its layer store, in a file that
+only its user may read. Clients of a simulation, which share the server's memory, have theirs in the
+user's default store: so a run that is killed can be continued. The file has the versions of several
+rounds, as many as the run's oldest checkpoint may go back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclass
 class OwnLayers:
-    """The personal layers of one client in one round.
+    """The personal layers and adapters of one client in one round.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class OwnLayers:
         return self.versions.get(last, {})
 
     def keep(self, update: Tensors) -> Tensors:
-        """Keep the personal layers as training left them, and return the update of the other layers.
+        """Keep what is personal as training left it, and return the update of the rest.
 
         Parameters
         ----------
@@ -95,11 +95,11 @@ class OwnLayers:
         shared: dict[str, np.ndarray] = {}
         own: dict[str, np.ndarray] = {}
         for name, change in update.items():
-            if layers.layer_of(name).name in layers.personal:
+            if name in layers.kept:
                 own[name] = resident.values(name) + change
             else:
                 shared[name] = change
-        if layers.personal:
+        if layers.kept:
             own = {**next(iter(self.versions.values()), {}), **own}
             run = self.node.run.run
             oldest = self.number - run.checkpoint_every * run.checkpoints
@@ -126,7 +126,7 @@ def own_layers(node: Node, message: Message) -> Iterator[OwnLayers]:
     """
     asked, resident = read_config(message), node.bench.resident
     mine = OwnLayers(node, f"{asked.get('run', '')}/{node.partition}/personal", asked["round"])
-    if not resident.layers.personal:
+    if not resident.layers.kept:
         yield mine
         return
     after = message.metadata.message_type == "evaluate"

@@ -46,7 +46,7 @@ def predicted_step(
     chosen = layers.trained(mask)
     with as_predicted(model, layers, chosen, storage), selected_layers(model, layers, chosen):
         parameters = dict(model.named_parameters())
-        trained = [parameters[name] for layer in chosen for name in layers[layer].parameters]
+        trained = [parameters[name] for layer in chosen for name in layers[layer].trained]
         plain = Step("float32", how.micro_batch, how.checkpointing)
         step = Stepper(model, trained, loss, optimizer, plain)
         weights = weights_in_training(model, layers, chosen)

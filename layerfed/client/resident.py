@@ -377,7 +377,7 @@ class ResidentModel:
         that Δ_i can be computed from them, and are put back by reference. A layer counts as unknown
         while it is lent, so a training step that raises cannot leak into the next client.
         """
-        tensors = [tensor for name in names for tensor in self.layers[name].sent]
+        tensors = [t for name in names for t in (*self.layers[name].sent, *self.layers[name].own)]
         # As they are held; of those held in less, θ^t is the checkpoint's value.
         held = {t: self.tensors[t] if self._casts else self.tensors[t].data for t in tensors}
         before = Decoded({t: self._exact.get(t, value) for t, value in held.items()}, self.device)

@@ -153,7 +153,7 @@ def selected_layers(model: nn.Module, layers: LayerMap, names: Iterable[str]) ->
     modules = dict(model.named_modules())
     model.eval()
     for layer in layers.layers:
-        for name in layer.parameters:
+        for name in layer.trained:
             parameters[name].requires_grad_(layer.name in chosen)
             parameters[name].grad = None
         for name in layer.modules:
@@ -334,9 +334,9 @@ def train_layers(
     """
     chosen = layers.trained(mask)
     parameters = dict(model.named_parameters())
-    trained = [parameters[name] for layer in chosen for name in layers[layer].parameters]
+    trained = [parameters[name] for layer in chosen for name in layers[layer].trained]
     layer_of: dict[Tensor, str] = {
-        parameters[name]: layer for layer in chosen for name in layers[layer].parameters
+        parameters[name]: layer for layer in chosen for name in layers[layer].trained
     }
     moved, late = chosen, False
     losses: list[Tensor] = []

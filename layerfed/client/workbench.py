@@ -178,7 +178,7 @@ class Workbench:
             return math.inf
         # θ^t of the trained layers is kept beside them.
         copies = 1 + (2 if train.optimizer == "adamw" else bool(train.momentum))
-        trained = sum(layers[name].sent_bytes for name in [*chosen, layers.head.name])
+        trained = sum(layers[name].trained_bytes for name in [*chosen, layers.head.name])
         model = self.resident.nbytes
         process = CUDA_PROCESS if self.device.type == "cuda" else 0.0
         return model + step + copies * trained + process

@@ -135,6 +135,7 @@ class ModelConfig(Section):
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     lora_targets: str = ""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    personal_rank: Annotated[int, Field(ge=0)] = 0
     units: Annotated[str, Field(min_length=1)] = "blocks"
     batch_norm: Literal["auto", "frozen", "trained"] = "auto"
 
@@ -157,7 +158,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _adapters(self) -> Self:
         fields = type(self).model_fields
-        for name in (name for name in fields if name.startswith("lora_")):
+        for name in (name for name in fields if name.startswith(("lora_", "personal_rank"))):
             value = getattr(self, name)
             if self.tuning == "layers" and value != fields[name].default:
                 raise ConfigError(
@@ -533,10 +534,19 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _personal(self) -> Self:
         scored = self.task.local_test > 0 or self.privacy.mode != "none"
-        if self.model.personal and not scored:
+        own = f"model.personal = '{self.model.personal}'" if self.model.personal else ""
+        if not own and self.model.personal_rank:
+            own = f"model.personal-rank = {self.model.personal_rank}"
+        if own and not scored:
             raise ConfigError(
-                f"model.personal = '{self.model.personal}' needs task.local-test above 0: only clients "
-                "have these layers, so only they can score the model; try task.local-test=0.2"
+                f"{own} needs task.local-test above 0: only clients have what stays on them, so only "
+                "they can score the model; try task.local-test=0.2"
+            )
+        if own and self.run.ray_address:
+            raise ConfigError(
+                f"{own} does not go with run.ray-address = '{self.run.ray_address}': what stays on a "
+                "client is in a file of the machine that worked for it, and on a cluster another one "
+                "may be next; leave run.ray-address empty"
             )
         return self
 

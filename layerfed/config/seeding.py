@@ -27,6 +27,7 @@ class Stream(IntEnum):
     AUGMENT = 9
     ADAPTERS = 10
     SKIP = 11
+    OWN_ADAPTERS = 12
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

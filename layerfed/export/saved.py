@@ -104,6 +104,8 @@ class SavedRun:
                 "model.personal: %s stayed on the clients; here they are as the run began",
                 ", ".join(personal),
             )
+        if config.model.personal_rank:
+            log(WARNING, "model.personal-rank: second adapters stayed on the clients; none is here")
         round_ = int(about["round"])
         return cls(folder, config, task, resident.model.eval(), resident.layers, round_)
 

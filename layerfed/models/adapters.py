@@ -5,11 +5,21 @@ frozen weight W an adapter adds (α/r)·B·A [Hu et al., LoRA, 2022, section 4.1
 (r, inputs) and is drawn from the run's seed; B has the shape (outputs, r) and begins at 0. If every
 client trains all of them and the server averages A and B, this is FedIT [Zhang et al., arXiv
 2305.05644].
+
+With `model.personal-rank` each of these modules has a second adapter, which each client keeps to
+itself: W x + (α/r)·B·A·x + (α/r')·B'·A'·x. This is the idea of SDFLoRA [Shen et al., arXiv 2601.11219]:
+a client's adapter is split into a global module, which is aggregated, and a local one, which stays, and
+noise for privacy is added to the global one alone. Only the abstract could be read. It does not say how
+the two are combined and trained, nor what is "selectively aligned" of the global one. Here they are
+added up and trained in the same steps, a block's second adapter whenever the block is selected. Ranks
+that differ between clients are a matter of `server.aggregation` and of the strategy `ranks`, as without
+a second adapter.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -30,6 +40,8 @@ from layerfed.models.weights import files_of, note_files
 
 __all__ = ["adapted_layers", "insert_adapters", "merge_adapters", "save_adapters"]
 
+# PEFT's names of the adapter that is averaged, and of a second one that stays on each client.
+SHARED, OWN = "default", "personal"
 # Their fused operations read the weights of the modules inside, and would leave out adapters.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -77,15 +89,27 @@ def insert_adapters(
     with naming_extras("model.tuning = 'lora'"):
         peft = import_module("peft")
     targets = _targets(model, layers, section, forward)
-    config = peft.LoraConfig(
-        r=section.lora_rank,
-        lora_alpha=section.lora_alpha,
-        lora_dropout=section.lora_dropout,
-        # Names would also match modules whose names end with them.
-        target_modules="|".join(map(re.escape, targets)),
-    )
-    with new_weights(seed, Stream.ADAPTERS):
-        peft.inject_adapter_in_model(config, model)
+    ranks = {SHARED: section.lora_rank, OWN: section.personal_rank}
+    for name in (SHARED, OWN) if section.personal_rank else (SHARED,):
+        config = peft.LoraConfig(
+            r=ranks[name],
+            lora_alpha=section.lora_alpha,
+            lora_dropout=section.lora_dropout,
+            # Names would also match modules whose names end with them.
+            target_modules="|".join(map(re.escape, targets)),
+        )
+        stream = Stream.ADAPTERS if name == SHARED else Stream.OWN_ADAPTERS
+        with new_weights(seed, stream), warnings.catch_warnings():
+            # PEFT warns of several adapters, which are meant here.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            peft.inject_adapter_in_model(config, model, name)
+    if section.personal_rank:
+        for module in (cast(Any, model.get_submodule(target)) for target in targets):
+            for factor in (module.lora_A[OWN], module.lora_B[OWN]):
+                factor.to(
+                    module.weight.device
+                )  # PEFT leaves it on the CPU if the model is on `meta`
+            module.set_adapter([SHARED, OWN])
     adapters = {
         f"{target}.{name}": block
         for target, block in targets.items()
@@ -101,17 +125,18 @@ def insert_adapters(
                 f"server.aggregation = 'stack' adds B·A to weights as nn.Linear has them, and {target} "
                 "has them transposed; choose server.aggregation=svd"
             )
-    _LAYERS[model] = layers.with_adapters(model, adapters, weights if folded else {})
+    own = {name for name in adapters if f".{OWN}." in name}
+    _LAYERS[model] = layers.with_adapters(model, adapters, weights if folded else {}, own)
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Add each adapter to the weight that it adapts, and take it out of the model, if there are any."""
+    """Add each shared adapter to the weight that it adapts, and take all out, if there are any."""
     if _LAYERS.pop(model, None) is None:
         return
     layer = import_module("peft.tuners.tuners_utils").BaseTunerLayer
     for name, module in list(model.named_modules()):
         if isinstance(module, layer):
-            module.merge()
+            module.merge(adapter_names=[SHARED])
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, module.get_base_layer())
     del model.peft_config
@@ -149,14 +174,15 @@ def save_adapters(
             "--format native, which merges adapters into the weights"
         )
     config = replace(
-        cast(Any, model).peft_config["default"],
+        cast(Any, model).peft_config[SHARED],
         task_type=kind,
         modules_to_save=modules,
         base_model_name_or_path=base,
         inference_mode=True,
     )
     state = (whole or model).state_dict()
-    tensors = peft.get_peft_model_state_dict(model) | {name: state[name] for name in head.tensors}
+    tensors = peft.get_peft_model_state_dict(model, adapter_name=SHARED)
+    tensors |= {name: state[name] for name in head.tensors}
     made = {f"base_model.model.{name}": t.detach().contiguous() for name, t in tensors.items()}
     save_file(made, folder / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(str(folder))

@@ -72,13 +72,18 @@ class Layer:
     modules : tuple[str, ...]
         The outermost modules that lie entirely in this layer.
     elements : int
-        Number of parameter elements.
+        Number of elements of the parameters, those that clients keep included.
     bytes : int
         Size of `tensors`.
     frozen : tuple[str, ...]
         Those of `tensors` that clients get, and neither train nor send: weights that the server changes.
     sent_bytes : int
         Size of the others.
+    own : tuple[str, ...]
+        Parameters that each client trains with the layer, keeps and never sends: those of a second
+        adapter. They are not among `parameters` and `tensors`, and nobody else has them.
+    trained_bytes : int
+        Size of all that a client trains of the layer.
     """
 
     name: str
@@ -91,6 +96,13 @@ class Layer:
     bytes: int
     frozen: tuple[str, ...]
     sent_bytes: int
+    own: tuple[str, ...]
+    trained_bytes: int
+
+    @cached_property
+    def trained(self) -> tuple[str, ...]:
+        """The parameters that clients train, those that they keep included."""
+        return (*self.parameters, *self.own)
 
     @cached_property
     def sent(self) -> tuple[str, ...]:
@@ -213,7 +225,11 @@ class LayerMap:
         return cls(layers, aliases, _shapes(model), skippable=skippable)
 
     def with_adapters(
-        self, model: nn.Module, adapters: Mapping[str, str], weights: Mapping[str, str]
+        self,
+        model: nn.Module,
+        adapters: Mapping[str, str],
+        weights: Mapping[str, str],
+        own: Collection[str] = (),
     ) -> LayerMap:
         """Return the split of the same model once it has adapters.
 
@@ -225,12 +241,14 @@ class LayerMap:
             Names of the adapters' parameters, each with the name of its block.
         weights : Mapping[str, str]
             The same of the weights that the server folds adapters into.
+        own : Collection[str]
+            Those of the adapters' parameters that each client keeps to itself.
         """
         head = {*self.head.parameters, *self.head.buffers}
         rest = {name: HEAD if name in head else EMBEDDINGS for name in _tensors(model)}
         modules = {module: layer.name for layer in self.layers for module in layer.modules}
         places = {**rest, **adapters, **weights}
-        layers = _layers(model, places, modules, self.num_blocks, weights)
+        layers = _layers(model, places, modules, self.num_blocks, weights, own)
         shapes = _shapes(model)
         return LayerMap(layers, _aliases(_tied(model)), shapes, True, self.personal, self.skippable)
 
@@ -318,6 +336,16 @@ class LayerMap:
         chosen = [block.name for block, on in zip(self.blocks, mask, strict=True) if on]
         return [*chosen, self.head.name]
 
+    def own(self, layer: str) -> tuple[str, ...]:
+        """Return the tensors of a layer that each client keeps to itself."""
+        found = self[layer]
+        return (*found.tensors, *found.own) if layer in self.personal else found.own
+
+    @cached_property
+    def kept(self) -> frozenset[str]:
+        """The tensors that each client keeps to itself, of all layers."""
+        return frozenset(tensor for layer in self.names for tensor in self.own(layer))
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of all layers, in order."""
@@ -332,7 +360,7 @@ class LayerMap:
         return {
             name: layer
             for layer in self.layers
-            for name in (*layer.parameters, *layer.frozen, *layer.buffers)
+            for name in (*layer.trained, *layer.frozen, *layer.buffers)
         }
 
     def __getitem__(self, name: str) -> Layer:
@@ -685,6 +713,7 @@ def _layers(
     modules: Mapping[str, str],
     num_blocks: int,
     frozen: Collection[str] = (),
+    own: Collection[str] = (),
 ) -> tuple[Layer, ...]:
     """Return the layers in order, each with its tensors and modules."""
     tensors = _tensors(model)
@@ -694,11 +723,13 @@ def _layers(
 
     def layer(name: str, kind: Literal["embeddings", "block", "head"]) -> Layer:
         all_mine = [n for n in parameters if layer_of[n] == name]
-        mine = tuple(n for n in all_mine if n not in frozen)
+        mine = tuple(n for n in all_mine if n not in frozen and n not in own)
         rest = tuple(n for n in all_mine if n in frozen)
+        stay = tuple(n for n in all_mine if n in own)
         also = tuple(n for n in buffers if layer_of[n] == name)
         travel = tuple(n for n in (*mine, *rest, *also) if n in kept)
-        size = {n: tensors[n].numel() * tensors[n].element_size() for n in travel}
+        size = {n: tensors[n].numel() * tensors[n].element_size() for n in (*travel, *stay)}
+        sent_bytes = sum(size[n] for n in travel if n not in frozen)
         return Layer(
             name=name,
             kind=kind,
@@ -706,10 +737,12 @@ def _layers(
             buffers=also,
             tensors=travel,
             modules=tuple(m for m, where in modules.items() if where == name),
-            elements=sum(tensors[n].numel() for n in mine),
-            bytes=sum(size.values()),
+            elements=sum(tensors[n].numel() for n in (*mine, *stay)),
+            bytes=sum(size[n] for n in travel),
             frozen=rest,
-            sent_bytes=sum(size.values()) - sum(size[n] for n in rest),
+            sent_bytes=sent_bytes,
+            own=stay,
+            trained_bytes=sent_bytes + sum(size[n] for n in stay),
         )
 
     middle = (layer(f"blocks.{index}", "block") for index in range(num_blocks))

@@ -185,7 +185,7 @@ class Round:
         known: dict[str, int | str] = {"client": client}
         if client in self.examples:
             known["examples"] = self.examples[client]
-        if self.model.layers.personal:
+        if self.model.layers.kept:
             known |= {"run": self._token, "personal": self._personal(client)}
         return known
 

@@ -424,9 +424,7 @@ class SelectiveStrategy(Strategy):
         with self._phase("train"):
             self.round.take_updates(replies, min(asked, self.settings.clients_per_round or asked))
             for client in record.updated:
-                if self.layers.personal.intersection(
-                    self.layers.trained(self.round.mask_of(client))
-                ):
+                if any(map(self.layers.own, self.layers.trained(self.round.mask_of(client)))):
                     self.kept[f"personal/{client}"] = np.asarray(server_round)
             self._publish(
                 self.round.finish(self.settings.min_replies, self.optimizer, self.applied)
@@ -645,8 +643,8 @@ class SelectiveStrategy(Strategy):
 
     def _evaluate_centrally(self, evaluate_fn: EvaluateFn | None, result: Result) -> None:
         record = self.round.record
-        if self.layers.personal and self.settings.client_evaluation:
-            # Nobody else has the personal layers.
+        if self.layers.kept and self.settings.client_evaluation:
+            # Nobody else has what stays on clients.
             found = {s.name: record.metrics[f"client_{s.name}"] for s in self.settings.scores}
             numbers = {name: value for name, value in found.items() if value is not None}
             metrics = MetricRecord(cast(Any, numbers)) if numbers else None

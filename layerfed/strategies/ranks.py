@@ -11,17 +11,24 @@ from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
 
-ALLOWED = {
-    "model.tuning": (("lora",), "layers have no ranks"),
-    "budget.unit": (
-        ("parameters", "bytes"),
-        "r ranks do not cost r times as much as one in other units",
-    ),
-    "server.aggregation": (
-        ("svd", "stack"),
-        "factors of different ranks have no mean, and their products have one",
-    ),
-}
+
+def _allowed(config: RunConfig) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Return the values that some keys may have, and why they may have no others."""
+    units: tuple[str, ...] = ("parameters", "bytes")
+    second = ""
+    if config.model.personal_rank:
+        units, second = ("bytes",), ", and the second ones of model.personal-rank are trained whole"
+    return {
+        "model.tuning": (("lora",), "layers have no ranks"),
+        "budget.unit": (
+            units,
+            f"r ranks do not cost r times as much as one in other units{second}",
+        ),
+        "server.aggregation": (
+            ("svd", "stack"),
+            "factors of different ranks have no mean, and their products have one",
+        ),
+    }
 
 
 class Ranks(SelectiveStrategy):
@@ -41,7 +48,7 @@ class Ranks(SelectiveStrategy):
     def refuse(cls, options: Any, config: RunConfig) -> None:
         """Refuse runs without ranks, or in which a rank costs no share of a block."""
         flat = config.to_flat()
-        for key, (values, why) in ALLOWED.items():
+        for key, (values, why) in _allowed(config).items():
             if flat[key] not in values:
                 raise ConfigError(
                     f"{key} = '{flat[key]}' does not go with strategy.name = 'ranks': {why}; choose "
@@ -52,7 +59,7 @@ class Ranks(SelectiveStrategy):
     def exists(cls, config: RunConfig) -> bool:
         """Return whether the run has ranks that budgets can count."""
         flat = config.to_flat()
-        return all(flat[key] in values for key, (values, _) in ALLOWED.items())
+        return all(flat[key] in values for key, (values, _) in _allowed(config).items())
 
     def bounded(self, server_round: int) -> bool:
         """Return False, since masks do not tell what a client trains of each block."""

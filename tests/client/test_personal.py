@@ -26,6 +26,8 @@ from tests.tiny_task import check_resumed, configured, run
 
 TINY = "task.name=tests.tiny_task:TinyTask"
 CPU = torch.device("cpu")
+# Beside each adapter a second one, which stays on its client.
+SECOND = ("model.personal=", "model.tuning=lora", "model.lora-rank=2", "model.personal-rank=3")
 
 
 def personal(*settings: str) -> RunConfig:
@@ -123,6 +125,13 @@ def test_it_is_fedper_by_hand(pattern: str, own: tuple[str, ...]) -> None:
         ("model.personal=head, blocks.3", "strategy.name=fedluar"),
         ("model.personal=head", "strategy.name=top", "exchange.codec=int8"),
         ("model.personal=blocks.2", "model.tuning=lora", "server.aggregation=svd"),
+        (*SECOND, "strategy.name=ilp", "budget.layers=2"),
+        (*SECOND, "server.aggregation=svd", "strategy.name=top", "exchange.codec=int8"),
+        (*SECOND, "server.aggregation=stack", "model.personal=head"),
+        (*SECOND, "strategy.name=fedtlu", "strategy.side=client", "train.optimizer=adamw"),
+        (*SECOND, "strategy.name=top", "secagg.enabled=true"),
+        (*SECOND, "task.local-test=0", "privacy.mode=local", "privacy.noise=0.1"),
+        (*SECOND, "task.local-test=0", "privacy.mode=central", "privacy.noise=0.1"),
         ("model.personal=head", "strategy.name=top", "secagg.enabled=true"),
         ("model.tuning=lora", "task.local-test=0", "privacy.mode=local", "privacy.noise=0.1"),
     ],
@@ -131,8 +140,9 @@ def test_no_byte_of_a_personal_layer_is_in_any_message(settings: tuple[str, ...]
     config = personal(*settings)
     grid = Recorded(config)
     done = run(config, 2, grid)
-    layers = workbench(config.to_flat()).resident.layers
-    names = {t for layer in layers.personal for t in layers[layer].tensors}
+    resident = workbench(config.to_flat()).resident
+    layers = resident.layers
+    names = layers.kept
     assert [record.failures for record in done.rounds] == [[], []]
     kept = kept_by(grid)
     assert len(kept) > 1
@@ -140,12 +150,13 @@ def test_no_byte_of_a_personal_layer_is_in_any_message(settings: tuple[str, ...]
     written = [message_to_proto(message).SerializeToString() for message in messages]
     changed = 0
     for tensors in kept.values():
-        for name, value in tensors.items():
+        for key, value in tensors.items():
             if value.size < 6:
                 continue
-            assert name.partition("/")[2] in names
-            changed += not np.array_equal(value, done.before[name.partition("/")[2]])
-            start = done.before[name.partition("/")[2]]
+            name = key.partition("/")[2]
+            assert name in names
+            start = resident.values(name)
+            changed += not np.array_equal(value, start)
             for content in (value, value - start):
                 if content.any():
                     assert not any(content.tobytes() in message for message in written)
@@ -154,7 +165,11 @@ def test_no_byte_of_a_personal_layer_is_in_any_message(settings: tuple[str, ...]
         arrays = message.content.array_records.get("arrays", {})
         assert not names.intersection(name.partition("#")[0] for name in arrays)
     for name in names:
-        np.testing.assert_array_equal(done.after[name], done.before[name])
+        if name in done.before:
+            np.testing.assert_array_equal(done.after[name], done.before[name])
+        else:
+            assert "personal" in name
+            assert name not in done.after
     assert not {*layers.personal}.intersection(*(record.moved for record in done.rounds))
 
 
@@ -171,6 +186,20 @@ def test_a_layer_that_some_clients_have_not_trained_yet() -> None:
     }
     assert trained == kept
     assert 0 < len(trained) < 6
+
+
+@pytest.mark.parametrize(("pattern", "public"), [("head", True), ("head, blocks.3", False)])
+def test_of_a_personal_block_nothing_is_public(pattern: str, public: bool) -> None:
+    """Statistics of global weights are sent without noise, and those of a client's own with it."""
+    private = ("privacy.mode=local", "privacy.noise=0.1", "task.local-test=0")
+    noisy = ("privacy.statistics-clip=1", "privacy.statistics-noise=1")
+    config = personal(f"model.personal={pattern}", "strategy.name=rgn", *private, *noisy)
+    done = run(config, 1)
+    selection, blocks = done.rounds[0].selection, workbench(config.to_flat()).resident.layers.blocks
+    assert selection is not None
+    exact = [sum(float((done.before[p] ** 2).sum()) for p in b.parameters) for b in blocks]
+    for row in selection.statistics["param_norm_sq"]:
+        assert np.allclose(row, exact, rtol=1e-5) is public
 
 
 def kept_by(grid: Recorded) -> dict[int, dict[str, np.ndarray]]:
@@ -196,8 +225,9 @@ def test_a_client_keeps_the_versions_that_a_checkpoint_may_need() -> None:
         assert rounds == before + since
 
 
-def test_a_resumed_run_is_the_same_to_the_bit() -> None:
-    check_resumed(personal("strategy.name=ilp", "model.personal=head, blocks.1"))
+@pytest.mark.parametrize("settings", [("model.personal=head, blocks.1",), SECOND])
+def test_a_resumed_run_is_the_same_to_the_bit(settings: tuple[str, ...]) -> None:
+    check_resumed(personal("strategy.name=ilp", *settings))
 
 
 def test_the_file_is_private_to_its_user_and_a_lost_one_is_an_error(tmp_path: Path) -> None:
@@ -248,7 +278,19 @@ def test_a_run_is_judged_by_its_clients(tmp_path: Path, caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (("task.local-test=0",), "needs task.local-test above 0: only clients have these layers"),
+        (
+            ("task.local-test=0",),
+            "needs task.local-test above 0: only clients have what stays on th",
+        ),
+        ((*SECOND, "task.local-test=0"), "personal-rank = 3 needs task.local-test above 0"),
+        (
+            ("model.personal=", "model.personal-rank=3"),
+            "personal-rank = 3 has no use for model.tuni",
+        ),
+        (
+            ("run.ray-address=a:1",),
+            "'head' does not go with run.ray-address = 'a:1': what stays on",
+        ),
         (("model.personal=hat",), r"'hat' names no layer .* blocks\.0 to blocks\.3 and head"),
         (("model.personal=embeddings",), "'embeddings' names no layer that clients train"),
         (("model.personal=*",), "leaves no layer that is shared"),

@@ -49,6 +49,21 @@ def checkpoint(folder: Path, name: str, kind: Any) -> ModelConfig:
     return ModelConfig(name=f"transformers/{name}", weights=str(folder), tuning="lora", lora_rank=2)
 
 
+def test_only_the_shared_adapter_is_written(tmp_path: Path) -> None:
+    kind = transformers.AutoModelForSequenceClassification
+    section = checkpoint(tmp_path / "base", "bert", kind)
+    section = section.model_copy(update={"personal_rank": 3})
+    model: Any = adapted(build_text_classifier(section, 3, 0), section)
+    both = model(input_ids=IDS).logits
+    (tmp_path / "made").mkdir()
+    save_adapters(model, tmp_path / "made", section.weights, "SEQ_CLS")
+    peft.tuners.tuners_utils.set_adapter(model, "default")
+    assert not torch.allclose(model(input_ids=IDS).logits, both)
+    base = kind.from_pretrained(tmp_path / "base", num_labels=3)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "made").eval()
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
 def adapted(model: nn.Module, section: ModelConfig) -> nn.Module:
     """Return the model with adapters and head of other values, as training leaves them."""
 
