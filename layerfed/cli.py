@@ -502,7 +502,7 @@ def data(
 ) -> None:
     """Print who holds how many examples of which classes and groups, and draw the partition."""
     config = read_settings(settings).simulated()
-    from layerfed.report import data_table, draw_partition
+    from layerfed.report import data_table, draw_partition, save_picture
     from layerfed.task import load_task
     from layerfed.task.overview import describe_data
 
@@ -515,7 +515,8 @@ def data(
     output.print(f"clients  {len(sizes)}, of {min(sizes):,} to {max(sizes):,} training examples")
     output.print(data_table(found))
     with one_line_errors(OSError):
-        typer.echo(f"picture  {draw_partition(found, picture.expanduser().resolve())}")
+        file = save_picture(draw_partition(found), picture.expanduser().resolve())
+        typer.echo(f"picture  {file}")
 
 
 def _measured(config: RunConfig) -> dict[str, tuple[str, str]]:

@@ -274,7 +274,8 @@ def _run(
             folder.describe_result({"round": record.round, "scores": record.scores})
         folder.finish(bench.resident.base, strategy.model.changed_tensors)
     try:
-        draw_run(folder.path)
+        # `layerfed report` draws the forms that take longer.
+        draw_run(folder.path, ["png"])
     except OSError as error:
         log(WARNING, "no pictures: %s; `layerfed report %s` draws them", error, folder.path)
     return folder.path

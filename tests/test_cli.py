@@ -81,7 +81,7 @@ def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     pictures = ("accuracy", "confusion", "data", "layers", "scores", "theory")
     assert {file.name for file in folder.iterdir()} == {
-        *(f"{name}.{form}" for name in pictures for form in ("png", "svg", "pdf")),
+        *(f"{name}.png" for name in pictures),
         ".lock",
         "best.safetensors",
         "checkpoint",

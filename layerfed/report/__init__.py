@@ -17,7 +17,7 @@ from layerfed.report.comparison_plots import draw_accuracy, draw_terms, draw_upl
 from layerfed.report.comparison_view import comparison_view, run_folders, sections_of
 from layerfed.report.figures import RunFigures, Section
 from layerfed.report.page import PAGE, page, plain, write_page
-from layerfed.report.plots import draw_partition, draw_run
+from layerfed.report.plots import draw_partition, draw_run, save_picture
 from layerfed.report.run_view import metric_of, run_view
 from layerfed.report.tables import class_table, data_table, run_table
 
@@ -48,6 +48,7 @@ __all__ = [
     "run_table",
     "run_view",
     "runs_csv",
+    "save_picture",
     "scores_table",
     "sections_of",
     "significance_table",

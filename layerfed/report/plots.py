@@ -41,10 +41,11 @@ TERMS = {
 
 # No file has a date, so that equal pictures are equal files.
 UNDATED = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+FORMS = tuple(UNDATED)
 
 
-def save_picture(figure: Figure, file: Path, dpi: int = 150) -> Path:
-    """Write a picture as PNG, SVG and PDF in place of what is there; return the PNG's path.
+def save_picture(figure: Figure, file: Path, dpi: int = 150, forms: Sequence[str] = FORMS) -> Path:
+    """Write a picture in place of what is there; return the PNG's path.
 
     Parameters
     ----------
@@ -53,12 +54,13 @@ def save_picture(figure: Figure, file: Path, dpi: int = 150) -> Path:
         The path whose ending becomes `.png`, `.svg` and `.pdf`.
     dpi : int (default: 150)
         Dots per inch of the PNG, and of images inside the others.
+    forms : Sequence[str] (default: "png", "svg", "pdf")
     """
     # Of Type 42, whose text can be searched and edited; many journals refuse matplotlib's Type 3.
     with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "layerfed"}):
-        for form, metadata in UNDATED.items():
+        for form in forms:
             with whole(file.with_suffix(f".{form}")) as beside:
-                figure.savefig(beside, dpi=dpi, format=form, metadata=metadata)
+                figure.savefig(beside, dpi=dpi, format=form, metadata=UNDATED[form])
     return file.with_suffix(".png")
 
 
@@ -121,12 +123,17 @@ def selection_shares(rows: list[dict[str, Any]]) -> np.ndarray:
     return np.array([table.mean(axis=0) for table in tables])
 
 
-def draw_run(folder: Path) -> list[Path]:
-    """Draw a run folder's pictures from its files and return their paths.
+def draw_run(folder: Path, forms: Sequence[str] = FORMS) -> list[Path]:
+    """Draw a run folder's pictures from its files and return the paths of the PNGs.
 
     The pictures are that of the main score, such as `accuracy.png`, and `layers.png`; `theory.png` if a
     term of `layerfed.server.theory` is known, `data.png` if the clients' data are, and `confusion.png`
-    the final model was evaluated by class. `scores.png` has all scores of a task with more than two.
+    if the final model was evaluated by class. `scores.png` has all scores of a task with more than two.
+
+    Parameters
+    ----------
+    folder : Path
+    forms : Sequence[str] (default: "png", "svg", "pdf")
 
     Raises
     ------
@@ -137,30 +144,29 @@ def draw_run(folder: Path) -> list[Path]:
     lines = [folder / "metrics.jsonl", folder / "selection.jsonl"]
     metrics, selections = (read_lines(file) if file.exists() else [] for file in lines)
     title = f"{summary['task']} · {summary['strategy']} · seed {summary['seed']}"
-    pictures = []
+    pictures = {}
     if metrics and selections:  # a run may end before its first round does
-        pictures += [
-            _score(metrics, summary, title, folder),
-            _layers(selections, title, folder / "layers.png"),
-        ]
+        pictures[score_of(summary.get("metric")).name] = _score(metrics, summary, title)
+        pictures["layers"] = _layers(selections, title)
     if any(row.get(key) is not None for row in metrics for key in TERMS):
-        pictures.append(_theory(metrics, title, folder / "theory.png"))
+        pictures["theory"] = _theory(metrics, title)
     if metrics and len(curves := score_curves(summary, metrics)) > 2:
-        pictures.append(_all_scores(curves, metrics, title, folder / "scores.png"))
+        pictures["scores"] = _all_scores(curves, metrics, title)
     data, result = (
         read_json(file) if (file := folder / name).exists() else {}
         for name in ("data.json", "evaluation.json")
     )
     if data.get("clients"):
-        pictures.append(draw_partition(data, folder / "data.png"))
+        pictures["data"] = draw_partition(data)
     if "confusion" in result:
-        pictures.append(_confusion(result, title, folder / "confusion.png"))
-    return pictures
+        pictures["confusion"] = _confusion(result, title)
+    return [
+        save_picture(figure, folder / f"{name}.png", forms=forms)
+        for name, figure in pictures.items()
+    ]
 
 
-def _score(
-    metrics: list[dict[str, Any]], summary: dict[str, Any], title: str, folder: Path
-) -> Path:
+def _score(metrics: list[dict[str, Any]], summary: dict[str, Any], title: str) -> Figure:
     """Draw the main score by round, and that of each group."""
     metric = score_of(summary.get("metric"))
     figure = Figure(figsize=(6.4, 4), layout="constrained")
@@ -191,15 +197,14 @@ def _score(
     fit(axes, [*drawn, *values], metric)
     in_percent(axes, metric)
     over_rounds(axes)
-    return save_picture(figure, folder / f"{metric.name}.png")
+    return figure
 
 
 def _all_scores(
     curves: Mapping[str, Sequence[tuple[int, float]]],
     metrics: list[dict[str, Any]],
     title: str,
-    file: Path,
-) -> Path:
+) -> Figure:
     """Draw each score by round: on the test set, and as the mean over clients' own examples."""
     across = min(3, len(curves))
     down = -(-len(curves) // across)
@@ -216,17 +221,16 @@ def _all_scores(
         over_rounds(axes)
     for axes in list(panels):
         axes.set_visible(False)
-    return save_picture(figure, file)
+    return figure
 
 
-def draw_partition(data: Mapping[str, Any], file: Path) -> Path:
+def draw_partition(data: Mapping[str, Any]) -> Figure:
     """Draw the examples of each client, of each class or else of each group, as stacked bars.
 
     Parameters
     ----------
     data : Mapping[str, Any]
         The content of `data.json`.
-    file : Path
     """
     clients = data["clients"]
     names = data["classes"] or data["groups"]
@@ -250,10 +254,10 @@ def draw_partition(data: Mapping[str, Any], file: Path) -> Path:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if 1 < len(names) <= 20:
         figure.legend(loc="outside right upper", fontsize=8)
-    return save_picture(figure, file)
+    return figure
 
 
-def _confusion(result: Mapping[str, Any], title: str, file: Path) -> Path:
+def _confusion(result: Mapping[str, Any], title: str) -> Figure:
     """Draw the share of each true class that was predicted as each class."""
     table, names = np.array(result["confusion"], dtype=float), result["classes"]
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
@@ -266,10 +270,10 @@ def _confusion(result: Mapping[str, Any], title: str, file: Path) -> Path:
     axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=8)
     axes.set_yticks(range(0, len(names), step), names[::step], fontsize=8)
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    return save_picture(figure, file)
+    return figure
 
 
-def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
+def _theory(metrics: list[dict[str, Any]], title: str) -> Figure:
     """Draw the estimates of the error floor's two terms, on a logarithmic scale that ends in zero."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
@@ -291,10 +295,10 @@ def _theory(metrics: list[dict[str, Any]], title: str, file: Path) -> Path:
     axes.set(ylabel="estimate, in squared gradients", title=title)
     over_rounds(axes)
     axes.legend()
-    return save_picture(figure, file)
+    return figure
 
 
-def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
+def _layers(selections: list[dict[str, Any]], title: str) -> Figure:
     """Draw the layers that were trained and, if probed, the gradient norms behind the choice."""
     names = selections[0]["layers"]
     probed = any("grad_norm_sq" in row["statistics"] for row in selections)
@@ -329,4 +333,4 @@ def _layers(selections: list[dict[str, Any]], title: str, file: Path) -> Path:
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(xlabel="round")
-    return save_picture(figure, file)
+    return figure
