@@ -31,13 +31,14 @@ from layerfed.client.resident import keeping_layers
 from layerfed.client.skipping import skipped
 from layerfed.client.statistics import load_statistic
 from layerfed.client.steps import ClientStep, Departure, steps_of
-from layerfed.client.training import OptimizerFn, train_update
+from layerfed.client.training import OptimizerFn, TrainResult, train_update
 from layerfed.client.workbench import Node, Workbench, node_store, run_config_of
 from layerfed.config import ConfigError, NodeConfig, TrainConfig
 from layerfed.config.seeding import Stream, generator, torch_seed
 from layerfed.exchange import (
     WRONG_SETTINGS,
     Description,
+    Probe,
     TrainInstruction,
     Work,
     describe_reply,
@@ -117,36 +118,56 @@ def _as_asked(message: Message, context: Context) -> Node:
 def probe(message: Message, context: Context) -> Message:
     """Measure each layer's gradient at θ^t on this client's data."""
     node, asked = _as_asked(message, context), read_config(message)
-    bench, settings = node.bench, node.bench.config.train
-    layers = bench.resident.layers
+    bench, layers = node.bench, node.bench.resident.layers
+    own = Probe.read(asked, layers.num_blocks)
     bench.resident.move_to(*read_manifest(message), node.store)
     examples, _ = bench.examples(node.partition)
-    size = asked.get("examples-a-batch") or settings.batch_size
-    count = asked["batches"] or -(-len(examples) // size)
-    rng = generator(bench.config.run.seed, Stream.PROBE, asked["round"], node.partition)
-    work = Work("probe", bench.device, speed=node.run.federation.speed(node.partition))
     with own_layers(node, message), skipped(bench.resident.model, layers, read_runs(asked)):
-        statistics, work.flops = probe_layers(
-            bench.resident.model,
-            layers,
-            islice(examples.shuffled(size, bench.device, rng), count),
-            bench.loss(node.partition),
-            asked["statistics"],
-            precision=bench.step.precision,
-            lr=settings.lr,
-            checkpointing=bench.step.checkpointing,
-        )
-    if node.protection is not None:
-        # Of a personal layer nothing is public.
-        shared = layers.personal.isdisjoint(block.name for block in layers.blocks)
-        public = [name for name in statistics if load_statistic(name).public and shared]
-        statistics = node.protection.statistics(statistics, public)
-    numbers = work.numbers(private=node.protection is not None)
+        statistics, numbers = _measured(node, own, asked["round"])
     return probe_reply(message, statistics, node.stated(len(examples)), **numbers)
 
 
+def _measured(
+    node: Node, asked: Probe, server_round: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Measure statistics for a round's selection at the model as it is; return the metrics too."""
+    bench, settings = node.bench, node.bench.config.train
+    if node.protection is not None and node.protection.statistics_clip and not all(asked.blocks):
+        raise ValueError(
+            "the server asks for a part of the layers (strategy.probe-share), and this client clips its "
+            "statistics as a whole: parts of several rounds would not be on one scale"
+        )
+    examples, _ = bench.examples(node.partition)
+    size = asked.examples or settings.batch_size
+    count = asked.batches or -(-len(examples) // size)
+    rng = generator(bench.config.run.seed, Stream.PROBE, server_round, node.partition)
+    work = Work("probe", bench.device, speed=node.run.federation.speed(node.partition))
+    statistics, work.flops = probe_layers(
+        bench.resident.model,
+        bench.resident.layers,
+        islice(examples.shuffled(size, bench.device, rng), count),
+        bench.loss(node.partition),
+        asked.statistics,
+        precision=bench.step.precision,
+        lr=settings.lr,
+        checkpointing=bench.step.checkpointing,
+        blocks=asked.blocks,
+    )
+    if node.protection is not None:
+        # Of a personal layer nothing is public.
+        layers = bench.resident.layers
+        shared = layers.personal.isdisjoint(block.name for block in layers.blocks)
+        public = [name for name in statistics if load_statistic(name).public and shared]
+        statistics = node.protection.statistics(statistics, public)
+    return statistics, work.numbers(private=node.protection is not None)
+
+
 def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) -> Message:
-    """Train the selected blocks and the head, and reply with their updates only."""
+    """Train the selected blocks and the head, and reply with their updates only.
+
+    A client that is asked for the statistics of its next selection measures them at the model that its
+    training left: the next global model is not known to it.
+    """
     node = _as_asked(message, context)
     bench, layers = node.bench, node.bench.resident.layers
     settings = bench.config.train
@@ -165,6 +186,21 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
     optimizer = local_optimizer(settings, settings.lr if instruction.lr is None else instruction.lr)
     if instruction.rank is not None:
         optimizer = of_first_ranks(optimizer, bench.resident.model, instruction.rank)
+    numbers: dict[str, float] = {}
+    statistics: dict[str, list[float]] | None = None
+
+    def note(result: TrainResult) -> None:
+        nonlocal statistics
+        work.loss, work.steps = result.loss, result.steps
+        work.flops = (clock and clock.flops) or result.flops
+        work.memory = asdict(result.memory)
+        work.prefix_hits, work.flops_saved = result.found / result.examples, result.saved
+        # Before the probe, whose time, memory and FLOPs are counted apart.
+        numbers.update(work.numbers(private=node.protection is not None))
+        if instruction.probe is not None:
+            statistics, more = _measured(node, instruction.probe, instruction.round + 1)
+            numbers.update(more)
+
     with (
         own_layers(node, message) as own_parts,
         skipped(bench.resident.model, layers, instruction.runs),
@@ -180,24 +216,23 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
             schedule=schedule,
             cache=bench.prefix,
             clock=clock,
+            then=note,
         )
         done = {t for layer in result.layers for t in (*layers[layer].tensors, *layers[layer].own)}
         shared = own_parts.keep({name: change for name, change in update.items() if name in done})
     if result.late and federation.late == "drop":
         shared = {}
-    work.loss, work.steps = result.loss, result.steps
-    work.flops = (clock and clock.flops) or result.flops
-    work.memory = asdict(result.memory)
-    work.prefix_hits, work.flops_saved = result.found / result.examples, result.saved
     departure = Departure(
         instruction.part(shared),
         tuple(name for name in layers.trained(instruction.mask) if name not in layers.personal),
         node.stated(len(examples)),
-        work.numbers(private=node.protection is not None),
+        numbers,
     )
     for step in steps:
         departure = step(departure, layers)
-    return train_reply(message, departure.tensors, departure.examples, **departure.numbers)
+    return train_reply(
+        message, departure.tensors, departure.examples, statistics, **departure.numbers
+    )
 
 
 def _batches(node: Node, instruction: TrainInstruction, settings: TrainConfig) -> Iterator[Batch]:

@@ -99,6 +99,8 @@ def build_strategy(
             local_steps=config.train.steps,
             probe_batches=section.probe_batches,
             probe_examples=section.probe_examples,
+            probe=section.probe,
+            probe_share=section.probe_share,
             period=section.period,
             theory=section.theory,
             client_evaluation=config.task.local_test > 0,

@@ -16,6 +16,7 @@ from layerfed.client.workbench import workbench
 from layerfed.config import load_config
 from layerfed.exchange import (
     Description,
+    Probe,
     TrainInstruction,
     describe_reply,
     evaluate_reply,
@@ -82,7 +83,8 @@ def honest(message: Message, partition: int, clients: int) -> Message:
     if kind == "query.describe":
         return describe_reply(message, Description(partition, count, partitions=clients))
     if kind == "query.probe":
-        rows = {name: rng.random(LAYERS.num_blocks).tolist() for name in config["statistics"]}
+        on = sum(Probe.read(config, LAYERS.num_blocks).blocks)
+        rows = {name: rng.random(on).tolist() for name in config["statistics"]}
         reply = probe_reply(message, rows, count, flops_probe=8.0)
     elif kind == "evaluate":
         reply = evaluate_reply(
@@ -93,7 +95,12 @@ def honest(message: Message, partition: int, clients: int) -> Message:
         names = [name for layer in LAYERS.trained(asked.mask) for name in LAYERS[layer].tensors]
         update = {name: drawn(rng, BASE[name]) for name in names}
         parts = asked.codec_for(LAYERS).encode(update)
-        reply = train_reply(message, parts, count, train_loss=rng.random(), steps=2, flops=8.0)
+        names, on = (asked.probe.statistics, sum(asked.probe.blocks)) if asked.probe else ((), 0)
+        rows = {name: rng.random(on).tolist() for name in names}
+        costs = {"steps": 2, "flops": 8.0, "flops_probe": 8.0}
+        reply = train_reply(
+            message, parts, count, rows if rows else None, train_loss=rng.random(), **costs
+        )
     state_held(reply, read_manifest(message)[0].digests.values(), f"store of {partition}")
     return reply
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from layerfed.client.devices import autocast
 from layerfed.client.flops import counted
 from layerfed.client.training import LossFn
-from layerfed.models.layers import LayerMap
+from layerfed.models.layers import Layer
 from layerfed.models.stored import decoded, owners, put
 from layerfed.task.base import Batch
 
 __all__ = ["Passes", "Visitor"]
 
 Visitor = Callable[[int, Sequence[Tensor]], None]
-"""Takes the index of a block and the gradients of its parameters, which it may not change."""
+"""Takes the index of a measured block and the gradients of its parameters, which it may not change."""
 
 
 class Passes:
@@ -32,8 +32,9 @@ class Passes:
     Parameters
     ----------
     model : nn.Module
-        Its blocks require gradients; unchanged afterwards.
-    layers : LayerMap
+        The blocks require gradients; unchanged afterwards.
+    blocks : Sequence[Layer]
+        The blocks that are measured. A visitor is called for no other.
     batch : Batch
     loss : LossFn
         Returns the mean loss of a batch.
@@ -44,7 +45,7 @@ class Passes:
     Attributes
     ----------
     weights : list[list[Tensor]]
-        The parameters of each block, detached.
+        The parameters of each of these blocks, detached.
     flops : float
         The FLOPs of all passes so far.
     """
@@ -52,7 +53,7 @@ class Passes:
     def __init__(
         self,
         model: nn.Module,
-        layers: LayerMap,
+        blocks: Sequence[Layer],
         batch: Batch,
         loss: LossFn,
         precision: str = "float32",
@@ -61,9 +62,10 @@ class Passes:
         self.batch, self.lr, self.flops = batch, lr, 0.0
         self._model, self._loss, self._precision = model, loss, precision
         named = dict(model.named_parameters())
-        self._parameters = [[named[name] for name in block.parameters] for block in layers.blocks]
+        self._parameters = [[named[name] for name in block.parameters] for block in blocks]
         places = owners(model)
-        self._owners = [[places[name] for name in block.parameters] for block in layers.blocks]
+        self._owners = [[places[name] for name in block.parameters] for block in blocks]
+        self._kind = ("probe", tuple(block.name for block in blocks))
         self.weights = [[p.detach() for p in block] for block in self._parameters]
         self.device = next(iter(named.values())).device
 
@@ -82,7 +84,7 @@ class Passes:
         return self._counted("forward", self.batch, forward)
 
     def backward(self, visit: Visitor, batch: Batch | None = None) -> Tensor:
-        """Give the gradients of every block to a visitor, and return the loss.
+        """Give the gradients of every measured block to a visitor, and return the loss.
 
         Parameters
         ----------
@@ -119,7 +121,7 @@ class Passes:
             for parameter in block
         ]
         try:
-            value = self._counted("probe", batch, run)
+            value = self._counted(self._kind, batch, run)
         finally:
             for handle in handles:
                 handle.remove()
@@ -146,7 +148,7 @@ class Passes:
         put(self._owners[row][i], parameter)
         self._parameters[row][i] = parameter
 
-    def _counted(self, kind: str, batch: Batch, run: Callable[[], Tensor]) -> Tensor:
+    def _counted(self, kind: object, batch: Batch, run: Callable[[], Tensor]) -> Tensor:
         value, flops = counted(self._model, kind, batch, run)
         self.flops += flops
         return value

@@ -4,12 +4,16 @@ As soon as backward has the gradients of one block, they are reduced to one numb
 freed (`client/passes.py`). So the probe's memory is one block's gradients and the activations, and no
 gradient is left for the next batch or the next client. A statistic of several passes may take more; its
 docstring states what it takes.
+
+A probe may be of some blocks only. Backward then ends at the lowest of them, and computes no gradient of
+the weights of others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -35,6 +39,7 @@ def probe_layers(
     precision: str = "float32",
     lr: float = 0.01,
     checkpointing: bool = False,
+    blocks: Sequence[bool] | None = None,
 ) -> tuple[dict[str, list[float]], float]:
     """Compute statistics of every block's gradient, each averaged over the batches.
 
@@ -53,11 +58,13 @@ def probe_layers(
         η, for statistics of what a step of SGD gains.
     checkpointing : bool
         Whether activations inside blocks are computed again in backward, and not kept.
+    blocks : Sequence[bool], optional
+        The blocks that are measured, of length L; by default all.
 
     Returns
     -------
     tuple[dict[str, list[float]], float]
-        {statistic: L numbers, in the order of the blocks}, and the FLOPs spent.
+        {statistic: one number for each measured block, in their order}, and the FLOPs spent.
 
     Raises
     ------
@@ -69,13 +76,14 @@ def probe_layers(
     single = [s for s in of_data.values() if not s.passes]
     rows: list[np.ndarray] = []
     total_flops = 0.0
-    names = [block.name for block in layers.blocks]
+    chosen = [b for b, on in zip(layers.blocks, blocks or repeat(True), strict=False) if on]
+    names = [block.name for block in chosen]
     with selected_layers(model, layers, names), ExitStack() as stack:
         model.eval()  # θ^t itself is probed: no dropout, no drift of BatchNorm's statistics
         if checkpointing:
             stack.enter_context(recomputed(model, layers, names))
         for batch in batches:
-            passes = Passes(model, layers, batch, loss, precision, lr)
+            passes = Passes(model, chosen, batch, loss, precision, lr)
             columns = iter(_single(passes, single).T if single else ())
             table = [s.measure(passes) if s.passes else next(columns) for s in of_data.values()]
             rows.append(np.array([column.cpu().double().numpy() for column in table]))
@@ -86,13 +94,13 @@ def probe_layers(
     for name, statistic in wanted.items():
         if statistic.public:
             parameters = dict(model.named_parameters())
-            own = ([parameters[p].detach() for p in block.parameters] for block in layers.blocks)
+            own = ([parameters[p].detach() for p in block.parameters] for block in chosen)
             found[name] = [float(statistic([], weights)) for weights in own]
     return {name: found[name] for name in wanted}, total_flops
 
 
 def _single(passes: Passes, statistics: Sequence[Statistic]) -> Tensor:
-    """Return the statistics of one backward pass, shape (L, S)."""
+    """Return the statistics of one backward pass, a row for each measured block."""
     # It is on the device, so that the pass waits for nothing.
     shape, device = (len(passes.weights), len(statistics)), passes.device
     table = torch.zeros(shape, dtype=wide(device), device=device)

@@ -5,8 +5,8 @@ parameters. It returns one number, also on the device. To add a statistic, decor
 `statistic`. A strategy names it in `statistics`, as `grad_norm_sq` or as `my_module:my_function`.
 
 A statistic that needs more than one gradient is decorated with `statistic(passes=True)`. It gets the
-passes over a batch (`client/passes.py`) and returns one number for each layer. Such a statistic costs
-more; its docstring states the passes and the memory, beside the one pass that all others share.
+passes over a batch (`client/passes.py`) and returns one number for each measured layer. Such a statistic
+costs more; its docstring states the passes and the memory, beside the one pass that all others share.
 """
 
 from __future__ import annotations
@@ -39,17 +39,21 @@ class Statistic:
     ----------
     measure : Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
         Turns the gradients and weights of one layer's parameters into one number, 0 or more. With
-        `passes`, it turns `Passes` into a number for each layer, shape (L,).
+        `passes`, it turns `Passes` into a number for each measured layer.
     public : bool
         Whether the statistic depends on the global model alone, and so reveals nothing of a client's
         data. A private client sends it without noise.
     passes : bool
         Whether it makes its own passes.
+    together : bool
+        Whether a layer's number depends on the other layers of the probe, so that it is not the same in
+        a probe of some layers (`strategy.probe-share`).
     """
 
     measure: Measure
     public: bool = False
     passes: bool = False
+    together: bool = False
 
     def __call__(self, gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """Measure one layer."""
@@ -60,12 +64,14 @@ STATISTICS: dict[str, Statistic] = {}
 SEVERAL_PASSES: dict[str, Statistic] = {}
 
 
-def statistic(*, public: bool = False, passes: bool = False) -> Callable[[Measure], Statistic]:
+def statistic(
+    *, public: bool = False, passes: bool = False, together: bool = False
+) -> Callable[[Measure], Statistic]:
     """Return a decorator that makes a function a statistic of the same name."""
 
     def register(measure: Measure) -> Statistic:
         name = str(getattr(measure, "__name__", measure))
-        found = Statistic(measure, public, passes)
+        found = Statistic(measure, public, passes, together)
         if measure.__module__ == __name__:
             (SEVERAL_PASSES if passes else STATISTICS)[name] = found
         return found
@@ -264,7 +270,7 @@ def loss_decrease(passes: Passes) -> Tensor:
     return _column(passes, gains)
 
 
-@statistic(passes=True)
+@statistic(passes=True, together=True)
 def newton_decrease(passes: Passes) -> Tensor:
     """Return what a quadratic model of the loss promises for a step −s g_l: s ‖g_l‖² − s² c_l / 2.
 

@@ -401,6 +401,7 @@ def train_update(
     schedule: Sequence[tuple[Sequence[bool], int]] = (),
     cache: PrefixCache | None = None,
     clock: Clock | None = None,
+    then: Callable[[TrainResult], None] = lambda result: None,
 ) -> tuple[dict[str, np.ndarray], TrainResult]:
     """Train like `train_layers` and return Δ_i (eq. 4) of the trained layers' tensors, by name.
 
@@ -408,6 +409,7 @@ def train_update(
     each with a new optimiser, and `mask` is their union. The last mask gets all remaining batches.
 
     A client that is late has moved the layers that its result names, and may have moved others in part.
+    `then` is called with the result, while the model still is as training left it.
     The resident model is back at θ^t afterwards, also if training raises.
     """
     stream, results = iter(batches), list[TrainResult]()
@@ -427,6 +429,7 @@ def train_update(
                 )
                 results.append(found)
         result = TrainResult.together(results)
+        then(result)
         # In place, since the trained tensors are copies that are not needed any more.
         update = {
             name: resident.tensors[name].detach().sub_(start).cpu().numpy()

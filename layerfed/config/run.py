@@ -294,7 +294,25 @@ class StrategyConfig(OpenSection):
     theory: Switch = False
     probe_batches: Annotated[int, Field(ge=0)] = 1
     probe_examples: Annotated[int, Field(ge=0)] = 0
+    probe: Literal["before", "after"] = "before"
+    probe_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     options: str = ""
+
+    @property
+    def carried(self) -> str:
+        """The setting by which statistics of earlier rounds enter a selection; empty if none does."""
+        if self.probe == "after":
+            return "strategy.probe = 'after'"
+        return f"strategy.probe-share = {self.probe_share:g}" if self.probe_share < 1 else ""
+
+    @model_validator(mode="after")
+    def _of_now(self) -> Self:
+        if self.theory and self.carried:
+            raise ConfigError(
+                f"{self.carried} does not go with strategy.theory = true: E1 needs the gradients of all "
+                "layers at the round's own model; set strategy.theory=false"
+            )
+        return self
 
 
 class BudgetConfig(Section):
@@ -547,6 +565,22 @@ class RunConfig(Section):
                 f"{own} does not go with run.ray-address = '{self.run.ray_address}': what stays on a "
                 "client is in a file of the machine that worked for it, and on a cluster another one "
                 "may be next; leave run.ray-address empty"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _carried(self) -> Self:
+        setting = self.strategy.carried
+        if setting and self.train.skip != "none":
+            raise ConfigError(
+                f"{setting} does not go with train.skip = '{self.train.skip}': each draw of blocks is "
+                "another network, of which earlier statistics say nothing; set train.skip=none"
+            )
+        if setting and self.privacy.statistics_noise > 0:
+            raise ConfigError(
+                f"{setting} does not go with privacy.statistics-noise = "
+                f"{self.privacy.statistics_noise:g}: ε counts one release of all layers a round; "
+                "set strategy.probe=before and strategy.probe-share=1"
             )
         return self
 

@@ -3,7 +3,7 @@
 from layerfed.exchange.arrays import RefusedReply, encode, record_of
 from layerfed.exchange.bounds import check_reply
 from layerfed.exchange.codecs import CODECS, Codec, compress
-from layerfed.exchange.instruction import TrainInstruction, Upload
+from layerfed.exchange.instruction import Probe, TrainInstruction, Upload
 from layerfed.exchange.messages import (
     WRONG_SETTINGS,
     Description,
@@ -21,6 +21,7 @@ from layerfed.exchange.messages import (
     read_missing,
     read_statistics,
     read_train_reply,
+    statistics_of,
     train_reply,
 )
 from layerfed.exchange.metrics import METRICS, Metric, Numbers, Work
@@ -38,6 +39,7 @@ __all__ = [
     "MemoryStore",
     "Metric",
     "Numbers",
+    "Probe",
     "RefusedReply",
     "TrainInstruction",
     "TrainReply",
@@ -60,5 +62,6 @@ __all__ = [
     "read_statistics",
     "read_train_reply",
     "record_of",
+    "statistics_of",
     "train_reply",
 ]

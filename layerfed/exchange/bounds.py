@@ -30,6 +30,8 @@ RECORDS: Mapping[str, frozenset[str]] = {
     "query.unmask": frozenset({"secure"}),
 }
 LAYERS = "layers"
+# In a train message, the beginning of the keys of what is to be measured after training.
+AFTER = "probe-"
 TYPES = {
     "metrics": MetricRecord,
     "statistics": MetricRecord,
@@ -74,6 +76,8 @@ def check_reply(reply: Message, asked: Message) -> None:
     if theirs.group_id != ours.group_id:
         raise RefusedReply(f"it belongs to round '{theirs.group_id}', not to {ours.group_id}")
     allowed = RECORDS[ours.message_type] | {LAYERS}
+    if f"{AFTER}statistics" in asked.content.config_records.get("config", {}):
+        allowed |= {"statistics"}
     for name, record in reply.content.items():
         if name not in allowed or not isinstance(record, TYPES[name]):
             raise RefusedReply(f"it holds a record '{name}' that does not belong there")

@@ -1,4 +1,4 @@
-"""`TrainInstruction`: the masks that one client trains, and how it sends its update.
+"""`TrainInstruction`: the masks that one client trains, and how it sends its update; and `Probe`.
 
 The server builds it once, and the client parses it once; the due content of the reply follows from it.
 Most clients train one mask and send all of it. A client with a *schedule* trains several masks in turn
@@ -17,18 +17,74 @@ import numpy as np
 from flwr.app import Message
 
 from layerfed.config import ConfigError
+from layerfed.exchange.bounds import AFTER
 from layerfed.exchange.change_score import Norm, change_score, highest
 from layerfed.exchange.codecs import CODECS, Codec, codec_of
 from layerfed.models.layers import LayerMap, of_ranks
 
-__all__ = ["Mask", "TrainInstruction", "Upload", "read_runs"]
+__all__ = ["Mask", "Probe", "TrainInstruction", "Upload", "read_runs"]
 
 Mask = tuple[bool, ...]
 OWN = (
     *("round", "client", "examples", "run", "codec", "lr"),
     *("mask", "schedule", "schedule-steps", "sends", "upload", "upload-norm", "rank"),
     *("personal", "deadline", "runs"),
+    *(f"{AFTER}{key}" for key in ("statistics", "batches", "examples-a-batch", "blocks")),
 )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a client is to measure: statistics of some blocks, on some batches of its data.
+
+    Attributes
+    ----------
+    statistics : tuple[str, ...]
+    blocks : Mask
+        The blocks that are measured, L booleans; at least one.
+    batches : int
+        0 stands for the client's whole data.
+    examples : int
+        The examples in a batch; 0 stands for as many as in training.
+    """
+
+    statistics: tuple[str, ...]
+    blocks: Mask
+    batches: int = 1
+    examples: int = 0
+
+    def to_config(self, prefix: str = "") -> dict[str, Any]:
+        """Return the entries of a message's `config` record, without blocks if all are measured."""
+        entries: dict[str, Any] = {
+            "statistics": list(self.statistics),
+            "batches": self.batches,
+            "examples-a-batch": self.examples,
+        }
+        if not all(self.blocks):
+            entries["blocks"] = [int(on) for on in self.blocks]
+        return {f"{prefix}{key}": value for key, value in entries.items()}
+
+    @classmethod
+    def read(cls, entries: Mapping[str, Any], num_blocks: int, prefix: str = "") -> Probe:
+        """Parse the entries of a message's `config` record.
+
+        Raises
+        ------
+        ValueError
+            If the blocks are no list of L zeros and ones, or none is to be measured.
+        """
+        blocks: Mask = (True,) * num_blocks
+        if (key := f"{prefix}blocks") in entries:
+            blocks = _bits(entries[key], key)
+        if len(blocks) != num_blocks or not any(blocks):
+            raise ValueError(
+                f"the server asks for a probe of {sum(blocks)} of {len(blocks)} blocks, this model has "
+                f"{num_blocks}"
+            )
+        batches, examples = (
+            entries.get(f"{prefix}{k}", 0) for k in ("batches", "examples-a-batch")
+        )
+        return cls(tuple(entries[f"{prefix}statistics"]), blocks, batches, examples)
 
 
 @dataclass(frozen=True)
@@ -68,6 +124,8 @@ class TrainInstruction:
         Seconds of training, after which the client sends the layers that it has finished; 0: none.
     runs : Mask | None
         The blocks that run; the client's network skips the others. None lets all run.
+    probe : Probe | None
+        What the client measures after its training, for its next selection.
     """
 
     round: int
@@ -82,6 +140,7 @@ class TrainInstruction:
     rank: int | None = None
     deadline: float = 0.0
     runs: Mask | None = None
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         """Refuse an instruction that no client could follow.
@@ -145,6 +204,8 @@ class TrainInstruction:
             entries["deadline"] = self.deadline
         if self.upload is not None:
             entries |= {"upload": self.upload.count, "upload-norm": self.upload.norm}
+        if self.probe is not None:
+            entries |= self.probe.to_config(AFTER)
         return entries
 
     @classmethod
@@ -211,6 +272,9 @@ class TrainInstruction:
             rank=rank,
             deadline=deadline,
             runs=read_runs(entries),
+            probe=Probe.read(entries, num_blocks, AFTER)
+            if f"{AFTER}statistics" in entries
+            else None,
             config={key: value for key, value in entries.items() if key not in OWN},
         )
         if found.mask != mask:

@@ -7,9 +7,11 @@ Every instruction has a `config` record. An instruction that concerns the model 
 message type    config                                        reply
 =============== ============================================= =====================================
 query.describe                                                partition, partitions, examples, budget
-query.probe     round, statistics, batches, examples-a-batch  examples; one list of L a statistic
+query.probe     round, and that of a `Probe`                  examples; for each statistic one
+                                                              number for each block asked for
 train           that of a `TrainInstruction`                  arrays: Δ of the trained layers,
-                                                              encoded; examples
+                                                              encoded; examples; statistics, if
+                                                              they are asked for
 evaluate        round                                         examples
 =============== ============================================= =====================================
 
@@ -64,6 +66,7 @@ __all__ = [
     "read_statistics",
     "read_train_reply",
     "state_held",
+    "statistics_of",
     "train_reply",
 ]
 
@@ -175,22 +178,31 @@ def describe_reply(message: Message, description: Description) -> Message:
 def probe_reply(
     message: Message, statistics: Mapping[str, Sequence[float]], examples: int, **costs: float
 ) -> Message:
-    """Answer `query.probe` with a list of L numbers for each statistic."""
+    """Answer `query.probe` with a list of numbers for each statistic, one for each block asked for."""
     content = RecordDict(
         {
-            "statistics": MetricRecord({name: list(v) for name, v in statistics.items()}),
+            "statistics": _record_of(statistics),
             "metrics": MetricRecord(cast(Any, {"examples": examples, **costs})),
         }
     )
     return Message(content, reply_to=message)
 
 
+def _record_of(statistics: Mapping[str, Sequence[float]]) -> MetricRecord:
+    return MetricRecord({name: list(row) for name, row in statistics.items()})
+
+
 def train_reply(
-    message: Message, update: Mapping[str, np.ndarray], examples: int | None, **metrics: float
+    message: Message,
+    update: Mapping[str, np.ndarray],
+    examples: int | None,
+    statistics: Mapping[str, Sequence[float]] | None = None,
+    **metrics: float,
 ) -> Message:
     """Answer `train` with the encoded Δ_i of the trained layers, and the metrics of the work.
 
-    `examples` is None in a secure sum, in which the number is hidden in the arrays.
+    `examples` is None in a secure sum, in which the number is hidden in the arrays. `statistics` are
+    those that were to be measured after training.
     """
     stated = {} if examples is None else {"examples": examples}
     content = RecordDict(
@@ -199,6 +211,8 @@ def train_reply(
             "metrics": MetricRecord(cast(Any, {**stated, **metrics})),
         }
     )
+    if statistics is not None:
+        content["statistics"] = _record_of(statistics)
     return Message(content, reply_to=message)
 
 
@@ -294,16 +308,18 @@ def _costs(
 def read_statistics(
     message: Message, names: Iterable[str], num_blocks: int
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Read the answer to `query.probe`: {statistic: (L,) float64} and the metrics beside it."""
+    """Read the answer to `query.probe`: the statistics, and the metrics beside them."""
     metrics = read_metrics(message, required=("examples",))
     _examples(metrics)
+    return statistics_of(message, names, num_blocks), metrics
+
+
+def statistics_of(message: Message, names: Iterable[str], num_blocks: int) -> dict[str, np.ndarray]:
+    """Return a reply's statistics, float64 of shape (K,) each, for the K blocks that were asked for."""
     record = message.content.metric_records.get("statistics")
     if record is None:
         raise RefusedReply("it has no 'statistics' record")
-    statistics = {
-        name: row_of(record.get(name), num_blocks, f"statistic '{name}'") for name in names
-    }
-    return statistics, metrics
+    return {name: row_of(record.get(name), num_blocks, f"statistic '{name}'") for name in names}
 
 
 def read_train_reply(

@@ -196,6 +196,9 @@ class Numbers:
     def add(self, client: int, phase: str, stated: Mapping[str, float], examples: int) -> None:
         """Add the metrics of a reply; numbers that are not declared are left out.
 
+        What a client states twice in a round, since it measured before and after its training, is added
+        up if it is a total; of other numbers the larger one counts.
+
         Parameters
         ----------
         client : int
@@ -207,7 +210,10 @@ class Numbers:
         row = self.rows.setdefault(client, {})
         for metric in self.declared.values():
             if metric.phase == phase and metric.name in stated:
-                row[metric.name] = stated[metric.name]
+                value = stated[metric.name]
+                if (before := row.get(metric.name)) is not None:
+                    value = before + value if metric.total else max(before, value)
+                row[metric.name] = value
                 self._weights[client, metric.name] = examples
 
     def combined(self) -> dict[str, float | None]:

@@ -523,6 +523,8 @@ def _selection_line(round_record: RoundRecord, record: SelectionRecord) -> dict[
         line["runs"] = record.runs.astype(int).tolist()
     if record.held:
         line["held"] = list(record.held)
+    if record.measured is not None:
+        line["measured"] = record.measured.tolist()
     if record.assumed:
         line["assumed"] = _tables(record.assumed)
     if updated != masks:

@@ -84,7 +84,8 @@ class Failure:
 class SelectionRecord:
     """A round's masks and all data behind them. Rows follow `clients`, columns `layers`.
 
-    `statistics` were probed in this round. Between two selections, `held` names the clients that keep
+    `statistics` were measured in this round, or in the rounds that `measured` names, shape (n, L), if
+    some were measured earlier. Between two selections, `held` names the clients that keep
     their masks, and `assumed` has the statistics from which the other clients' masks were chosen. `runs`
     are the blocks that were not skipped, if some were.
     """
@@ -99,6 +100,7 @@ class SelectionRecord:
     seconds: float
     held: Sequence[int] = ()
     assumed: Mapping[str, np.ndarray] = field(default_factory=dict)
+    measured: np.ndarray | None = None
     runs: np.ndarray | None = None
 
 

@@ -1,17 +1,21 @@
-"""The memory between two selections: clients' masks, and their last statistics.
+"""The memory between selections: clients' masks, and their last statistics.
 
 Selecting in every k-th round only saves the probes in between [S, "selection period"]. A client that
 took part in the last selection keeps its masks. A client that did not gets masks when it is first
 sampled, within its own budget. (The released code stops with an error there, and exceeds budgets [C].)
+
+What a client measured earlier may also enter a selection as it is: if it measures a part of its blocks
+in each probe (`strategy.probe-share`), or measures after its training (`strategy.probe = "after"`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from layerfed.exchange import Probe
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 
@@ -19,6 +23,7 @@ __all__ = ["HELD", "Memory"]
 
 HELD = "held"
 """The solver's name in a round in which every client keeps its masks."""
+MEASURED = "measured"
 
 
 class Memory:
@@ -118,6 +123,52 @@ class Memory:
     def _add(self, candidates: Candidates, choice: Choice) -> None:
         for row, client in enumerate(candidates.clients):
             self._masks[client] = choice.schedule(row)
+
+    # ------------------------------------------------------------- statistics as clients gave them
+    def note(
+        self, client: int, server_round: int, probe: Probe, rows: Mapping[str, np.ndarray]
+    ) -> None:
+        """Note what a client measured in a round; its statistics of other blocks stay as they are.
+
+        Parameters
+        ----------
+        client : int
+        server_round : int
+        probe : Probe
+            What it was asked for.
+        rows : Mapping[str, numpy.ndarray]
+            {statistic: (K,)}, for the K blocks of the probe.
+        """
+        blocks = np.array(probe.blocks)
+        for name, values in {**rows, MEASURED: np.asarray(server_round)}.items():
+            before = self.kept.get(key := f"given/{client}/{name}")
+            row = np.zeros(len(blocks)) if before is None else before.copy()
+            row[blocks] = values
+            self.kept[key] = row
+
+    def given(self, client: int, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return the statistics of these names that a client gave last, shape (L,) each."""
+        rows = {name: self.kept.get(f"given/{client}/{name}") for name in names}
+        return {name: row for name, row in rows.items() if row is not None}
+
+    def measured(self, client: int) -> np.ndarray | None:
+        """Return the round in which a client measured each block last, shape (L,); None if never."""
+        return self.kept.get(f"given/{client}/{MEASURED}")
+
+    def part(self, client: int, share: float, num_blocks: int) -> np.ndarray:
+        """Return the blocks that a client measures next, booleans of shape (L,): all at first.
+
+        The blocks are cut into stretches of the share's size, from the output down. The stretch whose
+        numbers are the oldest is next, and of equally old ones the one nearest the output. So all are
+        measured in turn, also by a client that is sampled now and then.
+        """
+        last, size = self.measured(client), max(1, round(share * num_blocks))
+        if last is None:
+            return np.ones(num_blocks, dtype=bool)
+        stretches = [slice(max(0, end - size), end) for end in range(num_blocks, 0, -size)]
+        part = np.zeros(num_blocks, dtype=bool)
+        part[min(stretches, key=lambda stretch: float(last[stretch].min()))] = True
+        return part
 
     # --------------------------------------------------------------------------- for checkpoints
     def state(self) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.logger import log
 
 from layerfed.exchange import (
+    Probe,
     RefusedReply,
     TrainInstruction,
     check_reply,
@@ -20,6 +21,7 @@ from layerfed.exchange import (
     read_held,
     read_missing,
     read_statistics,
+    statistics_of,
 )
 from layerfed.exchange.arrays import carried_bytes, moved_bytes
 from layerfed.exchange.metrics import Numbers, client_metrics
@@ -123,6 +125,8 @@ class Round:
         self._spread = UpdateSpread()
         self.disagreement: float | None = None
         """The disagreement of this round's updates (`UpdateSpread`); None if it is unknown."""
+        self.after_training: dict[int, tuple[Probe, Mapping[str, np.ndarray]]] = {}
+        """What clients (partition ids) were asked for after their training, and measured."""
         self._instructions: dict[int, TrainInstruction] = {}
         self._asked: dict[int, Message] = {}
         self._resent: set[tuple[int, str]] = set()
@@ -227,17 +231,30 @@ class Round:
 
     # ----------------------------------------------------------------------------------- replies
     def take_statistics(
-        self, replies: Iterable[Message], names: Sequence[str], enough: int
+        self, replies: Iterable[Message], asked: Mapping[int, Probe], enough: int
     ) -> dict[int, dict[str, np.ndarray]]:
-        """Read probe replies until `enough` are usable: {partition: {statistic: (L,)}}."""
+        """Read probe replies until `enough` are usable.
+
+        Parameters
+        ----------
+        replies : Iterable[Message]
+        asked : Mapping[int, Probe]
+            By partition.
+        enough : int
+
+        Returns
+        -------
+        dict[int, dict[str, numpy.ndarray]]
+            {partition: {statistic: (K,)}}, for the K blocks that the client was asked for.
+        """
         found: dict[int, dict[str, np.ndarray]] = {}
         for reply in replies:
             with self.refusing(reply, "probe") as partition:
-                answer = self._answer(reply, "probe")
-                rows, stated = read_statistics(answer, names, self.model.layers.num_blocks)
+                answer, own = self._answer(reply, "probe"), asked[partition]
+                rows, stated = read_statistics(answer, own.statistics, sum(own.blocks))
                 found[partition] = rows
                 self.record.numbers.add(partition, "probe", stated, 1)
-                self.record.ledger[partition].went_up(sum(row.nbytes for row in rows.values()))
+                self.record.ledger[partition].went_up(_bytes(rows))
             if len(found) == enough:
                 break
         return found
@@ -264,6 +281,9 @@ class Round:
             arrays = answer.content.array_records.get("arrays", ArrayRecord()).values()
             record.ledger[partition].went_up(carried_bytes(arrays), moved=moved_bytes(arrays))
             own = self._instructions[partition]
+            if own.probe is not None:
+                rows = statistics_of(answer, own.probe.statistics, sum(own.probe.blocks))
+                record.ledger[partition].went_up(_bytes(rows))
             layers = own.asked(self.model.layers)
             asked = {name: own.part(self.model.due(name)) for name in layers}
             stated = self.examples.get(partition, 2**62)
@@ -271,6 +291,9 @@ class Round:
             arrival = Arrival(partition, answer, own, asked, stated, codec)
             for step in self._steps:
                 step.receive(arrival, record)
+            if own.probe is not None:
+                self.after_training[partition] = own.probe, rows
+                record.numbers.add(partition, "probe", arrival.metrics, 1)
             arrival.examples = self.weight(arrival.examples)
             if asked and not arrival.due:  # it was out of time before a layer was finished
                 record.late += 1
@@ -387,7 +410,8 @@ class Round:
         known = {layer: norm for layer, norm in norms_sq.items() if norm is not None}
         self.disagreement = self._spread.disagreement(known)
         selection = record.selection
-        if selection is not None and "grad_norm_sq" in selection.statistics:
+        at_model = selection is not None and selection.measured is None
+        if selection is not None and at_model and "grad_norm_sq" in selection.statistics:
             record.e1 = importance_term(
                 selection.statistics["grad_norm_sq"],
                 np.array([self.weight(self.examples.get(c, 1)) for c in selection.clients]),
@@ -449,6 +473,10 @@ class Round:
         if read_missing(reply, self.model.layers):
             raise RefusedReply("it lacks layers that were sent to it")
         return reply
+
+
+def _bytes(rows: Mapping[str, np.ndarray]) -> int:
+    return sum(row.nbytes for row in rows.values())
 
 
 def _raised(reply: Message) -> bool:

@@ -24,8 +24,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from pydantic import ValidationError
 
+from layerfed.client.statistics import load_statistic
 from layerfed.config import ConfigError, RunConfig, Section, explain, section_keys
-from layerfed.exchange import Description, LayerStore, TrainInstruction
+from layerfed.exchange import Description, LayerStore, Probe, TrainInstruction
 from layerfed.exchange.instruction import as_masks, train_config
 from layerfed.exchange.scores import ACCURACY, LOSS, Score
 from layerfed.models.layers import LayerMap
@@ -77,6 +78,13 @@ class RoundSettings:
         Batches of a probe; 0 means the client's whole data.
     probe_examples : int (default: 0)
         Examples in such a batch; 0 means as many as in training.
+    probe : {"before", "after"} (default: "before")
+        When clients measure: before they are selected, at θ^t; or after their last training, in the same
+        message, each at the model that its own training left, since θ^{t+1} is not known to it. A client
+        that has not measured yet is probed before it is selected in any case.
+    probe_share : float (default: 1)
+        Share of the blocks that a probe measures, in turn (`Memory.part`); the client's last statistics
+        of the others are used as they are. A client that has measured nothing yet measures all.
     period : int (default: 1)
         k: layers are selected in every k-th round. In between, clients keep their masks and nothing is
         probed. A client that missed the last selection gets masks within its own budget
@@ -116,6 +124,8 @@ class RoundSettings:
     local_steps: Callable[[int], int] | None = None
     probe_batches: int = 0
     probe_examples: int = 0
+    probe: Literal["before", "after"] = "before"
+    probe_share: float = 1.0
     period: int = 1
     theory: bool = False
     client_evaluation: bool = False
@@ -139,6 +149,11 @@ class RoundSettings:
             single updates would not see them.
         """
         check_steps(self.all_steps, self.aggregation.rule)
+
+    @property
+    def carries(self) -> bool:
+        """Whether statistics of earlier rounds enter a selection."""
+        return self.probe == "after" or self.probe_share < 1
 
     @property
     def all_steps(self) -> tuple[ServerStep, ...]:
@@ -224,6 +239,13 @@ class SelectiveStrategy(Strategy):
         self._late: dict[str, Message] = {}
         self._resumed: Checkpoint | None = None
         self.check()
+        share = settings.probe_share
+        for name in self.statistics if share < 1 else ():
+            if load_statistic(name).together:
+                raise ConfigError(
+                    f"strategy.probe-share = {share:g} does not go with the statistic {name}: a layer's "
+                    "number depends on the other layers of the probe; set strategy.probe-share=1"
+                )
 
     @classmethod
     def read_options(cls, options: Mapping[str, Any]) -> Section:
@@ -405,6 +427,7 @@ class SelectiveStrategy(Strategy):
                     runs=None if selection.runs is None else as_masks(selection.runs)[row],
                     sends=None if sent is None else as_masks(sent[row : row + 1])[0],
                     rank=int(ranks[row]) or None if ranks is not None else None,
+                    probe=self._probe_after(server_round, client),
                     config=rest,
                 )
             )
@@ -423,6 +446,8 @@ class SelectiveStrategy(Strategy):
         record.server_lr = self.optimizer.lr
         with self._phase("train"):
             self.round.take_updates(replies, min(asked, self.settings.clients_per_round or asked))
+            for client, (probe, rows) in self.round.after_training.items():
+                self._memory.note(client, server_round, probe, rows)
             for client in record.updated:
                 if any(map(self.layers.own, self.layers.trained(self.round.mask_of(client)))):
                     self.kept[f"personal/{client}"] = np.asarray(server_round)
@@ -476,22 +501,45 @@ class SelectiveStrategy(Strategy):
         return wanted
 
     def _probe(self, clients: Sequence[int], enough: int) -> dict[int, dict[str, np.ndarray]]:
-        """Ask clients for the statistics this round needs: {partition: {statistic: (L,)}}."""
-        wanted = self.probed_in(self.round.record.round)
-        if not wanted:
-            return {client: {} for client in clients}
-        config = {
-            "statistics": list(wanted),
-            "batches": self.settings.probe_batches,
-            "examples-a-batch": self.settings.probe_examples,
-        }
-        runs = self.runs(self.round.record.round, clients)
-        each = (
-            [{}] * len(clients) if runs is None else [{"runs": list(map(int, on))} for on in runs]
-        )
-        configs = [{**config, **own} for own in each]
-        messages = self.round.messages("query.probe", clients, configs)
-        return self.round.take_statistics(self.round.exchange(messages), wanted, enough)
+        """Return the statistics that a round needs, {partition: {statistic: (L,)}}.
+
+        Clients are asked for those that no earlier round gave (`RoundSettings.carries`).
+        """
+        number, settings = self.round.record.round, self.settings
+        wanted = self.probed_in(number)
+        found: dict[int, dict[str, np.ndarray]] = {}
+        if not wanted or settings.probe == "after":
+            known = {client: self._memory.given(client, wanted) for client in clients}
+            found = {client: rows for client, rows in known.items() if len(rows) == len(wanted)}
+        asked = {client: self._asked(client, wanted) for client in clients if client not in found}
+        if not asked:
+            return found
+        configs = [probe.to_config() for probe in asked.values()]
+        if (runs := self.runs(number, list(asked))) is not None:
+            for config, own in zip(configs, runs, strict=True):
+                config["runs"] = list(map(int, own))
+        messages = self.round.messages("query.probe", list(asked), configs)
+        # Of those that are asked the same share must answer as of all.
+        enough = math.ceil(enough * len(asked) / len(clients))
+        replies = self.round.take_statistics(self.round.exchange(messages), asked, enough)
+        for client, rows in replies.items():
+            if settings.carries:
+                self._memory.note(client, number, asked[client], rows)
+                rows = self._memory.given(client, wanted)
+            found[client] = rows
+        return found
+
+    def _asked(self, client: int, statistics: tuple[str, ...]) -> Probe:
+        """Return what a client is to measure: all blocks, or the part of them whose turn it is."""
+        settings = self.settings
+        part = self._memory.part(client, settings.probe_share, self.layers.num_blocks)
+        (blocks,) = as_masks(part[None])
+        return Probe(statistics, blocks, settings.probe_batches, settings.probe_examples)
+
+    def _probe_after(self, server_round: int, client: int) -> Probe | None:
+        """Return what a client is to measure after its training, for the selection of the next round."""
+        wanted = self.probed_in(server_round + 1)
+        return self._asked(client, wanted) if wanted and self.settings.probe == "after" else None
 
     def runs(self, server_round: int, clients: Sequence[int]) -> np.ndarray | None:
         """Return the blocks that run on each client, shape (n, L); None if all do.
@@ -551,7 +599,15 @@ class SelectiveStrategy(Strategy):
             held=[candidates.clients[row] for row in candidates.held],
             assumed={} if selected or choice.solver == HELD else candidates.statistics,
             runs=runs,
+            measured=self._measured(server_round, candidates.clients) if statistics else None,
         )
+
+    def _measured(self, server_round: int, clients: Sequence[int]) -> np.ndarray | None:
+        """Return the rounds in which statistics were measured, shape (n, L); None if all in this one."""
+        if not self.settings.carries:
+            return None
+        rounds = np.array([self._memory.measured(client) for client in clients], dtype=np.int64)
+        return None if (rounds == server_round).all() else rounds
 
     def _checked(self, candidates: Candidates) -> Choice:
         choice = self.select(candidates)

@@ -205,7 +205,7 @@ def test_moved_weights_may_be_a_checkpoint_in_half_precision(
 def test_moved_weights_come_back_also_when_a_pass_fails(
     tiny: nn.Module, layers: LayerMap, batches: list[Batch]
 ) -> None:
-    passes = Passes(tiny, layers, batches[0], cross_entropy)
+    passes = Passes(tiny, layers.blocks, batches[0], cross_entropy)
     before = {key: tensor.clone() for key, tensor in tiny.state_dict().items()}
     moved = passes.moved(1, passes.weights[1], 0.5)
     moved.__enter__()

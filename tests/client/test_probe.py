@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from layerfed.client.probe import probe_layers
-from layerfed.client.statistics import STATISTICS, load_statistic, statistic
+from layerfed.client.statistics import SEVERAL_PASSES, STATISTICS, load_statistic, statistic
 from layerfed.client.training import train_layers
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
+from tests.client.test_memory import DEPTH, ROWS, WIDTH, Chain
+from tests.client.test_memory import loss as chain_loss
 from tests.conftest import BLOCKS, TinyNet, cross_entropy
 from tests.tiny_task import configured, run
 
@@ -114,6 +116,37 @@ def test_a_batch_that_does_not_reach_a_block_counts_as_a_gradient_of_zero(
     first, _ = probe_layers(tiny, layers, batches[:1], loss)
     both, _ = probe_layers(tiny, layers, batches[:2], loss)
     assert both["grad_norm_sq"][0] == pytest.approx(first["grad_norm_sq"][0] / 2)
+
+
+@pytest.mark.parametrize("on", [(0, 1, 1, 0), (0, 0, 1, 1), (1, 0, 0, 0)])
+def test_a_probe_of_some_blocks_gives_what_the_whole_one_gives_of_them(
+    tiny: nn.Module, layers: LayerMap, batches: list[Batch], on: Sequence[int]
+) -> None:
+    several = [name for name, found in SEVERAL_PASSES.items() if not found.together]
+    names, rows = [*STATISTICS, *several], np.flatnonzero(on)
+    whole, most = probe_layers(tiny, layers, batches[:1], cross_entropy, names)
+    found, flops = probe_layers(
+        tiny, layers, batches[:1], cross_entropy, names, blocks=[bool(x) for x in on]
+    )
+    assert flops < most
+    for name in names:
+        expected = np.array(whole[name])[rows]
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-9, err_msg=name)
+    _nothing_is_left(tiny, batches[0])
+
+
+@pytest.mark.parametrize("on", [(0, 0, 0, 1), (0, 1, 1, 0), (1, 0, 0, 0), (1, 1, 1, 1)])
+def test_below_the_lowest_block_and_of_other_blocks_weights_nothing_is_computed(
+    on: Sequence[int],
+) -> None:
+    model = Chain()
+    layers = LayerMap.from_model(model)
+    batch = {"x": torch.randn(ROWS, 8), "label": torch.randint(3, (ROWS,))}
+    blocks, low = [bool(x) for x in on], on.index(1)
+    _, flops = probe_layers(model, layers, [batch], chain_loss, blocks=blocks)
+    first, block, head = 2 * ROWS * 8 * WIDTH, 2 * ROWS * WIDTH * WIDTH, 2 * ROWS * WIDTH * 3
+    forward, down = first + DEPTH * block + head, (DEPTH - 1 - low) * block + head
+    assert flops == forward + down + sum(on) * block
 
 
 def test_the_order_of_batches_does_not_matter(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerfed.config import ConfigError
-from layerfed.exchange import TrainInstruction, Upload
+from layerfed.exchange import Probe, TrainInstruction, Upload
 from layerfed.exchange.instruction import as_masks, train_config
 from layerfed.models.layers import LayerMap
 from tests.exchange.replies import ask, over_the_wire
@@ -31,6 +31,14 @@ def sent(instruction: TrainInstruction) -> TrainInstruction:
     codec=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
     upload=st.none() | st.builds(Upload, st.integers(1, 4), st.sampled_from(["l1", "l2"])),
     kept=st.none() | st.tuples(*[st.booleans()] * 4),
+    probe=st.none()
+    | st.builds(
+        Probe,
+        st.lists(st.sampled_from(["snr", "fisher"]), min_size=1, unique=True).map(tuple),
+        st.tuples(*[st.booleans()] * 4).filter(any),
+        st.integers(0, 3),
+        st.integers(0, 9),
+    ),
 )
 def test_what_is_written_is_read(
     masks: list[tuple[bool, ...]],
@@ -39,12 +47,14 @@ def test_what_is_written_is_read(
     codec: str,
     upload: Upload | None,
     kept: tuple[bool, ...] | None,
+    probe: Probe | None,
 ) -> None:
     steps = each if len(masks) > 1 else 0
     trained = sum(map(any, zip(*masks, strict=True)))
     upload = Upload(min(upload.count, trained), upload.norm) if upload and trained else None
     own = {"weight-decay": 0.1, "name": "mine"}
     instruction = TrainInstruction(3, tuple(masks), steps, "run", lr, codec, upload, own)
+    instruction = replace(instruction, probe=probe)
     if kept is not None and upload is None:
         sends = tuple(a and b for a, b in zip(kept, instruction.mask, strict=True))
         instruction = replace(instruction, sends=sends)
@@ -153,3 +163,9 @@ def test_masks_must_be_there_and_over_the_same_layers() -> None:
     for masks in ((), ((True,), (True, False))):
         with pytest.raises(ValueError, match="masks over the same layers"):
             TrainInstruction(1, masks)
+
+
+@pytest.mark.parametrize("blocks", [[0, 0, 0, 0], [1, 1, 1], [1, 0, 2, 0], "all"])
+def test_a_probe_of_no_blocks_or_of_another_model_is_refused(blocks: object) -> None:
+    with pytest.raises(ValueError, match="blocks"):
+        Probe.read({"statistics": ["snr"], "batches": 1, "blocks": blocks}, 4)
