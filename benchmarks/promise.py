@@ -31,7 +31,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
-from layerfed.client.local_sgd import LocalSGD
+from layerfed.client.local_optimizers import LocalSGD
 from layerfed.client.probe import probe_layers
 from layerfed.client.training import train_update
 from layerfed.client.workbench import Workbench

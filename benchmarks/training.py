@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from layerfed.client.devices import choose_device, synchronize
 from layerfed.client.flops import TotalFlops, forward_flops
-from layerfed.client.local_sgd import LocalSGD
+from layerfed.client.local_optimizers import LocalSGD
 from layerfed.client.prediction import masks_named
 from layerfed.client.prefix import PrefixCache
 from layerfed.client.probe import probe_layers

@@ -24,7 +24,13 @@ from torch import nn
 from layerfed.client.costs import MEASURED_UNITS
 from layerfed.client.deadline import Clock
 from layerfed.client.limits import paced
-from layerfed.client.local_sgd import Clipped, InPart, LocalOptimizer, LocalSGD
+from layerfed.client.local_optimizers import (
+    Clipped,
+    InPart,
+    LocalAdamW,
+    LocalOptimizer,
+    LocalSGD,
+)
 from layerfed.client.personal import own_layers
 from layerfed.client.probe import probe_layers
 from layerfed.client.resident import keeping_layers
@@ -275,7 +281,7 @@ def local_optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
     def build(parameters: list[nn.Parameter]) -> LocalOptimizer:
         optimizer: LocalOptimizer
         if train.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=train.weight_decay)
+            optimizer = LocalAdamW(parameters, lr, train.weight_decay)
         else:
             optimizer = LocalSGD(parameters, lr, train.momentum, train.weight_decay)
         bound = train.clip_gradient

@@ -50,7 +50,8 @@ class Phases:
     optimizer : float
         The optimiser's state.
     peak : float
-        All together at the worst moment, which is less than the sum of the four.
+        All together at the worst moment of a step that is not the first one, in which the optimiser has
+        its whole state. It is less than the sum of the four.
     """
 
     weights: float = 0.0
@@ -83,6 +84,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._now: dict[Kind, int] = {"activations": 0, "gradients": 0, "optimizer": 0}
         self._most = dict(self._now)
         self._peak = 0
+        self._made: Kind = "activations"
 
     @staticmethod
     def _key(tensor: Tensor) -> int:
@@ -116,8 +118,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, size = storage._cdata, storage.nbytes()
         if key in self._known or key in self._live or not size:
             return
-        self._live[key] = size, "activations"
-        self._now["activations"] += size
+        self._live[key] = size, self._made
+        self._now[self._made] += size
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
@@ -127,7 +129,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self) -> None:
         for kind, size in self._now.items():
             self._most[kind] = max(self._most[kind], size)
-        self._peak = max(self._peak, sum(self._now.values()))
+        self._peak = max(self._peak, self._now["activations"] + self._now["gradients"])
 
     def move(self, tensor: Tensor | None, kind: Kind) -> None:
         """Count a tensor as a gradient, or as the optimiser's, from now on."""
@@ -139,10 +141,22 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._now[kind] += size
             self._note()
 
+    @contextmanager
+    def making(self, kind: Kind) -> Iterator[None]:
+        """Count what is made within the context as of this kind."""
+        self._made = kind
+        try:
+            yield
+        finally:
+            self._made = "activations"
+
     def phases(self, weights: float) -> Phases:
         """Return the peaks, given the bytes of the weights."""
         most = {str(kind): float(size) for kind, size in self._most.items()}
-        return Phases(weights=weights, **most, peak=weights + self._peak)
+        # From the second step on, the optimiser's state is there all the time.
+        peak = weights + self._peak + most["optimizer"]
+        most["optimizer"] = float(self._now["optimizer"])  # without what its steps took meanwhile
+        return Phases(weights=weights, **most, peak=peak)
 
 
 @torch.no_grad()

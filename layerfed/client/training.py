@@ -8,7 +8,7 @@ there, and backward ends at that block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import islice
@@ -17,12 +17,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from layerfed.client.deadline import Clock, OutOfTime, Progress
 from layerfed.client.devices import autocast
 from layerfed.client.flops import counted
-from layerfed.client.local_sgd import LocalOptimizer, LocalSGD
+from layerfed.client.local_optimizers import LocalOptimizer, moved_alone
 from layerfed.client.memory import LiveBytes, Phases, weights_in_training
 from layerfed.client.prefix import PrefixCache
 from layerfed.client.resident import ResidentModel
@@ -195,7 +194,7 @@ def recomputed(model: nn.Module, layers: LayerMap, trained: Iterable[str]) -> It
 class Stepper:
     """Steps of one optimiser on some parameters.
 
-    If the optimiser can move one parameter alone (`step_one`), it does so as soon as backward has the
+    If the optimiser can move one parameter alone (`moved_alone`), it does so as soon as backward has the
     gradient, which is then freed. So there is one tensor's gradient at a time. Others need all of them:
     the optimisers of torch, and a bound on the norm of all gradients (`train.clip-gradient`), which is
     known at the end of backward only.
@@ -223,18 +222,17 @@ class Stepper:
         self.progress: Progress | None = None
         self.value: Tensor | None = None
         """The loss before the last step, also if that was cut."""
-        # A subclass with steps of its own makes them.
-        alone = getattr(type(self.optimizer), "step", None) is LocalSGD.step
-        self._one = getattr(self.optimizer, "step_one", None) if alone else None
+        self._one = moved_alone(self.optimizer)
         self._last = False
 
-    def _ready(self, parameter: Tensor) -> None:
+    def _ready(self, parameter: nn.Parameter) -> None:
         if self.progress is not None:
             self.progress.reached(parameter, last=self._last)
         if self.live is not None:
             self.live.move(parameter.grad, "gradients")
         if self._one is not None and self._last:
-            self._one(parameter)
+            with self._moving():
+                self._one(parameter)
             parameter.grad = None
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -279,17 +277,19 @@ class Stepper:
         """Move all parameters that have a gradient, unless each has moved by itself."""
         if self._one is None:
             # The order that local SGD needs: gradients are used first and cleared afterwards.
-            self.optimizer.step()
+            with self._moving():
+                self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def _moving(self) -> AbstractContextManager[None]:
+        """Return a context in which the optimiser makes its state."""
+        return nullcontext() if self.live is None else self.live.making("optimizer")
 
     def measured(self, batch: Batch, weights: float) -> tuple[Tensor, Phases]:
         """Make one step, and return the loss and the step's memory."""
         known = (*self.model.parameters(), *self.model.buffers(), *batch.values())
         with LiveBytes(known) as self.live:
             value = self(batch)
-            for tensor in tree_leaves(list(getattr(self.optimizer, "state", {}).values())):
-                if isinstance(tensor, Tensor):
-                    self.live.move(tensor, "optimizer")
             found = self.live.phases(weights)
         self.live = None
         return value, found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerfed.client.deadline import Clock
-from layerfed.client.local_sgd import Clipped, LocalSGD
+from layerfed.client.local_optimizers import Clipped, LocalAdamW, LocalSGD
 from layerfed.client.training import Step, TrainResult, train_layers
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
@@ -48,7 +48,8 @@ def clipped(parameters: list[nn.Parameter]) -> Clipped:
 OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": local,
     "torch": sgd(0.3),
-    "adamw": partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1),
+    "adamw": partial(LocalAdamW, lr=0.1, weight_decay=0.1),
+    "torch's adamw": partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1),
     "clipped": clipped,
 }
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerfed.client import workbench as module
 from layerfed.client.devices import choose_device, synchronize, wide
-from layerfed.client.local_sgd import LocalSGD
+from layerfed.client.local_optimizers import LocalSGD
 from layerfed.client.statistics import STATISTICS
 from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError

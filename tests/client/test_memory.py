@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from layerfed.client import devices, memory, training
 from layerfed.client.devices import chosen_precision
-from layerfed.client.local_sgd import Clipped, LocalSGD
+from layerfed.client.local_optimizers import Clipped, LocalAdamW, LocalSGD
 from layerfed.client.memory import LiveBytes, Phases, rows_that_fit
 from layerfed.client.prediction import masks_named, predicted_step
-from layerfed.client.training import Step, Stepper, selected_layers, train_layers
+from layerfed.client.training import OptimizerFn, Step, Stepper, selected_layers, train_layers
 from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError
 from layerfed.models.layers import LayerMap
@@ -145,6 +146,7 @@ def most_gradients(
 
 def test_one_gradient_is_held_at_a_time(chain: nn.Module, batch: Batch) -> None:
     assert most_gradients(chain, batch, partial(LocalSGD, lr=0.1)) == MB
+    assert most_gradients(Chain(), batch, partial(LocalAdamW, lr=0.1)) == MB
     assert most_gradients(Chain(), batch, partial(torch.optim.SGD, lr=0.1)) > DEPTH * MB
 
     def clipped(parameters: list[nn.Parameter]) -> Clipped:
@@ -159,7 +161,8 @@ def test_the_optimisers_state_is_that_of_trained_tensors(chain: nn.Module, batch
     for name, make in (
         ("plain", partial(LocalSGD, lr=0.1)),
         ("momentum", partial(LocalSGD, lr=0.1, momentum=0.9)),
-        ("adamw", partial(torch.optim.AdamW, lr=0.1)),
+        ("adamw", partial(LocalAdamW, lr=0.1)),
+        ("torch", partial(torch.optim.AdamW, lr=0.1)),
     ):
         model = Chain()
         mask = [False] * (DEPTH - 1) + [True]
@@ -167,7 +170,27 @@ def test_the_optimisers_state_is_that_of_trained_tensors(chain: nn.Module, batch
     own = MB + layers.head.bytes
     assert sizes["plain"] == 0
     assert sizes["momentum"] == own
-    assert 2 * own <= sizes["adamw"] <= 2 * own + 64
+    assert sizes["adamw"] == 2 * own
+    assert 2 * own <= sizes["torch"] <= 2 * own + 64
+
+
+@pytest.mark.parametrize("make", [partial(LocalAdamW, lr=0.1), partial(torch.optim.AdamW, lr=0.1)])
+def test_the_peak_is_that_of_a_step_with_the_whole_state(
+    chain: nn.Module, batch: Batch, make: OptimizerFn
+) -> None:
+    """Two steps by one optimiser, of which the second finds the state when it begins."""
+    layers = LayerMap.from_model(chain)
+    with selected_layers(chain, layers, layers.names):
+        parameters = list(chain.parameters())
+        stepper = Stepper(chain, parameters, loss, make, Step())
+        _, first = stepper.measured(batch, 0.0)
+        moments = [t for t in tree_leaves(dict(stepper.optimizer.state)) if torch.is_tensor(t)]  # type: ignore[attr-defined]
+        with LiveBytes((*parameters, *batch.values(), *moments)) as stepper.live:
+            stepper(batch)
+    state = sum(tensor.nbytes for tensor in moments)
+    assert first.optimizer == state >= 2 * sum(p.nbytes for p in parameters)
+    second = stepper.live.phases(0.0).peak + state
+    assert first.peak == pytest.approx(second, rel=0.05)
 
 
 def test_recomputation_keeps_less(batch: Batch) -> None:
@@ -199,29 +222,31 @@ def test_live_bytes_count_what_lives(chain: nn.Module) -> None:
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["head only", "top", "middle", "bottom", "all"])
-def test_a_step_is_predicted_without_weights(batch: Batch, storage: str, name: str) -> None:
+@pytest.mark.parametrize("make", [partial(LocalSGD, lr=0.1), partial(LocalAdamW, lr=0.1)])
+def test_a_step_is_predicted_without_weights(
+    batch: Batch, storage: str, name: str, make: OptimizerFn
+) -> None:
     from layerfed.client.resident import ResidentModel
 
     layers = LayerMap.from_model(Chain())
     mask = masks_named(DEPTH)[name]
     resident = ResidentModel(Chain, LayerMap.from_model, torch.device("cpu"), storage)  # type: ignore[arg-type]
     with resident.borrowed(layers.trained(mask)):
-        measured = train_layers(
-            resident.model, layers, mask, [batch], loss, partial(LocalSGD, lr=0.1)
-        ).memory
+        measured = train_layers(resident.model, layers, mask, [batch], loss, make).memory
     found = predicted_step(
         Chain().to("meta"),
         layers,
         mask,
         {key: tensor.to("meta") for key, tensor in batch.items()},
         loss,
-        partial(LocalSGD, lr=0.1),
+        make,
         how=Step(),
         storage=storage,
     )
     assert found.peak == pytest.approx(measured.peak, rel=0.15)
     assert asdict(found).keys() == asdict(measured).keys()
     assert found.gradients == measured.gradients
+    assert found.optimizer == measured.optimizer
 
 
 @pytest.mark.parametrize(

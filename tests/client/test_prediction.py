@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from layerfed.client.local_sgd import LocalSGD
+from layerfed.client.local_optimizers import LocalSGD
 from layerfed.client.prediction import masks_named, predicted_step
 from layerfed.client.resident import ResidentModel
 from layerfed.client.training import Step, train_layers

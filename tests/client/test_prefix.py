@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from layerfed.client import prefix, workbench
-from layerfed.client.local_sgd import LocalSGD
+from layerfed.client.local_optimizers import LocalSGD
 from layerfed.client.prefix import Kept, PrefixCache
 from layerfed.client.resident import ResidentModel
 from layerfed.client.training import Step, TrainResult, train_update

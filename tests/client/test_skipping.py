@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from layerfed.client.flops import counted
-from layerfed.client.local_sgd import LocalSGD
+from layerfed.client.local_optimizers import LocalSGD
 from layerfed.client.prediction import predicted_step
 from layerfed.client.probe import probe_layers
 from layerfed.client.skipping import now_skipped, skipped
