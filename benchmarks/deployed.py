@@ -5,8 +5,10 @@
 
 SuperLink, gateway and SuperNodes run on loopback, on the digits job. The contender `stock` is the same
 app with a stock ClientApp: Flower's process for each message imports torch, loads the model and works
-itself. Every Python process of the federation writes its CPU time when it ends, and processes that
-outlive the run are read from /proc before and after it. A round's CPU time is that of all of them.
+itself. `probe-after` is the app whose clients measure after their training: one message a client and
+round in place of two. Every Python process of the federation writes its CPU time when it ends, and
+processes that outlive the run are read from /proc before and after it. A round's CPU time is that of
+all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from layerfed.deploy.rehearsal import on_loopback
 from layerfed.runs import read_lines
 from layerfed.runs.signals import clean_up_on_sigterm
 
-CONTENDERS = {"node-process": True, "stock": False}
+AFTER = "probe-after"
+CONTENDERS = ("node-process", "stock", AFTER)
 APP = "flwr-clientapp"
 TICKS = os.sysconf("SC_CLK_TCK")
 # Python imports a module of this name at its start.
@@ -83,6 +86,7 @@ def measured(name: str, nodes: int, rounds: int) -> dict[str, Any]:
     settings = [
         *(f"federation.clients={nodes}", f"federation.clients-per-round={nodes}"),
         *(f"federation.rounds={rounds}", "run.device=cpu", "run.name=timed"),
+        f"strategy.probe={'after' if name == AFTER else 'before'}",
     ]
     source = Path(layerfed.__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as place:
@@ -92,7 +96,7 @@ def measured(name: str, nodes: int, rounds: int) -> dict[str, Any]:
         (folder / "clock").mkdir()
         with (
             clocked(folder / "clock") as file,
-            on_loopback(folder / "federation", own, keep_model=CONTENDERS[name]) as loopback,
+            on_loopback(folder / "federation", own, keep_model=name != "stock") as loopback,
         ):
             before = living()
             status = loopback.federation.follow(loopback.start_run(source, config))
@@ -117,7 +121,7 @@ def measured(name: str, nodes: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--contender", choices=CONTENDERS, action="append", help="by default both")
+    parser.add_argument("--contender", choices=CONTENDERS, action="append", help="by default all")
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4, help="the first is not timed")
     parser.add_argument("--json", type=Path, help="write the figures there")

@@ -5,7 +5,8 @@
 
 `head`, `top`, `middle`, `bottom` and `all` are steps of LayerFed on those blocks and the head. `kept` is
 `top` with the outputs of all blocks below kept (`train.prefix-cache`), in an epoch after the first.
-`probe` is LayerFed's probe. `plain` is full fine-tuning in PyTorch. `lora` is PEFT with r = 16 on all
+`probe` is LayerFed's probe, `probe-upper` and `probe-lower` are probes of half of the layers
+(`strategy.probe-share`). `plain` is full fine-tuning in PyTorch. `lora` is PEFT with r = 16 on all
 linear layers. `run` is a whole run in this process: the server and two clients, two rounds on the top
 block.
 The floor is the closed form of a step: forward of all layers, the inputs' gradients above the lowest
@@ -55,7 +56,8 @@ from layerfed.task.text import TextTask
 
 CLASSES, STEPS = 5, 4
 BLOCKS = ("head", "top", "middle", "bottom", "all")
-METHODS = (*BLOCKS, "kept", "probe", "plain", "lora", "run")
+PROBES = ("probe", "probe-upper", "probe-lower")
+METHODS = (*BLOCKS, "kept", *PROBES, "plain", "lora", "run")
 
 
 @dataclass(frozen=True)
@@ -254,8 +256,12 @@ def measured(method: str, settings: list[str]) -> dict[str, float]:
         return {"seconds": seconds, "flops": flops, "before": before, "peak": process_peak(device)}
     resident = ResidentModel(task.build_model, task.layers, device, config.model.storage)
     layers = resident.layers
-    if method == "probe":
-        _, flops = probe_layers(resident.model, layers, clock, task.loss, ["grad_norm_sq"])
+    if method in PROBES:
+        half, count = layers.num_blocks // 2, layers.num_blocks
+        rows = {"probe": (0, count), "probe-upper": (half, count), "probe-lower": (0, half)}
+        blocks = [rows[method][0] <= row < rows[method][1] for row in range(count)]
+        norms = ["grad_norm_sq"]
+        _, flops = probe_layers(resident.model, layers, clock, task.loss, norms, blocks=blocks)
         flops /= STEPS + 1
         floor = 0.0
     else:
