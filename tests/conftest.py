@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -13,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from layerfed import server_app
 from layerfed.client import workbench
 from layerfed.flower_compat import enter_run
 from layerfed.models.layers import LayerMap
+from layerfed.report import draw_run
 from layerfed.task.base import Batch
 
 WIDTH, CLASSES, BLOCKS = 6, 3, 4
@@ -84,6 +87,29 @@ def own_layer_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_pictures() -> Iterator[None]:
+    """A run in this process draws none, which would take longer than most of these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_app, "draw_run", lambda folder, forms: [])
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test's runs draw their pictures."""
+    monkeypatch.setattr(server_app, "draw_run", draw_run)
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """A command sets the level of the log, which later tests must not see."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(autouse=True)

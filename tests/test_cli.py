@@ -74,6 +74,7 @@ def test_the_folder_of_an_unknown_user_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("pictures")
 def test_run_leaves_a_whole_folder_and_prints_where(tmp_path: Path) -> None:
     arguments = ["run", *QUICK, "run.name=x", "--dir", str(tmp_path), "--engine", "inprocess"]
     result = cli.invoke(app, arguments)
@@ -134,6 +135,7 @@ def test_data_says_who_holds_what_and_draws_it(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("pictures")
 def test_report_draws_the_pictures_anew(tmp_path: Path) -> None:
     run = ["run", *QUICK, "run.name=x", "--dir", str(tmp_path), "strategy.name=top"]
     assert cli.invoke(app, run).exit_code == 0

@@ -54,10 +54,7 @@ def finished(
                 *(f"run.dir={root}", f"run.name={name}", "run.threads=1", "task.local-test=0.2"),
             ]
             config = load_config(ROOT / "conf/instructions.toml", [*given, *VARIANTS[name]])
-            with pytest.MonkeyPatch.context() as patched:
-                # Pictures take longer than all else.
-                patched.setattr("layerfed.server_app.draw_run", lambda folder: None)
-                made[name] = config, run_on("inprocess", config)
+            made[name] = config, run_on("inprocess", config)
         return made[name]
 
     return finish

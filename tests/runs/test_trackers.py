@@ -60,6 +60,7 @@ def shares(folder: Path) -> list[float]:
     return [sum(mask[0] for mask in row["masks"]) / len(row["masks"]) for row in rows]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -92,6 +93,7 @@ def test_tensorboard_drops_rounds_that_are_done_again(tmp_path: Path) -> None:
     assert found == [(1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0)]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
@@ -132,6 +134,7 @@ def records(file: Path) -> Iterator[Any]:
             parts = b""
 
 
+@pytest.mark.usefixtures("pictures")
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -166,6 +169,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [r.exit.exit_code for r in found if r.HasField("exit")] == [0, 0]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import trackio.sqlite_storage
     import trackio.utils
