@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from layerfed.cli import app
+from layerfed.client import prefix
 from layerfed.client.memory import weights_in_training
 from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, RunConfig
@@ -206,3 +207,19 @@ def test_layers_names_them() -> None:
     shown = CliRunner().invoke(app, ["layers", "task.name=digits", "task.local-test=0.2", *lora])
     assert shown.exit_code == 0, shown.output
     assert "selectable, with personal adapters" in " ".join(shown.output.split())
+
+
+def test_outputs_of_frozen_blocks_are_not_those_of_another_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each client's second adapters are part of the blocks below the lowest one in training."""
+    monkeypatch.setattr(prefix, "TYPE", torch.float32)
+    monkeypatch.setattr(prefix, "LEAST", 0.0)
+    settings = ("strategy.name=random", "federation.clients-per-round=6", "train.local-steps=3")
+    plain, kept = run(second(*settings), 4), run(second(*settings, "train.prefix-cache=10"), 4)
+    assert sum(record.metrics["prefix_hits"] or 0 for record in kept.rounds) > 0
+    for record, other in zip(kept.rounds, plain.rounds, strict=True):
+        for client, numbers in other.numbers.rows.items():
+            found = record.numbers.rows[client]
+            for name in ("train_loss", "client_loss"):
+                assert found[name] == pytest.approx(numbers[name], rel=1e-5), (client, name)
