@@ -56,7 +56,7 @@ from layerfed.exchange import (
 )
 from layerfed.exchange.instruction import read_runs
 from layerfed.flower_compat import ErrorCode
-from layerfed.models.layers import of_ranks
+from layerfed.models.factors import of_ranks
 from layerfed.secure.client import add_secure_sums
 from layerfed.task import Batch
 from layerfed.task.scoring import evaluate_task

@@ -20,7 +20,8 @@ from layerfed.config import ConfigError
 from layerfed.exchange.bounds import AFTER
 from layerfed.exchange.change_score import Norm, change_score, highest
 from layerfed.exchange.codecs import CODECS, Codec, codec_of
-from layerfed.models.layers import LayerMap, of_ranks
+from layerfed.models.factors import of_ranks
+from layerfed.models.layers import LayerMap
 
 __all__ = ["Mask", "Probe", "TrainInstruction", "Upload", "read_runs"]
 

@@ -33,15 +33,15 @@ from torch import nn
 from layerfed.config import ConfigError, ModelConfig
 from layerfed.config.errors import naming_extras
 from layerfed.config.seeding import Stream
-from layerfed.models.layers import LayerMap, adapted_weight, factor_pairs, traced
+from layerfed.models.factors import OWN, SHARED, adapted_weight, factor_pairs
+from layerfed.models.layers import LayerMap
+from layerfed.models.placement import traced
 from layerfed.models.source import new_weights
 from layerfed.models.trace import Forward
 from layerfed.models.weights import files_of, note_files
 
 __all__ = ["adapted_layers", "insert_adapters", "merge_adapters", "save_adapters"]
 
-# PEFT's names of the adapter that is averaged, and of a second one that stays on each client.
-SHARED, OWN = "default", "personal"
 # Their fused operations read the weights of the modules inside, and would leave out adapters.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 

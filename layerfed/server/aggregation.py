@@ -50,7 +50,8 @@ import numpy as np
 from layerfed.config.seeding import Stream, generator
 from layerfed.exchange.clipping import norm_of
 from layerfed.exchange.pieces import pieces
-from layerfed.models.layers import LayerMap, adapted_weight, factor_pairs
+from layerfed.models.factors import adapted_weight, factor_pairs
+from layerfed.models.layers import LayerMap
 
 __all__ = [
     "AGGREGATIONS",

@@ -20,7 +20,7 @@ from flwr.common.logger import log
 from layerfed.config import ConfigError
 from layerfed.exchange import CODECS, Codec, RefusedReply, TrainInstruction, read_train_reply
 from layerfed.exchange.clipping import clipped
-from layerfed.models.layers import HEAD
+from layerfed.models.placement import HEAD
 from layerfed.runs.records import RoundRecord
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from layerfed.client.training import selected_layers
 from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.seeding import Stream, generator
-from layerfed.models.layers import factor_pairs, layer_costs
+from layerfed.models.factors import factor_pairs
+from layerfed.models.layers import layer_costs
 from layerfed.models.stored import Stored
 from layerfed.server.aggregation import Aggregation
 from layerfed.task import load_task

@@ -11,7 +11,8 @@ from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.seeding import Stream, generator
 from layerfed.models.adapters import merge_adapters
-from layerfed.models.layers import LayerMap, adapted_weight, factor_pairs, layer_costs
+from layerfed.models.factors import adapted_weight, factor_pairs
+from layerfed.models.layers import LayerMap, layer_costs
 from layerfed.server.aggregation import Aggregation
 from layerfed.strategies import STRATEGIES, checked
 from layerfed.task.base import Batch, Examples

@@ -12,7 +12,7 @@ from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, RunConfig, Scalar
 from layerfed.engine import run_on
 from layerfed.exchange.instruction import TrainInstruction
-from layerfed.models.layers import factor_pairs
+from layerfed.models.factors import factor_pairs
 from layerfed.strategies import STRATEGIES, checked
 from tests.fakes import Recorded
 from tests.strategies.test_compositions import Wire
