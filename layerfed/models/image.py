@@ -77,6 +77,10 @@ class ImageClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor(reads.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(reads.std).view(1, 3, 1, 1), persistent=False)
         self.net = net
+        # On a processor, networks of convolutions and BatchNorm take 5 to 25% less time if the channels of a
+        # pixel lie side by side, which outputs keep (benchmarks/evaluation.py). Others gain nothing.
+        convolves = any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+        self.format = torch.channels_last if convolves else torch.contiguous_format
 
     def forward(self, image: Tensor) -> Tensor:
         """Return class scores of images in bytes, shape (B, 3, S, S) with any S."""
@@ -86,7 +90,10 @@ class ImageClassifier(nn.Module):
             values = nn.functional.interpolate(
                 values, size=self.reads.size, mode="bicubic", antialias=True
             ).clamp(0, 1)
-        scores: Tensor = self.net((values - self.mean) / self.std)
+        values = (values - self.mean) / self.std
+        if values.device.type == "cpu":
+            values = values.contiguous(memory_format=self.format)
+        scores: Tensor = self.net(values)
         return scores
 
 

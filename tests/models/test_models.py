@@ -310,6 +310,20 @@ def test_bytes_are_normalised_as_the_weights_want_it(saved: dict[str, Path]) -> 
     assert (seen[1].amin((0, 2, 3)) >= low - 1e-5).all()
 
 
+@pytest.mark.parametrize(("name", "last"), [("test_efficientnet", True), ("test_vit", False)])
+def test_channels_lie_side_by_side_where_that_is_faster(name: str, last: bool) -> None:
+    """And the scores are those of the plain network."""
+    config = ModelConfig(name=f"timm/{name}", weights="random")
+    model = build_image_classifier(config, 4, 0, kept=64).eval()
+    seen: list[torch.Tensor] = []
+    model.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = model(IMAGES[..., :64, :64])
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) is last
+    assert seen[0].is_contiguous() is not last
+    plain = model.net(seen[0].contiguous())
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_random_weights_come_by_choice_only(saved: dict[str, Path]) -> None:
     random, loaded = image("layerfed/vit", "random"), image("layerfed/vit", "embedded")
     assert not {n for n in same(random, loaded) if n.endswith("qkv.weight")}
