@@ -77,8 +77,8 @@ class ImageClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor(reads.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(reads.std).view(1, 3, 1, 1), persistent=False)
         self.net = net
-        # On a processor, networks of convolutions and BatchNorm take 5 to 25% less time if the channels of a
-        # pixel lie side by side, which outputs keep (benchmarks/evaluation.py). Others gain nothing.
+        # On a processor, convolutions with BatchNorm take 5 to 25% less time if a pixel's channels lie
+        # side by side, which outputs keep (benchmarks/evaluation.py). Others gain nothing.
         convolves = any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
         self.format = torch.channels_last if convolves else torch.contiguous_format
 
