@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,27 @@ def records(file: Path) -> Iterator[Any]:
     while place + 7 <= len(content):
         if (left := 32768 - place % 32768) < 7:
             place += left
+        if place + 7 > len(content):
+            return
         _, size, kind = struct.unpack_from("<IHB", content, place)
+        if place + 7 + size > len(content):
+            return
         parts += content[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # whole, or the last part
             yield Record.FromString(parts)
             parts = b""
+
+
+def whole_records(files: Sequence[Path]) -> list[Any]:
+    """Read runs to their ends: W&B's own process may write the last block after `finish` returned."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = [record for file in files for record in records(file)]
+        ends = sum(record.HasField("exit") for record in found)
+        if ends == len(files) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
 
 
 @pytest.mark.usefixtures("pictures")
@@ -141,7 +157,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tracked("wandb", tmp_path)
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
-    found = [record for file in files for record in records(file)]
+    found = whole_records(files)
     runs = [record.run for record in found if record.HasField("run")]
     assert {(run.run_id, run.project, run.display_name) for run in runs} == {
         (json.loads((folder / "trackers.json").read_text())["wandb"], "things", "x")

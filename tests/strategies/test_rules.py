@@ -213,7 +213,8 @@ def test_each_strategy_takes_its_own_settings_from_the_configuration() -> None:
         "strategy.period": 4,
         "strategy.probe-batches": 3,
         "strategy.probe-examples": 5,
-        "strategy.theory": True,
+        "strategy.probe": "after",
+        "strategy.probe-share": 0.5,
         "strategy.form": "code",
         "strategy.resample-steps": 2,
         "strategy.warmup-rounds": 5,
@@ -224,16 +225,19 @@ def test_each_strategy_takes_its_own_settings_from_the_configuration() -> None:
     }
     known = {f"strategy.{field.replace('_', '-')}" for field in StrategyConfig.model_fields}
     known |= set(option_keys())
-    assert set(changed) == known - {"strategy.name", "strategy.options"}, (
+    # The theory's terms need a whole probe before training.
+    assert set(changed) == known - {"strategy.name", "strategy.options", "strategy.theory"}, (
         "or a setting is wired to nothing"
     )
+    theory = RunConfig.from_flat({"strategy.theory": True, "strategy.name": "top"})
+    assert build_strategy(theory, LAYERS).settings.theory
     budget = {"budget.layers": 2.0, "train.local-steps": 7}
     taken: dict[str, object] = {}
     for name in STRATEGIES:
         config = RunConfig.from_flat({**changed, **budget, "strategy.name": name})
         built = build_strategy(config, LAYERS)
         rounds = built.settings
-        assert (rounds.period, rounds.probe_batches, rounds.theory) == (4, 3, True)
+        assert (rounds.period, rounds.probe_batches, rounds.probe_share) == (4, 3, 0.5)
         assert rounds.local_steps is not None
         assert rounds.local_steps(100) == 7
         taken |= vars(rounds) | built.options.model_dump()
