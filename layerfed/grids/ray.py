@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -155,6 +157,12 @@ class _Asked:
     attempt: int
 
 
+def _reach(address: str) -> None:
+    """Raise OSError at once if nothing answers at HOST:PORT; Ray itself tries for many minutes."""
+    if place := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
+        socket.create_connection((place[1], int(place[2])), timeout=20).close()
+
+
 class RayGrid(InProcessGrid):
     """A Grid whose nodes work in actors of Ray, as many at once as there are actors.
 
@@ -233,6 +241,7 @@ class RayGrid(InProcessGrid):
 
         own = self._actors
         try:
+            _reach(own.address)
             with _environment(own):
                 ray.init(
                     address=own.address or "local",
