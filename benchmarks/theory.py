@@ -107,8 +107,10 @@ def _error(values: list[float]) -> float:
 
 def _draw(leads: list[int], found: dict[str, list[list[float]]], file: Path) -> None:
     drawing, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    shown: list[list[list[float]]] = []
     for name, columns in found.items():
-        if all(columns):
+        if all(columns) and columns not in shown:  # two terms are equal if all clients take part
+            shown.append(columns)
             heights, errors = [np.mean(c) for c in columns], [_error(c) for c in columns]
             axis.errorbar(leads, heights, errors, marker="o", capsize=3, label=name)
     axis.axhline(0, color="0.3", lw=0.8)

@@ -46,6 +46,32 @@ def config(deaths: Path) -> RunConfig:
     )
 
 
+def test_what_stays_on_clients_is_that_of_one_process() -> None:
+    """Personal layers and second adapters go from actor to actor with their client.
+
+    It stands before those that share a grid, since a process has one Ray at a time.
+    """
+    own = ("model.personal=head", "model.tuning=lora", "model.personal-rank=2")
+    tiny = ("task.name=tests.tiny_task:TinyTask", "task.local-test=0.3", "strategy.name=top")
+    config = configured(*own, *tiny, "budget.layers=2", "federation.clients-per-round=6")
+    expected = run(config, ROUNDS)
+    with RayGrid(Actors(2), config.federation.clients, config.to_flat()) as grid:
+        deadline = time.monotonic() + PATIENCE
+        while not grid.parallel:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        grid._work = None  # type: ignore[assignment, method-assign]  # no client works in this process
+        found = run(config, ROUNDS, grid, PATIENCE)
+    for record, other in zip(found.rounds, expected.rounds, strict=True):
+        assert record.failures == other.failures == []
+        for client, numbers in other.numbers.rows.items():
+            assert record.numbers.rows[client]["client_loss"] == pytest.approx(
+                numbers["client_loss"], rel=1e-5
+            )
+    for name, value in expected.after.items():
+        np.testing.assert_allclose(found.after[name], value, rtol=0, atol=1e-6, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def grid(config: RunConfig) -> Iterator[RayGrid]:
     with RayGrid(Actors(2), config.federation.clients, config.to_flat()) as made:
@@ -95,29 +121,6 @@ def test_a_client_whose_actors_die_twice_is_left_out(
     (failure,) = found.rounds[0].failures
     assert "the actor died 2 times" in failure.reason
     assert found.rounds[0].selection is not None
-
-
-def test_what_stays_on_clients_is_that_of_one_process() -> None:
-    """Personal layers and second adapters go from actor to actor with their client."""
-    own = ("model.personal=head", "model.tuning=lora", "model.personal-rank=2")
-    tiny = ("task.name=tests.tiny_task:TinyTask", "task.local-test=0.3", "strategy.name=top")
-    config = configured(*own, *tiny, "budget.layers=2", "federation.clients-per-round=6")
-    expected = run(config, ROUNDS)
-    with RayGrid(Actors(2), config.federation.clients, config.to_flat()) as grid:
-        deadline = time.monotonic() + PATIENCE
-        while not grid.parallel:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        grid._work = None  # type: ignore[assignment, method-assign]  # no client works in this process
-        found = run(config, ROUNDS, grid, PATIENCE)
-    for record, other in zip(found.rounds, expected.rounds, strict=True):
-        assert record.failures == other.failures == []
-        for client, numbers in other.numbers.rows.items():
-            assert record.numbers.rows[client]["client_loss"] == pytest.approx(
-                numbers["client_loss"], rel=1e-5
-            )
-    for name, value in expected.after.items():
-        np.testing.assert_allclose(found.after[name], value, rtol=0, atol=1e-6, err_msg=name)
 
 
 def test_a_cluster_that_is_not_there_is_refused(config: RunConfig) -> None:
