@@ -73,6 +73,10 @@ def main(
         if only and not file.parent.name.startswith(tuple(only.split(","))):
             continue
         config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+        summary = json.loads((file.parent / "summary.json").read_text(encoding="utf-8"))
+        if summary["status"] != "completed":
+            typer.echo(f"{file.parent.name}: {summary['status']}, so it is left out")
+            continue
         rounds = {line["round"]: line for line in read_lines(file) if line["round"]}
         if not any(line["e1"] is not None for line in rounds.values()):
             typer.echo(f"{file.parent.name}: no E1, so it is left out (strategy.theory=true)")

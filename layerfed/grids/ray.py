@@ -160,7 +160,7 @@ class _Asked:
 def _reach(address: str) -> None:
     """Raise OSError at once if nothing answers at HOST:PORT; Ray itself tries for many minutes."""
     if place := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
-        socket.create_connection((place[1], int(place[2])), timeout=20).close()
+        socket.create_connection((place[1].strip("[]"), int(place[2])), timeout=20).close()
 
 
 class RayGrid(InProcessGrid):
