@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import requires, version
+from itertools import pairwise
 from pathlib import Path
 
 from layerfed.doctor.finding import Finding
@@ -95,8 +96,13 @@ def flower_home() -> Iterator[Finding]:
         yield Finding("flower home", said)
 
 
+def local_port() -> str:
+    """Return the port of the SuperLink that `flwr run` starts and finds again."""
+    return os.environ.get("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "39091")
+
+
 def superlinks() -> Iterator[Finding]:
-    """Look for SuperLinks that `flwr run` has left, which keep environment and folder of their start."""
+    """Look for the SuperLink that `flwr run` has left, which keeps environment and folder."""
     listed = subprocess.run(
         ["ps", "-ww", "-u", str(os.getuid()), "-o", "pid=,args="],
         capture_output=True,
@@ -105,10 +111,13 @@ def superlinks() -> Iterator[Finding]:
         timeout=10,
     )
     rows = [line.split() for line in listed.stdout.splitlines()]
+    # One that serves another port is not the one that the next `flwr run` finds.
     stray = [
         (int(pid), args)
         for pid, *args in rows
-        if "--simulation" in args and any(a.endswith("flower-superlink") for a in args[:2])
+        if any(a.endswith("flower-superlink") for a in args[:2])
+        and "--simulation" in args
+        and ("--port", local_port()) in pairwise(args)
     ]
     for pid, args in stray:
         # Its script runs in the interpreter beside it.
@@ -138,8 +147,7 @@ def listens(port: int) -> bool:
 
 def ports() -> Iterator[Finding]:
     """Look which of the ports of LayerFed and Flower are in use."""
-    local = int(os.environ.get("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "39091"))
-    named = {**PORTS, local: "the local SuperLink of flwr run"}
+    named = {**PORTS, int(local_port()): "the local SuperLink of flwr run"}
     used = {port: who for port, who in named.items() if listens(port)}
     for port, who in used.items():
         yield Finding(

@@ -147,17 +147,21 @@ def test_reinstalling_dependencies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.status == "ok"
 
 
-def test_a_stray_superlink_of_another_environment(tmp_path: Path) -> None:
+def test_a_stray_superlink_of_another_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "flower-superlink"
     script.write_text("import sys\nprint('up', flush=True)\nsys.stdin.read()\n")
     with subprocess.Popen(
-        [sys.executable, script, "--simulation"],
+        [sys.executable, script, "--simulation", "--port", "39777"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=tmp_path,
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
+        assert not [f for f in flower.superlinks() if str(process.pid) in f.text]
+        monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "39777")
         (found,) = [f for f in flower.superlinks() if str(process.pid) in f.text]
         process.communicate()
     assert found.status == "wrong"
