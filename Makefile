@@ -18,12 +18,16 @@ help: ## list the targets
 # were tested with this Python, where it has a file of them.
 MADE_BY = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TESTED = $(wildcard requirements/py$(shell $(MADE_BY) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt)
-INSTALL = $(BIN)/python -m pip install --quiet $(TESTED:%=--constraint %) --editable
+PINNED = $(TESTED:%=--constraint %)
+# uv installs several times faster than pip. It does not read pip's settings: for an index other than PyPI
+# set UV_DEFAULT_INDEX.
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(PINNED) --editable
 
 $(VENV)/.installed: pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "LayerFed needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PINNED) uv
 	$(INSTALL) ".[deploy,simulation]"
 	@touch $@
 
