@@ -1,14 +1,13 @@
 """The scores of each kind of task, added up batch by batch, and the evaluation of a model.
 
 A `Tally` keeps sums and counts only, so the memory of an evaluation does not depend on the number of
-examples. Scores of classes are scikit-learn's, computed at the end from the count of each pair of true
-and predicted class, which are the weights of as many examples.
+examples. Scores of classes follow from the count of each pair of true and predicted class. They are
+those of scikit-learn, whose import would take a second and 110 MB of every process that evaluates.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -163,6 +162,62 @@ class Tally(ABC):
             )
 
 
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    found: np.ndarray = part / np.maximum(whole, 1)
+    return found
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """The number of examples by class, shape (C,).
+
+    Attributes
+    ----------
+    right : numpy.ndarray
+        Those of the class that were predicted to be of it.
+    held : numpy.ndarray
+        Those of the class.
+    said : numpy.ndarray
+        Those that were predicted to be of it.
+    """
+
+    right: np.ndarray
+    held: np.ndarray
+    said: np.ndarray
+
+    @classmethod
+    def of(cls, table: np.ndarray) -> ClassCounts:
+        """Return the counts of a confusion matrix, true classes by predicted ones."""
+        return cls(table.diagonal(), table.sum(1), table.sum(0))
+
+    @property
+    def precision(self) -> np.ndarray:
+        """The share of the predictions of a class that were right; 0 if there was none."""
+        return _share(self.right, self.said)
+
+    @property
+    def recall(self) -> np.ndarray:
+        """The share of a class's examples that were found; 0 if there is none."""
+        return _share(self.right, self.held)
+
+    @property
+    def f1(self) -> np.ndarray:
+        """The harmonic mean of both."""
+        return _share(2 * self.right, self.held + self.said)
+
+    def rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the table by class, of the classes that have a name."""
+        columns = {"precision": self.precision, "recall": self.recall, "f1": self.f1}
+        return [
+            {
+                "class": name,
+                **{key: float(column[number]) for key, column in columns.items()},
+                "support": int(self.held[number]),
+            }
+            for number, name in enumerate(names)
+        ]
+
+
 class SingleLabel(Tally):
     """One class for each example: outputs (B, C), targets (B,) in 0 … C − 1."""
 
@@ -201,40 +256,34 @@ class SingleLabel(Tally):
 
     def values(self) -> dict[str, float]:
         """Return accuracy, macro F1, balanced accuracy, and the expected calibration error."""
-        from sklearn import metrics
-
-        true, found, weights = _columns(self.sums["pairs"])
+        counts = ClassCounts.of(self._table())
         examples, sure, hits = self.sums["bins"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # classes that were predicted only
-            return {
-                "accuracy": metrics.accuracy_score(true, found, sample_weight=weights),
-                "macro_f1": metrics.f1_score(
-                    true, found, average="macro", sample_weight=weights, zero_division=0
-                ),
-                "balanced_accuracy": metrics.balanced_accuracy_score(
-                    true, found, sample_weight=weights
-                ),
-                "ece": float(np.abs(hits - sure).sum() / examples.sum()),
-            }
+        return {
+            "accuracy": float(counts.right.sum() / counts.held.sum()),
+            "macro_f1": float(counts.f1[counts.held + counts.said > 0].mean()),
+            "balanced_accuracy": float(counts.recall[counts.held > 0].mean()),
+            "ece": float(np.abs(hits - sure).sum() / examples.sum()),
+        }
+
+    def _table(self, classes: int = 0) -> np.ndarray:
+        """Return the number of examples by true and by predicted class, of `classes` or more."""
+        pairs = self.sums["pairs"]
+        size = max(classes, *(number + 1 for pair in pairs for number in pair))
+        table = np.zeros((size, size), dtype=int)
+        table[tuple(zip(*pairs, strict=True))] = list(pairs.values())
+        return table
 
     def details(self, classes: Sequence[str]) -> dict[str, Any]:
         """Return the table by class, the confusion matrix, and the bins of the calibration."""
-        from sklearn.metrics import confusion_matrix
-
-        true, found, weights = _columns(self.sums["pairs"])
-        count = len(classes) or int(max(*true, *found)) + 1
+        table = self._table(len(classes))
+        count = len(classes) or len(table)
         names = list(classes) or [str(number) for number in range(count)]
         report: dict[str, Any] = {
             "classes": names,
-            "per_class": _per_class(true, found, weights, names),
+            "per_class": ClassCounts.of(table).rows(names),
         }
         if count <= MOST_CLASSES:
-            report["confusion"] = (
-                confusion_matrix(true, found, labels=range(count), sample_weight=weights)
-                .astype(int)
-                .tolist()
-            )
+            report["confusion"] = table[:count, :count].tolist()
         examples, sure, hits = self.sums["bins"]
         report["calibration"] = {
             "ece": self.values()["ece"],
@@ -349,35 +398,24 @@ class MultiLabel(Tally):
             examples=len(targets),
         )
 
-    def _columns(self) -> tuple[list[int], list[int], list[int]]:
-        """Return true labels, predicted labels and weights; −1 is the absence of a label."""
-        right, missed, wrong = self.sums["counts"].tolist()
-        labels, none = list(range(len(right))), [-1] * len(right)
-        return labels + labels + none, labels + none + labels, right + missed + wrong
+    def _counts(self) -> ClassCounts:
+        right, missed, wrong = self.sums["counts"]
+        return ClassCounts(right, right + missed, right + wrong)
 
     def values(self) -> dict[str, float]:
         """Return macro F1, micro F1, and the share of examples with all labels right."""
-        from sklearn.metrics import f1_score
-
-        true, found, weights = self._columns()
-        labels = range(self.sums["counts"].shape[1])
-        f1 = {
-            f"{average}_f1": f1_score(
-                true,
-                found,
-                labels=labels,
-                average=average,
-                sample_weight=weights,
-                zero_division=0,
-            )
-            for average in ("macro", "micro")
+        counts = self._counts()
+        whole = ClassCounts(*(np.array(n.sum()) for n in (counts.right, counts.held, counts.said)))
+        return {
+            "macro_f1": float(counts.f1.mean()),
+            "micro_f1": float(whole.f1),
+            "exact_match": self.sums["exact"] / self.sums["examples"],
         }
-        return {**f1, "exact_match": self.sums["exact"] / self.sums["examples"]}
 
     def details(self, classes: Sequence[str]) -> dict[str, Any]:
         """Return the table by label."""
         names = list(classes) or [str(n) for n in range(self.sums["counts"].shape[1])]
-        return {"classes": names, "per_class": _per_class(*self._columns(), names)}
+        return {"classes": names, "per_class": self._counts().rows(names)}
 
     @staticmethod
     def predicted(task: Task, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
@@ -547,31 +585,6 @@ def _shown(tensor: Tensor) -> str:
     if not tensor.numel() or tensor.dtype == torch.bool:
         return kind
     return f"{kind}, from {float(tensor.min()):g} to {float(tensor.max()):g}"
-
-
-def _columns(pairs: Counter[tuple[int, int]]) -> tuple[list[int], list[int], list[int]]:
-    """Return the true classes, the predicted classes, and the number of examples of each pair."""
-    ordered = sorted(pairs.items())
-    return [t for (t, _), _ in ordered], [f for (_, f), _ in ordered], [n for _, n in ordered]
-
-
-def _per_class(
-    true: list[int], found: list[int], weights: list[int], names: Sequence[str]
-) -> list[dict[str, Any]]:
-    from sklearn.metrics import precision_recall_fscore_support
-
-    table = precision_recall_fscore_support(
-        true, found, labels=range(len(names)), sample_weight=weights, zero_division=0
-    )
-    keys = ("precision", "recall", "f1", "support")
-    return [
-        {
-            "class": name,
-            **dict(zip(keys, map(float, row[:3]), strict=False)),
-            "support": int(row[3]),
-        }
-        for name, row in zip(names, np.array(table, dtype=float).T, strict=True)
-    ]
 
 
 # ---------------------------------------------------------------------------------- evaluation
