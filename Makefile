@@ -59,7 +59,7 @@ chromium:
 lint: $(VENV)/.installed-dev ## ruff, mypy --strict, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 	$(BIN)/lint-imports
 
 lock: $(VENV)/.installed ## write requirements/ from pyproject.toml (newest versions: UPGRADE=--upgrade)

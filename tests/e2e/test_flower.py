@@ -201,9 +201,8 @@ def test_flwr_run_takes_a_strategy_of_ones_own(tmp_path: Path, flwr: Flwr) -> No
     written = json.loads((folder / "config.json").read_text())
     assert (written["strategy.name"], written["strategy.shift"]) == ("my_strategy:Middle", 1)
 
-    in_one_line(run("Stranger"), "is not a subclass of layerfed.strategies.SelectiveStrategy")
+    # What else a module may hold is refused in tests/strategies; here it is how `flwr run` says it.
     in_one_line(run("Silent"), "NoneType")
-    in_one_line(run("Greedy"), "spends 12")
     runs = statuses(flwr)
     assert set(runs) == {"finished:completed", "finished:failed"}
 
