@@ -1,12 +1,13 @@
 """The typed configuration: its sections, the rules between them, a node's own settings, and files."""
 
 from layerfed.config.node import NodeConfig
+from layerfed.config.paths import expanded
 from layerfed.config.privacy import PrivacyConfig
+from layerfed.config.reading import flatten, load_config, shipped
 from layerfed.config.run import (
     FAMILIES,
     BudgetConfig,
     BudgetUnit,
-    DeviceName,
     ExchangeConfig,
     Flat,
     ModelConfig,
@@ -17,19 +18,20 @@ from layerfed.config.run import (
     StrategyConfig,
     TaskConfig,
     TrainConfig,
-    expanded,
+    run_keys,
+)
+from layerfed.config.secagg import SecAggConfig, refuse_different_masks, refuse_with_secagg
+from layerfed.config.section import (
+    ConfigError,
+    DeviceName,
+    Section,
     explain,
-    flatten,
-    load_config,
+    imported,
     nearest,
     nearest_key,
     parse_override,
-    run_keys,
     section_keys,
-    shipped,
 )
-from layerfed.config.secagg import SecAggConfig, refuse_different_masks, refuse_with_secagg
-from layerfed.config.section import ConfigError, Section, imported
 
 __all__ = [
     "FAMILIES",

@@ -11,13 +11,9 @@ from click import Context
 from typer.core import TyperArgument, TyperCommand
 from typer.utils import get_params_from_function
 
-from layerfed.config.errors import one_line_errors
-from layerfed.config.run import (
-    ConfigError,
-    RunConfig,
-    load_config,
-    run_keys,
-)
+from layerfed.config.errors import ConfigError, one_line_errors
+from layerfed.config.reading import load_config
+from layerfed.config.run import RunConfig, run_keys
 
 __all__ = ["App", "complete_setting", "read_settings"]
 

@@ -13,16 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from layerfed.config.privacy import refuse_half
-from layerfed.config.run import (
-    BudgetUnit,
-    ConfigError,
-    DeviceName,
-    RunConfig,
-    Storage,
-    explain,
-    section_keys,
-)
-from layerfed.config.section import Section
+from layerfed.config.run import BudgetUnit, RunConfig, Storage
+from layerfed.config.section import ConfigError, DeviceName, Section, explain, section_keys
 
 __all__ = ["NodeConfig"]
 

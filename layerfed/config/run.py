@@ -8,18 +8,14 @@ budget above the number of layers, before any client works.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
 import shlex
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from layerfed.config.paths import absolute
 from layerfed.config.privacy import PrivacyConfig, check_private
 from layerfed.config.secagg import SecAggConfig, refuse_with_secagg
 from layerfed.config.section import (
@@ -29,26 +25,20 @@ from layerfed.config.section import (
     RunName,
     Section,
     Switch,
+    explain,
     nearest,
+    nearest_key,
+    parse_override,
+    section_keys,
 )
 
 __all__ = [
     "BudgetUnit",
-    "ConfigError",
-    "DeviceName",
     "Flat",
     "RunConfig",
     "Scalar",
     "Storage",
-    "absolute",
-    "expanded",
-    "explain",
-    "flatten",
-    "load_config",
-    "nearest",
-    "parse_override",
     "run_keys",
-    "shipped",
 ]
 
 Scalar = str | int | float | bool
@@ -58,8 +48,6 @@ BudgetUnit = Literal["layers", "parameters", "bytes", "flops", "seconds", "memor
 Storage = Literal["checkpoint", "float32", "bfloat16", "float16", "int8", "4bit"]
 # Libraries of models, which `model.name` begins with, and what their models read.
 FAMILIES = {"layerfed": "image", "open_clip": "image", "timm": "image", "transformers": "text"}
-# What `model.weights` says without naming a place.
-WEIGHTS = ("embedded", "pretrained", "random")
 Positive = Annotated[int, Field(ge=1)]
 # Clients of a federation that LayerFed makes itself, if the configuration states no number.
 SIMULATED_CLIENTS = 10
@@ -609,7 +597,7 @@ class RunConfig(Section):
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
-            raise ConfigError(explain(error)) from None
+            raise ConfigError(explain(error, run_keys())) from None
 
     def of_size(self, clients: int) -> RunConfig:
         """Return this configuration with the population and the cohort set, where they were 0.
@@ -655,146 +643,6 @@ class RunConfig(Section):
         return {f"{s}.{k}": v for s, keys in nested.items() for k, v in keys.items()}
 
 
-def absolute(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with absolute paths.
-
-    What may also be a name, such as a hub id, is a path if there is a file or folder of that name here.
-    """
-    found = dict(flat)
-    for key in ("task.data", "model.weights", "model.tokenizer"):
-        if str(flat.get(key)) not in WEIGHTS and os.path.exists(path := _path(flat.get(key))):
-            found[key] = path
-    family, _, name = str(flat.get("model.name", "")).partition("/")
-    if family == "transformers" and os.path.exists(path := _path(name)):
-        found["model.name"] = f"{family}/{path}"
-    if flat.get("exchange.store") not in ("", "memory", None):
-        found["exchange.store"] = _path(flat["exchange.store"])
-    found["run.dir"] = _path(flat.get("run.dir") or "runs")
-    return found
-
-
-def _path(text: object) -> str:
-    """Return an absolute path; empty for an empty text."""
-    return os.path.abspath(os.path.expanduser(str(text))) if text else ""
-
-
-def expanded(path: str) -> Path:
-    """Return a path with its `~` or `~user` replaced.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such user, since a folder of that name would be made in the current one.
-    """
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
-        raise ConfigError(
-            f"'{path}': there is no user '{path[1:].partition('/')[0]}' on this machine; give the "
-            f"folder in full, or as ./{path} if its name begins with ~"
-        )
-    return Path(found)
-
-
-def explain(error: ValidationError, keys: Sequence[str] = (), prefix: str = "") -> str:
-    """Turn pydantic's findings into one line that tells the user what to change.
-
-    Parameters
-    ----------
-    error : pydantic.ValidationError
-    keys : Sequence[str]
-        The known keys; by default those of a run's configuration.
-    prefix : str
-        The prefix of the checked keys, for example `strategy.`.
-    """
-    lines = []
-    for finding in error.errors():
-        key = prefix + ".".join(str(part) for part in finding["loc"])
-        if finding["type"] == "extra_forbidden":
-            known = keys or [k for k in run_keys() if k.split(".")[0] == key.split(".")[0]]
-            close = nearest_key(key, keys or run_keys())
-            lines.append(f"unknown key '{key}'; known keys: {', '.join(known)}{close}")
-        elif finding["type"] == "value_error":
-            lines.append(str(finding["ctx"]["error"]))
-        else:
-            rule = finding["msg"].removeprefix("Input should be ")
-            close = nearest(str(finding["input"]), re.findall(r"'([^']*)'", rule))
-            lines.append(f"{key} = {finding['input']!r} is not allowed: it should be {rule}{close}")
-    return "; ".join(lines)
-
-
-def section_keys(section: type[Section], prefix: str = "") -> list[str]:
-    """Return the keys of a section in the form that users write."""
-    return [f"{prefix}{name.replace('_', '-')}" for name in section.model_fields]
-
-
-def nearest_key(key: str, known: Iterable[str]) -> str:
-    """Return "; did you mean …?" with the known key nearest to an unknown one, or an empty text."""
-    keys = list(known)
-    same = [k for k in keys if k.partition(".")[2] == key]
-    return f"; did you mean {same[0]}?" if same else nearest(key, keys)
-
-
 def run_keys() -> list[str]:
     """Return every key of a run's configuration."""
     return list(RunConfig().to_flat())
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested TOML tables to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split `key=value`. The value is read as TOML (`3`, `0.1`, `true`), or else as text."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"'{text}' is not of the form key=value")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
-
-
-def shipped(file: Path) -> Path:
-    """Return a file, or the configuration of that name that comes with the package.
-
-    That is `cifar10`, or `conf/cifar10.toml`, as the documents write it, in a folder that is no clone.
-    """
-    if file.exists():
-        return file
-    name = file
-    if file.parts[:1] == ("conf",) and file.suffix == ".toml":
-        name = file.relative_to("conf").with_suffix("")
-    if name.suffix:
-        return file
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (found := folder / f"{name}.toml").exists():
-            return found
-    return file
-
-
-def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a configuration file, or the defaults, and apply `key=value` overrides."""
-    flat: dict[str, Any] = {}
-    if file is not None:
-        file = shipped(file)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from None
-        try:
-            table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{file} is not valid {file.suffix.lstrip('.')}: {error}") from None
-        if not isinstance(table, dict):
-            raise ConfigError(f"{file} holds no table of settings, but a {type(table).__name__}")
-        flat = flatten(table)
-    flat.update(parse_override(text) for text in overrides)
-    return RunConfig.from_flat(flat)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from layerfed.config.errors import ConfigError
-from layerfed.config.run import RunConfig, absolute
+from layerfed.config.paths import absolute
+from layerfed.config.run import RunConfig
 
 __all__ = ["differing"]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 
 from layerfed.config.errors import ConfigError, naming_extras
@@ -20,8 +21,12 @@ __all__ = [
     "RunName",
     "Section",
     "Switch",
+    "explain",
     "imported",
     "nearest",
+    "nearest_key",
+    "parse_override",
+    "section_keys",
 ]
 
 
@@ -104,3 +109,54 @@ class Section(BaseModel):
         populate_by_name=True,
         alias_generator=lambda name: name.replace("_", "-"),
     )
+
+
+def explain(error: ValidationError, keys: Sequence[str], prefix: str = "") -> str:
+    """Turn pydantic's findings into one line that tells the user what to change.
+
+    Parameters
+    ----------
+    error : pydantic.ValidationError
+    keys : Sequence[str]
+        The known keys.
+    prefix : str
+        The prefix of the checked keys, for example `strategy.`.
+    """
+    lines = []
+    for finding in error.errors():
+        key = prefix + ".".join(str(part) for part in finding["loc"])
+        if finding["type"] == "extra_forbidden":
+            beside = [known for known in keys if known.split(".")[0] == key.split(".")[0]]
+            lines.append(
+                f"unknown key '{key}'; known keys: {', '.join(beside or keys)}{nearest_key(key, keys)}"
+            )
+        elif finding["type"] == "value_error":
+            lines.append(str(finding["ctx"]["error"]))
+        else:
+            rule = finding["msg"].removeprefix("Input should be ")
+            close = nearest(str(finding["input"]), re.findall(r"'([^']*)'", rule))
+            lines.append(f"{key} = {finding['input']!r} is not allowed: it should be {rule}{close}")
+    return "; ".join(lines)
+
+
+def section_keys(section: type[Section], prefix: str = "") -> list[str]:
+    """Return the keys of a section in the form that users write."""
+    return [f"{prefix}{name.replace('_', '-')}" for name in section.model_fields]
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """Return "; did you mean …?" with the known key nearest to an unknown one, or an empty text."""
+    keys = list(known)
+    same = [k for k in keys if k.partition(".")[2] == key]
+    return f"; did you mean {same[0]}?" if same else nearest(key, keys)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value`. The value is read as TOML (`3`, `0.1`, `true`), or else as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{text}' is not of the form key=value")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()

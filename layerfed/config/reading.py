@@ -1,0 +1,65 @@
+"""Settings from files, and from `key=value` on a command line."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from layerfed.config.errors import ConfigError
+from layerfed.config.run import RunConfig
+from layerfed.config.section import parse_override
+
+__all__ = ["flatten", "load_config", "shipped"]
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested TOML tables to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def shipped(file: Path) -> Path:
+    """Return a file, or the configuration of that name that comes with the package.
+
+    That is `cifar10`, or `conf/cifar10.toml`, as the documents write it, in a folder that is no clone.
+    """
+    if file.exists():
+        return file
+    name = file
+    if file.parts[:1] == ("conf",) and file.suffix == ".toml":
+        name = file.relative_to("conf").with_suffix("")
+    if name.suffix:
+        return file
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (found := folder / f"{name}.toml").exists():
+            return found
+    return file
+
+
+def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a configuration file, or the defaults, and apply `key=value` overrides."""
+    flat: dict[str, Any] = {}
+    if file is not None:
+        file = shipped(file)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from None
+        try:
+            table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{file} is not valid {file.suffix.lstrip('.')}: {error}") from None
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file} holds no table of settings, but a {type(table).__name__}")
+        flat = flatten(table)
+    flat.update(parse_override(text) for text in overrides)
+    return RunConfig.from_flat(flat)
