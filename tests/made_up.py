@@ -61,21 +61,27 @@ class Federation(PlayedGrid):
     clients : int
     forged : Mapping[tuple[int, str], Forge]
         By partition and message type.
+    layers : LayerMap
     """
 
-    def __init__(self, clients: int, forged: Mapping[tuple[int, str], Forge] | None = None) -> None:
+    def __init__(
+        self,
+        clients: int,
+        forged: Mapping[tuple[int, str], Forge] | None = None,
+        layers: LayerMap = LAYERS,
+    ) -> None:
         super().__init__(range(2, 2 + clients))
-        self.clients = clients
+        self.clients, self.layers = clients, layers
         self.forged = forged or {}
 
     def answer(self, message: Message) -> Message:
         partition, kind = message.metadata.dst_node_id - 2, message.metadata.message_type
-        reply = honest(message, partition, self.clients)
+        reply = honest(message, partition, self.clients, self.layers)
         forge = self.forged.get((partition, kind))
         return reply if forge is None else forge(reply)
 
 
-def honest(message: Message, partition: int, clients: int) -> Message:
+def honest(message: Message, partition: int, clients: int, layers: LayerMap = LAYERS) -> Message:
     """The reply of a client whose gradients and updates are drawn at random, the same in every run."""
     kind, config = message.metadata.message_type, read_config(message)
     rng = np.random.default_rng([partition, config["round"], len(kind)])
@@ -92,7 +98,7 @@ def honest(message: Message, partition: int, clients: int) -> Message:
         )
     else:
         asked = TrainInstruction.read(message, LAYERS.num_blocks)
-        names = [name for layer in LAYERS.trained(asked.mask) for name in LAYERS[layer].tensors]
+        names = [name for layer in asked.asked(layers) for name in layers[layer].tensors]
         update = {name: drawn(rng, BASE[name]) for name in names}
         parts = asked.codec_for(LAYERS).encode(update)
         names, on = (asked.probe.statistics, sum(asked.probe.blocks)) if asked.probe else ((), 0)
@@ -123,15 +129,18 @@ class Outcome(Observer):
         self.rounds.append(record)
 
 
-def strategy_for(clients: int, **options: Any) -> SelectiveStrategy:
+def strategy_for(
+    clients: int, kind: type[SelectiveStrategy] = ILP, layers: LayerMap = LAYERS, **options: Any
+) -> SelectiveStrategy:
     """A strategy whose masks for one client do not depend on the others."""
     options = {"consistency": 0.0, "clients": clients, "client_evaluation": True, **options}
     rounds = {f.name: options.pop(f.name) for f in fields(RoundSettings) if f.name in options}
-    return ILP(LAYERS, settings=RoundSettings(**rounds), **options)
+    return kind(layers, settings=RoundSettings(**rounds), **options)
 
 
 def run(grid: Federation, rounds: int = 2, **options: Any) -> Outcome:
-    strategy, outcome = strategy_for(grid.clients, **options), Outcome()
+    strategy = strategy_for(grid.clients, layers=grid.layers, **options)
+    outcome = Outcome()
     strategy.observers = (outcome,)
     strategy.start(
         grid,

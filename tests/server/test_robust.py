@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from layerfed.config import RunConfig
 from layerfed.engine import InProcessGrid, run_on
 from layerfed.exchange import CODECS, encode, record_of
 from layerfed.runs import read_lines
+from layerfed.runs.records import Choice
 from layerfed.server.aggregation import AGGREGATIONS, Aggregation
+from layerfed.server.candidates import Candidates
 from layerfed.server.optimizers import SERVER_OPTIMIZERS
 from layerfed.server.steps import CappedWeights, Clipping, ServerStep
+from layerfed.strategies import ILP
 from tests.fakes import Recorded
 from tests.made_up import (
     BASE,
@@ -119,6 +123,23 @@ def test_rounds_are_the_formula_over_the_clients_of_each_layer(
         # The weights that E2 speaks of exist in a mean only.
         assert (record.e2 is None) == (rule != "mean")
         assert record.clipped == 0
+
+
+class Idle(ILP):
+    """Leaves some clients without a block."""
+
+    def select(self, candidates: Candidates) -> Choice:
+        """Take the blocks of every third client away."""
+        choice = super().select(candidates)
+        return replace(choice, masks=choice.masks * (np.array(candidates.clients) % 3 > 0)[:, None])
+
+
+def test_a_client_with_nothing_to_send_is_one_of_the_cohort() -> None:
+    """Its head is personal and it has no block, so it counts as no change of any layer."""
+    grid = Federation(CLIENTS, layers=LAYERS.keeping("head"))
+    found = run(grid, kind=Idle, aggregation=Aggregation(over="cohort"))
+    assert sorted(len(arrays) for arrays, _ in rounds_of(grid)[0])[:3] == [0, 0, 0]
+    same_model(found, expected(grid, "mean", over="cohort"))
 
 
 @pytest.mark.parametrize("rule", AGGREGATIONS)
