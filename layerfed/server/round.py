@@ -302,7 +302,7 @@ class Round:
             if arrival.update:
                 arrival.update = own.whole(arrival.update, self.model.tensors)
                 self.add(arrival)
-            elif not arrival.due:  # nothing of it is shared, and it is one of the cohort all the same
+            elif not arrival.due:  # none of it is shared; it is one of the cohort all the same
                 self.add_sum((), {}, arrival.examples)
             record.updated[partition] = tuple(arrival.due)
             record.replies += 1
