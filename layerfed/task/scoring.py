@@ -186,9 +186,12 @@ class ClassCounts:
     said: np.ndarray
 
     @classmethod
-    def of(cls, table: np.ndarray) -> ClassCounts:
-        """Return the counts of a confusion matrix, true classes by predicted ones."""
-        return cls(table.diagonal(), table.sum(1), table.sum(0))
+    def of(cls, pairs: Mapping[tuple[int, int], int], classes: int = 0) -> ClassCounts:
+        """Return the counts of pairs of true and predicted class, of `classes` or more."""
+        true, found = np.array(list(pairs)).T
+        count, size = np.array(list(pairs.values())), max(classes, true.max() + 1, found.max() + 1)
+        right = np.bincount(true, count * (true == found), size)
+        return cls(right, np.bincount(true, count, size), np.bincount(found, count, size))
 
     @property
     def precision(self) -> np.ndarray:
@@ -256,7 +259,7 @@ class SingleLabel(Tally):
 
     def values(self) -> dict[str, float]:
         """Return accuracy, macro F1, balanced accuracy, and the expected calibration error."""
-        counts = ClassCounts.of(self._table())
+        counts = ClassCounts.of(self.sums["pairs"])
         examples, sure, hits = self.sums["bins"]
         return {
             "accuracy": float(counts.right.sum() / counts.held.sum()),
@@ -265,25 +268,19 @@ class SingleLabel(Tally):
             "ece": float(np.abs(hits - sure).sum() / examples.sum()),
         }
 
-    def _table(self, classes: int = 0) -> np.ndarray:
-        """Return the number of examples by true and by predicted class, of `classes` or more."""
-        pairs = self.sums["pairs"]
-        size = max(classes, *(number + 1 for pair in pairs for number in pair))
-        table = np.zeros((size, size), dtype=int)
-        table[tuple(zip(*pairs, strict=True))] = list(pairs.values())
-        return table
-
     def details(self, classes: Sequence[str]) -> dict[str, Any]:
         """Return the table by class, the confusion matrix, and the bins of the calibration."""
-        table = self._table(len(classes))
-        count = len(classes) or len(table)
+        pairs = self.sums["pairs"]
+        counts = ClassCounts.of(pairs, len(classes))
+        count = len(classes) or len(counts.held)
         names = list(classes) or [str(number) for number in range(count)]
         report: dict[str, Any] = {
             "classes": names,
-            "per_class": ClassCounts.of(table).rows(names),
+            "per_class": counts.rows(names),
         }
         if count <= MOST_CLASSES:
-            report["confusion"] = table[:count, :count].tolist()
+            rows = range(count)
+            report["confusion"] = [[pairs.get((true, found), 0) for found in rows] for true in rows]
         examples, sure, hits = self.sums["bins"]
         report["calibration"] = {
             "ece": self.values()["ece"],

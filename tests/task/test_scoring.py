@@ -227,3 +227,13 @@ def test_a_score_knows_which_value_is_better() -> None:
     assert error.best([]) is None
     assert error.checked(math.nan) is None
     assert Score("accuracy").checked(1 + 1e-12) == 1.0
+
+
+def test_scores_of_many_classes_need_no_table_of_all_pairs() -> None:
+    """A table of 200,000 classes by as many would have 320 GB."""
+    tally = SingleLabel()
+    outputs = torch.zeros(2, 200_000)
+    outputs[:, 199_999] = 1.0
+    tally.update(outputs, torch.tensor([199_999, 0]))
+    assert tally.values()["accuracy"] == 0.5
+    assert len(tally.details([])["per_class"]) == 200_000
