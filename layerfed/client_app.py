@@ -57,6 +57,7 @@ from layerfed.exchange import (
 from layerfed.exchange.instruction import read_runs
 from layerfed.flower_compat import ErrorCode
 from layerfed.models.factors import of_ranks
+from layerfed.models.layers import LayerMap
 from layerfed.secure.client import add_secure_sums
 from layerfed.task import Batch
 from layerfed.task.scoring import evaluate_task
@@ -189,7 +190,8 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
     bench.resident.move_to(*read_manifest(message), node.store)
     federation, due = node.run.federation, instruction.deadline
     work = Work("train", bench.device, speed=federation.speed(node.partition))
-    optimizer = local_optimizer(settings, settings.lr if instruction.lr is None else instruction.lr)
+    lr = settings.lr if instruction.lr is None else instruction.lr
+    optimizer = local_optimizer(settings, lr, bench.resident.model, layers)
     if instruction.rank is not None:
         optimizer = of_first_ranks(optimizer, bench.resident.model, instruction.rank)
     numbers: dict[str, float] = {}
@@ -275,15 +277,24 @@ def _augmented(
         yield {name: tensor.to(bench.device) for name, tensor in changed.items()}
 
 
-def local_optimizer(train: TrainConfig, lr: float) -> OptimizerFn:
-    """Return a function that builds the local optimiser from the parameters to train."""
+def local_optimizer(
+    train: TrainConfig, lr: float, model: nn.Module, layers: LayerMap
+) -> OptimizerFn:
+    """Return a function that builds the local optimiser from the parameters of `model` to train.
+
+    The head's own rate changes over the rounds as `lr` does.
+    """
 
     def build(parameters: list[nn.Parameter]) -> LocalOptimizer:
-        optimizer: LocalOptimizer
+        optimizer: LocalAdamW | LocalSGD
         if train.optimizer == "adamw":
             optimizer = LocalAdamW(parameters, lr, train.weight_decay)
         else:
             optimizer = LocalSGD(parameters, lr, train.momentum, train.weight_decay)
+        if train.head_lr:
+            named = dict(model.named_parameters())
+            rate = lr * train.head_lr / train.lr
+            optimizer.rates = {named[name]: rate for name in layers["head"].trained}
         bound = train.clip_gradient
         return Clipped(optimizer, parameters, bound) if bound else optimizer
 

@@ -41,6 +41,11 @@ class OneByOne(ABC):
     lr : float
         η.
     weight_decay : float
+
+    Attributes
+    ----------
+    rates : dict[nn.Parameter, float]
+        Parameters with a learning rate of their own, in place of η.
     """
 
     def __init__(
@@ -48,17 +53,18 @@ class OneByOne(ABC):
     ) -> None:
         self.parameters = tuple(parameters)
         self.lr, self.weight_decay = lr, weight_decay
+        self.rates: dict[nn.Parameter, float] = {}
         self.state: dict[nn.Parameter, Any] = {}
 
     @abstractmethod
-    def _move(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Move one parameter by its gradient."""
+    def _move(self, parameter: nn.Parameter, gradient: Tensor, lr: float) -> None:
+        """Move one parameter by its gradient, at a learning rate."""
 
     @torch.no_grad()
     def step_one(self, parameter: nn.Parameter) -> None:
         """Move one parameter, if it has a gradient."""
         if parameter.grad is not None:
-            self._move(parameter, parameter.grad)
+            self._move(parameter, parameter.grad, self.rates.get(parameter, self.lr))
 
     def step(self) -> None:
         """Move the parameters that have a gradient."""
@@ -92,7 +98,7 @@ class LocalSGD(OneByOne):
         super().__init__(parameters, lr, weight_decay)
         self.momentum = momentum
 
-    def _move(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+    def _move(self, parameter: nn.Parameter, gradient: Tensor, lr: float) -> None:
         change = gradient
         if self.weight_decay:
             change = change.add(parameter, alpha=self.weight_decay)
@@ -101,7 +107,7 @@ class LocalSGD(OneByOne):
             # Before the first step there is no momentum yet.
             change = change.clone() if before is None else before.mul_(self.momentum).add_(change)
             self.state[parameter] = change
-        parameter.add_(change, alpha=-self.lr)
+        parameter.add_(change, alpha=-lr)
 
 
 class LocalAdamW(OneByOne):
@@ -117,18 +123,18 @@ class LocalAdamW(OneByOne):
 
     betas, eps = (0.9, 0.999), 1e-8
 
-    def _move(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+    def _move(self, parameter: nn.Parameter, gradient: Tensor, lr: float) -> None:
         if parameter not in self.state:
             self.state[parameter] = 0, torch.zeros_like(parameter), torch.zeros_like(parameter)
         steps, mean, square = self.state[parameter]
         steps += 1
         self.state[parameter] = steps, mean, square
         first, second = self.betas
-        parameter.mul_(1 - self.lr * self.weight_decay)
+        parameter.mul_(1 - lr * self.weight_decay)
         mean.lerp_(gradient, 1 - first)
         square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
         root = (square.sqrt() / (1 - second**steps) ** 0.5).add_(self.eps)
-        parameter.addcdiv_(mean, root, value=-self.lr / (1 - first**steps))
+        parameter.addcdiv_(mean, root, value=-lr / (1 - first**steps))
 
 
 class Clipped:

@@ -251,7 +251,8 @@ def predicted_by_mask(config: RunConfig, task: Task) -> dict[str, Phases]:
         mask[runs] = those
         with skipped(model, layers, runs.tolist()):
             found[name] = predicted_step(
-                *(model, layers, mask.tolist(), batch, task.loss, local_optimizer(train, train.lr)),
+                *(model, layers, mask.tolist(), batch, task.loss),
+                local_optimizer(train, train.lr, model, layers),
                 how=how,
                 storage=storage,
             )

@@ -115,8 +115,9 @@ def _training(saved: SavedRun) -> Iterator[str]:
     )
     yield f"Budgets ({budget.kind}): {size} {budget.unit}"
     steps = f"{train.local_steps} steps" if train.local_steps else f"{train.local_epochs} epochs"
+    head = f" ({train.head_lr:g} for the head)" if train.head_lr else ""
     yield (
-        f"{train.optimizer}, learning rate {train.lr:g}, {steps} a round in batches of "
+        f"{train.optimizer}, learning rate {train.lr:g}{head}, {steps} a round in batches of "
         f"{train.batch_size}"
     )
     base = saved.read("layers.json").get("base", {})

@@ -19,9 +19,11 @@ from layerfed.client.local_optimizers import (
     moved_alone,
 )
 from layerfed.client.training import Step, train_layers
+from layerfed.client_app import local_optimizer
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 from tests.conftest import TinyNet, cross_entropy
+from tests.tiny_task import configured
 
 Make = Callable[[list[nn.Parameter]], LocalOptimizer]
 OURS: dict[str, Make] = {
@@ -54,6 +56,31 @@ def test_its_steps_are_torchs(tiny: nn.Module, name: str) -> None:
     for (key, mine), expected in zip(tiny.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, expected), key
     assert not torch.equal(tiny.head.weight, started)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_head_has_its_own_rate_as_in_torchs_groups(tiny: nn.Module, name: str) -> None:
+    """Three times that of the blocks, in a round in which both are at half."""
+    config = configured(f"train.optimizer={name}", "train.lr=0.02", "train.head-lr=0.06").train
+    layers, other = LayerMap.from_model(tiny), copy.deepcopy(tiny)
+    ours = local_optimizer(config, 0.01, tiny, layers)(list(tiny.parameters()))
+    head = set(layers["head"].trained)
+    groups = [
+        {"params": [p for key, p in other.named_parameters() if (key in head) == of_head], "lr": lr}
+        for of_head, lr in ((False, 0.01), (True, 0.03))
+    ]
+    theirs = {"sgd": torch.optim.SGD, "adamw": partial(torch.optim.AdamW, weight_decay=0.0)}[name](
+        groups
+    )
+    for step in range(3):
+        x, y = torch.randn(8, 5), torch.randint(3, (8,))
+        for net, optimizer in ((tiny, ours), (other, theirs)):
+            torch.manual_seed(step)
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (key, mine), expected in zip(tiny.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, expected), key
 
 
 def in_part(make: Make, parameters: list[nn.Parameter]) -> InPart:

@@ -372,9 +372,9 @@ def test_the_memory_of_the_largest_batch_is_predicted(
     """As it is measured where rows are full: of one example, or of two that the mask keeps apart."""
     rows = [{"prompt": "x", "completion": "y" * tokens}] * 20
     task = asked(tmp_path, weights, rows, f"task.packing={packing}")
-    optimizer = local_optimizer(task.config.train, 0.1)
     skeleton, net = task.skeleton(), task.build_model()
     layers, largest = task.layers(net), task.largest_batch(4)
+    optimizer = local_optimizer(task.config.train, 0.1, net, layers)
     assert largest is not None
     found = predicted_step(
         *(skeleton, layers, [True] * 3, largest, task.loss, optimizer),
