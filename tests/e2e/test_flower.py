@@ -182,35 +182,15 @@ def test_flwr_run_works_from_the_app_bundle(tmp_path: Path, flwr: Flwr) -> None:
     assert "is not allowed" in runs["finished:failed"] or "11" in runs["finished:failed"]
 
 
-@pytest.mark.timeout(600)
-def test_flwr_run_takes_a_strategy_of_ones_own(tmp_path: Path, flwr: Flwr) -> None:
-    """Its module is on the path of the SuperLink, and not in the app."""
-    shutil.copy(ROOT / "tests/strategies/own_strategy.py", tmp_path / "my_strategy.py")
-
-    def run(name: str, *more: str) -> str:
-        settings = [f"strategy.name='my_strategy:{name}'", "federation.rounds=1", *more]
-        given = " ".join([*settings, f"run.name='{name}'"])
-        return flwr("run", ROOT, "--stream", "--run-config", given)
-
-    output = run("Middle", "strategy.options='shift=1'")
-    folder = tmp_path / "runs/Middle"
-    assert json.loads((folder / "summary.json").read_text())["status"] == "completed", output
-    blocks = len(json.loads((folder / "layers.json").read_text())["layers"]) - 2
-    masks = [row["masks"] for row in read_lines(folder / "selection.jsonl")]
-    assert masks == [[[int(block == blocks // 2 + 1) for block in range(blocks)]] * 2]
-    written = json.loads((folder / "config.json").read_text())
-    assert (written["strategy.name"], written["strategy.shift"]) == ("my_strategy:Middle", 1)
-
-    # What else a module may hold is refused in tests/strategies; here it is how `flwr run` says it.
-    in_one_line(run("Silent"), "NoneType")
-    runs = statuses(flwr)
-    assert set(runs) == {"finished:completed", "finished:failed"}
-
-
-def test_a_bare_flwr_run_takes_the_federation_as_it_is_and_can_be_stopped(
+def test_a_bare_flwr_run_takes_the_federation_as_it_is_and_a_strategy_of_ones_own_and_can_be_stopped(
     tmp_path: Path, flwr: Flwr
 ) -> None:
-    """Flower gives an app two SuperNodes; the run folder is in the current folder."""
+    """Flower gives an app two SuperNodes; the run folder is in the current folder.
+
+    The strategy's module is on the path of the SuperLink, and not in the app.
+    """
+    shutil.copy(ROOT / "tests/strategies/own_strategy.py", tmp_path / "my_strategy.py")
+    own = "strategy.name='my_strategy:Middle' strategy.options='shift=1'"
 
     def wait(ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 100
@@ -218,12 +198,17 @@ def test_a_bare_flwr_run_takes_the_federation_as_it_is_and_can_be_stopped(
             assert time.monotonic() < deadline
             time.sleep(0.5)
 
-    started = flwr("run", ROOT, "--run-config", "federation.rounds=300 run.name='x'")
+    started = flwr("run", ROOT, "--run-config", f"federation.rounds=300 run.name='x' {own}")
     found = re.search(r"started run (\d+)", started)
     assert found is not None
     folder = tmp_path / "runs/x"
     wait((folder / "metrics.jsonl").exists)
-    assert json.loads((folder / "config.json").read_text())["federation.clients"] == 2
+    written = json.loads((folder / "config.json").read_text())
+    assert written["federation.clients"] == 2
+    assert (written["strategy.name"], written["strategy.shift"]) == ("my_strategy:Middle", 1)
+    blocks = len(json.loads((folder / "layers.json").read_text())["layers"]) - 2
+    mask = [int(block == blocks // 2 + 1) for block in range(blocks)]
+    assert read_lines(folder / "selection.jsonl")[0]["masks"] == [mask] * 2
     flwr("stop", found.group(1))
     summary = folder / "summary.json"
     wait(lambda: json.loads(summary.read_text())["status"] == "stopped")
