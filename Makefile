@@ -97,7 +97,7 @@ deploy-demo: $(VENV)/.installed ## four nodes with TLS and authentication on loo
 faults: $(VENV)/.installed ## what faults do to real processes on loopback (half an hour)
 	$(BIN)/python benchmarks/faults.py
 
-kills: $(VENV)/.installed ## kill the server of a real run twenty times, resume it, and compare (half an hour)
+kills: $(VENV)/.installed ## kill the server of a real run twenty times, resume it, and compare (a quarter of an hour)
 	$(BIN)/python benchmarks/kills.py
 
 mutants: $(VENV)/.installed-dev ## a sample of changes to the core that no test notices (an hour; MUTANTS='--only aggregation')

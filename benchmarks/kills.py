@@ -1,6 +1,6 @@
 """A run on real processes whose server is killed many times, and resumed each time.
 
-    python benchmarks/kills.py --kills 20 --json kills.json     # three quarters of an hour
+    python benchmarks/kills.py --kills 20 --json kills.json     # a quarter of an hour
 
 At random moments the ServerApp, the SuperLink, or the whole server (both, and the gateway) gets a
 kill -9. A run that is ahead of its kills gets the next one at once, so that all kills come before its
