@@ -127,23 +127,37 @@ def probe(message: Message, context: Context) -> Message:
     node, asked = _as_asked(message, context), read_config(message)
     bench, layers = node.bench, node.bench.resident.layers
     own = Probe.read(asked, layers.num_blocks)
+    _check_part(node, own)
     bench.resident.move_to(*read_manifest(message), node.store)
     examples, _ = bench.examples(node.partition)
     with own_layers(node, message), skipped(bench.resident.model, layers, read_runs(asked)):
-        statistics, numbers = _measured(node, own, asked["round"])
+        statistics, numbers = _measured(node, own, asked["round"], at_global=True)
     return probe_reply(message, statistics, node.stated(len(examples)), **numbers)
 
 
-def _measured(
-    node: Node, asked: Probe, server_round: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Measure statistics for a round's selection at the model as it is; return the metrics too."""
-    bench, settings = node.bench, node.bench.config.train
+def _check_part(node: Node, asked: Probe) -> None:
+    """Refuse to measure a part of the layers if this client clips its statistics.
+
+    Raises
+    ------
+    ValueError
+        If it does.
+    """
     if node.protection is not None and node.protection.statistics_clip and not all(asked.blocks):
         raise ValueError(
             "the server asks for a part of the layers (strategy.probe-share), and this client clips its "
             "statistics as a whole: parts of several rounds would not be on one scale"
         )
+
+
+def _measured(
+    node: Node, asked: Probe, server_round: int, *, at_global: bool
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Measure statistics for a round's selection at the model as it is; return the metrics too.
+
+    Norms of weights are public where these are those of the global model.
+    """
+    bench, settings = node.bench, node.bench.config.train
     examples, _ = bench.examples(node.partition)
     size = asked.examples or settings.batch_size
     count = asked.batches or -(-len(examples) // size)
@@ -163,7 +177,7 @@ def _measured(
     if node.protection is not None:
         # Of a personal layer nothing is public.
         layers = bench.resident.layers
-        shared = layers.personal.isdisjoint(block.name for block in layers.blocks)
+        shared = at_global and layers.personal.isdisjoint(block.name for block in layers.blocks)
         public = [name for name in statistics if load_statistic(name).public and shared]
         statistics = node.protection.statistics(statistics, public)
     return statistics, work.numbers(private=node.protection is not None)
@@ -179,6 +193,8 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
     bench, layers = node.bench, node.bench.resident.layers
     settings = bench.config.train
     instruction = TrainInstruction.read(message, layers.num_blocks)
+    if instruction.probe is not None:
+        _check_part(node, instruction.probe)
     steps = steps_of(node, instruction, message, own)
     for step in steps:
         step.check(layers)
@@ -206,7 +222,9 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
         # Before the probe, whose time, memory and FLOPs are counted apart.
         numbers.update(work.numbers(private=node.protection is not None))
         if instruction.probe is not None:
-            statistics, more = _measured(node, instruction.probe, instruction.round + 1)
+            statistics, more = _measured(
+                node, instruction.probe, instruction.round + 1, at_global=False
+            )
             numbers.update(more)
 
     with (

@@ -88,7 +88,13 @@ def build_strategy(
     costs = layer_costs(layers, config.budget.unit)
     built = strategy(
         layers,
-        budget=Budgets(config.budget, costs, config.run.seed, kept=strategy.within_budget),
+        budget=Budgets(
+            config.budget,
+            costs,
+            config.run.seed,
+            kept=strategy.within_budget,
+            least=partial(strategy.least, layers=layers),
+        ),
         settings=RoundSettings(
             clients_per_round=config.federation.cohort,
             clients=config.federation.population,
@@ -157,7 +163,9 @@ def build_account(config: RunConfig, strategy: SelectiveStrategy) -> PrivacyAcco
 
     def of_data(server_round: int) -> list[str]:
         names = strategy.probed_in(server_round)
-        return [name for name in names if not load_statistic(name).public]
+        # A norm of weights is public at the global model, and not after a client's training.
+        after = config.strategy.probe == "after"
+        return [name for name in names if after or not load_statistic(name).public]
 
     return PrivacyAccount(config.privacy, of_data, config.federation.rounds)
 

@@ -28,7 +28,7 @@ QUICK = [
         (["strategy.name=ilpp"], "strategy.name = 'ilpp' is not allowed"),
         (["federation.clients-per-round=11"], "federation.clients-per-round = 11 is above"),
         (["budget.layers=13"], "budget.layers = 13 is above the whole model: its 12"),
-        (["budget.layers=0"], "below the cheapest layer"),
+        (["budget.layers=0"], "below the least that a client can train"),
         (["budget.kind=half-normal", "budget.max=40"], "budget.max = 40 is above"),
         (["strategy.name=both"], "strategy.name = 'both' is undefined for budget.layers = 1"),
         (["model.blocks=nothing.*"], "nothing.*"),

@@ -521,20 +521,22 @@ class RunConfig(Section):
                 f"{rule} is for adapters, and model.tuning = '{self.model.tuning}' has none; choose "
                 "server.aggregation=mean, or model.tuning=lora"
             )
-        if self.server.aggregation != "stack":
+        if self.server.aggregation not in ("svd", "stack"):
             return self
-        again = "adapters begin again in each round, so that there is no step to scale"
+        again = "each round gives adapters other factors, and a part of that change is no step"
         stepping = ServerConfig.model_fields.keys() - {"aggregation", "trim", "clip"}
-        reasons = {f"server.{name.replace('_', '-')}": again for name in stepping} | {
-            "model.storage": "it changes the weights, which are in float32 then",
-            "exchange.downlink-codec": "it is exact, and coded weights are not",
-        }
+        reasons = {f"server.{name.replace('_', '-')}": again for name in stepping}
+        if self.server.aggregation == "stack":
+            reasons |= {
+                "model.storage": "it changes the weights, which are in float32 then",
+                "exchange.downlink-codec": "it is exact, and coded weights are not",
+            }
         flat, usual = self.to_flat(), RunConfig().to_flat()
         for key, why in sorted(reasons.items()):
             if flat[key] != usual[key]:
                 raise ConfigError(
                     f"{key} = {flat[key]!r} does not go with {rule}: {why}; leave it at "
-                    f"{usual[key]!r}, or choose server.aggregation=svd"
+                    f"{usual[key]!r}, or choose server.aggregation=mean"
                 )
         return self
 

@@ -225,6 +225,8 @@ def round_costs(problem: SelectionProblem, share: float) -> tuple[SelectionProbl
     most = (cheapest <= problem.limits[:, None]).sum(axis=1)
     # Rounded up, so that a budget is a whole number of units.
     cells = np.minimum(np.ceil((most + 1) / share), MOST_CELLS)
+    # A budget whose unit would be below the smallest normal number affords nothing.
+    budgets = np.where(budgets < cells * np.finfo(np.float64).tiny, 0.0, budgets)
     unit = np.where(budgets > 0, budgets, 1.0) / cells
     taken = float(((most + 1) / cells).max())
     # Dividing may put a multiple of the unit a rounding error above it. Unaffordable costs stay so.

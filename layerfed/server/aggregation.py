@@ -33,8 +33,9 @@ side, and a node that missed rounds would need those of all of them.
 
 Each rule averages over the clients that trained a layer, as the paper does. So a layer that one client
 trained takes this client's whole step, however many others left the layer as it is. An average over the
-*cohort* counts these as no change: the layer's update is multiplied by Σ_{i trained l} d_i / Σ_i d_i.
-The model then moves along the mean of the clients' masked updates.
+*cohort* counts these as no change: the layer's update is multiplied by Σ_{i trained l} d_i / Σ_i d_i, or
+by the share of the clients if the rule takes no weights. The model then moves along the mean of the
+clients' masked updates.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ class Aggregator(ABC):
         θ^t by tensor, for rules that read it.
     """
 
+    weighted = True
+    """Whether clients count by their numbers of examples; else each counts once."""
+
     def __init__(
         self, layers: LayerMap, trim: float = 0.1, model: Mapping[str, np.ndarray] = NOTHING
     ) -> None:
@@ -91,8 +95,8 @@ class Aggregator(ABC):
         self._model = model
         self.weights: dict[str, int] = {}
         """Σ d_j over the clients that trained each layer, also for rules without weights."""
-        self.examples = 0
-        """Σ d_j over all clients of the round."""
+        self._cohort = 0
+        self._trained: dict[str, int] = {}
 
     def add(
         self, trained: Iterable[str], update: Mapping[str, np.ndarray], examples: int
@@ -109,11 +113,17 @@ class Aggregator(ABC):
             d_i, the client's number of training examples.
         """
         norms = {}
-        self.examples += examples
+        counted = examples if self.weighted else 1
+        self._cohort += counted
         for layer in trained:
             self.weights[layer] = self.weights.get(layer, 0) + examples
+            self._trained[layer] = self._trained.get(layer, 0) + counted
             norms[layer] = self._take(layer, update, examples)
         return norms
+
+    def trained_share(self, layer: str) -> float:
+        """Return the share of the round's clients that trained a layer, by the rule's weights."""
+        return self._trained[layer] / self._cohort
 
     @abstractmethod
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
@@ -128,9 +138,9 @@ class Aggregator(ABC):
     def changes(self, layer: str) -> list[np.ndarray]:
         """Return a positive multiple of the update of each of a layer's parameters, without a copy."""
 
-    @abstractmethod
     def norm_sq(self, layer: str) -> float | None:
-        """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters, or None if there are no weights."""
+        """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters; None if the update is no such sum."""
+        return None
 
     @abstractmethod
     def update(self, layer: str) -> dict[str, np.ndarray]:
@@ -329,6 +339,8 @@ class TrimmedMean(Aggregator):
     elements are then sorted at a time, so there is never a second copy of all updates.
     """
 
+    weighted = False
+
     def __init__(
         self, layers: LayerMap, trim: float = 0.1, model: Mapping[str, np.ndarray] = NOTHING
     ) -> None:
@@ -368,10 +380,6 @@ class TrimmedMean(Aggregator):
     def changes(self, layer: str) -> list[np.ndarray]:
         """Return the update of each of a layer's parameters, without a copy."""
         return [self._result(name) for name in self._layers[layer].parameters]
-
-    def norm_sq(self, layer: str) -> None:
-        """Return None, since elements of one layer come from different clients."""
-        return
 
     def update(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's update by tensor, without a copy."""
@@ -437,7 +445,7 @@ class Aggregation:
 
     def share(self, mean: Aggregator, layer: str) -> float:
         """Return what a layer's update is multiplied by, in (0, 1]."""
-        return mean.weights[layer] / mean.examples if self.over == "cohort" else 1.0
+        return mean.trained_share(layer) if self.over == "cohort" else 1.0
 
 
 WEIGHTED_MEAN = Aggregation()

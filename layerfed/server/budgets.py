@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class Budgets:
         The run's seed. A client's budget depends only on it and on the client's partition id.
     kept : bool (default: True)
         Whether the run's strategy respects budgets. If not, every budget is accepted.
+    least : Callable[[numpy.ndarray], float] (default: numpy.min)
+        Returns the cost of the least that a client can train, given what each layer costs alone, (L,).
 
     Raises
     ------
@@ -38,9 +40,16 @@ class Budgets:
     """
 
     def __init__(
-        self, config: BudgetConfig, costs: np.ndarray | None, seed: int, *, kept: bool = True
+        self,
+        config: BudgetConfig,
+        costs: np.ndarray | None,
+        seed: int,
+        *,
+        kept: bool = True,
+        least: Callable[[np.ndarray], float] = np.min,
     ) -> None:
         self.config = config
+        self._least = least
         self.costs = costs
         self.seed = seed
         self._kept = kept
@@ -64,7 +73,7 @@ class Budgets:
             return None
         config = self.config
         keys = {"identical": ("layers",), "half-normal": ("min", "max"), "per-node": ()}
-        total, least = costs.sum() + depth[0], (costs + depth).min()
+        total, least = costs.sum() + depth[0], self._least(costs + depth)
         for key in keys[config.kind]:
             value = getattr(config, key)
             if value > total * (1 + 1e-9):
@@ -76,8 +85,8 @@ class Budgets:
             value = getattr(config, key)
             if value < least:
                 return "below", (
-                    f"budget.{key} = {value:g} {config.unit} is below the cheapest layer "
-                    f"({least:g}): no client could train any"
+                    f"budget.{key} = {value:g} {config.unit} is below the least that a client can "
+                    f"train ({least:g})"
                 )
         return None
 

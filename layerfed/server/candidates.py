@@ -107,7 +107,8 @@ class Candidates:
 
         To its client such a block costs more than it has, and its statistics are 0.
         """
-        beyond = 2.0 * self.budgets[:, None] + 1.0
+        limits = np.where(np.isfinite(self.limits), self.limits, 0.0)
+        beyond = 2.0 * np.maximum(self.budgets, limits)[:, None] + 1.0
         found = {name: np.where(runs, table, 0.0) for name, table in self.statistics.items()}
         costs = np.where(runs, self.costs, beyond)
         return replace(self, runs=runs, costs=costs, statistics=found)

@@ -45,9 +45,12 @@ class Memory:
             totals = table.sum(axis=1)
             some = totals > 0  # a gradient that is zero everywhere has no profile
             profiles = table / np.where(some, totals, 1.0)[:, None]
-            known = self._profiles.setdefault(name, {})
-            known.update(zip(candidates.clients, profiles, strict=True))
-            self._mean_profile[name] = profiles.sum(axis=0) / max(int(some.sum()), 1)
+            known, runs = self._profiles.setdefault(name, {}), candidates.runs
+            # Of a block that a client skips now, nothing is measured.
+            mean = profiles.sum(axis=0) / np.maximum((runs & some[:, None]).sum(axis=0), 1)
+            for client, own, ran in zip(candidates.clients, profiles, runs, strict=True):
+                known[client] = np.where(ran, own, known.get(client, mean))
+            self._mean_profile[name] = mean
             self._scale[name] = float(np.median(totals[some])) if some.any() else 0.0
 
     def last(self, clients: Sequence[int]) -> np.ndarray | None:
@@ -121,6 +124,8 @@ class Memory:
         return candidates, choice
 
     def _add(self, candidates: Candidates, choice: Choice) -> None:
+        if choice.sent is not None or choice.ranks is not None:
+            return  # a mask does not say what its client sends; such a strategy selects in every round
         for row, client in enumerate(candidates.clients):
             self._masks[client] = choice.schedule(row)
 

@@ -298,6 +298,7 @@ class Round:
             if asked and not arrival.due:  # it was out of time before a layer was finished
                 record.late += 1
                 record.numbers.add(partition, "train", arrival.metrics, arrival.examples)
+                self.add_sum((), {}, arrival.examples)  # one of the cohort all the same
                 return
             if arrival.update:
                 arrival.update = own.whole(arrival.update, self.model.tensors)
@@ -333,6 +334,8 @@ class Round:
             with self.refusing(reply, "evaluate") as partition:
                 answer = self._answer(reply, "evaluate")
                 examples, stated = read_evaluation(answer, self._client_metrics)
+                # Or one client could state so many that its scores are those of all.
+                examples = min(examples, self.examples.get(partition, examples))
                 self.record.numbers.add(partition, "evaluate", stated, self.weight(examples))
 
     def weight(self, examples: int) -> int:

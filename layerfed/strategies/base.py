@@ -278,6 +278,11 @@ class SelectiveStrategy(Strategy):
         """Refuse settings that this strategy cannot work with; called before anything starts."""
 
     @classmethod
+    def least(cls, costs: np.ndarray, layers: LayerMap) -> float:
+        """Return the cost of the least that a client can train, given each layer's, shape (L,)."""
+        return float(costs.min())
+
+    @classmethod
     def exists(cls, config: RunConfig) -> bool:
         """Return whether the strategy is defined for a run; a comparison leaves out other runs."""
         return True

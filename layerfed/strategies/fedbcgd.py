@@ -24,7 +24,8 @@ class FedBCGD(SelectiveStrategy):
     Clients train the whole network all the same, since blocks that are frozen in turn drift apart. So
     the uplink shrinks to 1/N, and compute does not. The authors' code draws an order of the blocks in
     each round and gives them out in turn; so does this, and a cohort smaller than L continues the order
-    in the next round. A client is given a block that its node's own limit lets it train. Momentum on the
+    in the next round. A client is given the first block that waits and that it trains; blocks that its
+    node's own limit or `train.skip` leaves out wait for the next client. Momentum on the
     server, as in FedBCGD+, is `server.optimizer = "momentum"`; its control variates are not here.
     """
 
@@ -39,18 +40,20 @@ class FedBCGD(SelectiveStrategy):
     def select(self, candidates: Candidates) -> Choice:
         """Give each client the next block of the order that it trains."""
         choice = affordable(candidates)
-        clients, layers = choice.masks.shape
-        first = (candidates.round - 1) * clients
-        cycles = range(first // layers, (first + clients) // layers + 2)
-        order = [
-            int(block)
-            for cycle in cycles
-            for block in generator(candidates.seed, Stream.MASK, cycle).permutation(layers)
-        ][first % layers :]
+        waiting = [int(block) for block in self.kept.get("waiting", ())]
+        cycle = int(self.kept.get("cycle", 0))
         sent = np.zeros_like(choice.masks)
-        for row, mask in enumerate(choice.masks):
-            if (
-                place := next((i for i, block in enumerate(order) if mask[block]), None)
-            ) is not None:
-                sent[row, order.pop(place)] = True
+        for row, mask in enumerate(choice.masks & candidates.runs):
+            while mask.any() and not mask[waiting].any():
+                rng = generator(candidates.seed, Stream.MASK, cycle)
+                waiting += rng.permutation(len(mask)).tolist()
+                cycle += 1
+            block = next((block for block in waiting if mask[block]), None)
+            if block is not None:
+                waiting.remove(block)
+                sent[row, block] = True
+        self.kept["waiting"], self.kept["cycle"] = (
+            np.array(waiting, dtype=np.int64),
+            np.array(cycle),
+        )
         return replace(choice, sent=sent)

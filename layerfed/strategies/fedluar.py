@@ -52,16 +52,17 @@ class FedLUAR(SelectiveStrategy):
 
     @classmethod
     def refuse(cls, options: Any, config: RunConfig) -> None:
-        """Refuse adapters that begin again, and a share of clients where nobody trained a layer."""
+        """Refuse updates of which a part, or a second one, would be another change of the model."""
         if config.server.average_over == "cohort":
             raise ConfigError(
                 "server.average-over = 'cohort' does not go with strategy.name = 'fedluar': a layer "
                 "that is not sent moves by its last whole update; choose trained"
             )
-        if config.server.aggregation == "stack":
+        if config.server.aggregation in ("svd", "stack"):
             raise ConfigError(
-                "server.aggregation = 'stack' does not go with strategy.name = 'fedluar': adapters "
-                "begin again, so their last update cannot be used once more; choose svd or mean"
+                f"server.aggregation = '{config.server.aggregation}' does not go with strategy.name = "
+                "'fedluar': each round gives adapters other factors, so their last update cannot be "
+                "used once more; choose mean"
             )
 
     def selects_in(self, server_round: int) -> bool:

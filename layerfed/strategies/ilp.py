@@ -117,7 +117,13 @@ class ILP(SelectiveStrategy):
 
     @classmethod
     def refuse(cls, options: Options, config: RunConfig) -> None:
-        """Refuse a ladder in units that no ladder can have."""
+        """Refuse a ladder in units that no ladder can have, and wealth of networks that differ."""
+        if options.penalty == "affordable" and config.train.skip != "none":
+            raise ConfigError(
+                f"strategy.penalty = 'affordable' does not go with train.skip = '{config.train.skip}': "
+                "budgets are compared by what all layers cost, and each client skips others; set "
+                "strategy.penalty=paper"
+            )
         if options.consistency == "auto" and options.consistency_scale == "raw":
             raise ConfigError(
                 "strategy.consistency = 'auto' chooses among relative values; set "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from logging import WARNING
 from typing import Annotated
 
 import numpy as np
+from flwr.common.logger import log
 from pydantic import Field
 
 from layerfed.config import ConfigError, RunConfig, Section
@@ -15,6 +17,10 @@ from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
 from layerfed.strategies.ranking import skip_fill
+
+#: Most draws for one client in a round. Clients state their number of examples, and the server makes and
+#: sends a mask for each draw.
+MOST_DRAWS = 4096
 
 
 class Random(SelectiveStrategy):
@@ -88,4 +94,13 @@ class Random(SelectiveStrategy):
     def _draws(self, examples: int) -> int:
         """Return the number of masks that a client trains in one round."""
         steps, each = self.settings.local_steps, self.options.resample_steps
-        return 1 if not each or steps is None else -(-steps(examples) // each)
+        draws = 1 if not each or steps is None else -(-steps(examples) // each)
+        if draws > MOST_DRAWS:
+            log(
+                WARNING,
+                "a client's %d examples are %d draws of layers in a round; it trains one draw, since %d "
+                "are the most: raise strategy.resample-steps",
+                *(examples, draws, MOST_DRAWS),
+            )
+            return 1
+        return draws

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from layerfed.config import ConfigError, RunConfig
+from layerfed.models.layers import LayerMap
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
@@ -60,6 +61,11 @@ class Ranks(SelectiveStrategy):
         """Return whether the run has ranks that budgets can count."""
         flat = config.to_flat()
         return all(flat[key] in values for key, (values, _) in _allowed(config).items())
+
+    @classmethod
+    def least(cls, costs: np.ndarray, layers: LayerMap) -> float:
+        """Return the cost of one rank of all adapters, or of a layer if that is less."""
+        return min(float(costs.min()), float(costs.sum()) / layers.rank)
 
     def bounded(self, server_round: int) -> bool:
         """Return False, since masks do not tell what a client trains of each block."""

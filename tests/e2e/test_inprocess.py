@@ -251,7 +251,10 @@ def test_budgets_in_flops_keep_clients_near_the_output(tmp_path: Path) -> None:
 def test_a_budget_that_fits_no_measured_cost_is_refused_before_any_training(
     tmp_path: Path,
 ) -> None:
-    for layers, says in (("1e15", "above the whole model"), ("1", "below the cheapest layer")):
+    for layers, says in (
+        ("1e15", "above the whole model"),
+        ("1", "below the least that a client can train"),
+    ):
         config = configured(tmp_path / "runs", "budget.unit=flops", f"budget.layers={layers}")
         with pytest.raises(ConfigError, match=says):
             run_on("inprocess", config)

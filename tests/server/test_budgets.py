@@ -120,11 +120,14 @@ def test_a_node_that_states_no_budget_is_named_with_what_to_do() -> None:
             BudgetConfig(kind="half-normal", min=13, max=14),
             ["budget.min = 13", "12 selectable layers"],
         ),
-        (BudgetConfig(layers=0.5), ["budget.layers = 0.5", "below the cheapest layer (1)"]),
-        (BudgetConfig(layers=0), ["budget.layers = 0", "no client could train any"]),
+        (
+            BudgetConfig(layers=0.5),
+            ["budget.layers = 0.5", "below the least that a client can train (1)"],
+        ),
+        (BudgetConfig(layers=0), ["budget.layers = 0 layers", "below the least"]),
         (
             BudgetConfig(kind="half-normal", min=0, max=0),
-            ["budget.max = 0", "below the cheapest layer"],
+            ["budget.max = 0", "below the least that a client can train"],
         ),
     ],
 )
@@ -142,7 +145,9 @@ def test_bounds_are_compared_in_the_unit_of_the_budget() -> None:
         Budgets(BudgetConfig(unit="parameters", layers=accepted), costs, seed=0)
     with pytest.raises(ConfigError, match=r"budget\.layers = 71 .* cost 70 parameters"):
         Budgets(BudgetConfig(unit="parameters", layers=71), costs, seed=0)
-    with pytest.raises(ConfigError, match=r"9 parameters is below the cheapest layer \(10\)"):
+    with pytest.raises(
+        ConfigError, match=r"9 parameters is below the least that a client can train \(10\)"
+    ):
         Budgets(BudgetConfig(unit="parameters", layers=9), costs, seed=0)
 
 
@@ -191,7 +196,9 @@ def test_a_measured_budget_is_refused_only_where_it_fits_nobody() -> None:
 
     for fits_one in (1.5, 2.5, 11, 12, 25):  # 11: nothing for the slow one, all for the fast one
         check(fits_one)
-    with pytest.raises(ConfigError, match=r"1 seconds is below the cheapest layer \(12\)"):
+    with pytest.raises(
+        ConfigError, match=r"1 seconds is below the least that a client can train \(12\)"
+    ):
         check(1)
     with pytest.raises(ConfigError, match=r"budget\.layers = 26 .* cost 25 seconds"):
         check(26)

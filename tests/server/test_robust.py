@@ -92,7 +92,9 @@ def expected(
                 "trimmed-mean": table[cut : len(rows) - cut].mean(axis=0),
             }[rule]
             if over == "cohort":
-                step = step * sum(weights) / sum(metrics["examples"] for _, metrics in replies)
+                counts = [metrics["examples"] for _, metrics in replies]
+                weighted = rule not in ("median", "trimmed-mean")  # a client states its own weight
+                step = step * (sum(weights) / sum(counts) if weighted else len(rows) / len(counts))
             step = np.rint(step) if BASE[name].dtype == np.int64 else step
             model[name] = (model[name] + step).astype(BASE[name].dtype).astype(float)
     return model
