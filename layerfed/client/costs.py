@@ -30,6 +30,7 @@ from layerfed.client.devices import autocast, synchronize
 from layerfed.client.flops import TotalFlops
 from layerfed.client.training import LossFn, selected_layers
 from layerfed.models.layers import LayerMap
+from layerfed.models.stored import Stored
 from layerfed.task.base import Batch
 
 __all__ = ["MEASURED_UNITS", "MeasuredUnit", "measure_costs", "step_cost"]
@@ -187,16 +188,18 @@ def _memory(model: nn.Module, step: Callable[[], None]) -> float:
 
 @contextmanager
 def _kept_for_backward(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Collect the storages that autograd keeps, without weights, as {address: bytes}."""
-    weights = {p.untyped_storage().data_ptr() for p in parameters}
+    """Collect the storages that autograd keeps, without weights, as {storage: bytes}."""
+    weights = {p.untyped_storage()._cdata for p in parameters if not isinstance(p, Stored)}
     kept: dict[int, int] = {}
-    # The tensors are held so that no address is used twice.
+    # The tensors are held so that no storage is another one later.
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, Stored):  # a weight, which has no storage of its own
+            return tensor
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
 

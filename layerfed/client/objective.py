@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from layerfed.client.training import LossFn
 from layerfed.config import ConfigError
 from layerfed.task import Batch, Examples, Task
-from layerfed.task.scoring import SingleLabel
+from layerfed.task.scoring import IGNORED, SingleLabel
 
 __all__ = ["balanced", "objective"]
 
@@ -37,13 +38,18 @@ def objective(task: Task, model: nn.Module, examples: Examples) -> LossFn:
     train = task.config.train
     smoothing = train.label_smoothing
     if not (smoothing or train.class_weights):
-        return task.loss
+        return _own(task)
     if type(task).loss is not Task.loss or task.kind.loss is not SingleLabel.loss:
         key = "class-weights" if train.class_weights else "label-smoothing"
         raise ConfigError(
             f"train.{key} = {train.class_weights or smoothing} has no use for task.name = "
             f"'{task.config.task.name}', whose loss is another one than "
             "the cross-entropy of one class for each example"
+        )
+    if smoothing and not task.smooths:
+        raise ConfigError(
+            f"train.label-smoothing = {smoothing} has no use for task.name = '{task.config.task.name}': "
+            "some of its classes are no choice in some examples; set it to 0"
         )
     device = next(model.parameters()).device
     weights: Tensor | None = None
@@ -63,13 +69,32 @@ def objective(task: Task, model: nn.Module, examples: Examples) -> LossFn:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         scores = task.logits(model, batch).float()
         return nn.functional.cross_entropy(
-            scores, batch["label"], weight=weights, label_smoothing=smoothing
+            scores, task.targets(batch), weight=weights, label_smoothing=smoothing
         )
 
-    if weights is not None:
-        # What the mean is over, for batches that go through the model in parts.
-        loss.terms = lambda batch: float(weights[batch["label"]].sum())  # type: ignore[attr-defined]
+    # What the mean is over, for batches that go through the model in parts.
+    loss.terms = (  # type: ignore[attr-defined]
+        partial(_terms, task)
+        if weights is None
+        else lambda batch: float(weights[task.targets(batch)].sum())
+    )
     return loss
+
+
+def _own(task: Task) -> LossFn:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return task.loss(model, batch)
+
+    loss.terms = partial(_terms, task)  # type: ignore[attr-defined]
+    return loss
+
+
+def _terms(task: Task, batch: Batch) -> float:
+    """Return the number of targets that count: of numbers the rows, of classes those not ignored."""
+    targets = task.targets(batch)
+    if targets.is_floating_point():
+        return float(len(targets))
+    return float((targets != IGNORED).sum()) / max(1, targets[0].numel())
 
 
 def balanced(labels: np.ndarray, classes: int) -> Sequence[float]:

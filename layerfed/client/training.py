@@ -28,7 +28,7 @@ from layerfed.client.resident import ResidentModel
 from layerfed.client.skipping import now_skipped, with_forward
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
-from layerfed.task.scoring import SingleLabel, tallied
+from layerfed.task.scoring import IGNORED, SingleLabel, tallied
 
 __all__ = [
     "LossFn",
@@ -42,9 +42,6 @@ __all__ = [
     "train_layers",
     "train_update",
 ]
-
-# The label that cross-entropy leaves out.
-IGNORED = -100
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 

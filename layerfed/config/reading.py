@@ -51,9 +51,11 @@ def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     if file is not None:
         file = shipped(file)
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from None
+        except UnicodeError as error:
+            raise ConfigError(f"{file} is not UTF-8: {error}; convert it") from None
         try:
             table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
         except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:

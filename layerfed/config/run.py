@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from layerfed.config.paths import absolute
 from layerfed.config.privacy import PrivacyConfig, check_private
@@ -56,6 +56,9 @@ SIMULATED_CLIENTS = 10
 class OpenSection(Section):
     """A section that also takes the settings of a user's own class, which declares and checks them."""
 
+    key: ClassVar[str]
+    """The section's name in keys."""
+
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Scalar]
 
@@ -67,11 +70,17 @@ class OpenSection(Section):
     @property
     def own(self) -> dict[str, Scalar]:
         """Settings of such a class that were given in `options`."""
-        return dict(parse_override(word) for word in shlex.split(getattr(self, "options", "")))
+        text = getattr(self, "options", "")
+        try:
+            return dict(parse_override(word) for word in shlex.split(text))
+        except ValueError as error:
+            raise ConfigError(f"{self.key}.options = {text!r} cannot be read: {error}") from None
 
 
 class TaskConfig(OpenSection):
     """The task: its data, its main score, and how examples are split over the clients."""
+
+    key: ClassVar[str] = "task"
 
     name: PlugIn = "digits"
     metric: str = ""
@@ -213,7 +222,7 @@ class FederationConfig(Section):
     max_examples: Annotated[int, Field(ge=0)] = 0
     deadline: Annotated[float, Field(ge=0)] = 0.0
     late: Literal["send", "drop"] = "send"
-    speeds: Annotated[str, BeforeValidator(str)] = ""  # one number is no text in TOML
+    speeds: str = ""
 
     def speed(self, client: int) -> float:
         """Return a simulated client's FLOPs a second; 0 if clients are not simulated."""
@@ -276,6 +285,8 @@ class StrategyConfig(OpenSection):
     Other keys are options of single strategies. Each strategy declares and checks its own
     (`strategies.checked`), so one file may hold the options of several strategies.
     """
+
+    key: ClassVar[str] = "strategy"
 
     name: PlugIn = "ilp"
     period: Positive = 1

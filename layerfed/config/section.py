@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
+from datetime import date, time
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from layerfed.config.errors import ConfigError, naming_extras
@@ -110,6 +111,20 @@ class Section(BaseModel):
         alias_generator=lambda name: name.replace("_", "-"),
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_as_text(cls, given: Any) -> Any:
+        """Take a number for a setting that is text: a run or a column may be called 2024."""
+        if not isinstance(given, dict):
+            return given
+        text = {name for name, field in cls.model_fields.items() if field.annotation is str}
+        return {
+            key: str(value)
+            if type(value) in (int, float) and key.replace("-", "_") in text
+            else value
+            for key, value in given.items()
+        }
+
 
 def explain(error: ValidationError, keys: Sequence[str], prefix: str = "") -> str:
     """Turn pydantic's findings into one line that tells the user what to change.
@@ -157,6 +172,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"'{text}' is not of the form key=value")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
+        read = value.strip()
+        if re.fullmatch(r"[+-]?\.\d+", read):
+            read = float(read)
+    # No setting is a date; a name may look like one.
+    return key.strip(), value.strip() if isinstance(read, date | time) else read

@@ -286,7 +286,7 @@ def _adapters(saved: SavedRun) -> Form:
         "from peft import PeftModel\n"
         f"from transformers import AutoModel{kind}, AutoTokenizer{', GenerationConfig' * generates}\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
-        f"base = AutoModel{kind}.from_pretrained({base!r}{more})\n"
+        f'base = AutoModel{kind}.from_pretrained({base!r}, dtype="float32"{more})\n'
         + 'base.generation_config = GenerationConfig.from_pretrained("FOLDER")\n' * generates
         + f'model = PeftModel.from_pretrained(base, "FOLDER").eval()\n{use}'
     )

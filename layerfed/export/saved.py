@@ -104,6 +104,13 @@ class SavedRun:
                 "model.personal: %s stayed on the clients; here they are as the run began",
                 ", ".join(personal),
             )
+        if config.model.storage not in ("checkpoint", "float32"):
+            log(
+                WARNING,
+                "model.storage = '%s': the run scored its model with frozen layers in that type; here "
+                "they are as in the checkpoint, so scores may differ",
+                config.model.storage,
+            )
         if config.model.personal_rank:
             log(WARNING, "model.personal-rank: second adapters stayed on the clients; none is here")
         round_ = int(about["round"])

@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -17,7 +18,7 @@ from torch import nn
 from layerfed.config import ConfigError, ModelConfig
 from layerfed.models.block_finder import some
 from layerfed.models.source import loading, new_weights, require
-from layerfed.models.weights import Files, note_files
+from layerfed.models.weights import Files, files_of, in_float32, note_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,6 +138,11 @@ def build_choice_model(
     # The rows are copies: if output and input embeddings were tied, the input stays frozen.
     model.config.tie_word_embeddings = False
     model.set_output_embeddings(head)  # type: ignore[no-untyped-call]
+    if files := files_of(model):
+        # Which rows it has does not follow from the file alone.
+        mine = {id(parameter) for parameter in head.parameters()}
+        drawn = {name for name, p in model.named_parameters() if id(p) in mine}
+        note_files(model, replace(files, drawn=files.drawn | drawn))
     return model
 
 
@@ -172,23 +178,21 @@ def with_whole_output(
     seed : int
         The run's seed, which draws all weights if they are random.
     """
-    whole = build_language_model(section, seed)
-    full, cut = (
-        m.get_output_embeddings()  # type: ignore[no-untyped-call]
-        for m in (whole, model)
-    )
+    # What training changed would be lost in a checkpoint's half precision.
+    whole: Any = in_float32(build_language_model(section, seed))
+    full, cut = (m.get_output_embeddings() for m in (whole, cast(Any, model)))
     head = nn.Linear(full.in_features, full.out_features, bias=full.bias is not None)
     head.load_state_dict(full.state_dict())
     with torch.no_grad():
         for name, tensor in cut.state_dict().items():
             head.state_dict()[name][list(rows)] = tensor
     whole.config.tie_word_embeddings = False
-    whole.set_output_embeddings(head)  # type: ignore[no-untyped-call]
+    whole.set_output_embeddings(head)
     state = dict(whole.state_dict())
     given = model.state_dict().items()
     taken = {n: t for n, t in given if n in state and t.shape == state[n].shape}
     whole.load_state_dict(taken, strict=False)
-    return whole
+    return cast("PreTrainedModel", whole)
 
 
 def reading_limits(model: nn.Module, pad_token: int) -> tuple[int, int | None]:
@@ -196,6 +200,11 @@ def reading_limits(model: nn.Module, pad_token: int) -> tuple[int, int | None]:
     net: Any = model
     words, config = net.get_input_embeddings(), net.config.get_text_config()
     limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is not None and limit < 1:
+        raise ConfigError(
+            f"model.name names a network of type {config.model_type}, which reads a class at its last "
+            "position, where shorter texts are filled up; choose another architecture"
+        )
     for module in net.modules():
         # RoBERTa and similar models count positions from the padding token's id.
         offset = isinstance(module, nn.Embedding) and module.padding_idx is not None

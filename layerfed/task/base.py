@@ -128,6 +128,8 @@ class Examples:
         A pass never ends in a batch of one, on which BatchNorm cannot be trained: it takes the last
         example of the batch before it (in passes of twos, both have this example).
         """
+        if not len(self):
+            raise ConfigError("there is no example to train on")
         lonely = len(self) > batch_size > 1 and len(self) % batch_size == 1
         while True:
             order = rng.permutation(len(self))
@@ -190,6 +192,8 @@ class Task(ABC):
     kind: ClassVar[type[Tally]] = SingleLabel
     """What outputs and targets are, with the loss and the scores that follow (`task/scoring.py`)."""
 
+    smooths: ClassVar[bool] = True
+    """Whether every class is a choice in every example, as `train.label-smoothing` needs."""
     settings: ClassVar[frozenset[str]] = frozenset()
     """Fields of `TaskConfig` that this task reads, besides those that every task reads."""
     reads: ClassVar[str] = ""
@@ -375,7 +379,9 @@ class Task(ABC):
             return {}
         numbers = examples.column("group")
         found = {name: np.flatnonzero(numbers == i) for i, name in enumerate(self.groups)}
-        found[OTHER] = np.flatnonzero((numbers < 0) | (numbers >= len(self.groups)))
+        others = np.flatnonzero((numbers < 0) | (numbers >= len(self.groups)))
+        # A group of the task's own may have that name.
+        found[OTHER] = np.union1d(found.get(OTHER, others[:0]), others)
         return {name: rows for name, rows in found.items() if len(rows)}
 
     def augment(self, batch: Batch) -> Batch:
@@ -399,9 +405,14 @@ class Task(ABC):
         example = self.example()
         if example is None:
             return None
-        shapes = {name: (size, *tensor.shape[1:]) for name, tensor in example.items()}
-        made = {n: torch.empty(s, dtype=example[n].dtype, device="meta") for n, s in shapes.items()}
-        return {"label": torch.empty(size, dtype=torch.long, device="meta"), **made}
+        if type(self).targets is Task.targets and issubclass(self.kind, SingleLabel):
+            row: Batch = {"label": torch.zeros(1, dtype=torch.long)}
+        else:  # what the loss reads is in the data only
+            row = next(self.test_examples().in_order(1, torch.device("cpu")))
+        return {
+            name: torch.empty((size, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+            for name, tensor in {**row, **example}.items()
+        }
 
     def _forward(self) -> Forward | None:
         """Return a function that runs a model on the example, if there is one."""
@@ -475,6 +486,12 @@ class Task(ABC):
         examples = self.own_examples() if self.own_data else self.partition(partition_id)
         share = self.config.task.local_test
         held_out = max(1, int(len(examples) * share)) if share else 0
+        if len(examples) <= held_out:
+            raise ConfigError(
+                f"the client of partition {partition_id} has {len(examples)} examples, of which "
+                f"task.local-test = {share:g} leaves none to train on; give it more, or set "
+                "task.local-test=0"
+            )
         rng = generator(self.config.run.seed, Stream.LOCAL_TEST, partition_id)
         order = rng.permutation(len(examples))
         if not held_out:

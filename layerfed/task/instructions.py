@@ -220,9 +220,12 @@ class Instructions(TextTask):
         plain, answers = plain_text(self.tokenizer), self._answer_columns
 
         def encode(columns: Columns, rows: Sequence[int], where: str) -> Columns:
-            asking = [cells for name, cells in columns.items() if name not in answers]
+            # The only column is a prompt, whatever it is called: that of a `.txt` file.
+            alone = len(columns) == 1
+            asking = [cells for name, cells in columns.items() if alone or name not in answers]
             replies = next(
-                (cells for n, cells in columns.items() if n in answers), [None] * len(rows)
+                (cells for n, cells in columns.items() if n in answers and not alone),
+                [None] * len(rows),
             )
             texts = []
             for row, reply, *cells in zip(rows, replies, *asking, strict=True):

@@ -100,11 +100,13 @@ def _lettered(row: Mapping[str, Any], rng: np.random.Generator) -> Question:
         )
     if key not in labels:
         raise ValueError(
-            f"answerKey = {key!r} is not allowed: it should be one of {', '.join(labels) or 'nothing'}"
+            f"answerKey = {key!r} is not allowed: it should be one of "
+            f"{', '.join(map(repr, labels)) or 'nothing'}"
         )
     if not 2 <= len(texts) <= len(LETTERS):
         raise ValueError(f"choices: {len(texts)} are given, 2 to {len(LETTERS)} are allowed")
-    return Question(row.get("question") or row["question_stem"], texts, labels.index(key))
+    asked = row["question"] if "question" in row else row["question_stem"]
+    return Question(asked, texts, labels.index(key))
 
 
 _ARC = ("question", "choices", "answerKey")
@@ -135,6 +137,7 @@ class QuestionAnswering(TextTask):
     settings: ClassVar[frozenset[str]] = frozenset(
         {"data", "groups", "holdout_group", "max_tokens", "test_share"}
     )
+    smooths: ClassVar[bool] = False
     default_groups: ClassVar[tuple[str, ...]] = tuple(SOURCES)
     default_classes: ClassVar[tuple[str, ...]] = LETTERS
 
@@ -156,7 +159,7 @@ class QuestionAnswering(TextTask):
                 continue
             where, splits = self._load(source)
             first, second = pick_splits(splits, "", "", where)
-            if name in TEST_SPLIT and second:
+            if second and TEST_SPLIT.get(name) in splits:
                 second = TEST_SPLIT[name]
             kept_back = None if second or self.own_data else self._cut(splits[first])
             for split, role, rows in (

@@ -461,16 +461,28 @@ class Regression(Tally):
         self.add(
             examples=len(true),
             true=true.sum(0),
-            true_sq=(true**2).sum(0),
+            spread=((true - true.mean(0)) ** 2).sum(0),
             error_sq=(error**2).sum(0),
             error_abs=np.abs(error).sum(0),
         )
 
+    def add(self, **sums: Any) -> None:
+        """Add to the sums; squared distances from a mean as Chan, Golub and LeVeque (1979) do.
+
+        A difference of two sums of squares would lose all digits of numbers far from zero.
+        """
+        if "spread" in sums and "spread" in self.sums:
+            n, m = self.sums["examples"], sums["examples"]
+            apart = sums["true"] / m - self.sums["true"] / n
+            sums["spread"] = sums["spread"] + apart**2 * (n * m / (n + m))
+        super().add(**sums)
+
     def values(self) -> dict[str, float]:
         """Return the errors' root mean square and mean, and R², the mean over outputs."""
         sums, examples = self.sums, self.sums["examples"]
-        spread = sums["true_sq"] - sums["true"] ** 2 / examples
-        varies = spread > 1e-12 * sums["true_sq"]
+        spread = sums["spread"]
+        # Means of equal numbers differ by rounding.
+        varies = spread > examples * (1e-14 * sums["true"] / examples) ** 2
         # Of a constant, any error explains nothing, as in scikit-learn.
         r2 = np.where(varies, 1 - sums["error_sq"] / np.where(varies, spread, 1), 0.0)
         return {
