@@ -131,8 +131,11 @@ def run(
     from layerfed.runs.files import read_json
 
     logging.getLogger("flwr").setLevel(logging.DEBUG if verbose else logging.WARNING)
-    chosen, why = choose_engine(config, wanted)
-    shown, lines = _printer(stderr=True, quiet=quiet), JsonLines(sys.stdout)
+    lines = JsonLines(sys.stdout)
+    # What a program reads is alone on standard output, whatever a library or a task prints.
+    with redirect_stdout(sys.stderr):
+        chosen, why = choose_engine(config, wanted)
+    shown = _printer(stderr=True, quiet=quiet)
     shown.print(
         f"[bold]{escape(config.task.name)}[/] · {config.strategy.name} · "
         f"{config.federation.clients} clients, {config.federation.clients_per_round} a round, "
@@ -147,7 +150,6 @@ def run(
         shown.print(data_table(read_json(folder.path / "data.json")))
 
     try:
-        # What a program reads is alone on standard output, whatever a library prints.
         with redirect_stdout(sys.stderr), ProgressLine(shown) as progress:
             observers = [progress, lines] if json_lines else [progress]
             run_on(chosen, config, observers, verbose=verbose, opened=opened)
@@ -329,10 +331,14 @@ def report(
         write_page,
     )
 
-    with one_line_errors(OSError, ValueError):
+    with one_line_errors(OSError, ValueError, KeyError):
         if len(runs) == 1 and (runs[0] / "summary.json").exists():
             folder = runs[0].resolve()
-            draw_run(folder)
+            try:
+                draw_run(folder)
+            except OSError:
+                if out is None:  # the page itself goes elsewhere
+                    raise
             page = write_page(run_view(folder), (out or folder / PAGE).expanduser().resolve())
             _print_summary(folder, page)
             return
@@ -385,7 +391,7 @@ def watch(
         if terminal:
             from layerfed.watch.terminal import watch_terminal
 
-            watch_terminal(folder, Console())
+            watch_terminal(folder, _printer())
         else:
             from layerfed.watch.server import serve_watch
 
@@ -472,7 +478,9 @@ def doctor(
 ) -> None:
     """Look at this machine, and at what a run of CONF will take; exit 0 only if nothing is wrong."""
     from layerfed.doctor import findings
+    from layerfed.runs.signals import clean_up_on_sigterm
 
+    clean_up_on_sigterm()
     config = read_settings(settings) if settings else None
     output = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False)
     marks = {"ok": "ok", "note": "note", "wrong": "WRONG"}
@@ -606,8 +614,9 @@ def export(
     from layerfed.export import ExportFormat, SavedRun, export_run
 
     wanted = _one_of(form, get_args(ExportFormat), "--format")
-    saved = SavedRun.open(run.resolve(), best=best)
-    address = export_run(saved, directory.resolve(), cast(ExportFormat, wanted), push_to_hub)
+    with one_line_errors(OSError):
+        saved = SavedRun.open(run.resolve(), best=best)
+        address = export_run(saved, directory.resolve(), cast(ExportFormat, wanted), push_to_hub)
     typer.echo(f"model of round {saved.round}: {directory.resolve()}")
     if address:
         typer.echo(f"uploaded to {address}")
@@ -627,8 +636,11 @@ def predict(
     from layerfed.export import SavedRun, predictions, write_rows
 
     wanted = cast(Literal["csv", "json"], _one_of(form, ("csv", "json"), "--format"))
-    saved = SavedRun.open(run.resolve(), best=best)
-    write_rows(predictions(saved, files), wanted, sys.stdout)
+    rows_go = sys.stdout
+    # What a program reads is alone on standard output, whatever a library or a task prints.
+    with redirect_stdout(sys.stderr):
+        saved = SavedRun.open(run.resolve(), best=best)
+        write_rows(predictions(saved, files), wanted, rows_go)
 
 
 def _printer(**options: Any) -> Console:

@@ -146,6 +146,8 @@ def prepare(config: RunConfig) -> Workbench:
     build_account(config, build_strategy(config, bench.resident.layers))
     load_trackers(config)
     bench.loss(0)
+    for client in range(config.federation.clients):
+        bench.task.client_examples(client)  # refuses a client without examples to train on
     return bench
 
 

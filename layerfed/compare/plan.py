@@ -246,11 +246,12 @@ def _cell(
         "run.name": name,
     }
     try:
-        config = checked(RunConfig.from_flat(flat))
+        config = RunConfig.from_flat(flat)
+        if not load_strategy(row.strategy).exists(config):
+            return None
+        config = checked(config)
     except ConfigError as error:
         raise ConfigError(f"{experiment.name}/{name}: {error}") from None
-    if not load_strategy(row.strategy).exists(config):
-        return None
     return Cell(experiment.name, row.name, budget.name if budget else None, seed, config)
 
 

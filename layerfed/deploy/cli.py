@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 import time
 from datetime import datetime
@@ -16,6 +17,7 @@ from rich.markup import escape
 
 from layerfed.config import ConfigError, RunConfig, load_config, parse_override
 from layerfed.config.command_line import App, complete_setting, read_settings
+from layerfed.config.errors import one_line_errors
 
 if TYPE_CHECKING:
     from layerfed.deploy.federation import Federation
@@ -52,7 +54,8 @@ def certificates(
 ) -> None:
     """On the server: make the authority once, and the server's certificate each time."""
     federation = _federation(folder)
-    federation.create_certificates(hosts, days)
+    with one_line_errors(OSError):
+        federation.create_certificates(hosts, days)
     typer.echo(f"{federation.ca}: copy it to every node")
     typer.echo(f"{federation.ca_key}: keep it offline; only renewals need it")
     typer.echo(f"{federation.certificate}: valid for {days} days")
@@ -80,7 +83,9 @@ def superlink(
     from layerfed.deploy.federation import environment
 
     federation = _federation(folder)
-    command = federation.superlink_command(port)
+    with one_line_errors(OSError):
+        command = federation.superlink_command(port)
+    os.umask(0o077)  # the database holds updates; others may read a folder that was there before
     # The same process from here on: signals reach it, and its exit status is this command's.
     os.execve(command[0], command, environment(federation.flower_home))
 
@@ -97,6 +102,8 @@ def gateway(
 
     federation = _federation(folder)
     federation.require_certificates()
+    if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", superlink):
+        raise ConfigError(f"--superlink {superlink} is not allowed: it should be HOST:PORT")
     serve_gateway(superlink, federation.ca, federation.certificate, federation.key, host, port)
 
 

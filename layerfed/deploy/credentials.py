@@ -53,8 +53,7 @@ def create_authority(certificate: Path, key: Path) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(private.public_key()), False)
         .sign(private, hashes.SHA384())
     )
-    _write_new(key, _pem(private))
-    _write_new(certificate, signed.public_bytes(Encoding.PEM), PUBLIC)
+    _write_pair(key, _pem(private), certificate, signed.public_bytes(Encoding.PEM))
 
 
 def create_server_certificate(
@@ -87,6 +86,11 @@ def create_server_certificate(
         raise ConfigError(f"cannot read the authority of {authority[1].parent}: {error}") from None
     if not isinstance(issuer_key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{authority[1]} is not a key of an authority that this command made")
+    if issuer_key.public_key() != issuer.public_key():
+        raise ConfigError(
+            f"{authority[1]} is not the key of {authority[0].name}, which nodes trust; put the key of "
+            "that authority there"
+        )
     private = ec.generate_private_key(ec.SECP384R1())
     public = private.public_key()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "LayerFed SuperLink")])
@@ -106,8 +110,7 @@ def create_server_certificate(
     # A renewed certificate replaces the old one and has a new key.
     for old in (certificate, key):
         old.unlink(missing_ok=True)
-    _write_new(key, _pem(private))
-    _write_new(certificate, signed.public_bytes(Encoding.PEM), PUBLIC)
+    _write_pair(key, _pem(private), certificate, signed.public_bytes(Encoding.PEM))
 
 
 def create_node_key(name: str, folder: Path) -> tuple[Path, Path]:
@@ -127,8 +130,7 @@ def create_node_key(name: str, folder: Path) -> tuple[Path, Path]:
     # Flower reads both in the format of OpenSSH.
     secret = private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     line = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    _write_new(key, secret)
-    _write_new(public, line + f" {name}\n".encode(), PUBLIC)
+    _write_pair(key, secret, public, line + f" {name}\n".encode())
     return key, public
 
 
@@ -180,14 +182,21 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
+def _write_pair(key: Path, secret: bytes, public: Path, content: bytes) -> None:
+    """Write a key and what others may see of it, or neither if one is there."""
+    for file in (key, public):
+        if file.exists():
+            raise ConfigError(
+                f"{file} exists already and is not replaced; move it away first if it is lost or leaked"
+            )
+    _write_new(key, secret)
+    _write_new(public, content, PUBLIC)
+
+
 def _write_new(file: Path, content: bytes, mode: int = 0o600) -> None:
     """Write a new file that nobody else can read at any moment, unless `mode` lets them."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         create(file, content, mode)
-    except FileExistsError:
-        raise ConfigError(
-            f"{file} exists already and is not replaced; move it away first if it is lost or leaked"
-        ) from None
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror}") from None

@@ -192,8 +192,16 @@ class Federation:
         """Create the authority if it does not exist, and the server's certificate for these hosts."""
         # The database holds messages in transit, updates among them.
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self.ca_key.exists():
-            create_authority(self.ca, self.ca_key)
+        pair = (self.ca, self.ca_key)
+        here = [file for file in pair if file.exists()]
+        if not here:
+            create_authority(*pair)
+        elif len(here) == 1:
+            (absent,) = {*pair} - {*here}
+            raise ConfigError(
+                f"{here[0]} is here and {absent.name} is not: bring {absent.name} back to renew the "
+                "server's certificate; a new authority would be one that no node trusts"
+            )
         create_server_certificate((self.ca, self.ca_key), self.certificate, self.key, hosts, days)
 
     def require_certificates(self) -> None:

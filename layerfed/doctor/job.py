@@ -178,6 +178,7 @@ def _memory(config: RunConfig, task: Task, bench: Workbench, needed: float) -> I
 
 def _bytes(config: RunConfig, bench: Workbench) -> Finding:
     from layerfed.exchange.codecs import codec_of
+    from layerfed.strategies import options_of
 
     layers, state = bench.resident.layers, bench.resident.model.state_dict()
 
@@ -193,7 +194,11 @@ def _bytes(config: RunConfig, bench: Workbench) -> Finding:
 
     blocks = sorted((sent(block.name) for block in layers.blocks), reverse=True)
     budget = config.budget
-    if budget.unit == "layers" and budget.kind != "per-node" and config.strategy.name != "full":
+    strategy, options = options_of(config)
+    # `cyclic` is without bounds at first, and `random` may train several masks in a round.
+    more = any(getattr(options, name, 0) for name in ("warmup_rounds", "resample_steps"))
+    keeps = strategy.within_budget and not more
+    if budget.unit == "layers" and budget.kind != "per-node" and keeps:
         blocks = blocks[: int(budget.layers if budget.kind == "identical" else budget.max)]
     up = sent("head") + sum(blocks)
     coded = config.exchange.downlink_codec

@@ -10,6 +10,7 @@ from typing import Any
 
 from layerfed.config.errors import naming_extras
 from layerfed.export.saved import SavedRun
+from layerfed.models.image import ImageClassifier
 from layerfed.models.source import HUB_ID
 
 __all__ = ["model_card"]
@@ -44,7 +45,8 @@ def model_card(saved: SavedRun, library: str, code: str) -> str:
         tags=["federated-learning", "layerfed"],
     )
     config = saved.config
-    title = f"{config.model.name}, fine-tuned on {config.task.name}"
+    model = _model_name(saved)
+    title = f"{model}, fine-tuned on {config.task.name}"
     parts = {
         "Use": f"```python\n{code}\n```\n\n{_inputs(saved)}",
         "Data": "\n".join(f"- {line}" for line in _data(saved)),
@@ -52,7 +54,7 @@ def model_card(saved: SavedRun, library: str, code: str) -> str:
         "Scores": _scores(saved),
         "Privacy": _privacy(saved),
         "Licence of the base": (
-            f"{licence}, of {base or config.model.name}"
+            f"{licence}, of {base or model}"
             if licence
             else "Not known here"
             + (f"; see https://huggingface.co/{base}" if base else "; ask who made the weights")
@@ -121,7 +123,7 @@ def _training(saved: SavedRun) -> Iterator[str]:
         f"{train.batch_size}"
     )
     base = saved.read("layers.json").get("base", {})
-    yield f"Base: `{config.model.name}`, fingerprint `{base.get('fingerprint', 'not recorded')}`"
+    yield f"Base: `{_model_name(saved)}`, fingerprint `{base.get('fingerprint', 'not recorded')}`"
 
 
 def _scores(saved: SavedRun) -> str:
@@ -182,11 +184,18 @@ def _hub_id(saved: SavedRun) -> str | None:
     return section.weights if "/" in section.weights and HUB_ID.fullmatch(section.weights) else None
 
 
+def _model_name(saved: SavedRun) -> str:
+    """Return `model.name`, unless the task builds a model of its own and does not read it."""
+    named = saved.config.model.name
+    own = not saved.task.reads and not isinstance(saved.model, ImageClassifier)
+    return f"the model of {saved.config.task.name}" if own else named
+
+
 def _licence(saved: SavedRun, base: str | None) -> str | None:
     """Return the licence of the base, as its library or its own card states it."""
     section, net = saved.config.model, getattr(saved.model, "net", None)
     if section.family == "layerfed":
-        return "apache-2.0"
+        return "apache-2.0" if _model_name(saved) == section.name else None
     if section.weights == "random":
         return None
     stated: Mapping[str, Any] = getattr(net, "pretrained_cfg", None) or {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from layerfed.config import ConfigError
+from layerfed.config import ConfigError, RunConfig, StrategyConfig
 from layerfed.report.comparison import TESTS, differences
 from layerfed.report.comparison_plots import mean_curve, pareto_front
 from layerfed.report.figures import RunFigures, Section
@@ -24,6 +24,7 @@ COSTS = ("bytes_up", "flops", "seconds")
 EXPERIMENT = ("task.name", "task.data", "model.name")
 BUDGET = ("budget.kind", "budget.unit", "budget.layers", "budget.min", "budget.max")
 # Settings in which the runs of one entry may differ.
+SHARED = {f"strategy.{name.replace('_', '-')}" for name in StrategyConfig.model_fields}
 FREE = ("run.", "federation.timeout", "strategy.options", "strategy.name")
 
 
@@ -68,18 +69,23 @@ def sections_of(folders: Iterable[Path]) -> tuple[list[Section], list[tuple[str,
         raise ConfigError(f"there is no completed run to compare{reasons}")
     experiments: dict[tuple[Any, ...], list[tuple[RunFigures, dict[str, Any]]]] = {}
     for run, config in runs:
-        experiments.setdefault(tuple(config.get(key) for key in EXPERIMENT), []).append(
-            (run, config)
-        )
+        metric = metric_of(read_json(run.folder / "summary.json"))["name"]
+        same = (*(config.get(key) for key in EXPERIMENT), metric)
+        experiments.setdefault(same, []).append((run, config))
     return [_section(found) for found in experiments.values()], left_out
 
 
 def _section(runs: Sequence[tuple[RunFigures, Mapping[str, Any]]]) -> Section:
+    defaults = RunConfig().to_flat()
+    # A setting that a folder lacks is younger than it, but a strategy's own is that of another strategy.
+    common = [key for key in defaults if not key.startswith("strategy.") or key in SHARED]
+    runs = [(run, {**{key: defaults[key] for key in common}, **config}) for run, config in runs]
     configs = [config for _, config in runs]
     varied = [
         key
-        for key in configs[0]
-        if not key.startswith(FREE) and len({str(config.get(key)) for config in configs}) > 1
+        for key in dict.fromkeys(key for config in configs for key in config)
+        if not key.startswith(FREE)
+        and len({str(config[key]) for config in configs if key in config}) > 1
     ]
     # Without its section, which leaves charts no room, unless two settings would be called the same.
     ends = [key.rpartition(".")[2] for key in varied]
@@ -91,7 +97,11 @@ def _section(runs: Sequence[tuple[RunFigures, Mapping[str, Any]]]) -> Section:
         row = " · ".join(
             [
                 str(config["strategy.name"]),
-                *(f"{short[key]} = {config.get(key)}" for key in varied if key not in BUDGET),
+                *(
+                    f"{short[key]} = {config[key]}"
+                    for key in varied
+                    if key in config and key not in BUDGET
+                ),
             ]
         )
         kind = config["budget.kind"]
@@ -113,7 +123,6 @@ def comparison_view(
     """Return the page's data for runs that are arranged by experiment, entry and seed."""
     shown = [section for section in sections if any(section.runs.values())]
     runs = [run for section in shown for found in section.runs.values() for run in found]
-    metric = metric_of(read_json(runs[0].folder / "summary.json")) if runs else metric_of({})
     seeds = sorted({run.seed for run in runs})
     entries = sum(bool(found) for section in shown for found in section.runs.values())
     return {
@@ -122,16 +131,17 @@ def comparison_view(
         "sentence": f"{len(runs)} runs: {entries} entries in {len(shown)} "
         f"{'experiment' if len(shown) == 1 else 'experiments'}, seeds {', '.join(map(str, seeds))}. "
         "The best mean need not be better than the others: look at the differences paired by seed.",
-        "metric": metric,
         "warning": differences(shown).replace("**", ""),
-        "experiments": [_experiment(section, metric["higher_is_better"]) for section in shown],
+        "experiments": [_experiment(section) for section in shown],
         "tests_about": TESTS,
         "settings": _varied([read_json(run.folder / "config.json") for run in runs]),
         "left_out": list(left_out),
     }
 
 
-def _experiment(section: Section, higher_is_better: bool) -> dict[str, Any]:
+def _experiment(section: Section) -> dict[str, Any]:
+    first = next(run for found in section.runs.values() for run in found)
+    metric = metric_of(read_json(first.folder / "summary.json"))
     named = {
         f"{row} · {budget}" if budget else row: found
         for (row, budget), found in section.runs.items()
@@ -145,7 +155,7 @@ def _experiment(section: Section, higher_is_better: bool) -> dict[str, Any]:
         }
         for name, found in named.items()
     ]
-    sign = 1 if higher_is_better else -1
+    sign = 1 if metric["higher_is_better"] else -1
 
     def front(cost: str) -> list[tuple[float, float]]:
         means = [
@@ -157,6 +167,7 @@ def _experiment(section: Section, higher_is_better: bool) -> dict[str, Any]:
 
     return {
         "title": section.title,
+        "metric": metric,
         "entries": entries,
         "fronts": {cost: front(cost) for cost in COSTS},
         "tests": {name: _tests(named, name) for name in named},
@@ -182,7 +193,8 @@ def _curve(runs: Sequence[RunFigures]) -> dict[str, Any]:
     rounds, mean, spread = mean_curve([run.curve for run in runs])
     rows = np.stack([rounds, mean, mean - spread, mean + spread]).T
     spent = {
-        key: np.mean([run.spent[key] for run in runs], axis=0)[rounds] for key in runs[0].spent
+        key: np.mean([[run.spent[key][number] for number in rounds] for run in runs], axis=0)
+        for key in runs[0].spent
     }
     return {
         "curve": (rows if len(runs) > 1 else rows[:, :2]).tolist(),

@@ -208,7 +208,7 @@ def score_curves(
     lines : Sequence[Mapping[str, Any]]
         Those of `metrics.jsonl`.
     """
-    before = summary.get("initial_scores", {ACCURACY.name: summary["initial_accuracy"]})
+    before = summary.get("initial_scores") or {ACCURACY.name: summary["initial_accuracy"]}
     rows = [(0, before), *((line["round"], scores_in(line)) for line in lines)]
     names = dict.fromkeys(name for _, scores in rows for name in scores)
     curves = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -302,7 +303,7 @@ def _settings(config: Mapping[str, Any]) -> list[list[Any]]:
 
 def _commands(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Return the commands that repeat the run: from its folder, and without it."""
-    name = f"{config.get('run.name') or folder.name}-again"
+    name = re.sub(r"[^\w.-]+", "-", f"{config.get('run.name') or folder.name}-again")
     differ = [
         f"{key}={'true' if value is True else 'false' if value is False else value}"
         for key, value, _, differs in _settings(config)

@@ -116,7 +116,7 @@ def run_table(folder: Path) -> Table:
     table = Table(show_header=False, box=None)
 
     metric = score_of(summary.get("metric"))
-    before = summary.get("initial_scores", {ACCURACY.name: summary["initial_accuracy"]})
+    before = summary.get("initial_scores") or {ACCURACY.name: summary["initial_accuracy"]}
     after = summary.get("scores", {ACCURACY.name: summary["accuracy"]})
     best = summary.get("best", {"value": summary.get("best_accuracy")}) or {"value": None}
     file = folder / "evaluation.json"

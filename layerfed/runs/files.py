@@ -58,6 +58,8 @@ def lock(folder: Path) -> FileLock:
         raise ConfigError(
             f"run.resume = '{folder}' is being written by a run; wait for its end"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from None
     return taken
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -112,7 +113,8 @@ class RunFolder(Observer):
         """
         root = expanded(config.run.dir or "runs").resolve()
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = config.run.name or f"{config.task.name}-{config.strategy.name}-{stamp}"
+        made = f"{config.task.name}-{config.strategy.name}-{stamp}"
+        name = config.run.name or re.sub(r"[^\w.-]+", "-", made)
         path = root / name
         for attempt in range(2, 100):
             try:
@@ -194,7 +196,7 @@ class RunFolder(Observer):
         folder = cls(path, config, engine, data)
         folder.repeated_rounds = repeated
         folder._initial = before["initial_accuracy"]
-        folder._before_training = before.get("initial_scores", {})
+        folder._before_training = before.get("initial_scores") or {}
         folder._metric = score_of(before.get("metric"))
         folder._before = sum(row["seconds"] for row in kept["metrics.jsonl"])
         for row in kept["metrics.jsonl"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -198,7 +198,7 @@ class JsonLines(Observer):
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream: TextIO | None = stream
         self.folder = Path()
         """The run folder, which the caller sets once it exists."""
 
@@ -216,5 +216,11 @@ class JsonLines(Observer):
         self._print("end", folder=str(self.folder), **read_json(self.folder / "summary.json"))
 
     def _print(self, event: str, **content: Any) -> None:
-        self._stream.write(json.dumps({"event": event, **content}) + "\n")
-        self._stream.flush()
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(json.dumps({"event": event, **content}) + "\n")
+            self._stream.flush()
+        except BrokenPipeError:  # a reader that goes away is no reason to stop training
+            self._stream = None
+            log(WARNING, "nobody reads the lines any more; the run goes on, in its folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -75,7 +76,12 @@ def build_watch(root: Path, token: str) -> Starlette:
         live = {"events": f"events?seen={seen}", "source": "data", "list": f"/{token}/"}
         if folder is not None:
             return {**run_view(folder), **live}
-        runs = [{**run, "href": f"run/{quote(run['name'])}/"} for run in overview(root)]
+        runs = [
+            # A name need not be UTF-8, and a page is.
+            {**run, "name": raw.decode(errors="replace"), "href": f"run/{quote(raw)}/"}
+            for run in overview(root)
+            for raw in [os.fsencode(run["name"])]
+        ]
         going = sum(run["status"] == "running" for run in runs)
         return {
             "kind": "list",

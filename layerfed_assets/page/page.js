@@ -636,9 +636,9 @@
 
   // ------------------------------------------------------------------------------- comparison
   const renderComparison = view => {
-    const { metric } = view, kind = kindOf(metric), points = kind === 'percent' ? 'points' : 'number';
     state.experiment = Math.min(state.experiment, view.experiments.length - 1);
-    const here = view.experiments[state.experiment], entries = here.entries;
+    const here = view.experiments[state.experiment], { metric, entries } = here;
+    const kind = kindOf(metric), points = kind === 'percent' ? 'points' : 'number';
     const pick = (id, label, options, current, changed) => h('label', {}, `${label} `, h('select', { id, onchange: event => { changed(Number(event.target.value)); render(); document.getElementById(id)?.focus(); } },
       options.map((name, n) => h('option', { value: n, selected: n === current }, name))));
     const spread = (entry, key, how) => { const v = entry.runs.map(r => r[key]).filter(known); return v.length ? around(how, v) : '–'; };
