@@ -199,6 +199,29 @@ def test_what_does_not_stack_is_refused(settings: tuple[str, ...], reason: str) 
         stacked(*settings)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("server.optimizer=adam", "'adam'"),
+        ("server.optimizer=momentum", "'momentum'"),
+        ("server.lr=0.5", "0.5"),
+        ("server.average-over=cohort", "'cohort'"),
+    ],
+)
+def test_a_change_of_svds_factors_is_not_scaled_as_a_step(setting: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{value} does not go .*'svd': .*change is no step"):
+        stacked("server.aggregation=svd", setting)
+
+
+def test_svd_takes_what_leaves_its_factors_alone() -> None:
+    stacked("server.aggregation=svd", "model.storage=int8", "exchange.downlink-codec=int8")
+
+
+def test_fedluar_repeats_no_change_of_svds_factors() -> None:
+    with pytest.raises(ConfigError, match=r"'svd' does not go .*'fedluar'.* used once more"):
+        checked(stacked("server.aggregation=svd", "strategy.name=fedluar"))
+
+
 class Transposed(TinyTask):
     """Blocks with GPT-2's own linear layer."""
 

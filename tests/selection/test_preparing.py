@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -103,6 +105,32 @@ def test_a_client_without_budget_gets_nothing_but_what_is_free() -> None:
     masks = solve(round_costs(problem, 0.02)[0]).masks
 
     assert np.flatnonzero(masks[0]).tolist() == [3]
+
+
+@pytest.mark.parametrize("budget", [5e-324, 1e-310, 2.3e-308])
+def test_a_budget_that_no_unit_divides_affords_nothing(budget: float) -> None:
+    base = measured(0)
+    budgets = np.array(base.budgets)
+    budgets[0] = budget
+
+    with np.errstate(divide="raise", over="raise", invalid="raise"):
+        rounded, taken = round_costs(replace(base, budgets=budgets), 0.02)
+    masks = solve(rounded).masks
+
+    assert 0 < taken <= 0.02
+    assert np.isfinite(rounded.cost_matrix).all()
+    assert masks.any(axis=1).tolist() == [False] + [True] * 9
+
+
+def test_a_small_budget_buys_what_costs_as_little() -> None:
+    base = measured(0)
+    costs, budgets = np.array(base.costs), np.array(base.budgets)
+    costs[0] *= 1e-300
+    budgets[0] *= 1e-300
+
+    small = solve(round_costs(replace(base, costs=costs, budgets=budgets), 0.02)[0])
+
+    np.testing.assert_array_equal(small.masks, solve(round_costs(base, 0.02)[0]).masks)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])

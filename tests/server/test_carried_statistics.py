@@ -13,6 +13,7 @@ import torch
 from flwr.app import Message
 
 from layerfed.client.probe import probe_layers
+from layerfed.client.training import train_update
 from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.config.seeding import Stream, generator
@@ -23,6 +24,7 @@ from layerfed.runs import read_lines
 from layerfed.runs.records import RoundRecord, SelectionRecord
 from layerfed.server.candidates import Candidates
 from layerfed.server.memory import Memory
+from layerfed.server_app import build_account, build_strategy
 from layerfed.strategies import ILP, RoundSettings
 from tests import made_up
 from tests.conftest import BLOCKS, TinyNet
@@ -331,6 +333,62 @@ def test_a_node_that_clips_its_statistics_refuses_a_part() -> None:
     (failure,) = second.failures
     assert failure.partition == 1
     assert "clips its statistics as a whole" in failure.reason
+
+
+def test_a_node_that_clips_its_statistics_refuses_a_part_before_it_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[object] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        started.append(args)
+        return train_update(*args, **options)
+
+    monkeypatch.setattr("layerfed.client_app.train_update", watched)
+    config = configured(HALF, AFTER, "federation.clients-per-round=6", "federation.min-replies=5")
+    private = {"privacy-statistics-clip": 1.0, "privacy-statistics-noise": 0.1}
+    (record,) = run(config, 1, Recorded(config, nodes=[{}, private, {}, {}, {}, {}])).rounds
+    (failure,) = record.failures
+    assert (failure.partition, failure.phase) == (1, "train")
+    assert "clips its statistics as a whole" in failure.reason
+    assert len(started) == 5
+
+
+def test_norms_of_weights_are_public_at_the_global_model_and_no_longer_after_training() -> None:
+    config = configured(AFTER, "strategy.name=rgn", "model.batch-norm=frozen")
+    node = {"privacy-statistics-clip": 0.1, "privacy-statistics-noise": 1e-9}
+    grid = Recorded(config, nodes=[node] * 6)
+    found = run(config, 1, grid)
+    norms = [
+        sum(float((found.before[name].astype(float) ** 2).sum()) for name in block.parameters)
+        for block in workbench(config.to_flat()).resident.layers.blocks
+    ]
+    assert min(norms) > 0.1
+
+    def norms_in(reply: Message) -> np.ndarray:
+        return np.array(reply.content.metric_records["statistics"]["param_norm_sq"])
+
+    for _, reply in probes(grid):
+        np.testing.assert_allclose(norms_in(reply), norms, rtol=1e-5)
+    assert len(grid.trained()) == 4
+    for _, reply in grid.trained():
+        assert np.linalg.norm(norms_in(reply)) <= 0.1 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("moment", "covers"), [("before", "updates and selection"), ("after", "updates")]
+)
+def test_what_epsilon_covers_depends_on_when_norms_of_weights_are_measured(
+    moment: str, covers: str
+) -> None:
+    config = configured(
+        *("strategy.statistic=param_norm_sq", f"strategy.probe={moment}", "privacy.mode=local"),
+        *("privacy.noise=1", "model.batch-norm=frozen"),
+    )
+    strategy = build_strategy(config, workbench(config.to_flat()).resident.layers)
+    account = build_account(config, strategy)
+    assert account is not None
+    assert account.covers == covers
 
 
 @pytest.mark.parametrize("settings", [(HALF,), (AFTER,)], ids=str)

@@ -83,6 +83,30 @@ def test_a_client_that_sends_nothing_is_late_and_its_work_is_counted() -> None:
         run(configured(*FULL, "federation.speeds=1", "federation.deadline=1.0"))
 
 
+@pytest.mark.parametrize(
+    "slow",
+    [(f"federation.speeds={WORK}, {WORK / 1e9}",), (*SLOW[-1:], "federation.late=drop")],
+    ids=["nothing is finished", "nothing is sent"],
+)
+def test_a_late_client_is_one_of_the_cohort(slow: tuple[str, ...]) -> None:
+    """It counts as no change of any layer, so two of four clients move the model."""
+    config = configured(*FULL, *slow, "federation.deadline=1.0", "server.average-over=cohort")
+    grid = Recorded(config)
+    found = run(config, grid=grid)
+    assert (found.rounds[0].replies, found.rounds[0].late) == (2, 2)
+    sums: dict[str, np.ndarray] = {}
+    for asked, reply in grid.trained():
+        client = int(asked.content.config_records["config"]["client"])  # type: ignore[arg-type]
+        if client in (0, 2):
+            for name, change in sent(reply).items():
+                sums[name] = sums.get(name, 0.0) + (10 + 4 * client) * change.astype(float)
+    for name in [name for name in sums if found.before[name].dtype == np.float32]:
+        step = sums[name] / (10 + 14 + 18 + 22)
+        np.testing.assert_allclose(
+            found.after[name], found.before[name] + step, rtol=1e-6, atol=1e-7
+        )
+
+
 def test_it_goes_with_uploads_schedules_codecs_and_resuming() -> None:
     slow = f"federation.speeds={WORK}, {WORK / 3}"
     for more in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from layerfed.config import BudgetConfig
 from layerfed.exchange import CODECS, encode
 from layerfed.exchange.bounds import MAX_ENTRIES, MAX_ITEMS, MAX_TEXT
 from layerfed.exchange.messages import MAX_EXAMPLES, missing_reply, state_held
 from layerfed.flower_compat import stamp
+from layerfed.selection import preparing
+from layerfed.server.budgets import Budgets
 from tests.exchange.replies import npy, raw
 from tests.exchange.test_forged_arrays import FORGED
 from tests.made_up import (
@@ -385,6 +389,47 @@ def test_layers_said_to_be_missing_are_sent_once_however_often_they_are_named() 
     assert more == 3 * LAYERS.head.bytes
     for name, tensor in honest.model.items():
         np.testing.assert_array_equal(found.model[name], tensor)
+
+
+def test_scores_weigh_by_no_more_examples_than_a_client_stated_on_joining() -> None:
+    def boast(reply: Message) -> Message:
+        metrics = reply.content.metric_records["metrics"]
+        metrics["examples"], metrics["client_accuracy"] = 2**29, 1.0
+        return reply
+
+    grid = Federation(3, {(1, "evaluate"): boast})
+    found = run(grid, rounds=1)
+    answers = {
+        m.metadata.dst_node_id - 2: grid.answer(m).content.metric_records["metrics"]
+        for m in grid.asked
+        if m.metadata.message_type == "evaluate" and m.metadata.group_id == "1"
+    }
+    counted = {0: 3, 1: 10 + 1, 2: 5}  # held out, but for client 1
+    accuracy = np.average(
+        [answers[client]["client_accuracy"] for client in counted], weights=list(counted.values())
+    )
+    assert found.rounds[0].failures == []
+    assert found.rounds[0].metrics["client_accuracy"] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("budget", [5e-324, 1e-305])
+def test_a_budget_too_small_for_a_unit_affords_nothing_and_harms_nobody(
+    budget: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Costs are measured ones, which are rounded to a grid where there are many layers."""
+    monkeypatch.setattr(preparing, "ENUMERATION_LAYERS", 0)
+    rng, forged = np.random.default_rng(0), dict[tuple[int, str], Forge]()
+    for client in range(3):
+        stated: dict[str, Any] = {"costs": rng.uniform(1, 2, 4).tolist(), "depth_costs": [0.0] * 4}
+        if client == 1:
+            stated["budget"] = budget
+        forged[client, "query.describe"] = record("metrics", methodcaller("update", stated))
+    budgets = Budgets(BudgetConfig(unit="seconds", layers=4), None, 0)
+    found = run(Federation(3, forged), 1, budget=budgets)
+    (outcome,) = found.rounds
+    assert outcome.failures == []
+    assert outcome.updated[1] == ("head",)
+    assert all(len(outcome.updated[client]) > 1 for client in (0, 2))
 
 
 # --------------------------------------------------------------------- replies handed in step by step

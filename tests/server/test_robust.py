@@ -208,6 +208,17 @@ def test_a_forged_count_decides_no_longer() -> None:
     same_model(capped, expected(grid, "mean", cap=10))
 
 
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
+def test_a_forged_count_does_not_hold_still_what_its_client_left_alone(rule: str) -> None:
+    aggregation = Aggregation(rule, over="cohort")
+    result = aggregation.begin(LAYERS)
+    ones = {name: np.ones_like(tensor) for name, tensor in BASE.items()}
+    for trained, examples in [("blocks.0", 10)] * 9 + [("blocks.3", 2**29)]:
+        result.add([trained, "head"], ones, examples)
+    shares = [aggregation.share(result, layer) for layer in ("blocks.0", "blocks.3", "head")]
+    assert shares == [0.9, 0.1, 1.0]
+
+
 # --------------------------------------------------------------------------------- compositions
 @pytest.mark.usefixtures("tiny_task")
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])

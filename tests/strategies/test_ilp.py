@@ -284,6 +284,10 @@ def test_options_that_mean_nothing_together_are_refused() -> None:
         (["strategy.consistency=often"], "strategy.consistency = 'often'"),
         (["strategy.statistic=gradnorm"], "unknown statistic 'gradnorm'; known: grad_norm_sq"),
         (["strategy.penalty=none"], "strategy.penalty = 'none'"),
+        (
+            ["strategy.penalty=affordable", "train.skip=substack"],
+            r"strategy\.penalty = 'affordable' does not go with train\.skip = 'substack'",
+        ),
         (["strategy.consistency=true"], "it should be a number, or auto"),
         (["strategy.consistency=nan"], "strategy.consistency"),
         (["strategy.switching=-1"], "strategy.switching = -1"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +176,43 @@ def test_layers_that_change_within_a_round_are_kept_as_they_change() -> None:
     assert choice.schedules is not None
     for kept, schedule in zip(choice.schedules, schedules, strict=True):
         np.testing.assert_array_equal(kept, schedule)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"sent": np.eye(4, dtype=bool)[:2]}, {"ranks": np.array([2, 1])}],
+    ids=["sent", "ranks"],
+)
+def test_a_choice_of_what_is_sent_is_made_anew_between_selections(
+    part: dict[str, Any],
+) -> None:
+    """Masks do not say it, and clients that kept theirs would send all that they train."""
+    memory, choice = Memory(), replace(chosen([0, 1, 2, 3], [0, 1, 2, 3]), **part)
+    memory.learn(candidates([4, 4], UNIT), choice)
+    for _ in range(2):
+        now, found = memory.complete(candidates([4, 4], UNIT), lambda _: choice, bounded=True)
+        assert not now.held
+        for name, table in part.items():
+            np.testing.assert_array_equal(getattr(found, name), table)
+
+
+def test_a_skipped_block_was_not_measured_to_be_nothing() -> None:
+    """A client keeps its own last share of it, or else gets the mean of those that did not skip it."""
+    memory = Memory()
+    first = {"g": [[2.0, 1, 1, 0], [9.0, 0, 1, 0], [9.0, 1, 1, 2]]}
+    runs = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]], dtype=bool)
+    memory.learn(candidates([1] * 3, UNIT, first).running(runs), chosen([0], [2], [3]))
+    profiles = memory.estimate([0, 1, 2, 9])["g"] / 4.0  # the median of 4, 1 and 4
+    np.testing.assert_allclose(profiles[:3, 0], 0.5)
+    np.testing.assert_allclose(
+        profiles[3], [0.5, (0.25 + 0 + 0.25) / 3, (0.25 + 1 + 0.25) / 3, 0.5 / 3]
+    )
+
+    again = {"g": [[7.0, 3, 3, 3], [8.0, 1, 1, 0]]}
+    runs = np.array([[0, 1, 1, 1], [1, 1, 1, 1]], dtype=bool)
+    memory.learn(candidates([1] * 2, UNIT, again).running(runs), chosen([1], [0]))
+    shares = memory.estimate([0, 1, 9])["g"] / 9.5  # the median of 9 and 10
+    np.testing.assert_allclose(shares[:, 0], [0.5, 0.8, 0.8])
 
 
 # -------------------------------------------------------------------------- (P1) beside held masks

@@ -124,6 +124,16 @@ def test_the_run_folder_has_each_clients_rank(tmp_path: Path) -> None:
     assert line["ranks"] == [2] * 4
 
 
+def test_a_budget_of_one_rank_is_less_than_a_layer_and_is_accepted() -> None:
+    """One of the eight ranks of all four blocks costs half of what one block does."""
+    settings = ("model.lora-rank=8", "budget.kind=identical")
+    (record,) = run(ranks(*settings, f"budget.layers={ONE}")).rounds
+    assert record.selection is not None
+    assert record.selection.choice.ranks.tolist() == [1] * 4  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"47 parameters is below the least .* \(48\)"):
+        run(ranks(*settings, f"budget.layers={ONE - 1}"))
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [

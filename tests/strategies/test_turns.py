@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError
 from layerfed.models.layers import LayerMap
 from layerfed.strategies import Cyclic, Random, RoundSettings
+from layerfed.strategies.random import MOST_DRAWS
 from tests.candidates import candidates
 from tests.conftest import TinyNet
 from tests.fakes import Recorded
@@ -95,6 +97,17 @@ def test_each_draw_keeps_to_the_budget_and_the_mask_is_their_union() -> None:
     once = Random(LAYERS).select(case)
     for row in range(2):
         np.testing.assert_array_equal(once.masks[row], choice.schedule(row)[0])
+
+
+def test_a_client_cannot_state_more_draws_than_a_server_makes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rule = Random(LAYERS, resample_steps=2, settings=RoundSettings(local_steps=lambda n: n))
+    examples = np.array([2 * MOST_DRAWS, 2 * MOST_DRAWS + 1, 4])
+    choice = rule.select(replace(candidates([1] * 3, [1.0] * 4), examples=examples))
+    assert [len(choice.schedule(row)) for row in range(3)] == [MOST_DRAWS, 1, 2]
+    (line,) = caplog.messages
+    assert f"{2 * MOST_DRAWS + 1} examples are {MOST_DRAWS + 1} draws" in line
 
 
 def test_resampling_must_know_how_many_steps_there_are() -> None:
