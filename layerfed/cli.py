@@ -50,7 +50,7 @@ app = App(
     pretty_exceptions_enable=False,
 )
 app.add_typer(deploy, name="deploy")
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)
 
 Settings = Annotated[
     list[str] | None,
@@ -316,7 +316,11 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", dir_okay=False, help="The page", show_default="report.html in the folder"
+            "-o",
+            "--out",
+            dir_okay=False,
+            help="The page",
+            show_default="report.html in the folder; of several runs, in the current one",
         ),
     ] = None,
 ) -> None:
@@ -482,7 +486,7 @@ def doctor(
 
     clean_up_on_sigterm()
     config = read_settings(settings) if settings else None
-    output = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False)
+    output = Console(quiet=as_json, highlight=False, soft_wrap=True, markup=False, emoji=False)
     marks = {"ok": "ok", "note": "note", "wrong": "WRONG"}
     styles = {"ok": "green", "note": "yellow", "wrong": "bold red"}
     seen = []
@@ -645,7 +649,7 @@ def predict(
 
 def _printer(**options: Any) -> Console:
     """Return a console for tables; in a file, which has no width, few of them are broken."""
-    found = Console(**options)
+    found = Console(emoji=False, **options)  # :b: is a part of a path
     if not found.is_terminal:
         found.width = 160
     return found

@@ -415,6 +415,8 @@ def _opened(folder: RunFolder) -> None:
     # Unless run.dir is absolute, the path depends on the folder in which the SuperLink was started.
     log(INFO, "run folder: %s", folder.path)
     table = StringIO()
-    Console(file=table, width=160).print(data_table(read_json(folder.path / "data.json")))
+    Console(file=table, width=160, emoji=False).print(
+        data_table(read_json(folder.path / "data.json"))
+    )
     for line in table.getvalue().splitlines():
         log(INFO, "%s", line.rstrip())

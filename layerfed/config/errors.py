@@ -54,7 +54,7 @@ def one_line_errors(*mendable: type[Exception]) -> Iterator[None]:
 
         word = "failed" if isinstance(error, Failed) else "error"
         line = f"[bold red]{word}:[/] {escape(str(error))}"
-        Console(stderr=True).print(line, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(line, soft_wrap=True)
         raise SystemExit(STATUS[word]) from None
 
 

@@ -28,7 +28,7 @@ app = App(
     help="Run on real machines, with TLS and authentication; docs/deployment.md is the guide.",
     no_args_is_help=True,
 )
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)
 
 Folder = Annotated[
     Path, typer.Option("--dir", help="The federation's folder on the server", file_okay=False)

@@ -81,12 +81,19 @@ def _section(runs: Sequence[tuple[RunFigures, Mapping[str, Any]]]) -> Section:
     common = [key for key in defaults if not key.startswith("strategy.") or key in SHARED]
     runs = [(run, {**{key: defaults[key] for key in common}, **config}) for run, config in runs]
     configs = [config for _, config in runs]
-    varied = [
-        key
-        for key in dict.fromkeys(key for config in configs for key in config)
-        if not key.startswith(FREE)
-        and len({str(config[key]) for config in configs if key in config}) > 1
-    ]
+
+    def differ(key: str, strategy: str = "") -> bool:
+        those = [c for c in configs if key in c and strategy in ("", c["strategy.name"])]
+        return len({str(config[key]) for config in those}) > 1
+
+    keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(FREE))
+    own = [key for key in keys if key.startswith("strategy.") and key not in SHARED]
+    strategies = {str(config["strategy.name"]) for config in configs}
+    varied_by = {
+        strategy: [key for key in keys if differ(key, strategy if key in own else "")]
+        for strategy in strategies
+    }
+    varied = [key for key in keys if any(key in found for found in varied_by.values())]
     # Without its section, which leaves charts no room, unless two settings would be called the same.
     ends = [key.rpartition(".")[2] for key in varied]
     short = {
@@ -99,8 +106,8 @@ def _section(runs: Sequence[tuple[RunFigures, Mapping[str, Any]]]) -> Section:
                 str(config["strategy.name"]),
                 *(
                     f"{short[key]} = {config[key]}"
-                    for key in varied
-                    if key in config and key not in BUDGET
+                    for key in varied_by[str(config["strategy.name"])]
+                    if key not in BUDGET
                 ),
             ]
         )

@@ -48,8 +48,11 @@ class Memory:
             known, runs = self._profiles.setdefault(name, {}), candidates.runs
             # Of a block that a client skips now, nothing is measured.
             mean = profiles.sum(axis=0) / np.maximum((runs & some[:, None]).sum(axis=0), 1)
+            if not runs.all():
+                mean = mean / max(float(mean.sum()), np.finfo(float).tiny)
             for client, own, ran in zip(candidates.clients, profiles, runs, strict=True):
-                known[client] = np.where(ran, own, known.get(client, mean))
+                before = known.get(client, mean)
+                known[client] = np.where(ran, own * (1.0 - before[~ran].sum()), before)
             self._mean_profile[name] = mean
             self._scale[name] = float(np.median(totals[some])) if some.any() else 0.0
 

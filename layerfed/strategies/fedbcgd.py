@@ -44,16 +44,23 @@ class FedBCGD(SelectiveStrategy):
         cycle = int(self.kept.get("cycle", 0))
         sent = np.zeros_like(choice.masks)
         for row, mask in enumerate(choice.masks & candidates.runs):
-            while mask.any() and not mask[waiting].any():
-                rng = generator(candidates.seed, Stream.MASK, cycle)
-                waiting += rng.permutation(len(mask)).tolist()
-                cycle += 1
-            block = next((block for block in waiting if mask[block]), None)
-            if block is not None:
+            if not waiting:
+                waiting, cycle = self._order(candidates, cycle), cycle + 1
+            # One that trains none of the waiting blocks is given another, and they wait on.
+            tried = [*waiting, *self._order(candidates, cycle)]
+            block = next((block for block in tried if mask[block]), None)
+            if block is None:
+                continue
+            sent[row, block] = True
+            if block in waiting:
                 waiting.remove(block)
-                sent[row, block] = True
         self.kept["waiting"], self.kept["cycle"] = (
             np.array(waiting, dtype=np.int64),
             np.array(cycle),
         )
         return replace(choice, sent=sent)
+
+    def _order(self, candidates: Candidates, cycle: int) -> list[int]:
+        rng = generator(candidates.seed, Stream.MASK, cycle)
+        order: list[int] = rng.permutation(self.layers.num_blocks).tolist()
+        return order

@@ -10,7 +10,7 @@ import pytest
 from layerfed.compare import Budget, Experiment, Plan, Row, parse_seeds
 from layerfed.compare.plan import GRID_KEYS, refuse_grid_keys
 from layerfed.config import ConfigError, RunConfig
-from layerfed.strategies import checked
+from layerfed.strategies import STRATEGIES, checked
 
 HERE = Path("somewhere")
 
@@ -112,3 +112,10 @@ def test_seeds_are_whole_numbers(seed: str) -> None:
 def test_what_the_comparison_decides_cannot_be_set_besides(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"here: {key} is decided by"):
         refuse_grid_keys(["train.lr", key], "here")
+
+
+def test_all_strategies_can_be_compared_on_the_defaults() -> None:
+    """Of those that need another configuration, such as `ranks`, there is no run."""
+    cells = plan(rows=[Row(name) for name in STRATEGIES], seeds=[0]).cells(HERE)
+    there = {cell.config.strategy.name for cell in cells}
+    assert set(STRATEGIES) - there == {"ranks"}

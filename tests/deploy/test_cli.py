@@ -29,9 +29,18 @@ def deploy(*words: object) -> Result:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+def masks() -> list[int]:
+    """The file modes that the command would have kept from others."""
+    return []
+
+
+@pytest.fixture
+def started(
+    monkeypatch: pytest.MonkeyPatch, masks: list[int]
+) -> list[tuple[list[str], dict[str, str]]]:
     """The command that would have replaced this process."""
     calls: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "umask", masks.append)
     monkeypatch.setattr(os, "execve", lambda file, command, env: calls.append((command, env)))
     return calls
 
@@ -58,9 +67,10 @@ def test_certificates_land_in_a_folder_of_the_owners(tmp_path: Path) -> None:
 
 
 def test_the_superlink_listens_on_loopback_with_tls_and_authentication(
-    federation: Federation, started: list[tuple[list[str], dict[str, str]]]
+    federation: Federation, started: list[tuple[list[str], dict[str, str]]], masks: list[int]
 ) -> None:
     assert deploy("superlink", "--dir", federation.folder, "--port", 8123).exit_code == 0
+    assert masks == [0o077], "the database is its owner's, also in a folder that others can read"
     ((command, variables),) = started
     assert Path(command[0]).name == "flower-superlink"
     assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation"} < set(command)
@@ -223,3 +233,17 @@ def test_what_flower_refuses_is_passed_on(
         federation.nodes()
     program.write_text('#!/bin/sh\necho "Loading {"\necho \'{"success": true, "nodes": []}\'\n')
     assert federation.online() == 0
+
+
+@pytest.mark.parametrize("address", ["nonsense", "a:b:c", "https://a:1", "a:"])
+def test_an_address_that_is_none_is_refused(federation: Federation, address: str) -> None:
+    done = deploy("gateway", "--dir", federation.folder, "--superlink", address)
+    assert done.exit_code == 2
+    assert f"--superlink {address} is not allowed: it should be HOST:PORT" in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = deploy("certificates", "localhost", "--dir", tmp_path / "file/federation")
+    assert done.exit_code == 2
+    assert len(done.stderr.splitlines()) == 1

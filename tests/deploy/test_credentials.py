@@ -135,3 +135,36 @@ def test_a_lost_authority_key_is_told(federation: Federation) -> None:
     federation.ca_key.write_text("nonsense")
     with pytest.raises(ConfigError, match="cannot read the authority"):
         federation.create_certificates([], days=30)
+
+
+@pytest.mark.parametrize("absent", ["ca.key", "ca.crt"])
+def test_half_of_an_authority_is_refused_and_nothing_is_written(
+    federation: Federation, tmp_path: Path, absent: str
+) -> None:
+    """Whoever keeps `ca.key` elsewhere must bring it back to renew; another key signs for nobody."""
+    (federation.folder / absent).rename(tmp_path / absent)
+    before = {file.name: file.read_bytes() for file in federation.folder.iterdir()}
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"bring {absent} back to renew"):
+            federation.create_certificates([], days=30)
+        assert {file.name: file.read_bytes() for file in federation.folder.iterdir()} == before
+    (tmp_path / absent).rename(federation.folder / absent)
+    federation.create_certificates([], days=30)
+    shake_hands(federation, federation.ca, "localhost")
+
+
+def test_another_authoritys_key_renews_nothing(federation: Federation, tmp_path: Path) -> None:
+    other = Federation(tmp_path / "other")
+    other.create_certificates([], days=30)
+    other.ca_key.replace(federation.ca_key)
+    with pytest.raises(ConfigError, match=r"is not the key of ca\.crt"):
+        federation.create_certificates([], days=30)
+    shake_hands(federation, federation.ca, "localhost")
+
+
+def test_a_public_key_alone_gets_no_other_private_one(tmp_path: Path) -> None:
+    key, _ = create_node_key("clinic-1", tmp_path)
+    key.unlink()
+    with pytest.raises(ConfigError, match=r"clinic-1\.pub exists already"):
+        create_node_key("clinic-1", tmp_path)
+    assert not key.exists()

@@ -240,6 +240,55 @@ def test_entries_are_named_by_what_differs(tmp_path: Path) -> None:
     assert one[0].rows == ["ilp · lr = 0.1", "ilp · lr = 0.2"]
 
 
+def test_settings_that_one_strategy_alone_has_do_not_make_its_runs_seeds(tmp_path: Path) -> None:
+    """Whichever folder comes first, and with a folder that is older than a setting."""
+    top = make_folder(tmp_path / "top", settings=["strategy.name=top"])
+    low, high = (
+        make_folder(tmp_path / f"ilp{n}", settings=[f"strategy.consistency={n}"]) for n in (0.1, 1)
+    )
+    rows = ["top", "ilp · consistency = 0.1", "ilp · consistency = 1"]
+    for folders in ((top, low, high), (low, high, top)):
+        (section,) = sections_of(folders)[0]
+        assert sorted(section.rows) == sorted(rows)
+    fast = make_folder(tmp_path / "fast", settings=["strategy.name=top", "train.head-lr=0.3"])
+    older = json.loads((top / "config.json").read_text())
+    del older["train.head-lr"]
+    (top / "config.json").write_text(json.dumps(older))
+    (section,) = sections_of([top, fast])[0]
+    assert section.rows == ["top · head-lr = 0.0", "top · head-lr = 0.3"]
+
+
+def test_each_experiment_has_its_own_score(tmp_path: Path) -> None:
+    """The best of errors is the smallest."""
+    for n, error in enumerate((1.5, 2.5)):
+        folder = make_folder(tmp_path / f"error{n}", settings=["train.lr=0.1"] if n else [])
+        summary = json.loads((folder / "summary.json").read_text())
+        rmse = {"name": "rmse", "higher_is_better": False, "low": 0.0, "high": None}
+        summary |= {"metric": rmse, "scores": {"rmse": error}, "initial_scores": {"rmse": 9.0}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        rows = [row | {"scores": {"rmse": error}} for row in lines(folder, "metrics")]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "metrics.jsonl").write_text(text)
+    make_folder(tmp_path / "accuracy")
+    sections, left_out = sections_of(run_folders(tmp_path))
+    assert left_out == []
+    shown = content(page(comparison_view("both", sections)))["experiments"]
+    assert [each["metric"]["name"] for each in shown] == ["accuracy", "rmse"]
+    assert shown[1]["fronts"]["flops"][0][1] == 1.5
+
+
+def test_seeds_that_ended_early_have_a_curve_to_the_last_common_round(tmp_path: Path) -> None:
+    folders = [make_folder(tmp_path / f"seed{n}", rounds=5 - n, seed=n) for n in range(3)]
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"federation.rounds": 5}))
+    (section,) = sections_of(folders)[0]
+    (experiment,) = comparison_view("early", [section])["experiments"]
+    (entry,) = experiment["entries"]
+    assert [row[0] for row in entry["curve"]] == [0, 1, 2, 3]
+    assert len(entry["spent"]["bytes"]) == 4
+
+
 def test_runs_that_are_not_complete_are_left_out_with_the_reason(
     several: Path, tmp_path: Path
 ) -> None:

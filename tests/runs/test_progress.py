@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from torch import nn
 from typer.testing import CliRunner
 
 from layerfed.cli import app
-from layerfed.runs import ProgressLine, progress, read_lines
+from layerfed.runs import JsonLines, ProgressLine, progress, read_lines
 from layerfed.runs.records import RoundRecord
+from tests.tiny_task import TinyTask
 
 cli = CliRunner()
 QUICK = [
@@ -114,3 +116,34 @@ def test_a_failed_run_ends_its_lines_too(tmp_path: Path) -> None:
     assert result.exit_code == 1
     end = json.loads(result.stdout.splitlines()[-1])
     assert (end["event"], end["status"]) == ("end", "failed")
+
+
+class Chatty(TinyTask):
+    """A task whose model prints a line when it is built."""
+
+    def build_model(self) -> nn.Module:
+        print("loading the model")
+        return super().build_model()
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--json-lines"])
+def test_what_a_task_prints_is_not_on_standard_output(tmp_path: Path, option: str) -> None:
+    chatty = ["task.name=tests.runs.test_progress:Chatty", *QUICK[1:]]
+    result = cli.invoke(app, ["run", *chatty, option, "--dir", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    assert "loading the model" not in result.stdout
+    assert "loading the model" in result.stderr
+
+
+def test_a_reader_that_goes_away_stops_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    lines = JsonLines(Gone())
+    lines.folder = tmp_path
+    for number in (1, 2):
+        lines.on_start(4, RoundRecord(number))
+    assert sum("nobody reads" in line for line in caplog.messages) <= 1

@@ -197,22 +197,27 @@ def test_a_choice_of_what_is_sent_is_made_anew_between_selections(
 
 
 def test_a_skipped_block_was_not_measured_to_be_nothing() -> None:
-    """A client keeps its own last share of it, or else gets the mean of those that did not skip it."""
+    """A client keeps its own last share of it, or else gets the mean share; shares add up to one."""
     memory = Memory()
     first = {"g": [[2.0, 1, 1, 0], [9.0, 0, 1, 0], [9.0, 1, 1, 2]]}
     runs = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]], dtype=bool)
     memory.learn(candidates([1] * 3, UNIT, first).running(runs), chosen([0], [2], [3]))
-    profiles = memory.estimate([0, 1, 2, 9])["g"] / 4.0  # the median of 4, 1 and 4
-    np.testing.assert_allclose(profiles[:3, 0], 0.5)
-    np.testing.assert_allclose(
-        profiles[3], [0.5, (0.25 + 0 + 0.25) / 3, (0.25 + 1 + 0.25) / 3, 0.5 / 3]
-    )
+    found = memory.estimate([0, 1, 2, 9])["g"] / 4.0  # the median of 4, 1 and 4
+    # Of blocks that ran: 1/2, (1/4 + 0 + 1/4) / 3, (1/4 + 1 + 1/4) / 3, (0 + 0 + 1/2) / 3; in all 4/3.
+    mean = np.array([0.375, 0.125, 0.375, 0.125])
+    rest = 1 - 0.375
+    wanted = [
+        [0.5, 0.25, 0.25, 0],
+        [0.375, 0, rest, 0],
+        [0.375, *np.array([0.25, 0.25, 0.5]) * rest],
+    ]
+    np.testing.assert_allclose(found, [*wanted, mean])
 
     again = {"g": [[7.0, 3, 3, 3], [8.0, 1, 1, 0]]}
     runs = np.array([[0, 1, 1, 1], [1, 1, 1, 1]], dtype=bool)
     memory.learn(candidates([1] * 2, UNIT, again).running(runs), chosen([1], [0]))
-    shares = memory.estimate([0, 1, 9])["g"] / 9.5  # the median of 9 and 10
-    np.testing.assert_allclose(shares[:, 0], [0.5, 0.8, 0.8])
+    shares = memory.estimate([0, 1])["g"] / 9.5  # the median of 9 and 10
+    np.testing.assert_allclose(shares, [[0.5, *[0.5 / 3] * 3], [0.8, 0.1, 0.1, 0]])
 
 
 # -------------------------------------------------------------------------- (P1) beside held masks

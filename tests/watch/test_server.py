@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -134,3 +135,10 @@ def test_runs_come_and_go(client: TestClient, root: Path) -> None:
     make_folder(root / "new")
     runs = client.get(f"/{TOKEN}/data").json()["runs"]
     assert [run["name"] for run in runs] == ["new", "one"]
+
+
+def test_a_name_that_is_not_utf_8_does_not_hide_the_others(client: TestClient, root: Path) -> None:
+    (root / "one").rename(root / os.fsdecode(b"caf\xe9"))
+    found = client.get(f"/{TOKEN}/data").json()
+    assert [run["name"] for run in found["runs"]] == ["caf\ufffd", "mine/two"]
+    assert client.get(f"/{TOKEN}/").status_code == 200
