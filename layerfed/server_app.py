@@ -22,7 +22,8 @@ from layerfed.client.statistics import load_statistic
 from layerfed.client.workbench import Workbench, node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.errors import EXPECTED
-from layerfed.exchange import LayerStore
+from layerfed.exchange import LayerStore, MemoryStore
+from layerfed.exchange.codecs import codec_of
 from layerfed.exchange.scores import ACCURACY, LOSS
 from layerfed.flower_compat import add_exit_handler, engine_of, in_one_line
 from layerfed.models.layers import LayerMap, layer_costs
@@ -226,6 +227,15 @@ def _run(
     resumed = _to_resume(config, bench, data)
     if resumed is not None:
         strategy.resume(resumed)
+        if codec_of(config.exchange.codec, bench.resident.layers).feedback and isinstance(
+            node_store(context), MemoryStore
+        ):
+            log(
+                WARNING,
+                "exchange.codec = '%s': clients of a simulation remember their coding errors in memory only, "
+                "so the run ends a little different from one without a break",
+                config.exchange.codec,
+            )
     strategy.observers = tuple(observers)
     strategy.connect(grid, config.federation.timeout)
     engine = engine_of(grid)
