@@ -232,8 +232,8 @@ def _run(
         ):
             log(
                 WARNING,
-                "exchange.codec = '%s': clients of a simulation remember their coding errors in memory only, "
-                "so the run ends a little different from one without a break",
+                "exchange.codec = '%s': clients of a simulation remember their coding errors in memory "
+                "only, so the run ends a little different from one without a break",
                 config.exchange.codec,
             )
     strategy.observers = tuple(observers)
