@@ -10,17 +10,50 @@ import torch
 from torch import Tensor, nn
 
 from layerfed.client.objective import balanced, objective
+from layerfed.client.training import Step
 from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError
+from layerfed.task import Examples
 from layerfed.task.base import Batch
+from layerfed.task.scoring import IGNORED, CausalLM
+from tests.conftest import CLASSES
 from tests.tiny_task import TinyTask, configured, run
 
 TASK = "task.name=tests.tiny_task:TinyTask"
+HERE = "task.name=tests.client.test_objective"
 
 
 class OwnLoss(TinyTask):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.logits(model, batch).square().mean()
+
+
+class Shifted(TinyTask):
+    """A task whose targets are not the column `label`."""
+
+    def targets(self, batch: Batch) -> Tensor:
+        return (batch["label"] + 1) % CLASSES
+
+
+class NextWords(TinyTask):
+    """Texts without a column `label`, since each word is the target of the one before."""
+
+    kind = CausalLM
+
+    def build_model(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]
+            return nn.Sequential(nn.Embedding(7, 4), *blocks, nn.Linear(4, 7))
+
+    def partition(self, partition_id: int) -> Examples:
+        words = torch.randint(1, 7, (4, 6), generator=torch.Generator().manual_seed(partition_id))
+        words[2:, 2:] = 0
+        return Examples.of({"x": words})
+
+    def targets(self, batch: Batch) -> Tensor:
+        following = nn.functional.pad(batch["x"][:, 1:], (0, 1))
+        return torch.where(following == 0, IGNORED, following)
 
 
 def by_hand(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray, smooth: float) -> float:
@@ -61,9 +94,50 @@ def test_the_loss_is_that_of_the_formula(
     assert found.item() != pytest.approx(bench.task.loss(bench.resident.model, batch).item())
 
 
+@pytest.mark.parametrize(
+    ("setting", "weights", "smooth"),
+    [
+        ("train.label-smoothing=0.2", [1.0, 1.0, 1.0], 0.2),
+        ("train.class-weights=1, 2.5, 4", [1.0, 2.5, 4.0], 0.0),
+    ],
+)
+def test_the_loss_is_against_a_tasks_own_targets(
+    setting: str, weights: list[float], smooth: float
+) -> None:
+    bench = workbench(configured(f"{HERE}:Shifted", setting).to_flat())
+    batch = next(bench.examples(1)[0].in_order(8, torch.device("cpu")))
+    model, loss = bench.resident.model.eval(), bench.loss(1)
+    scores = bench.task.logits(model, batch).detach().double().numpy()
+    targets = (batch["label"].numpy() + 1) % CLASSES
+    expected = by_hand(scores, targets, np.array(weights), smooth)
+    assert loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+    parts = Step(micro_batch=3).parts(batch, loss)
+    assert len(parts) == 3
+    assert sum(share * loss(model, part).item() for part, share in parts if share) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_targets_that_are_no_column_count_in_parts() -> None:
+    """A mean of parts' means would count the words of short texts like several of long ones."""
+    bench = workbench(configured(f"{HERE}:NextWords").to_flat())
+    batch = next(bench.examples(0)[0].in_order(4, torch.device("cpu")))
+    model = bench.task.build_model()
+    gradients = []
+    for size in (0, 2):
+        model.zero_grad()
+        for part, share in Step(micro_batch=size).parts(batch, bench.loss(0)):
+            (bench.loss(0)(model, part) * (share or 1.0)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore[union-attr]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_without_settings_the_loss_is_the_tasks() -> None:
     bench = workbench(configured(TASK).to_flat())
-    assert bench.loss(0) == bench.task.loss
+    batch = next(bench.examples(0)[0].in_order(8, torch.device("cpu")))
+    model = bench.resident.model.eval()
+    expected = nn.functional.cross_entropy(bench.task.logits(model, batch), batch["label"])
+    assert torch.equal(bench.loss(0)(model, batch), expected)
 
 
 def test_classes_that_occur_have_equal_weight_together() -> None:

@@ -12,12 +12,17 @@ import transformers
 from torch import nn
 
 from layerfed.client.resident import ResidentModel
+from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, ModelConfig, NodeConfig, RunConfig, Storage
+from layerfed.digests import digest
+from layerfed.doctor.job import look
+from layerfed.engine import choose_engine
 from layerfed.models.layers import LayerMap
 from layerfed.models.stored import Stored
-from layerfed.models.text import build_text_classifier
+from layerfed.models.text import build_choice_model, build_text_classifier
 from layerfed.server.global_model import GlobalModel
 from tests.conftest import BLOCKS, TinyNet
+from tests.task import hub
 from tests.tiny_task import TinyTask, configured, run
 
 CPU = torch.device("cpu")
@@ -123,6 +128,30 @@ def test_a_layer_that_changed_is_in_float32_and_goes_back(storage: Storage) -> N
                 assert torch.equal(model.tensors[name], build().state_dict()[name])
 
 
+@pytest.mark.parametrize("tuning", ["layers", "lora"])
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_a_step_costs_the_same_memory_whatever_frozen_layers_are_in(
+    storage: Storage, tuning: str
+) -> None:
+    tuned = ("task.name=tests.tiny_task:TinyTask", f"model.tuning={tuning}", "run.device=cpu")
+    exact, stored = (
+        workbench(configured(*tuned, f"model.storage={kind}").to_flat())
+        for kind in ("float32", storage)
+    )
+    for found, expected in zip(stored.costs(0, "memory"), exact.costs(0, "memory"), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert stored.head_memory(0) == exact.head_memory(0)
+    less = exact.resident.nbytes - stored.resident.nbytes
+    assert less > 0
+    assert stored.memory_needed(0) == exact.memory_needed(0) - less
+
+
+def test_an_engine_is_chosen_and_a_job_is_looked_at_with_frozen_layers_in_bfloat16() -> None:
+    config = configured("task.name=tests.tiny_task:TinyTask", "model.storage=bfloat16")
+    assert choose_engine(config, "auto")[0] == "inprocess"
+    assert [each for each in look(config) if each.status == "wrong"] == []
+
+
 def test_the_server_reads_the_base_and_copies_nothing() -> None:
     client = resident("float32")
     arrays = client.base_arrays()
@@ -215,3 +244,24 @@ def test_the_digests_of_a_file_are_computed_once(
     assert len(computed) == 4
     for remembered in saved.parent.glob("cache/layerfed/bases/*.json"):
         assert set(json.loads(remembered.read_text())) == {"embeddings", "blocks.0", "blocks.1"}
+
+
+def test_heads_of_other_rows_have_other_digests(tmp_path: Path) -> None:
+    """What the cache remembers of a file is not what a head took from it."""
+    section = ModelConfig(name="transformers/llama", weights=str(hub.llama(tmp_path / "llama")))
+
+    def choosing(rows: list[int]) -> ResidentModel:
+        return ResidentModel(
+            lambda: build_choice_model(section, rows, 0),
+            lambda model: LayerMap.from_model(
+                model, forward=lambda m: m(input_ids=torch.tensor([[1, 2, 3]])).logits
+            ),
+            CPU,
+        )
+
+    first, second, again = (choosing(rows) for rows in ([3, 4, 5], [6, 7, 8], [3, 4, 5]))
+    assert first.base == again.base
+    assert first.base != second.base
+    for client in (first, second):
+        head = {name: client.tensors[name].detach() for name in client.layers.head.tensors}
+        assert client.base_version("head") == digest(head)

@@ -137,6 +137,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("run.name=../x", ["run.name", "'../x'", "letters, digits"]),
         ("run.device=tpu", ["run.device", "'tpu'", "auto, cpu, mps, cuda"]),
         ("noequals", ["noequals", "key=value"]),
+        ("strategy.options=note='x", ["strategy.options", "note='x", "No closing quotation"]),
     ],
 )
 def test_wrong_settings_give_one_clear_line(override: str, says: list[str]) -> None:
@@ -273,6 +274,17 @@ def test_an_unreadable_or_broken_file_is_named(tmp_path: Path) -> None:
     broken.write_text("[task\n")
     with pytest.raises(ConfigError, match=r"broken.toml is not valid toml"):
         load_config(broken)
+    for coding in ("latin-1", "utf-16"):
+        broken.write_text("# Käse\n[train]\nlr = 0.5\n", encoding=coding)
+        with pytest.raises(ConfigError, match=r"broken\.toml is not UTF-8.*; convert it$"):
+            load_config(broken)
+
+
+@pytest.mark.parametrize("text", ["[train]\nlr = 0.5\n", '{"train.lr": 0.5}'])
+def test_the_mark_that_windows_begins_files_with_is_left_out(text: str, tmp_path: Path) -> None:
+    file = tmp_path / f"x.{'json' if text[0] == '{' else 'toml'}"
+    file.write_text(text, encoding="utf-8-sig")
+    assert load_config(file).train.lr == 0.5
 
 
 def test_override_values_are_read_as_toml_and_else_as_text() -> None:
@@ -282,6 +294,26 @@ def test_override_values_are_read_as_toml_and_else_as_text() -> None:
     assert parse_override("a.b=top") == ("a.b", "top")
     assert parse_override('a.b="3"') == ("a.b", "3")
     assert parse_override("a.b=") == ("a.b", "")
+    assert parse_override("a.b=.5") == ("a.b", 0.5)
+    assert parse_override("a.b=-.5") == ("a.b", -0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("run.name", "42"),
+        ("run.name", "2024-05-01"),
+        ("task.label-column", "2019"),
+        ("task.classes", "1"),
+        ("federation.speeds", "4.5"),
+    ],
+)
+def test_a_name_may_look_like_a_number_or_a_date(key: str, name: str, tmp_path: Path) -> None:
+    assert load_config(None, [f"{key}={name}"]).to_flat()[key] == name
+    if "-" not in name:
+        file = tmp_path / "x.toml"
+        file.write_text(f"{key} = {name}\n")
+        assert load_config(file).to_flat()[key] == name
 
 
 def test_the_files_that_the_documents_name_are_found_without_a_clone(

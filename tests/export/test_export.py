@@ -93,6 +93,14 @@ def with_questions(root: Path) -> list[str]:
     return ["task.name=qa", f"task.data={root / 'data'}", "task.groups=sciq,piqa", *model]
 
 
+def in_bfloat16(root: Path) -> list[str]:
+    """Questions for a checkpoint in half precision."""
+    settings = with_questions(root)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    load(root / "model", dtype=torch.bfloat16).save_pretrained(root / "model")
+    return settings
+
+
 FAMILIES: dict[str, Callable[[Path], list[str]]] = {
     "timm": with_timm,
     "open_clip": with_clip,
@@ -277,6 +285,45 @@ def test_answers_score_the_same_in_a_causal_model(
     other = [i for i in range(len(base)) if i not in saved.task.letters]
     assert torch.equal(base[other], ours[other])
     assert not torch.equal(base, ours)
+
+
+def test_training_on_a_base_in_half_precision_is_not_rounded_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps of 2e-5 are less than the distance of two numbers in bfloat16."""
+    small = [*SMALL, "strategy.name=full", "train.lr=2e-5", "model.storage=bfloat16"]
+    run_on("inprocess", hub.config(*small, *in_bfloat16(tmp_path), f"run.dir={tmp_path}"))
+    saved = exported(tmp_path, tmp_path / "out")
+    assert "model.storage = 'bfloat16': the run scored its model with frozen" in caplog.text
+    base = load_file(tmp_path / "model/model.safetensors")
+    found, ours = load_file(tmp_path / "out/model.safetensors"), saved.model.state_dict()
+    trained = load_file(tmp_path / "run/final.safetensors")
+    assert trained.keys() > {"model.layers.0.mlp.up_proj.weight", "lm_head.weight"}
+    for name, expected in trained.items():
+        kept = found[name][list(saved.task.letters)] if name == "lm_head.weight" else found[name]
+        assert torch.equal(kept, expected), name
+        assert torch.equal(ours[name], expected), name
+    block = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(trained[block], base[block].float())
+    assert torch.equal(trained[block].bfloat16(), base[block])
+
+
+def test_adapters_go_onto_a_base_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    """As the card loads it; of itself, transformers would compute with this base in bfloat16."""
+    lora = ("model.tuning=lora", "model.lora-rank=2", "strategy.name=full")
+    run_on("inprocess", hub.config(*SMALL, *lora, *in_bfloat16(tmp_path), f"run.dir={tmp_path}"))
+    saved = exported(tmp_path, tmp_path / "adapter", "peft")
+    table = tmp_path / "some.csv"
+    table.write_text("question,A,B,C\nw1 w2,yes,no,maybe\n")
+    card = (tmp_path / "adapter/README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    text = "Question: w1 w2\nA. yes\nB. no\nC. maybe\nAnswer:"
+    made: dict[str, Any] = {"text": text}
+    exec(code.replace("FOLDER", str(tmp_path / "adapter")), made)
+    ids = torch.tensor([[0, *made["tokenizer"](text, add_special_tokens=False)["input_ids"]]])
+    with torch.no_grad():
+        theirs = made["model"](input_ids=ids).logits[0, -1, list(saved.task.letters[:3])]
+    torch.testing.assert_close(theirs, scores_of(saved, table)[0, :3], rtol=0, atol=1e-5)
 
 
 def test_an_own_model_is_a_plain_state_dict(tmp_path: Path) -> None:

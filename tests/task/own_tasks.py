@@ -68,6 +68,34 @@ class Sides(Points):
         return Examples.of({"x": x, "label": (x.sum(1) > 0).long(), "group": group})
 
 
+class Parts(Sides):
+    """One of its groups has the name of what is in none."""
+
+    groups = ("odd", "other")
+
+
+class Lone(Points):
+    """Each client has one example."""
+
+    kind = Regression
+
+    def partition(self, partition_id: int) -> Examples:
+        return Examples.of({"x": torch.zeros(1, 5), "label": torch.zeros(1, 1)})
+
+
+class Prices(Points):
+    """Targets in two columns, neither of which is `label`."""
+
+    kind, width = Regression, 2
+
+    def partition(self, partition_id: int) -> Examples:
+        x = torch.ones(24, 5)
+        return Examples.of({"x": x, "low": x.sum(1), "high": x.sum(1) + 1})
+
+    def targets(self, batch: Batch) -> Tensor:
+        return torch.stack([batch["low"], batch["high"]], 1)
+
+
 class Signs(Points):
     """Labels that do not exclude one another: they once ended in a traceback."""
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from layerfed.config import ConfigError
 from layerfed.task.base import Examples
 
 CPU = torch.device("cpu")
@@ -17,7 +18,7 @@ CPU = torch.device("cpu")
 def one_pass(count: int, size: int, seed: int = 0) -> list[list[int]]:
     examples = Examples.of({"x": torch.arange(count)})
     batches = examples.shuffled(size, CPU, np.random.default_rng(seed))
-    return [b["x"].tolist() for b in islice(batches, -(-count // size))]
+    return [b["x"].tolist() for b in islice(batches, max(1, -(-count // size)))]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 16])
@@ -35,3 +36,8 @@ def test_no_batch_is_of_one_and_none_is_larger_than_asked(count: int, size: int)
 def test_other_passes_are_slices_of_the_order(count: int, size: int) -> None:
     order = np.random.default_rng(0).permutation(count).tolist()
     assert one_pass(count, size) == [order[i : i + size] for i in range(0, count, size)]
+
+
+def test_no_examples_are_refused_and_not_waited_for() -> None:
+    with pytest.raises(ConfigError, match="there is no example to train on"):
+        one_pass(0, 4)

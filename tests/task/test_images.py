@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from tests.task.hub import refused, whole
 
 CLIENTS = ["federation.clients=4", "federation.clients-per-round=2"]
 DOMAINS = ("clipart", "real", "sketch")
+# An image of a game whose compression nobody knows: its decoder has an exception of its own.
+NO_BLP = struct.pack("<4sI4s2I", b"BLP2", 128, b"\1", 16, 16) + bytes(1400)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,11 @@ def test_a_shuffled_stream_of_a_share_shows_its_rows_only(cifar: Path) -> None:
             ["row 0", "x.png", "cannot be decoded"],
         ),
         (
+            {"img": [{"bytes": NO_BLP, "path": "x.blp"}] * 9, "label": [1] * 9},
+            {"img": Image(), "label": ClassLabel(names=hub.CIFAR)},
+            ["row 0", "x.blp", "cannot be decoded"],
+        ),
+        (
             {"img": [None] * 9, "label": [1] * 9},
             {"img": Image(), "label": ClassLabel(names=hub.CIFAR)},
             ["row 0", "the image is missing"],
@@ -146,7 +154,17 @@ def test_a_shuffled_stream_of_a_share_shows_its_rows_only(cifar: Path) -> None:
             ["column 'img'", "not images or paths", "task.input-columns"],
         ),
     ],
-    ids=["no image", "no label", "unlabelled", "strings", "null", "corrupt", "missing", "numbers"],
+    ids=[
+        "no image",
+        "no label",
+        "unlabelled",
+        "strings",
+        "null",
+        "corrupt",
+        "BLP",
+        "missing",
+        "numbers",
+    ],
 )
 def test_wrong_rows_are_named_before_anyone_works(
     columns: dict[str, list[object]], kinds: dict[str, object], says: list[str], tmp_path: Path

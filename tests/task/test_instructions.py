@@ -348,6 +348,17 @@ def test_prompts_of_a_file_are_answered(half_known: Known, tmp_path: Path) -> No
         task.read(tmp_path / "none.csv")
 
 
+def test_a_text_file_holds_prompts_whatever_the_answers_are_called(
+    weights: Path, tmp_path: Path
+) -> None:
+    rows = [{"question": f"add {i}", "text": "sum"} for i in range(20)]
+    task = asked(tmp_path, weights, rows, "task.input-columns=question,text")
+    (tmp_path / "one.txt").write_text("add 2 and 2")
+    [(ids, prompt)] = alone(task, task.read(tmp_path / "one.txt").examples)
+    assert task.tokenizer.decode(ids) == "<|user|>add 2 and 2<|end|>\n<|assistant|>"
+    assert prompt == len(ids)
+
+
 # ------------------------------------------------------------------------------------- the model
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_output_layer_may_stay_frozen(tied: bool, tmp_path: Path) -> None:

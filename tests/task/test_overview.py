@@ -55,6 +55,18 @@ def test_counts_are_those_of_a_loop_over_examples() -> None:
         assert row["groups"] == {n: groups.count(g) for g, n in names.items() if g in groups}
 
 
+def test_a_group_called_other_keeps_its_examples() -> None:
+    own = task("Parts")
+    examples = own.test_examples()
+    [batch] = examples.in_order(100, torch.device("cpu"))
+    groups = batch["group"].tolist()
+    assert {name: rows.tolist() for name, rows in own.groups_of(examples).items()} == {
+        "odd": [i for i, group in enumerate(groups) if group == 0],
+        "other": [i for i, group in enumerate(groups) if group != 0],
+    }
+    assert set(groups) == {-1, 0, 1}
+
+
 @pytest.mark.parametrize(("name", "classes"), [("Sum", 0), ("Signs", 5), ("Tags", 2)])
 def test_other_kinds_are_counted_by_label_and_token(name: str, classes: int) -> None:
     own = task(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from layerfed.config import ConfigError, RunConfig, load_config, run_keys
 from layerfed.deploy.federation import known_to_flower
@@ -104,6 +105,7 @@ def test_the_main_score_is_chosen_by_name(tmp_path: Path) -> None:
             r"unknown key .task.nose.; .*task.hidden; did you mean task.noise",
         ),
         (["task.options=nose=1"], r"unknown key 'task.nose'"),
+        (["task.options=noise='1"], r"task\.options = .*noise='1.* cannot be read: No closing"),
         (["task.noise=1", "task.options=noise=2"], r"task.noise = 1, and task.options says 2"),
     ],
 )
@@ -131,3 +133,25 @@ def test_a_deployment_hands_settings_over_under_keys_that_flower_knows() -> None
 def test_a_task_that_ships_has_no_settings_of_its_own() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'task.alfa'.*did you mean task.alpha"):
         load_config(None, ["task.alfa=1"])
+
+
+def test_a_client_that_would_keep_nothing_to_train_on_is_named() -> None:
+    given = [f"task.name={OWN}:Lone", "federation.clients=3"]
+    lone = load_task(load_config(None, [*given, "task.local-test=0.2"]))
+    with pytest.raises(ConfigError, match=r"partition 2 has 1 examples, .*task\.local-test=0$"):
+        lone.client_examples(2)
+    assert len(load_task(load_config(None, given)).client_examples(2)[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["Sides", "Sum", "Signs", "Boasting", "Prices"])
+def test_the_largest_batch_has_what_the_loss_reads(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = load_task(load_config(None, [f"task.name={OWN}:{name}"]))
+    monkeypatch.setattr(type(task), "example", lambda self: {"x": torch.zeros(2, 5)})
+    largest = task.largest_batch(24)
+    assert largest is not None
+    [real] = task.partition(0).in_order(24, torch.device("cpu"))
+    for column, tensor in largest.items():
+        assert (tensor.shape, tensor.dtype) == (real[column].shape, real[column].dtype)
+    assert task.loss(task.build_model().to("meta"), largest).shape == ()

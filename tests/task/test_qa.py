@@ -12,6 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 
+from layerfed.client.objective import objective
 from layerfed.config import ConfigError
 from layerfed.task import loading
 from layerfed.task.qa import LETTERS, SOURCES, QuestionAnswering
@@ -159,6 +160,23 @@ def test_a_set_with_one_split_is_cut(data: Path, weights: Path, tmp_path: Path) 
     assert (len(found.partition(0)), len(found.test_examples())) == (8, 2)
 
 
+def test_piqa_without_a_validation_split_is_tested_on_the_other(
+    data: Path, weights: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "qa/piqa/plain_text"
+    for name, source in (("train", "train"), ("test", "validation")):
+        shutil.copytree(data / f"piqa/plain_text/{source}", folder / name)
+    more = ["task.groups=piqa", "federation.clients=1", "federation.clients-per-round=1"]
+    found = qa_task(tmp_path / "qa", weights, *more)
+    assert (len(found.partition(0)), len(found.test_examples())) == (40, 10)
+
+
+def test_label_smoothing_would_ask_for_choices_that_are_none(data: Path, weights: Path) -> None:
+    found = qa_task(data, weights, "train.label-smoothing=0.1")
+    with pytest.raises(ConfigError, match=r"train\.label-smoothing = 0\.1 .* 'qa'.*set it to 0$"):
+        objective(found, found.build_model(), found.partition(0))
+
+
 def rewrite(
     folder: Path, path: str, change: Callable[[dict[str, object]], dict[str, object]]
 ) -> None:
@@ -174,7 +192,7 @@ def rewrite(
         (
             "openbookqa/main/train-00000-of-00001",
             {"answerKey": "E"},
-            ["openbookqa", "row 1", "answerKey = 'E'", "A, B, C, D"],
+            ["openbookqa", "row 1", "answerKey = 'E'", "'A', 'B', 'C', 'D'"],
         ),
         (
             "ai2_arc/ARC-Easy/train-00000-of-00001",
@@ -200,6 +218,27 @@ def test_wrong_questions_are_named(
 ) -> None:
     shutil.copytree(data, tmp_path / "qa")
     rewrite(tmp_path / "qa", path, lambda row: {**row, **change})
+    refused(lambda: qa_task(tmp_path / "qa", weights), *says)
+
+
+def test_a_question_may_be_all_in_its_choices(data: Path, weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "qa")
+    path = "ai2_arc/ARC-Easy/train-00000-of-00001"
+    rewrite(tmp_path / "qa", path, lambda row: {**row, "question": ""})
+    more = ["task.groups=arc-easy", "federation.clients=1", "federation.clients-per-round=1"]
+    found = qa_task(tmp_path / "qa", weights, *more)
+    texts = found.tokenizer.batch_decode(whole(found.partition(0))["input_ids"])
+    assert len(texts) == 40
+    assert sum(text.startswith("<s> Question : A . ") for text in texts) == 1
+
+
+def test_labels_that_are_numbers_are_named(data: Path, weights: Path, tmp_path: Path) -> None:
+    choices = {"text": ["yes", "no"], "label": [1, 2]}
+    rows = [{"question": "w1", "choices": choices, "answerKey": "1"}] * 9
+    shutil.copytree(data, tmp_path / "qa")
+    for file in (tmp_path / "qa/ai2_arc/ARC-Easy").iterdir():
+        Dataset.from_list(rows).to_parquet(str(file))
+    says = ["ARC-Easy", "row 0", "answerKey = '1' is not allowed: it should be one of 1, 2"]
     refused(lambda: qa_task(tmp_path / "qa", weights), *says)
 
 

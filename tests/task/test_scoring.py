@@ -116,9 +116,25 @@ def test_scores_of_numbers_are_those_of_scikit_learn(shape: tuple[int, ...]) -> 
     assert found["r2"] == pytest.approx(metrics.r2_score(true, guess))
 
 
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_r2_of_numbers_far_from_zero_is_that_of_scikit_learn(parts: int) -> None:
+    """Unix times of five minutes: a difference of sums of squares has no digit of their spread left."""
+    times = 1.7e9 + 10 * torch.arange(30, dtype=torch.float64)
+    targets = torch.stack([times, -times.flip(0), drawn(12, 30).double()], 1)
+    outputs = targets + drawn(13, 30, 3)
+    tallies = [Regression() for _ in range(parts)]
+    for part, rows in zip(tallies, torch.arange(30).chunk(parts), strict=True):
+        for one in rows.split(4):
+            part.update(outputs[one], targets[one])
+    found = Regression().merged(tallies).found()
+    assert found["r2"] == pytest.approx(metrics.r2_score(targets, outputs), rel=1e-7)
+
+
 def test_r2_of_one_example_is_undefined_and_of_a_constant_zero() -> None:
     assert tally(Regression, torch.ones(1), torch.zeros(1)).found()["r2"] is None
     assert tally(Regression, drawn(0, 9), torch.full((9,), 7.0)).found()["r2"] == 0
+    tenths = torch.full((9,), 0.1, dtype=torch.float64)  # whose means differ by rounding
+    assert tally(Regression, drawn(0, 9), tenths, size=3).found()["r2"] == 0
 
 
 def test_tokens_that_do_not_count_are_left_out() -> None:

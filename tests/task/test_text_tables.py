@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers
 
 from layerfed.config import ConfigError
 from layerfed.task import Task, loading, text
@@ -434,6 +435,18 @@ def test_texts_longer_than_the_model_reads_are_refused(
     too_long = rows_task(tmp_path, model, columns, f"task.max-tokens={most + 1}")
     with pytest.raises(ConfigError, match=rf"max-tokens = {most + 1}, but .* lower it to {most}$"):
         too_long.build_model()
+
+
+def test_a_network_that_reads_texts_from_the_left_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 60, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16}
+    transformers.XLNetConfig(**sizes).save_pretrained(tmp_path / "xlnet")
+    hub.tokenizer(tmp_path / "xlnet")
+    model = [f"model.name=transformers/{tmp_path / 'xlnet'}", "model.weights=random"]
+    found = rows_task(tmp_path, model, {"text": ["w1"], "label": ["a", "b"]})
+    with pytest.raises(
+        ConfigError, match=r"^model\.name names a network of type xlnet, .* another"
+    ):
+        found.build_model()
 
 
 @pytest.mark.parametrize("kind", ["roberta", "gpt2"])
