@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from selection_peers import PEERS, Answer, bounded, ours, pairwise, present_peers
 
-from layerfed.selection import SelectionProblem, scale_consistency
+from layerfed.selection import SelectionProblem, mean_gain
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -96,8 +96,8 @@ def instance(
         room = np.clip(np.round(1.0 + np.abs(rng.normal(scale=1.5, size=n))), 1.0, 4.0)
     costs = rng.integers(1, largest_cost + 1, size=layers).astype(float)
     room *= (1 + largest_cost) / 2
-    raw = scale_consistency(values, costs, room, relative)
-    return SelectionProblem(values, costs, room, raw)
+    problem = SelectionProblem(values, costs, room, 0.0)
+    return replace(problem, consistency=relative * mean_gain(problem) / n)
 
 
 def random_instances(rng: np.random.Generator, count: int, sample: int, limit: float) -> list[Row]:

@@ -40,9 +40,9 @@ from layerfed.selection import (
     bound,
     knapsack,
     lagrangian,
+    mean_gain,
     preparing,
     round_costs,
-    scale_consistency,
     solve,
 )
 
@@ -126,8 +126,8 @@ def additive(
         if largest_cost > 1:
             costs = rng.integers(1, largest_cost + 1, size=layers).astype(float)
             room *= (1 + largest_cost) / 2
-        raw = scale_consistency(values, costs, room, float(relative))
-        problem = SelectionProblem(values, costs, room, raw)
+        problem = SelectionProblem(values, costs, room, 0.0)
+        problem = replace(problem, consistency=float(relative) * mean_gain(problem) / n)
         yield problem, str(kind), str(budgets), float(relative)
 
 
@@ -145,9 +145,7 @@ def measured(
             room = 4.0 * room
         relative = (0.1, 0.5)[index // 2 % 2]
         problem, _ = round_costs(SelectionProblem(values, costs, room, 0.0, depth), 0.02)
-        raw = scale_consistency(
-            problem.values, problem.costs, problem.budgets, relative, problem.depth_costs
-        )
+        raw = relative * mean_gain(problem) / n
         kind = "measured" if depth is None else "measured, with depth"
         yield replace(problem, consistency=raw), kind, "half-normal", relative
 

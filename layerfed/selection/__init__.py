@@ -16,7 +16,6 @@ from layerfed.selection.preparing import (
     limit_weights,
     mean_gain,
     round_costs,
-    scale_consistency,
 )
 from layerfed.selection.problem import (
     PROVEN,
@@ -37,7 +36,6 @@ __all__ = [
     "limit_weights",
     "mean_gain",
     "round_costs",
-    "scale_consistency",
     "solve",
     "solve_lagrangian",
     "solve_milp",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from layerfed.selection.knapsack import ENUMERATION_LAYERS, MOST_CELLS, ClientOracle, Grid
 from layerfed.selection.problem import BUDGET_TOLERANCE, FloatArray, SelectionProblem
@@ -17,55 +16,23 @@ MOST_FOR_SCALE = 3.0
 MOST_WEIGHT = 1e3
 
 
-def scale_consistency(
-    values: ArrayLike,
-    costs: ArrayLike,
-    budgets: ArrayLike,
-    relative: float,
-    depth_costs: ArrayLike | None = None,
-) -> float:
-    r"""Turn a scale-free λ into the raw λ of (P1).
+def mean_gain(problem: SelectionProblem) -> float:
+    r"""Return the unit of a relative λ: the mean gain over all picks that the clients make on their own.
+
+    The raw λ of (P1) is
 
     .. math:: \lambda = \lambda_\text{relative} \, \bar g / n
 
-    where :math:`\bar g` is the mean gain over all picks that the clients make on their own (the
-    optimum at λ = 0). A client that leaves a choice of all others pays λ (n - 1). So at a relative λ
-    of 1 dissent costs about the gain of an average layer, for any scale of gradients and any number
-    of clients.
+    with :math:`\bar g` this mean, at the optimum for λ = 0. A client that leaves a choice of all others
+    pays λ (n - 1). So at a relative λ of 1 dissent costs about the gain of an average layer, for any
+    scale of gradients and any number of clients.
 
-    Clients claim their own gains. So no client's mean gain counts as more than `MOST_FOR_SCALE`
-    times the median client's. (The median is the lower one of two in the middle, over clients that
-    pick anything.) If all are below that limit, :math:`\bar g` is the plain mean. Otherwise it stays
-    within `MOST_FOR_SCALE` times the median, and fewer than half of the clients cannot push the
-    median above the others' claims. For example, if the others' gains are alike, one client of n
-    that claims any number changes λ by a factor below ``1 + MOST_FOR_SCALE / (n - 1)``.
-
-    Parameters
-    ----------
-    values, costs, budgets, depth_costs
-        As in :class:`SelectionProblem`.
-    relative : float
-        Scale-free λ, any sign.
-
-    Returns
-    -------
-    float
-        Raw λ in the unit of `values`; 0 if no client picks anything on its own.
+    Clients claim their own gains. So no client's mean gain counts as more than `MOST_FOR_SCALE` times
+    the median client's, over clients that pick anything. If all are below that limit, :math:`\bar g` is
+    the plain mean. Otherwise fewer than half of the clients cannot push it above `MOST_FOR_SCALE` times
+    the others' claims: if these are alike, one client of n changes λ by a factor below
+    ``1 + MOST_FOR_SCALE / (n - 1)``.
     """
-    problem = SelectionProblem(
-        np.asarray(values, dtype=np.float64),
-        np.asarray(costs, dtype=np.float64),
-        np.asarray(budgets, dtype=np.float64),
-        0.0,
-        None if depth_costs is None else np.asarray(depth_costs, dtype=np.float64),
-    )
-    if not np.isfinite(relative):
-        raise ValueError(f"the relative consistency is {relative}; expected a finite number")
-    return relative * mean_gain(problem) / max(problem.clients, 1)
-
-
-def mean_gain(problem: SelectionProblem) -> float:
-    """Return the mean gain over all picks that the clients make on their own (`scale_consistency`)."""
     gains, picks = _own_gains(problem)
     if not picks.any():
         return 0.0

@@ -11,7 +11,7 @@ from layerfed.config import Section
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
-from layerfed.strategies.ranking import affordable, skip_fill
+from layerfed.strategies.ranking import affordable, by_orders
 
 
 class Cyclic(SelectiveStrategy):
@@ -52,5 +52,4 @@ class Cyclic(SelectiveStrategy):
         num_blocks = candidates.costs.shape[1]
         turn = (candidates.round - self.options.warmup_rounds - 1) // self.settings.period
         order = np.roll(np.arange(num_blocks), -turn)
-        rows = zip(candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
-        return Choice(np.stack([skip_fill(order, c, r, d) for c, r, d in rows]))
+        return by_orders(candidates, [order] * len(candidates.clients))

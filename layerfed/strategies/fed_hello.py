@@ -12,7 +12,7 @@ from layerfed.config.seeding import Stream, generator
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
-from layerfed.strategies.ranking import skip_fill
+from layerfed.strategies.ranking import by_orders
 
 
 class FedHeLLo(SelectiveStrategy):
@@ -56,19 +56,13 @@ class FedHeLLo(SelectiveStrategy):
     def select(self, candidates: Candidates) -> Choice:
         """Fill each budget in an order drawn by the weights."""
         weights = self._weights(candidates)
-        rows = zip(
-            candidates.clients,
-            candidates.costs,
-            candidates.budgets,
-            candidates.depth_costs,
-            strict=True,
+        odds, size = weights / weights.sum(), len(weights)
+        draws = (
+            generator(candidates.seed, Stream.MASK, candidates.round, client)
+            for client in candidates.clients
         )
-        masks = []
-        for client, costs, budget, depth in rows:
-            rng = generator(candidates.seed, Stream.MASK, candidates.round, client)
-            order = rng.choice(len(weights), len(weights), replace=False, p=weights / weights.sum())
-            masks.append(skip_fill(order, costs, budget, depth))
-        return Choice(np.stack(masks))
+        orders = [rng.choice(size, size, replace=False, p=odds) for rng in draws]
+        return by_orders(candidates, orders)
 
     def _weights(self, candidates: Candidates) -> np.ndarray:
         """Return the weight of each layer, shape (L,)."""

@@ -16,7 +16,7 @@ from layerfed.exchange import TrainInstruction
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 from layerfed.strategies.base import SelectiveStrategy
-from layerfed.strategies.ranking import skip_fill
+from layerfed.strategies.ranking import fill
 
 #: Most draws for one client in a round. Clients state their number of examples, and the server makes and
 #: sends a mask for each draw.
@@ -78,7 +78,7 @@ class Random(SelectiveStrategy):
             schedules.append(
                 np.stack(
                     [
-                        skip_fill(rng.permutation(len(costs)), costs, budget, depth)
+                        fill(rng.permutation(len(costs)), costs, budget, depth)
                         for _ in range(self._draws(int(examples)))
                     ]
                 )

@@ -10,16 +10,21 @@ from layerfed.config.seeding import Stream, generator
 from layerfed.runs.records import Choice
 from layerfed.server.candidates import Candidates
 
-__all__ = ["affordable", "by_order", "by_score", "prefix", "skip_fill"]
+__all__ = ["affordable", "by_order", "by_orders", "by_score", "fill"]
 
 # Sums of costs have rounding errors; a budget of 0.3 must afford costs of 0.1 and 0.2.
 SLACK = 1 + 1e-9
 
 
-def prefix(
-    order: Iterable[int], costs: np.ndarray, budget: float, depth: np.ndarray | None = None
+def fill(
+    order: Iterable[int],
+    costs: np.ndarray,
+    budget: float,
+    depth: np.ndarray,
+    *,
+    passing: bool = True,
 ) -> np.ndarray:
-    """Take layers in order, up to the first that does not fit; return a mask of shape (L,).
+    """Take layers in order while they fit; return a mask of shape (L,).
 
     Parameters
     ----------
@@ -29,31 +34,15 @@ def prefix(
         c_l, shape (L,).
     budget : float
         R_i.
-    depth : numpy.ndarray, optional
+    depth : numpy.ndarray
         D_l, shape (L,): the extra cost if l is the lowest layer.
+    passing : bool (default: True)
+        Whether to pass over a layer that does not fit, and go on; else it is the end.
     """
-    return _fill(order, costs, budget, depth, passing=False)
-
-
-def skip_fill(
-    order: Iterable[int], costs: np.ndarray, budget: float, depth: np.ndarray | None = None
-) -> np.ndarray:
-    """Take layers in order, like `prefix`, but skip layers that do not fit and go on."""
-    return _fill(order, costs, budget, depth, passing=True)
-
-
-def _fill(
-    order: Iterable[int],
-    costs: np.ndarray,
-    budget: float,
-    depth: np.ndarray | None,
-    *,
-    passing: bool,
-) -> np.ndarray:
     mask, spent, lowest = np.zeros(len(costs), dtype=bool), 0.0, len(costs)
     for layer in order:
         own, low = spent + costs[layer], min(lowest, layer)
-        if own + (0.0 if depth is None else depth[low]) <= budget * SLACK:
+        if own + depth[low] <= budget * SLACK:
             spent, lowest = own, low
             mask[layer] = True
         elif not passing:
@@ -61,15 +50,21 @@ def _fill(
     return mask
 
 
+def by_orders(
+    candidates: Candidates, orders: Iterable[Iterable[int]], *, passing: bool = True
+) -> Choice:
+    """Fill each client's budget in its own order; `passing` as in `fill`."""
+    rows = zip(orders, candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
+    return Choice(np.stack([fill(*row, passing=passing) for row in rows]))
+
+
 def by_order(candidates: Candidates, order: Sequence[int]) -> Choice:
     """Give each client the first layers of a common order, up to the first that does not fit.
 
     Blocks that a client skips are passed over.
     """
-    rows = zip(
-        candidates.runs, candidates.costs, candidates.budgets, candidates.depth_costs, strict=True
-    )
-    return Choice(np.stack([prefix([x for x in order if on[x]], *rest) for on, *rest in rows]))
+    orders = [[layer for layer in order if on[layer]] for on in candidates.runs]
+    return by_orders(candidates, orders, passing=False)
 
 
 def by_score(candidates: Candidates, scores: np.ndarray) -> Choice:
@@ -85,8 +80,7 @@ def by_score(candidates: Candidates, scores: np.ndarray) -> Choice:
     """
     last = scores.shape[1] - 1
     orders = last - np.argsort(-scores[:, ::-1], axis=1, kind="stable")
-    rows = zip(orders, candidates.costs, candidates.budgets, candidates.depth_costs, strict=True)
-    return Choice(np.stack([skip_fill(order, c, r, d) for order, c, r, d in rows]))
+    return by_orders(candidates, orders)
 
 
 def affordable(candidates: Candidates) -> Choice:
@@ -98,7 +92,7 @@ def affordable(candidates: Candidates) -> Choice:
     for row in np.flatnonzero(np.isfinite(candidates.limits)).tolist():
         client, costs = candidates.clients[row], candidates.costs[row]
         rng = generator(candidates.seed, Stream.MASK, candidates.round, client)
-        masks[row] = skip_fill(
+        masks[row] = fill(
             rng.permutation(len(costs)), costs, candidates.limits[row], candidates.depth_costs[row]
         )
     return Choice(masks)

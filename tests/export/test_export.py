@@ -28,9 +28,11 @@ from layerfed.config import ConfigError
 from layerfed.config.errors import Failed
 from layerfed.engine import run_on
 from layerfed.export import SavedRun, export_run, predictions
+from layerfed.export.card import model_card
 from tests.conftest import TinyNet
 from tests.task import hub
 from tests.task.hub import WORDS
+from tests.tiny_task import configured
 
 cli = CliRunner()
 SMALL = [
@@ -483,6 +485,15 @@ def test_the_card_says_what_the_model_is(runs: Callable[[str], Path], tmp_path: 
     card = (tmp_path / "texts/README.md").read_text()
     assert "by the tokenizer of transformers/xlm-r." in card
     assert str(texts) not in card
+
+
+def test_the_card_of_ones_own_model_names_no_other_and_no_licence(tmp_path: Path) -> None:
+    config = configured("task.name=tests.tiny_task:TinyTask", f"run.dir={tmp_path}", "run.name=x")
+    root = run_on("inprocess", config)
+    exported_card = model_card(SavedRun.open(root), "torch", "code")
+    assert "# the model of tests.tiny_task:TinyTask, fine-tuned on" in exported_card
+    assert "Base: `the model of tests.tiny_task:TinyTask`" in exported_card
+    assert "apache" not in exported_card
 
 
 def test_the_upload_is_the_folder_and_a_failed_one_keeps_it(

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
-from layerfed.selection import SelectionProblem
+from layerfed.selection import SelectionProblem, mean_gain
 
 #: Largest number of entries of an instance that is enumerated: at most 4,096 masks.
 MOST_ENTRIES = 12
+
+
+def raw_consistency(
+    values: Any, costs: Any, budgets: Any, relative: float, depth_costs: Any = None
+) -> float:
+    """Return λ of a relative one, as `ILP` sets it: in mean gains over the clients."""
+    problem = SelectionProblem(values, costs, budgets, 0.0, depth_costs)
+    return relative * mean_gain(problem) / max(problem.clients, 1)
 
 
 def pairwise_objective(problem: SelectionProblem, masks: np.ndarray) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from selection_cases import random_problem
+from selection_cases import random_problem, raw_consistency
 
-from layerfed.selection import SelectionProblem, lagrangian, scale_consistency, solve_lagrangian
+from layerfed.selection import SelectionProblem, lagrangian, solve_lagrangian
 from layerfed.selection.bound import descend, penalties_of, relax
 from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.lagrangian import Part, branch
@@ -17,7 +17,7 @@ def transition(seed: int, n: int = 60, layers: int = 12) -> SelectionProblem:
     """Independent gains near the λ at which picking together becomes as good as alone."""
     values = np.random.default_rng(seed).lognormal(size=(n, layers))
     costs, budgets = np.ones(layers), np.full(n, 4.0)
-    raw = scale_consistency(values, costs, budgets, 0.8)
+    raw = raw_consistency(values, costs, budgets, 0.8)
     return SelectionProblem(values, costs, budgets, raw)
 
 
