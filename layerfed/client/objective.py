@@ -58,7 +58,7 @@ def objective(task: Task, model: nn.Module, examples: Examples) -> LossFn:
         with torch.no_grad():
             one = next(iter(examples.in_order(1, device)))
             classes = task.logits(model, one).shape[1]
-        given = train.weights or balanced(examples.column("label"), classes)
+        given = train.weights or balanced(_labels(task, examples), classes)
         if len(given) != classes:
             raise ConfigError(
                 f"train.class-weights = '{train.class_weights}' has {len(given)} numbers, and the task "
@@ -79,6 +79,14 @@ def objective(task: Task, model: nn.Module, examples: Examples) -> LossFn:
         else lambda batch: float(weights[task.targets(batch)].sum())
     )
     return loss
+
+
+def _labels(task: Task, examples: Examples) -> np.ndarray:
+    if type(task).targets is Task.targets:
+        return examples.column("label")
+    cpu = torch.device("cpu")
+    found = [task.targets(batch).numpy() for batch in examples.in_order(256, cpu)]
+    return np.concatenate(found)
 
 
 def _own(task: Task) -> LossFn:

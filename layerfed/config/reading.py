@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerfed.config.errors import ConfigError
-from layerfed.config.run import RunConfig
+from layerfed.config.run import RunConfig, text_keys
 from layerfed.config.section import parse_override
 
 __all__ = ["flatten", "load_config", "shipped"]
@@ -63,5 +63,9 @@ def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
         if not isinstance(table, dict):
             raise ConfigError(f"{file} holds no table of settings, but a {type(table).__name__}")
         flat = flatten(table)
-    flat.update(parse_override(text) for text in overrides)
+    for override in overrides:
+        key, value = parse_override(override)
+        # A name stays as it is written: 1.10 is no 1.1.
+        written = override.partition("=")[2].strip()
+        flat[key] = written if key in text_keys() and not isinstance(value, str) else value
     return RunConfig.from_flat(flat)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -655,6 +656,17 @@ class RunConfig(Section):
         """Return every key with its value, in the order of the sections."""
         nested = self.model_dump(by_alias=True)
         return {f"{s}.{k}": v for s, keys in nested.items() for k, v in keys.items()}
+
+
+@cache
+def text_keys() -> frozenset[str]:
+    """Return the keys whose values are text."""
+    return frozenset(
+        f"{section}.{name.replace('_', '-')}"
+        for section, own in RunConfig.model_fields.items()
+        for name, field in cast(type[Section], own.annotation).model_fields.items()
+        if field.annotation is str
+    )
 
 
 def run_keys() -> list[str]:

@@ -175,7 +175,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         read = value.strip()
-        if re.fullmatch(r"[+-]?\.\d+", read):
+        if re.fullmatch(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", read):
             read = float(read)
     # No setting is a date; a name may look like one.
     return key.strip(), value.strip() if isinstance(read, date | time) else read

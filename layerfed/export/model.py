@@ -244,7 +244,13 @@ def _reading(saved: SavedRun, model: Any) -> tuple[Any, str, str]:
             "answer = tokenizer.decode(tokens, skip_special_tokens=True)"
         )
     elif answers is not None:
-        use += f"\nscores = logits[0, -1, {list(answers)}]  # of {', '.join(task.classes)}"
+        # Some tokenizers would put an end of text after the cue.
+        use = (
+            "import torch\n\n"
+            f'ids = {task.start_tokens} + tokenizer(text, add_special_tokens=False)["input_ids"]\n'
+            "logits = model(torch.tensor([ids])).logits\n"
+            f"scores = logits[0, -1, {list(answers)}]  # of {', '.join(task.classes)}"
+        )
     return tokenizer, kind, use
 
 

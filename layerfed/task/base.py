@@ -405,7 +405,7 @@ class Task(ABC):
         example = self.example()
         if example is None:
             return None
-        if type(self).targets is Task.targets and issubclass(self.kind, SingleLabel):
+        if type(self).targets is Task.targets and self.kind is SingleLabel:
             row: Batch = {"label": torch.zeros(1, dtype=torch.long)}
         else:  # what the loss reads is in the data only
             row = next(self.test_examples().in_order(1, torch.device("cpu")))
@@ -487,10 +487,12 @@ class Task(ABC):
         share = self.config.task.local_test
         held_out = max(1, int(len(examples) * share)) if share else 0
         if len(examples) <= held_out:
+            held = (
+                f", of which task.local-test = {share:g} leaves none to train on" if share else ""
+            )
             raise ConfigError(
-                f"the client of partition {partition_id} has {len(examples)} examples, of which "
-                f"task.local-test = {share:g} leaves none to train on; give it more, or set "
-                "task.local-test=0"
+                f"the client of partition {partition_id} has {len(examples)} examples{held}; give it "
+                "more, or choose fewer clients" + ", or task.local-test=0" * bool(share)
             )
         rng = generator(self.config.run.seed, Stream.LOCAL_TEST, partition_id)
         order = rng.permutation(len(examples))

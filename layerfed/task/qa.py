@@ -227,7 +227,7 @@ class QuestionAnswering(TextTask):
         return ids
 
     @cached_property
-    def _start(self) -> list[int]:
+    def start_tokens(self) -> list[int]:
         """The token ids that the tokenizer puts before a text, such as a beginning-of-text token."""
         whole, bare = self.tokenizer("x")["input_ids"], self._tokens("x")
         return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
@@ -292,8 +292,8 @@ class QuestionAnswering(TextTask):
                 "answer's letter with what precedes it; choose another (model.tokenizer)"
             )
         # The prompt ends with a letter only so that the tokens before it are those of a real answer.
-        room = self.config.task.max_tokens - len(self._start)
-        return [self._start + tokens[:-1][-room:] for tokens in prompts]
+        room = self.config.task.max_tokens - len(self.start_tokens)
+        return [self.start_tokens + tokens[:-1][-room:] for tokens in prompts]
 
     def read(self, file: Path) -> Inputs:
         """Return the questions of a table: `question`, and the choices in columns A, B, … to E."""

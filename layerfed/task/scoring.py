@@ -482,7 +482,7 @@ class Regression(Tally):
         sums, examples = self.sums, self.sums["examples"]
         spread = sums["spread"]
         # Means of equal numbers differ by rounding.
-        varies = spread > examples * (1e-14 * sums["true"] / examples) ** 2
+        varies = spread > examples * (1e-12 * sums["true"] / examples) ** 2
         # Of a constant, any error explains nothing, as in scikit-learn.
         r2 = np.where(varies, 1 - sums["error_sq"] / np.where(varies, spread, 1), 0.0)
         return {

@@ -118,6 +118,19 @@ def test_the_loss_is_against_a_tasks_own_targets(
     )
 
 
+def test_balanced_weights_count_a_tasks_own_targets() -> None:
+    bench = workbench(configured(f"{HERE}:Shifted", "train.class-weights=balanced").to_flat())
+    examples = bench.examples(1)[0]
+    targets = (examples.column("label") + 1) % CLASSES
+    counts = np.bincount(targets)
+    batch = next(examples.in_order(len(targets), torch.device("cpu")))
+    model, loss = bench.resident.model.eval(), bench.loss(1)
+    scores = bench.task.logits(model, batch).detach().double().numpy()
+    assert len({*counts}) > 1
+    expected = by_hand(scores, targets, len(targets) / (CLASSES * counts), 0.0)
+    assert loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_targets_that_are_no_column_count_in_parts() -> None:
     """A mean of parts' means would count the words of short texts like several of long ones."""
     bench = workbench(configured(f"{HERE}:NextWords").to_flat())

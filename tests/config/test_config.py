@@ -316,6 +316,11 @@ def test_a_name_may_look_like_a_number_or_a_date(key: str, name: str, tmp_path: 
         assert load_config(file).to_flat()[key] == name
 
 
+@pytest.mark.parametrize("name", ["2024_05", "1e5", "0x10", "1.10", ".1"])
+def test_a_name_stays_as_it_is_written(name: str) -> None:
+    assert load_config(None, [f"run.name={name}", "train.lr=1."]).run.name == name
+
+
 def test_the_files_that_the_documents_name_are_found_without_a_clone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

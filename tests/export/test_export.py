@@ -322,10 +322,8 @@ def test_adapters_go_onto_a_base_in_the_precision_of_the_run(tmp_path: Path) -> 
     text = "Question: w1 w2\nA. yes\nB. no\nC. maybe\nAnswer:"
     made: dict[str, Any] = {"text": text}
     exec(code.replace("FOLDER", str(tmp_path / "adapter")), made)
-    ids = torch.tensor([[0, *made["tokenizer"](text, add_special_tokens=False)["input_ids"]]])
-    with torch.no_grad():
-        theirs = made["model"](input_ids=ids).logits[0, -1, list(saved.task.letters[:3])]
-    torch.testing.assert_close(theirs, scores_of(saved, table)[0, :3], rtol=0, atol=1e-5)
+    scores = made["scores"].detach()[:3]
+    torch.testing.assert_close(scores, scores_of(saved, table)[0, :3], rtol=0, atol=1e-5)
 
 
 def test_an_own_model_is_a_plain_state_dict(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_client_that_would_keep_nothing_to_train_on_is_named() -> None:
     assert len(load_task(load_config(None, given)).client_examples(2)[0]) == 1
 
 
-@pytest.mark.parametrize("name", ["Sides", "Sum", "Signs", "Boasting", "Prices"])
+@pytest.mark.parametrize("name", ["Sides", "Sum", "Signs", "Boasting", "Prices", "Tags"])
 def test_the_largest_batch_has_what_the_loss_reads(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

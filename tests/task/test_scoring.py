@@ -135,6 +135,8 @@ def test_r2_of_one_example_is_undefined_and_of_a_constant_zero() -> None:
     assert tally(Regression, drawn(0, 9), torch.full((9,), 7.0)).found()["r2"] == 0
     tenths = torch.full((9,), 0.1, dtype=torch.float64)  # whose means differ by rounding
     assert tally(Regression, drawn(0, 9), tenths, size=3).found()["r2"] == 0
+    many = torch.full((1500,), 0.1, dtype=torch.float64)
+    assert tally(Regression, torch.ones(1500), many, size=1).found()["r2"] == 0
 
 
 def test_tokens_that_do_not_count_are_left_out() -> None:
