@@ -143,21 +143,21 @@ def test_a_run_needs_no_second_look_at_the_data(finished: tuple[RunConfig, Path]
 class Steps(LocalSGD):
     """Remembers the rate of every step."""
 
-    rates: list[float]
+    seen_rates: list[float]
 
     def step(self) -> None:
-        self.rates.append(self.lr)
+        self.seen_rates.append(self.lr)
         super().step()
 
 
 @pytest.fixture
-def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    Steps.rates = []
+def seen_rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    Steps.seen_rates = []
     monkeypatch.setattr("layerfed.client_app.LocalSGD", Steps)
-    return Steps.rates
+    return Steps.seen_rates
 
 
-def test_the_decayed_rate_reaches_the_local_step(rates: list[float], tmp_path: Path) -> None:
+def test_the_decayed_rate_reaches_the_local_step(seen_rates: list[float], tmp_path: Path) -> None:
     quick = [
         "federation.rounds=3",
         "train.local-steps=2",
@@ -168,11 +168,11 @@ def test_the_decayed_rate_reaches_the_local_step(rates: list[float], tmp_path: P
         *quick, "federation.clients-per-round=2", "train.lr=0.08", "train.lr-decay=0.5"
     )
     run_on("inprocess", config)
-    assert rates == [0.08] * 4 + [0.04] * 4 + [0.02] * 4
+    assert seen_rates == [0.08] * 4 + [0.04] * 4 + [0.02] * 4
 
 
 def test_a_local_epoch_is_one_pass_over_a_clients_examples(
-    rates: list[float], tmp_path: Path
+    seen_rates: list[float], tmp_path: Path
 ) -> None:
     quick = [
         "federation.rounds=1",
@@ -183,4 +183,4 @@ def test_a_local_epoch_is_one_pass_over_a_clients_examples(
     config = hub.config(*quick, "train.local-steps=0", "train.local-epochs=2")
     run_on("inprocess", config)
     task = load_task(config)
-    assert len(rates) == sum(2 * -(-len(task.partition(i)) // 50) for i in range(10))
+    assert len(seen_rates) == sum(2 * -(-len(task.partition(i)) // 50) for i in range(10))
