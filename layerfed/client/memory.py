@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -191,8 +191,8 @@ def weights_in_training(model: nn.Module, layers: LayerMap, chosen: Iterable[str
 @contextmanager
 def as_predicted(
     model: nn.Module, layers: LayerMap, chosen: Sequence[str], storage: str
-) -> Iterator[Mapping[str, Tensor]]:
-    """Yield a model without weights, held as `storage` says, with some layers ready for training.
+) -> Iterator[None]:
+    """Hold a model without weights as `storage` says, with some layers ready for training.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def as_predicted(
             put(places[name], stored_like(before[name], storage, table=name in tables))
     try:
         with fused_attention():
-            yield before
+            yield
     finally:
         for name, parameter in before.items():
             put(places[name], parameter)

@@ -331,8 +331,8 @@ class Prefix:
         The FLOPs of computing outputs, and of comparing the cut model with the whole one.
     saved : float
         The FLOPs that outputs that were kept would have taken.
-    found, asked : int
-        The number of examples whose outputs were kept, and of all.
+    found : int
+        The number of examples whose outputs were kept.
     """
 
     cache: PrefixCache
@@ -342,7 +342,6 @@ class Prefix:
     flops: float = 0.0
     saved: float = 0.0
     found: int = 0
-    asked: int = 0
 
     def joined(self, model: nn.Module, batch: Batch, forward: Forward[Any]) -> Batch:
         """Return a batch with the outputs of the prefix, or as it is if the model cannot be cut.
@@ -354,7 +353,6 @@ class Prefix:
         forward : Callable
             A forward pass of the model on a batch, such as the loss.
         """
-        self.asked += _rows(batch)
         split = self._split(model, batch, forward)
         if split is None:
             return batch

@@ -10,11 +10,12 @@ from typing import Any
 
 from layerfed.config.errors import naming_extras
 from layerfed.export.saved import SavedRun
-from layerfed.models.image import ImageClassifier
 from layerfed.models.source import HUB_ID
 
 __all__ = ["model_card"]
 
+# Packages with the models that `model.name` names for tasks that read neither images nor texts of files.
+OURS = ("layerfed", "layerfed_assets")
 PIPELINES = {
     "image": "image-classification",
     "text": "text-classification",
@@ -187,7 +188,7 @@ def _hub_id(saved: SavedRun) -> str | None:
 def _model_name(saved: SavedRun) -> str:
     """Return `model.name`, unless the task builds a model of its own and does not read it."""
     named = saved.config.model.name
-    own = not saved.task.reads and not isinstance(saved.model, ImageClassifier)
+    own = not saved.task.reads and type(saved.model).__module__.partition(".")[0] not in OURS
     return f"the model of {saved.config.task.name}" if own else named
 
 

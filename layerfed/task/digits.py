@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.errors import naming_extras
-from layerfed.config.seeding import Stream, torch_seed
-from layerfed.models.source import shipped_file, shipped_vit
+from layerfed.models.image import build_image_classifier
+from layerfed.models.source import shipped_file
 from layerfed.task.base import Batch, Examples, Inputs, Task
 from layerfed.task.partition import partition_indices
 
@@ -67,17 +66,7 @@ class Digits(Task):
 
     def build_model(self) -> nn.Module:
         """Return the shipped ViT, or the same net from random weights (`model.weights`)."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch_seed(self.config.run.seed, Stream.HEAD))
-            model = shipped_vit(CLASSES)
-        if self.config.model.weights == "embedded":
-            file = shipped_file("model.weights = 'embedded'", "vit_cifar100.safetensors")
-            loaded = model.load_state_dict(load_file(file), strict=False)
-            if loaded.unexpected_keys or any(
-                not k.startswith("head.") for k in loaded.missing_keys
-            ):
-                raise RuntimeError(f"{file} does not fit the architecture: {loaded}")
-        return model
+        return build_image_classifier(self.config.model, CLASSES, self.config.run.seed).net
 
     def partition(self, partition_id: int) -> Examples:
         """Return the digits of one client."""

@@ -401,6 +401,9 @@ def test_a_digit_is_read_as_the_data_are(tmp_path: Path) -> None:
         )
         seen = saved.task.read(tmp_path / "digit.png").examples.store.batch(np.array([0]))
         torch.testing.assert_close(seen["image"][0], expected, rtol=0, atol=0.01)
+    card = model_card(saved, "timm", "code")
+    assert "# layerfed/vit, fine-tuned on digits" in card
+    assert "apache-2.0, of layerfed/vit." in card
 
 
 def test_the_best_round_is_another_model(runs: Callable[[str], Path], tmp_path: Path) -> None:
