@@ -147,7 +147,7 @@ def prepare(config: RunConfig) -> Workbench:
     load_trackers(config)
     bench.loss(0)
     for client in range(config.federation.clients):
-        bench.task.client_examples(client)  # refuses a client without examples to train on
+        bench.examples(client)  # refuses a client without examples to train on
     return bench
 
 

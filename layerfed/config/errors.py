@@ -53,7 +53,8 @@ def one_line_errors(*mendable: type[Exception]) -> Iterator[None]:
         from rich.markup import escape
 
         word = "failed" if isinstance(error, Failed) else "error"
-        line = f"[bold red]{word}:[/] {escape(str(error))}"
+        said = f"a file lacks the entry {error}" if isinstance(error, KeyError) else str(error)
+        line = f"[bold red]{word}:[/] {escape(said)}"
         Console(stderr=True, emoji=False).print(line, soft_wrap=True)
         raise SystemExit(STATUS[word]) from None
 

@@ -289,6 +289,15 @@ def test_seeds_that_ended_early_have_a_curve_to_the_last_common_round(tmp_path: 
     assert len(entry["spent"]["bytes"]) == 4
 
 
+def test_a_summary_that_lacks_an_entry_is_one_line(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["flops"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    result = CliRunner().invoke(app, ["report", str(folder)])
+    assert (result.exit_code, result.stderr) == (2, "error: a file lacks the entry 'flops'\n")
+
+
 def test_runs_that_are_not_complete_are_left_out_with_the_reason(
     several: Path, tmp_path: Path
 ) -> None:
