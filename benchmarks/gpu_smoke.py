@@ -89,6 +89,22 @@ def on_ray(folder: str, device: str) -> str:
     return f"losses differ by {worst:.1e}"
 
 
+def memory_is_flat(folder: str, device: str) -> str:
+    """Compare the peak of a round of a hundred clients with that of a round of four."""
+    if not device.startswith("cuda"):
+        return "measured on a GPU only"
+    peaks = []
+    for count in (4, 100):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        cohort = f"federation.clients={count}", f"federation.clients-per-round={count}"
+        losses(folder, device, *cohort, "federation.rounds=1", "task.partition=iid")
+        peaks.append(torch.cuda.max_memory_allocated(device))
+    if peaks[1] > 1.05 * peaks[0]:
+        raise RuntimeError(f"4 clients take {peaks[0]:.3g} bytes, 100 take {peaks[1]:.3g}")
+    return f"{peaks[0] / 1e6:.1f} MB of 4 clients, {peaks[1] / 1e6:.1f} MB of 100"
+
+
 def memory_kept(device: str) -> str:
     """Compare a step of training on all blocks with the sum that was measured for it."""
     bench = workbench(configured("unused", device).to_flat())
@@ -140,6 +156,7 @@ def main() -> None:
         }
         cases["as on the CPU"] = lambda: as_on_the_cpu(folder, device)
         cases["clients on Ray"] = lambda: on_ray(folder, device)
+        cases["memory over 100 clients"] = lambda: memory_is_flat(folder, device)
         cases["memory of a step"] = lambda: memory_kept(device)
         print(f"{name}, torch {torch.__version__}\n\n| case | seconds | |\n|---|---|---|")
         for case, check in cases.items():

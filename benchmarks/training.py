@@ -5,6 +5,7 @@
 
 `head`, `top`, `middle`, `bottom` and `all` are steps of LayerFed on those blocks and the head. `kept` is
 `top` with the outputs of all blocks below kept (`train.prefix-cache`), in an epoch after the first.
+`quarter` is the lowest block of the top quarter.
 `probe` is LayerFed's probe, `probe-upper` and `probe-lower` are probes of half of the layers
 (`strategy.probe-share`). `plain` is full fine-tuning in PyTorch. `lora` is PEFT with r = 16 on all
 linear layers. `run` is a whole run in this process: the server and two clients, two rounds on the top
@@ -13,8 +14,9 @@ The floor is the closed form of a step: forward of all layers, the inputs' gradi
 trained block, the weights' gradients of what is trained, at the speed that `plain` reaches.
 
 Each number is of a process of its own, and its memory is the peak of the process, or of the tensors on a
-GPU. Weights are random. `llama-1b` is read from a checkpoint in bfloat16 that is written first (2.2 GB);
-`llama-7b` needs a GPU, on which its weights are drawn.
+GPU. Weights are random. LLaMA is read from a checkpoint in bfloat16 that is written first (2.2 and
+13.5 GB); `llama-7b` needs a GPU, on which its weights are drawn. Further settings, such as
+`train.precision=bfloat16`, are for all methods.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast, get_args
 
@@ -38,14 +42,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from layerfed.client.devices import choose_device, synchronize
+from layerfed.client.devices import autocast, choose_device, chosen_precision, synchronize
 from layerfed.client.flops import TotalFlops, forward_flops
 from layerfed.client.local_optimizers import LocalSGD
 from layerfed.client.prediction import masks_named
 from layerfed.client.prefix import PrefixCache
 from layerfed.client.probe import probe_layers
 from layerfed.client.resident import ResidentModel
-from layerfed.client.training import train_layers
+from layerfed.client.training import Step, train_layers
 from layerfed.config import ConfigError, Storage, load_config
 from layerfed.config.errors import one_line_errors
 from layerfed.models.image import build_image_classifier
@@ -55,7 +59,7 @@ from layerfed.task import Batch, Examples, Task, load_task
 from layerfed.task.text import TextTask
 
 CLASSES, STEPS = 5, 4
-BLOCKS = ("head", "top", "middle", "bottom", "all")
+BLOCKS = ("head", "top", "quarter", "middle", "bottom", "all")
 PROBES = ("probe", "probe-upper", "probe-lower")
 METHODS = (*BLOCKS, "kept", *PROBES, "plain", "lora", "run")
 
@@ -103,6 +107,7 @@ SHAPES = {
             "llama",
             {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
         ),
+        saved=True,
         gpu=True,
     ),
 }
@@ -120,19 +125,10 @@ class Rows(Task):
         return self.config.model.family == "transformers"
 
     def build_model(self) -> nn.Module:
-        """Return the model; one that is drawn on a GPU is in bfloat16 from the beginning."""
+        """Return the model."""
         seed = self.config.run.seed
         if not self.of_text:
             return build_image_classifier(self.config.model, CLASSES, seed)
-        if self.config.run.device.startswith("cuda") and self.config.model.weights == "random":
-            import transformers
-
-            config = transformers.AutoConfig.from_pretrained(
-                self.config.model.architecture, num_labels=CLASSES
-            )
-            kind = transformers.AutoModelForSequenceClassification
-            with torch.device(self.config.run.device):
-                return cast(nn.Module, kind.from_config(config, dtype=torch.bfloat16))
         return build_text_classifier(self.config.model, CLASSES, seed, pad_token=0)
 
     def rows(self, count: int) -> Batch:
@@ -203,13 +199,15 @@ class Clock:
         return statistics.median(later - sooner for sooner, later in pairs)
 
 
-def plain_steps(task: Rows, model: nn.Module, clock: Clock) -> tuple[float, float]:
+def plain_steps(task: Rows, model: nn.Module, clock: Clock, precision: str) -> tuple[float, float]:
     """Return seconds and FLOPs of a step as PyTorch's tutorials have it."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     flops = 0.0
     for number, batch in enumerate(clock):
         with TotalFlops() if number == 0 else torch.enable_grad() as counter:
-            task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            with autocast(clock.device, precision):
+                loss = task.loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
         flops = flops or float(cast(TotalFlops, counter).total)
         optimizer.step()
         optimizer.zero_grad()
@@ -242,6 +240,10 @@ def measured(method: str, settings: list[str]) -> dict[str, float]:
     clock = Clock(batch, device)
     before = process_peak(device)
     optimizer: Callable[..., LocalSGD] = partial(LocalSGD, lr=1e-3)
+    section = config.train
+    how = Step(
+        chosen_precision(section.precision, device), section.micro_batch, section.checkpointing
+    )
     if method in ("plain", "lora"):
         model = task.build_model()
         kind = torch.float32 if method == "plain" else next(model.parameters()).dtype
@@ -252,7 +254,7 @@ def measured(method: str, settings: list[str]) -> dict[str, float]:
             adapters = peft.LoraConfig(r=16, target_modules="all-linear")
             model = cast(nn.Module, peft.get_peft_model(model, adapters))
             task.logits = partial(_through, task.logits)  # type: ignore[method-assign]
-        seconds, flops = plain_steps(task, model.train(), clock)
+        seconds, flops = plain_steps(task, model.train(), clock, how.precision)
         return {"seconds": seconds, "flops": flops, "before": before, "peak": process_peak(device)}
     resident = ResidentModel(task.build_model, task.layers, device, config.model.storage)
     layers = resident.layers
@@ -261,16 +263,19 @@ def measured(method: str, settings: list[str]) -> dict[str, float]:
         rows = {"probe": (0, count), "probe-upper": (half, count), "probe-lower": (0, half)}
         blocks = [rows[method][0] <= row < rows[method][1] for row in range(count)]
         norms = ["grad_norm_sq"]
-        _, flops = probe_layers(resident.model, layers, clock, task.loss, norms, blocks=blocks)
+        probe = partial(probe_layers, blocks=blocks, precision=how.precision)
+        _, flops = probe(resident.model, layers, clock, task.loss, norms)
         flops /= STEPS + 1
         floor = 0.0
     else:
         names = {"head": "head only", "kept": "top"}
-        mask = masks_named(layers.num_blocks)[names.get(method, method)]
+        count = layers.num_blocks
+        masks = {**masks_named(count), "quarter": [i == count * 3 // 4 for i in range(count)]}
+        mask = masks[names.get(method, method)]
         cache = PrefixCache(resident, 4e9) if method == "kept" else None
         floor = 0.0 if cache else closed_form(task, resident.model, layers, batch, mask)
         with resident.borrowed(layers.trained(mask)):
-            train = partial(train_layers, resident.model, layers, mask, cache=cache)
+            train = partial(train_layers, resident.model, layers, mask, cache=cache, how=how)
             if cache:
                 train([batch], task.loss, optimizer)
             result = train(clock, task.loss, optimizer)
@@ -289,20 +294,25 @@ def _through(logits: Callable[[nn.Module, Batch], Tensor], model: Any, batch: Ba
     return logits(model.base_model.model, batch)
 
 
-def settings_of(shape: Shape, storage: str, device: str, folder: Path) -> list[str]:
+def settings_of(
+    shape: Shape, storage: str, device: str, folder: Path, further: Sequence[str]
+) -> list[str]:
     """Return the settings of a shape's run; a checkpoint is written if the shape has one."""
     weights, name = "random", shape.model
     if shape.config is not None:
         import transformers
 
-        kind, fields = shape.config
+        family, fields = shape.config
         name = f"transformers/{folder}"
-        found = transformers.AutoConfig.for_model(kind, **fields)
+        found = transformers.AutoConfig.for_model(family, **fields)
         if shape.saved:
             weights = str(folder)
             if not (folder / "model.safetensors").exists():
-                made = transformers.AutoModelForCausalLM.from_config(found, dtype=torch.bfloat16)
-                made.save_pretrained(folder)
+                with torch.device(device):
+                    kind = transformers.AutoModelForCausalLM
+                    kind.from_config(found, dtype=torch.bfloat16).save_pretrained(folder)
+                if device != "cpu":
+                    torch.cuda.empty_cache()
         else:
             found.save_pretrained(folder)
     if shape.model == "layerfed/vit":
@@ -324,6 +334,7 @@ def settings_of(shape: Shape, storage: str, device: str, folder: Path) -> list[s
         "federation.clients=2",
         "federation.clients-per-round=2",
         "run.checkpoint-every=0",
+        *further,
     ]
 
 
@@ -341,6 +352,10 @@ def main(
     storage: Annotated[str, typer.Option(help="model.storage, several")] = "checkpoint",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="keep written checkpoints here for the next time")
+    ] = None,
+    further: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...")] = None,
     child: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure, print a table, and write it as JSON."""
@@ -354,28 +369,29 @@ def main(
         if any(SHAPES[name].gpu for name in wanted) and device == "cpu":
             raise ConfigError("--shapes llama-7b needs --device cuda")
     rows: list[dict[str, Any]] = []
-    for name in wanted:
-        with tempfile.TemporaryDirectory(prefix="layerfed-training-") as folder:
-            for kind in kinds:
-                settings = settings_of(SHAPES[name], kind, device, Path(folder))
-                for way in ways:
-                    program = sys.executable, "-m", "benchmarks.training"
-                    done = subprocess.run(
-                        [*program, "--methods", way, "--child", json.dumps(settings)],
-                        env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0"},
-                        capture_output=True,
-                        text=True,
-                        check=False,
-                    )
-                    row: dict[str, Any] = {"shape": name, "method": way, "storage": kind}
-                    if done.returncode:
-                        row["error"] = done.stderr.strip().splitlines()[-1]
-                    else:
-                        row |= json.loads(done.stdout.splitlines()[-1])
-                    rows.append(row)
+    with ExitStack() as stack:
+        beside = tempfile.TemporaryDirectory(prefix="layerfed-training-")
+        root = folder or Path(stack.enter_context(beside))
+        for name, kind in product(wanted, kinds):
+            settings = settings_of(SHAPES[name], kind, device, root / name, further or ())
+            for way in ways:
+                program = sys.executable, "-m", "benchmarks.training"
+                done = subprocess.run(
+                    [*program, "--methods", way, "--child", json.dumps(settings)],
+                    env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0"},
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                row: dict[str, Any] = {"shape": name, "method": way, "storage": kind}
+                if done.returncode:
+                    row["error"] = done.stderr.strip().splitlines()[-1]
+                else:
+                    row |= json.loads(done.stdout.splitlines()[-1])
+                rows.append(row)
+                if json_file:
+                    json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     print_table(rows)
-    if json_file:
-        json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

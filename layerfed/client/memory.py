@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from layerfed.client.limits import free_memory
 from layerfed.models.layers import LayerMap
-from layerfed.models.stored import Stored, owners, put, stored_like
+from layerfed.models.stored import Half, Stored, owners, put, stored_like
 from layerfed.task.base import Task
 
 __all__ = [
@@ -79,7 +79,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._known = {self._key(t) for t in known if not isinstance(t, Stored)}
+        held = (t.held if isinstance(t, Stored) else t for t in known)
+        there = (h.values if isinstance(h, Half) else h for h in held)
+        self._known = {self._key(tensor) for tensor in there if isinstance(tensor, Tensor)}
         self._live: dict[int, tuple[int, Kind]] = {}
         self._now: dict[Kind, int] = {"activations": 0, "gradients": 0, "optimizer": 0}
         self._most = dict(self._now)
@@ -105,7 +107,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         cast = 0
         if not all(isinstance(leaf, Stored) for leaf in leaves):
             weights = (a for a in tree_leaves((args, kwargs)) if isinstance(a, Stored))
-            cast = sum(a.numel() * 4 for a in weights if a.casts_whole(func))
+            dtype = (kwargs or {}).get("dtype")
+            cast = sum(a.numel() * 4 for a in weights if a.casts_whole(func, dtype))
         self._now["activations"] += cast
         self._note()
         self._now["activations"] -= cast

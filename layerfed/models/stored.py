@@ -165,10 +165,16 @@ class Stored(Tensor):
         with torch.no_grad():
             return self._of(self.held.decoded())
 
-    def casts_whole(self, func: Any) -> bool:
+    def casts_whole(self, func: Any, dtype: torch.dtype | None) -> bool:
         """Return whether an operation casts all that is held, and not only rows or nothing."""
-        looks_up = func._overloadpacket is _ATEN.embedding
-        return not (looks_up and isinstance(self.held, Half))
+        if not isinstance(self.held, Half):
+            return True
+        return func._overloadpacket is not _ATEN.embedding and not self._is_held_in(func, dtype)
+
+    def _is_held_in(self, func: Any, dtype: torch.dtype | None) -> bool:
+        """Return whether an operation asks for the type that is there, as mixed precision does."""
+        half = isinstance(self.held, Half) and self.held.values.dtype == dtype
+        return half and func._overloadpacket is _ATEN._to_copy
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -192,9 +198,10 @@ class Stored(Tensor):
                 return Stored(first.held, seen)
             if packet is _ATEN.embedding and half is not None:
                 return func(first._of(half), *args[1:], **kwargs).float()
-            # Mixed precision asks for the type that is there.
-            if packet is _ATEN._to_copy and half is not None and kwargs.get("dtype") == half.dtype:
-                return func(first._of(half), *args[1:], **kwargs)
+            if half is not None and first._is_held_in(func, kwargs.get("dtype")):
+                # Not a copy, which autograd would keep for backward beside what is held.
+                where = torch.device(kwargs.get("device") or half.device)
+                return first._of(half).to(where)
         if func._schema.is_mutable and any(isinstance(a, Stored) for a in _written(func, args)):
             raise RuntimeError(f"{func} would write to frozen weights that are stored as they are")
         plain = lambda value: decoded(value) if isinstance(value, Stored) else value  # noqa: E731

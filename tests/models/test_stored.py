@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layerfed.client.base import on_disk
+from layerfed.client.memory import LiveBytes
 from layerfed.config import Storage
 from layerfed.models.stored import Decoded, Stored, as_stored, decoded, is_lossy, owners, put
 
@@ -130,6 +131,22 @@ def test_mixed_precision_reads_half_precision_as_it_is(ids: Tensor) -> None:
         torch.testing.assert_close(
             held(kinds(), "bfloat16")(ids), rounded(kinds(), torch.bfloat16)(ids)
         )
+
+
+def test_mixed_precision_copies_no_frozen_weight() -> None:
+    """Else autograd would keep a second copy of every frozen layer above the lowest one in training."""
+    model = held(nn.Linear(64, 64, bias=False), "bfloat16")
+    there = model.weight.held.values.data_ptr()
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t)
+    x = torch.randn(2, 64, requires_grad=True)
+    with hooks, torch.autocast("cpu", torch.bfloat16), LiveBytes((model.weight, x)) as live:
+        out = model(x)
+    assert any(tensor.data_ptr() == there for tensor in kept)
+    assert live.phases(0.0).activations == (x.numel() + out.numel()) * 2  # each in bfloat16
+    other = model.weight.to(torch.float16)
+    assert other.data_ptr() != there
+    assert torch.equal(other, decoded(model.weight).half())
 
 
 def test_what_is_lossy() -> None:
