@@ -42,8 +42,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
+from typing import ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -71,6 +73,45 @@ TABLE = 2**18
 NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
+@dataclass(frozen=True)
+class Aggregation:
+    """The rule that combines the updates of a round, with its parameter.
+
+    Attributes
+    ----------
+    rule : {"mean", "median", "trimmed-mean", "svd", "stack"} (default: "mean")
+    trim : float (default: 0.1)
+        β of the trimmed mean, in [0, 0.5).
+    scale : float (default: 1)
+        α/r of adapters that are stacked.
+    seed : int (default: 0)
+        The run's seed, which draws the adapters that begin again.
+    over : {"trained", "cohort"} (default: "trained")
+        The clients that a layer's update is averaged over.
+    """
+
+    rule: str = "mean"
+    trim: float = 0.1
+    scale: float = 1.0
+    seed: int = 0
+    over: str = "trained"
+
+    def begin(
+        self, layers: LayerMap, model: Mapping[str, np.ndarray] = NOTHING, number: int = 0
+    ) -> Aggregator:
+        """Return the aggregator for the updates of round `number`, which begins with `model`."""
+        return AGGREGATIONS[self.rule](layers, self, model, number)
+
+    def share(self, mean: Aggregator, layer: str) -> float:
+        """Return what a layer's update is multiplied by, in (0, 1]."""
+        return mean.trained_share(layer) if self.over == "cohort" else 1.0
+
+
+WEIGHTED_MEAN = Aggregation()
+"""The paper's rule."""
+
+
+@dataclass(eq=False)
 class Aggregator(ABC):
     """A rule that combines a round's updates into one for each layer.
 
@@ -78,25 +119,25 @@ class Aggregator(ABC):
     ----------
     layers : LayerMap
         The split of the model into layers.
-    trim : float (default: 0.1)
-        β, the share of the clients that a trimmed mean leaves out at either end.
+    how : Aggregation
+        The rule's parameters.
     model : Mapping[str, numpy.ndarray]
         θ^t by tensor, for rules that read it.
+    number : int
+        t, from 1.
     """
 
-    weighted = True
-    """Whether clients count by their numbers of examples; else each counts once."""
+    layers: LayerMap
+    how: Aggregation = WEIGHTED_MEAN
+    model: Mapping[str, np.ndarray] = field(default_factory=dict)
+    number: int = 0
+    weights: dict[str, int] = field(default_factory=dict, init=False)
+    """Σ d_j over the clients that trained each layer, also for rules without weights."""
+    _cohort: int = field(default=0, init=False)
+    _trained: dict[str, int] = field(default_factory=dict, init=False)
 
-    def __init__(
-        self, layers: LayerMap, trim: float = 0.1, model: Mapping[str, np.ndarray] = NOTHING
-    ) -> None:
-        self._layers = layers
-        self.trim = trim
-        self._model = model
-        self.weights: dict[str, int] = {}
-        """Σ d_j over the clients that trained each layer, also for rules without weights."""
-        self._cohort = 0
-        self._trained: dict[str, int] = {}
+    weighted: ClassVar[bool] = True
+    """Whether clients count by their numbers of examples; else each counts once."""
 
     def add(
         self, trained: Iterable[str], update: Mapping[str, np.ndarray], examples: int
@@ -151,15 +192,12 @@ class Aggregator(ABC):
         """Return a layer's update by tensor, in float64, and forget it."""
 
 
+@dataclass(eq=False)
 class MaskedMean(Aggregator):
     """The weighted mean update of each layer over the clients that trained it."""
 
-    def __init__(
-        self, layers: LayerMap, trim: float = 0.1, model: Mapping[str, np.ndarray] = NOTHING
-    ) -> None:
-        super().__init__(layers, trim, model)
-        self._sums: dict[str, np.ndarray] = {}
-        self._term = np.empty(PIECE)
+    _sums: dict[str, np.ndarray] = field(default_factory=dict, init=False)
+    _term: np.ndarray = field(default_factory=partial(np.empty, PIECE), init=False)
 
     @property
     def sums(self) -> Mapping[str, np.ndarray]:
@@ -167,8 +205,8 @@ class MaskedMean(Aggregator):
         return self._sums
 
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
-        parameters, square = set(self._layers[layer].parameters), 0.0
-        for name in self._layers[layer].sent:
+        parameters, square = set(self.layers[layer].parameters), 0.0
+        for name in self.layers[layer].sent:
             if name not in self._sums:
                 self._sums[name] = np.zeros(update[name].shape)
             norm_sq = self._add(self._sums[name], update[name], examples)
@@ -189,7 +227,7 @@ class MaskedMean(Aggregator):
 
     def changes(self, layer: str) -> list[np.ndarray]:
         """Return the mean update of a layer's parameters, *times* `weights[layer]`, without a copy."""
-        return [self._sums[name] for name in self._layers[layer].parameters]
+        return [self._sums[name] for name in self.layers[layer].parameters]
 
     def norm_sq(self, layer: str) -> float | None:
         """Return ‖Σ_i w_{i,l} Δ_{i,l}‖² over a layer's parameters."""
@@ -199,17 +237,18 @@ class MaskedMean(Aggregator):
     def update(self, layer: str) -> dict[str, np.ndarray]:
         """Return a copy of a layer's mean update by tensor."""
         total = self.weights[layer]
-        return {name: self._sums[name] / total for name in self._layers[layer].sent}
+        return {name: self._sums[name] / total for name in self.layers[layer].sent}
 
     def pop(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's mean update by tensor, Σ_i w_{i,l} Δ_{i,l} in float64, and forget its sum."""
         means = {}
-        for name in self._layers[layer].sent:
+        for name in self.layers[layer].sent:
             means[name] = self._sums.pop(name)
             means[name] /= self.weights[layer]
         return means
 
 
+@dataclass(eq=False)
 class Products(MaskedMean):
     """The mean update, but of adapters the best ones for the mean of the clients' products B_i·A_i.
 
@@ -218,15 +257,13 @@ class Products(MaskedMean):
     it is free.
     """
 
-    def __init__(
-        self, layers: LayerMap, trim: float = 0.1, model: Mapping[str, np.ndarray] = NOTHING
-    ) -> None:
-        super().__init__(layers, trim, model)
-        self._factors: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    _factors: dict[str, list[tuple[np.ndarray, np.ndarray]]] = field(
+        default_factory=dict, init=False
+    )
 
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
-        for first, second in factor_pairs(self._layers[layer].parameters):
-            a, b = (_flat(self._model[n].astype(np.float64) + update[n]) for n in (first, second))
+        for first, second in factor_pairs(self.layers[layer].parameters):
+            a, b = (_flat(self.model[n].astype(np.float64) + update[n]) for n in (first, second))
             self._factors.setdefault(first, []).append((examples * b, a))
         return super()._take(layer, update, examples)
 
@@ -244,7 +281,7 @@ class Products(MaskedMean):
         b, a = u * sizes * signs, v * signs[:, None]
         found = {}
         for name, value in ((first, a), (second, b)):
-            now = self._model[name].astype(np.float64)
+            now = self.model[name].astype(np.float64)
             cut, kept = np.zeros_like(_flat(now)), tuple(map(min, _flat(now).shape, value.shape))
             cut[: kept[0], : kept[1]] = value[: kept[0], : kept[1]]
             found[name] = cut.reshape(now.shape) - now
@@ -253,7 +290,7 @@ class Products(MaskedMean):
     def changes(self, layer: str) -> list[np.ndarray]:
         """Return the update of each of a layer's parameters."""
         found = self.update(layer)
-        return [found[name] for name in self._layers[layer].parameters]
+        return [found[name] for name in self.layers[layer].parameters]
 
     def norm_sq(self, layer: str) -> None:
         """Return None, since the update of adapters is no mean of the clients' updates."""
@@ -262,7 +299,7 @@ class Products(MaskedMean):
     def update(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's update by tensor."""
         found = super().update(layer)
-        for first, second in factor_pairs(self._layers[layer].parameters):
+        for first, second in factor_pairs(self.layers[layer].parameters):
             found |= self._best(first, second, self.weights[layer])
         return found
 
@@ -270,7 +307,7 @@ class Products(MaskedMean):
         """Return a layer's update by tensor, and forget it."""
         found = self.update(layer)
         super().pop(layer)
-        for first, _ in factor_pairs(self._layers[layer].parameters):
+        for first, _ in factor_pairs(self.layers[layer].parameters):
             del self._factors[first]
         return found
 
@@ -284,51 +321,29 @@ class Stack(Products):
     """The mean update, but of adapters the mean product, which is added to the weight beside them.
 
     The new adapters have no effect: B is 0, and A is drawn as PEFT draws it, uniform up to 1 / √inputs.
-
-    Parameters
-    ----------
-    layers, trim, model
-        See `Aggregator`.
-    scale : float
-        α/r.
-    seed : int
-        The run's seed, which draws A.
-    number : int
-        t, from 1.
     """
-
-    def __init__(
-        self,
-        layers: LayerMap,
-        trim: float = 0.1,
-        model: Mapping[str, np.ndarray] = NOTHING,
-        scale: float = 1.0,
-        seed: int = 0,
-        number: int = 0,
-    ) -> None:
-        super().__init__(layers, trim, model)
-        self._scale, self._seed, self._number = scale, seed, number
 
     def changes(self, layer: str) -> list[np.ndarray]:
         """Return the update of the weights that move, or of the head's parameters."""
-        found, owner = self.update(layer), self._layers[layer]
+        found, owner = self.update(layer), self.layers[layer]
         return [found[name] for name in owner.frozen or owner.parameters]
 
     def _best(self, first: str, second: str, weight: int) -> dict[str, np.ndarray]:
         """Return the update of A, of B, and of the weight beside them."""
         left = np.concatenate([b for b, _ in self._factors[first]], axis=1)
         right = np.concatenate([a for _, a in self._factors[first]])
-        a, b, name = self._model[first], self._model[second], adapted_weight(first)
-        rng = generator(self._seed, Stream.ADAPTERS, self._number, crc32(first.encode()))
+        a, b, name = self.model[first], self.model[second], adapted_weight(first)
+        rng = generator(self.how.seed, Stream.ADAPTERS, self.number, crc32(first.encode()))
         fresh = rng.uniform(-1, 1, a.shape) / np.sqrt(a.size / len(a))
-        product = self._scale * (left / weight) @ right
+        product = self.how.scale * (left / weight) @ right
         return {
             first: fresh - a,
             second: -b.astype(np.float64),
-            name: product.reshape(self._model[name].shape),
+            name: product.reshape(self.model[name].shape),
         }
 
 
+@dataclass(eq=False)
 class TrimmedMean(Aggregator):
     """Each element's mean over the clients that trained its layer, without the extreme values.
 
@@ -339,24 +354,20 @@ class TrimmedMean(Aggregator):
     elements are then sorted at a time, so there is never a second copy of all updates.
     """
 
-    weighted = False
+    weighted: ClassVar[bool] = False
 
-    def __init__(
-        self, layers: LayerMap, trim: float = 0.1, model: Mapping[str, np.ndarray] = NOTHING
-    ) -> None:
-        super().__init__(layers, trim, model)
-        self._updates: dict[str, list[np.ndarray]] = {}
-        self._results: dict[str, np.ndarray] = {}
+    _updates: dict[str, list[np.ndarray]] = field(default_factory=dict, init=False)
+    _results: dict[str, np.ndarray] = field(default_factory=dict, init=False)
 
     def cut(self, clients: int) -> int:
         """Return the number of values to leave out at either end, given the number of clients."""
         # A product like 0.29 · 100 is slightly below the whole number that is meant.
-        return min(int(self.trim * clients + 1e-9), (clients - 1) // 2)
+        return min(int(self.how.trim * clients + 1e-9), (clients - 1) // 2)
 
     def _take(self, layer: str, update: Mapping[str, np.ndarray], examples: int) -> float:
-        for name in self._layers[layer].sent:
+        for name in self.layers[layer].sent:
             self._updates.setdefault(name, []).append(update[name])
-        return norm_of({name: update[name] for name in self._layers[layer].parameters}) ** 2
+        return norm_of({name: update[name] for name in self.layers[layer].parameters}) ** 2
 
     def _result(self, name: str) -> np.ndarray:
         if name not in self._results:
@@ -379,16 +390,16 @@ class TrimmedMean(Aggregator):
 
     def changes(self, layer: str) -> list[np.ndarray]:
         """Return the update of each of a layer's parameters, without a copy."""
-        return [self._result(name) for name in self._layers[layer].parameters]
+        return [self._result(name) for name in self.layers[layer].parameters]
 
     def update(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's update by tensor, without a copy."""
-        return {name: self._result(name) for name in self._layers[layer].sent}
+        return {name: self._result(name) for name in self.layers[layer].sent}
 
     def pop(self, layer: str) -> dict[str, np.ndarray]:
         """Return a layer's update by tensor, in float64, and forget it."""
         self.update(layer)
-        return {name: self._results.pop(name) for name in self._layers[layer].sent}
+        return {name: self._results.pop(name) for name in self.layers[layer].sent}
 
 
 class Median(TrimmedMean):
@@ -410,43 +421,3 @@ AGGREGATIONS: Mapping[str, type[Aggregator]] = {
     "svd": Products,
     "trimmed-mean": TrimmedMean,
 }
-
-
-@dataclass(frozen=True)
-class Aggregation:
-    """The rule that combines the updates of a round, with its parameter.
-
-    Attributes
-    ----------
-    rule : {"mean", "median", "trimmed-mean", "svd", "stack"} (default: "mean")
-    trim : float (default: 0.1)
-        β of the trimmed mean, in [0, 0.5).
-    scale : float (default: 1)
-        α/r of adapters that are stacked.
-    seed : int (default: 0)
-        The run's seed, which draws the adapters that begin again.
-    over : {"trained", "cohort"} (default: "trained")
-        The clients that a layer's update is averaged over.
-    """
-
-    rule: str = "mean"
-    trim: float = 0.1
-    scale: float = 1.0
-    seed: int = 0
-    over: str = "trained"
-
-    def begin(
-        self, layers: LayerMap, model: Mapping[str, np.ndarray] = NOTHING, number: int = 0
-    ) -> Aggregator:
-        """Return the aggregator for the updates of round `number`, which begins with `model`."""
-        if self.rule == "stack":
-            return Stack(layers, self.trim, model, self.scale, self.seed, number)
-        return AGGREGATIONS[self.rule](layers, self.trim, model)
-
-    def share(self, mean: Aggregator, layer: str) -> float:
-        """Return what a layer's update is multiplied by, in (0, 1]."""
-        return mean.trained_share(layer) if self.over == "cohort" else 1.0
-
-
-WEIGHTED_MEAN = Aggregation()
-"""The paper's rule."""

@@ -194,7 +194,7 @@ def test_robust_rules_are_their_formulas_over_the_clients_of_each_layer(
 def test_the_trimmed_mean_leaves_out_its_share_and_never_everyone(
     trim: float, clients: int, cut: int
 ) -> None:
-    assert TrimmedMean(LAYERS, trim).cut(clients) == cut
+    assert TrimmedMean(LAYERS, Aggregation(trim=trim)).cut(clients) == cut
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
