@@ -26,7 +26,6 @@ from layerfed.models.block_finder import (
     refuse_lazy,
     refuse_left_over,
     refuse_no_head,
-    some,
 )
 from layerfed.models.factors import FACTOR_A
 from layerfed.models.placement import (
@@ -369,27 +368,6 @@ class LayerMap:
     def layer_of(self, tensor: str) -> Layer:
         """Return the layer that a parameter or buffer belongs to; tied names are followed."""
         return self._by_tensor[self.aliases.get(tensor, tensor)]
-
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model that does not have exactly the tensors of this map, in the same shapes.
-
-        Raises
-        ------
-        LayerMapError
-            If tensors are missing, too many, or of other shapes. The message names them.
-        """
-        theirs = _shapes(model)
-        if theirs.keys() != self.shapes.keys():
-            lacks = sorted(self.shapes.keys() - theirs.keys())
-            besides = sorted(theirs.keys() - self.shapes.keys())
-            raise LayerMapError(f"the model lacks {some(lacks)} and has {some(besides)} besides")
-        other = [
-            f"{name} {shape} instead of {self.shapes[name]}"
-            for name, shape in theirs.items()
-            if shape != self.shapes[name]
-        ]
-        if other:
-            raise LayerMapError(f"the model has other shapes: {some(other)}")
 
 
 def _layers(
