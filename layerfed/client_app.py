@@ -7,11 +7,11 @@ a client must know in its next process is in Flower's context, or in the layer s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from logging import ERROR
 
 import torch
@@ -159,8 +159,9 @@ def _measured(
     """
     bench, settings = node.bench, node.bench.config.train
     examples, _ = bench.examples(node.partition)
-    size = asked.examples or settings.batch_size
-    count = asked.batches or -(-len(examples) // size)
+    whole = asked.examples or settings.batch_size
+    size = min(whole, settings.micro_batch or whole)
+    count = asked.batches * -(-whole // size) or -(-len(examples) // size)
     rng = generator(bench.config.run.seed, Stream.PROBE, server_round, node.partition)
     work = Work("probe", bench.device, speed=node.run.federation.speed(node.partition))
     statistics, work.flops = probe_layers(
@@ -235,7 +236,9 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
         update, result = train_update(
             bench.resident,
             instruction.mask,
-            _batches(node, instruction, settings),
+            _batches(
+                node, instruction, settings, list(accumulate((n for _, n in schedule), initial=1))
+            ),
             bench.loss(node.partition),
             optimizer,
             how=bench.step,
@@ -261,8 +264,13 @@ def train(message: Message, context: Context, own: tuple[ClientStep, ...] = ()) 
     )
 
 
-def _batches(node: Node, instruction: TrainInstruction, settings: TrainConfig) -> Iterator[Batch]:
-    """Return the batches of one round, drawn from the streams of round and client."""
+def _batches(
+    node: Node, instruction: TrainInstruction, settings: TrainConfig, fresh: Collection[int]
+) -> Iterator[Batch]:
+    """Return the batches of one round, drawn from the streams of round and client.
+
+    A node may bound the time of a step, but for those that begin a mask, whose numbers are `fresh`.
+    """
     bench = node.bench
     seed, number, partition = bench.config.run.seed, instruction.round, node.partition
     rng = generator(seed, Stream.TRAIN, number, partition)
@@ -277,7 +285,7 @@ def _batches(node: Node, instruction: TrainInstruction, settings: TrainConfig) -
         batches = _augmented(batches, bench, number, partition)
     if node.settings.max_step_seconds is None:
         return batches
-    return paced(batches, node.settings.max_step_seconds, bench.device)
+    return paced(batches, node.settings.max_step_seconds, bench.device, fresh)
 
 
 def _augmented(

@@ -120,7 +120,7 @@ def _actors(config: RunConfig, bench: Workbench, needed: float) -> Actors:
         # Ray takes whole GPUs, or equal shares of one.
         gpus = section.client_gpus or 1 / max(room, 1)
         if section.client_gpus:
-            room = cards * math.floor(1 / gpus) if gpus <= 1 else math.floor(cards / gpus)
+            room = cards * math.floor(1 / gpus + 1e-9) if gpus <= 1 else math.floor(cards / gpus)
         else:
             room *= cards
     return Actors(

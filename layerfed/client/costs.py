@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 
 from layerfed.client.devices import autocast, synchronize
 from layerfed.client.flops import TotalFlops
-from layerfed.client.training import LossFn, selected_layers
+from layerfed.client.memory import LiveBytes
+from layerfed.client.training import LossFn, Step, recomputed, selected_layers
 from layerfed.models.layers import LayerMap
 from layerfed.models.stored import Stored
 from layerfed.task.base import Batch
@@ -38,8 +40,11 @@ __all__ = ["MEASURED_UNITS", "MeasuredUnit", "measure_costs", "step_cost"]
 MeasuredUnit = Literal["flops", "seconds", "memory"]
 MEASURED_UNITS: tuple[MeasuredUnit, ...] = ("flops", "seconds", "memory")
 
+FLOAT32 = Step()
 # The number of timings whose median is taken, after one that is not counted.
 TIMED = 5
+# The least cost of a layer, as a share of the largest difference that was measured.
+LEAST = 1e-3
 
 
 def measure_costs(
@@ -49,7 +54,7 @@ def measure_costs(
     loss: LossFn,
     unit: MeasuredUnit,
     *,
-    precision: str = "float32",
+    how: Step = FLOAT32,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measure c_l and D_l of every block, on the model's device.
 
@@ -65,7 +70,7 @@ def measure_costs(
     unit : {"flops", "seconds", "memory"}
         FLOPs or seconds of forward and backward, or the bytes kept for backward and gradients (on CUDA,
         the rise of the allocator's peak).
-    precision : {"float32", "bfloat16"}
+    how : Step
 
     Returns
     -------
@@ -76,7 +81,7 @@ def measure_costs(
 
     def cost(*selected: int) -> float:
         chosen = [names[i] for i in selected]
-        return step_cost(model, layers, chosen, batch, loss, unit, precision=precision)
+        return step_cost(model, layers, chosen, batch, loss, unit, how=how)
 
     nothing = cost()
     alone = np.array([cost(i) for i in range(len(names))]) - nothing
@@ -92,22 +97,39 @@ def step_cost(
     loss: LossFn,
     unit: MeasuredUnit,
     *,
-    precision: str = "float32",
+    how: Step = FLOAT32,
 ) -> float:
     """Measure S(m), the cost of one step on some blocks and the head.
 
     Parameters are those of `measure_costs`.
     """
-    device = next(model.parameters()).device
-    measure = {"flops": _flops, "seconds": _seconds, "memory": _memory}[unit]
-    with selected_layers(model, layers, [*blocks, "head"]), _kept_state(model, device):
+    device, chosen = next(model.parameters()).device, [*blocks, "head"]
+    parts = how.parts(batch, loss)
 
-        def step() -> None:
-            with autocast(device, precision):
-                value = loss(model, batch)
-            value.backward()  # type: ignore[no-untyped-call]
+    def step(parts: Sequence[tuple[Batch, float | None]] = parts) -> None:
+        for part, share in parts:
+            with autocast(device, how.precision):
+                value = loss(model, part)
+            (value if share is None else value * share).backward()  # type: ignore[no-untyped-call]
 
-        return measure(model, step)
+    with ExitStack() as stack:
+        stack.enter_context(selected_layers(model, layers, chosen))
+        stack.enter_context(_kept_state(model, device))
+        if how.checkpointing:
+            stack.enter_context(recomputed(model, layers, chosen))
+        if unit == "flops":
+            return _flops(model, step)
+        if unit == "seconds":
+            return _seconds(model, step)
+        if device.type == "cuda":
+            return _cuda_memory(model, step)
+        first = partial(step, parts[:1])  # the largest
+        if how.checkpointing:  # what is computed again lives for a while only
+            with LiveBytes((*model.parameters(), *model.buffers(), *batch.values())) as live:
+                first()
+            _clear(model)
+            return float(live.phases(0.0).peak)
+        return _memory(model, first)
 
 
 @contextmanager
@@ -133,7 +155,9 @@ def _split(alone: np.ndarray, with_first: np.ndarray) -> tuple[np.ndarray, np.nd
     if len(alone) == 1:
         return np.maximum(alone, 0.0), np.zeros(1)
     others = np.maximum(with_first - alone[0], 0.0)
-    first = min(float(np.median(others)), max(float(alone[0]), 0.0))
+    # A layer is never free, whatever the noise: a cost of zero would pass every limit.
+    others = np.maximum(others, LEAST * max(float(np.abs(alone).max()), others.max()))
+    first = min(float(np.median(others)), max(float(alone[0]), float(others.min())))
     own = np.array([first, *others])
     # Timings are noisy, but carrying the gradient further down never becomes cheaper.
     depth = np.maximum.accumulate(np.maximum(alone - own, 0.0)[::-1])[::-1]
@@ -166,24 +190,26 @@ def _seconds(model: nn.Module, step: Callable[[], None]) -> float:
     return statistics.median(times[1:])
 
 
-def _memory(model: nn.Module, step: Callable[[], None]) -> float:
+def _cuda_memory(model: nn.Module, step: Callable[[], None]) -> float:
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        step()  # libraries take their workspaces in the first step, and keep them
-        _clear(model)
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        synchronize(device)
-        peak = float(torch.cuda.max_memory_allocated(device) - before)
-    else:
-        with _kept_for_backward(model.parameters()) as kept:
-            step()
-        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-        peak = float(sum(kept.values()) + gradients)
+    step()  # libraries take their workspaces in the first step, and keep them
+    _clear(model)
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    synchronize(device)
+    peak = float(torch.cuda.max_memory_allocated(device) - before)
     _clear(model)
     return peak
+
+
+def _memory(model: nn.Module, step: Callable[[], None]) -> float:
+    with _kept_for_backward(model.parameters()) as kept:
+        step()
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    _clear(model)
+    return float(sum(kept.values()) + gradients)
 
 
 @contextmanager

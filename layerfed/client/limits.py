@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -279,25 +279,33 @@ def _left_in_container() -> float:
     return np.inf
 
 
-def paced(batches: Iterable[Batch], most: float, device: torch.device) -> Iterator[Batch]:
+def paced(
+    batches: Iterable[Batch], most: float, device: torch.device, fresh: Collection[int] = ()
+) -> Iterator[Batch]:
     """Yield batches, and stop if the work on one takes longer than `most` seconds.
 
-    The first of several batches is not timed, since it warms the device up and counts FLOPs.
+    The first of several batches is not timed, since it warms the device up and counts FLOPs and memory.
+    Nor is the first of each shape, and of each mask: `fresh` has the steps, from 1, that begin one.
 
     Raises
     ------
     StepTooSlow
         If a step took too long. The message gives the step and its duration.
     """
-    step, seconds = 0, 0.0
+    step, seconds, new = 0, 0.0, True
+    seen = set[object]()
     for batch in batches:
-        if step > 1:
+        if not new:
             _refuse_slow(step, seconds, most)
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
         began = time.monotonic()
         yield batch
         synchronize(device)
         step, seconds = step + 1, time.monotonic() - began
-    _refuse_slow(step, seconds, most)
+        new = step in fresh or shapes not in seen
+        seen.add(shapes)
+    if step == 1 or not new:
+        _refuse_slow(step, seconds, most)
 
 
 def _refuse_slow(step: int, seconds: float, most: float) -> None:

@@ -6,12 +6,14 @@ then begins at the first block that is trained.
 
 How a model is cut is found out on its first batch. The modules of the prefix are skipped: all return
 NaN, but for the last of them, which returns what was kept. So whatever reaches the rest of the network
-by another way makes the result NaN. If it differs from that of the whole model, nothing is kept.
+by another way makes the result NaN. Masks and comparisons hide NaN, so all return ones as well. If
+either result differs from that of the whole model, nothing is kept.
 """
 
 from __future__ import annotations
 
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -50,8 +52,8 @@ COMPARED, TOLERANCE = 3, {"float32": 1e-3, "bfloat16": 3e-2}
 
 # The least share of a forward pass that is worth keeping.
 LEAST = 0.1
-# What a skipped module may return.
-PLAIN = (Tensor, bool, int, float, str, type(None))
+# What a skipped module may return: a number would stay that of the first batch.
+PLAIN = (Tensor, type(None))
 
 
 class Kept:
@@ -88,18 +90,19 @@ class Kept:
         """Keep rows, shape (N, W), as far as there is room."""
         group = self._groups.setdefault(name, _Group(rows.shape[1], self.limit))
         for key, row in zip(keys, rows.cpu(), strict=True):
-            if len(group.places) == group.room and not self._grown(name[0], group):
+            if len(group.places) == group.room and not self._grown(name[0], group, len(rows)):
                 return
             group.row(group.places.setdefault(key, len(group.places))).copy_(row)
 
-    def _grown(self, version: str, group: _Group) -> bool:
+    def _grown(self, version: str, group: _Group, least: int) -> bool:
         others = (name for name in list(self._groups) if name[0] != version)
-        while self.nbytes + group.step > self.limit:
+        rows = min(group.most, max(group.room, least))
+        while self.nbytes + rows * group.row_bytes > self.limit:
             if (oldest := next(others, None)) is None:
                 return False
             del self._groups[oldest]
         try:
-            group.grow()
+            group.grow(rows)
         except OSError as error:
             log(WARNING, "no more outputs of frozen blocks are kept: %s", error)
             self.limit = self.nbytes
@@ -108,37 +111,38 @@ class Kept:
 
 
 class _Group:
-    """Rows of one width, in files that were deleted and live as long as they are mapped."""
+    """Rows of one width, in files that were deleted and live as long as they are mapped.
+
+    Each file has as many rows as all before it, so that a group of few rows takes little room.
+    """
 
     def __init__(self, width: int, limit: float) -> None:
-        self.width = width
-        self.rows = max(1, int(min(CHUNK, limit / 8) // (TYPE.itemsize * width)))
-        self.step = TYPE.itemsize * self.rows * width
+        self.width, self.row_bytes = width, TYPE.itemsize * width
+        self.most = max(1, int(min(CHUNK, limit / 8) // self.row_bytes))
         self.places: dict[bytes, int] = {}
-        self._chunks: list[Tensor] = []
+        self.room = 0
+        self._files: list[Tensor] = []
+        self._starts: list[int] = []
 
     @property
     def nbytes(self) -> int:
-        return self.step * len(self._chunks)
-
-    @property
-    def room(self) -> int:
-        return self.rows * len(self._chunks)
+        return self.room * self.row_bytes
 
     def row(self, place: int) -> Tensor:
-        return self._chunks[place // self.rows][place % self.rows]
+        file = bisect_right(self._starts, place) - 1
+        return self._files[file][place - self._starts[file]]
 
-    def grow(self) -> None:
+    def grow(self, rows: int) -> None:
         folder = user_cache()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             # Written, since a full disk kills a process that writes to a mapped file without blocks.
-            file.write(bytes(self.step))
+            file.write(bytes(rows * self.row_bytes))
             file.flush()
-            mapped = torch.from_file(
-                file.name, shared=True, size=self.rows * self.width, dtype=TYPE
-            )
-        self._chunks.append(mapped.view(self.rows, self.width))
+            mapped = torch.from_file(file.name, shared=True, size=rows * self.width, dtype=TYPE)
+        self._files.append(mapped.view(rows, self.width))
+        self._starts.append(self.room)
+        self.room += rows
 
 
 @dataclass(frozen=True)
@@ -161,11 +165,11 @@ class _Output:
         leaves = [make(part) if isinstance(part, _Form) else part for part in self.parts]
         return tree_unflatten(leaves, self.tree)
 
-    def nothing(self, rows: int, device: torch.device) -> Any:
-        """Return such an output of NaN, or of zeros where NaN does not exist, without memory."""
+    def nothing(self, rows: int, device: torch.device, *, ones: bool = False) -> Any:
+        """Return such an output of ones, or of NaN (zeros where that does not exist), without memory."""
 
         def empty(form: _Form) -> Tensor:
-            value = torch.nan if form.dtype.is_floating_point else 0
+            value = 1.0 if ones else torch.nan if form.dtype.is_floating_point else 0
             shape = (rows, *form.shape[1:]) if form.batched else form.shape
             return torch.full((), value, dtype=form.dtype, device=device).expand(shape)
 
@@ -221,11 +225,14 @@ class Split:
     flops: float = 0.0
 
     @contextmanager
-    def resumed(self, values: Tensor) -> Iterator[None]:
-        """Begin forward passes at the outputs of the prefix, shape (B, W), within the context."""
+    def resumed(self, values: Tensor, *, ones: bool = False) -> Iterator[None]:
+        """Begin forward passes at the outputs of the prefix, shape (B, W), within the context.
+
+        Skipped modules return NaN, or `ones`, which reach nothing.
+        """
         with ExitStack() as stack:
             for module, output in self.skipped.items():
-                nothing = output.nothing(len(values), values.device)
+                nothing = output.nothing(len(values), values.device, ones=ones)
                 stack.enter_context(_returning(module, nothing))
             stack.enter_context(_returning(self.last, self.output.rebuilt(values)))
             yield
@@ -502,9 +509,11 @@ def _cut(
         try:
             with TotalFlops() as used, split.resumed(values[some]):
                 found = _seen(heads, lambda: forward(model, part))
+            with split.resumed(values[some], ones=True):
+                again = _seen(heads, lambda: forward(model, part))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             continue
-        if _close(found, whole, tolerance):
+        if _close(found, whole, tolerance) and _close(again, whole, tolerance):
             saved = full.total - used.total
             if saved < LEAST * full.total:
                 return "it would save too little"

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerfed.models.layers import LayerMap
 
@@ -55,8 +55,8 @@ def skipped(model: nn.Module, layers: LayerMap, runs: Sequence[bool] | None) -> 
 
 
 def _pass_on(*args: Any, **named: Any) -> Any:
-    """Return the first argument, by whatever name."""
-    return next(iter((*args, *named.values())))
+    """Return the first tensor among the arguments, by whatever name."""
+    return next(value for value in (*args, *named.values()) if isinstance(value, Tensor))
 
 
 @contextmanager

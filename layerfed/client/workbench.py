@@ -94,7 +94,7 @@ class Workbench:
             self.prefix = PrefixCache(self.resident, 1e6 * train.prefix_cache)
         self._examples: dict[int, tuple[Examples, Examples]] = {}
         self._losses: dict[int, LossFn] = {}
-        self._costs: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._costs: dict[object, tuple[np.ndarray, np.ndarray]] = {}
 
     def examples(self, partition: int) -> tuple[Examples, Examples]:
         """Return a client's training and held-out examples."""
@@ -115,9 +115,9 @@ class Workbench:
         return self.prefix.evaluating(self.task.logits) if self.prefix else self.task.logits
 
     def costs(self, partition: int, unit: MeasuredUnit) -> tuple[np.ndarray, np.ndarray]:
-        """Return c_l and D_l, measured on this device once for each batch size; shape (L,) each."""
+        """Return c_l and D_l, measured on this device once for batches of a shape; shape (L,) each."""
         batch = self._batch(partition)
-        key = unit, len(next(iter(batch.values())))
+        key = unit, tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
         if key not in self._costs:
             self._costs[key] = measure_costs(
                 self.resident.model,
@@ -125,7 +125,7 @@ class Workbench:
                 batch,
                 self.task.loss,
                 unit,
-                precision=self.step.precision,
+                how=self.step,
             )
         return self._costs[key]
 
@@ -191,7 +191,7 @@ class Workbench:
             self._batch(partition),
             self.task.loss,
             "memory",
-            precision=self.step.precision,
+            how=self.step,
         )
 
     def _batch(self, partition: int) -> Batch:

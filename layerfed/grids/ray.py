@@ -277,7 +277,7 @@ class RayGrid(InProcessGrid):
         room = math.floor(there.get("CPU", 0.0) / own.cpus)
         if own.gpus:
             cards = there.get("GPU", 0.0)
-            shares = cards * math.floor(1 / own.gpus) if own.gpus <= 1 else cards / own.gpus
+            shares = cards * math.floor(1 / own.gpus + 1e-9) if own.gpus <= 1 else cards / own.gpus
             room = min(room, math.floor(shares))
         if not room:
             wants = f"a client takes {own.cpus:g} CPU and {own.gpus:g} GPU"
@@ -320,6 +320,7 @@ class RayGrid(InProcessGrid):
         wanted = list(message_ids)
         self._put_back_handler()
         if not self.parallel:
+            self._take_back()
             return super().pull_messages(wanted)
         self._dispatch()
         if not self._replies:
@@ -386,6 +387,14 @@ class RayGrid(InProcessGrid):
         """Return what a client remembered in this process, before actors took over."""
         partition = self._contexts[node].node_config["partition-id"]
         return {k: v for k, v in self._store.own.items() if k.split("/")[1:2] == [str(partition)]}
+
+    def _take_back(self) -> None:
+        """Remember here what clients remembered in actors, of which none is left."""
+        while self._own:
+            import ray
+
+            _, own = self._own.popitem()
+            self._store.own.update(ray.get(own))
 
     def _collect(self) -> None:
         """Wait a moment for a reply, take all that are there, and give their actors new messages."""

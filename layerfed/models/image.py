@@ -174,7 +174,7 @@ def _timm(section: ModelConfig, classes: int, weights: str) -> Built:
             )
         if not path.is_file():
             kind = "local-dir" if path.is_dir() else "hf-hub"
-            name = f"{kind}:{source}"
+            name = f"{kind}:{path if path.is_dir() else source}"
     if ":" not in name and not timm.is_model(name):
         raise ConfigError(
             f"model.name = '{section.name}': timm has no '{name}'"

@@ -240,10 +240,10 @@ def traced(model: nn.Module, forward: Forward) -> Trace:
     Raises
     ------
     LayerMapError
-        If the model cannot run.
+        If the model cannot run, or its result has no gradient.
     """
     try:
-        return trace(model, forward)
+        found = trace(model, forward)
     except Exception as error:  # a model may raise anything
         if any(parameter.is_meta for parameter in model.parameters()):
             # Some operations need values, as those that send tokens to experts do.
@@ -253,6 +253,12 @@ def traced(model: nn.Module, forward: Forward) -> Trace:
             f"the model cannot score an example, so the use of its layers is unknown: {reason}; choose "
             "another model, or sizes that fit it (model.name, task.max-tokens, task.image-size)"
         ) from error
+    if not found.result:
+        raise LayerMapError(
+            "the model's scores depend on none of its parameters; does it, or the task's `logits`, run "
+            "under torch.no_grad() or detach them?"
+        )
+    return found
 
 
 def _of_zeros(model: nn.Module) -> nn.Module:

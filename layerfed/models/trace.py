@@ -164,7 +164,14 @@ class Trace:
     def can_be_skipped(self, name: str) -> bool:
         """Return whether the network runs without a module: it adds to its input, and is called once."""
         calls = self.calls.get(name, ())
-        return len(calls) == 1 and calls[0].alike and self.is_residual(name)
+        if len(calls) != 1 or not calls[0].alike:
+            return False
+        # The input that goes on is the first one.
+        given = calls[0].given
+        return any(
+            node not in given and _is_skip(node, given, given[0])
+            for node in _upwards(calls[0].made, given)
+        )
 
     def is_residual(self, name: str) -> bool:
         """Return whether a module adds a value to another that is computed from it."""
@@ -203,7 +210,9 @@ def trace(model: nn.Module, forward: Forward) -> Trace:
             given, made = list(_tensors((args, kwargs))), list(_tensors(output))
             shapes = [tuple(tensors[0].shape) if tensors else () for tensors in (given, made)]
             alike = isinstance(output, Tensor) and any(
-                (output.shape, output.dtype) == (first.shape, first.dtype) for first in given[:1]
+                (output.shape, output.dtype, True)
+                == (first.shape, first.dtype, first.requires_grad)
+                for first in given[:1]
             )
             calls.setdefault(name, []).append(
                 Call(_nodes(given), _nodes(made), shapes[0], shapes[1], alike)
@@ -299,17 +308,19 @@ def _upwards(roots: Iterable[Node], stop: Container[Node] = ()) -> Iterator[Node
             todo += [(part, False) for part in _parts(node) if node not in stop]
 
 
-def _is_skip(node: Node, given: Container[Node]) -> bool:
+def _is_skip(node: Node, given: Container[Node], begin: Node | None = None) -> bool:
     """Return whether a node is a sum of a value and of another one that is computed from it.
 
     The first value may be changed by operations with weights on the way, as in a downsampling block.
+    With `begin` it is to be this value.
     """
     parts = [part for part in _parts(node) if not _is_weight(part)]
     if len(parts) != 2 or not node.name().startswith("AddBackward"):
         return False
     return any(
-        not set(_upwards([other], given)).isdisjoint(_chain(part, given))
+        not set(_upwards([other], given)).isdisjoint(chain) and begin in (None, *chain)
         for part, other in (parts, reversed(parts))
+        for chain in [list(_chain(part, given))]
     )
 
 

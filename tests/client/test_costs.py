@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerfed.client.costs import MEASURED_UNITS, _split, measure_costs, step_cost
-from layerfed.client.training import selected_layers
+from layerfed.client.training import Step, selected_layers
+from layerfed.client.workbench import Workbench
+from layerfed.config import RunConfig
 from layerfed.models.layers import LayerMap
-from layerfed.task.base import Batch
+from layerfed.task.base import Batch, Examples
 from tests.conftest import BLOCKS, cross_entropy
+from tests.tiny_task import TinyTask, configured, run
 
 
 def step_flops(
@@ -70,6 +74,104 @@ def test_noise_never_gives_negative_or_rising_costs() -> None:
     assert (own >= 0).all()
     assert (depth >= 0).all()
     assert (np.diff(depth) <= 0).all()
+
+
+def test_a_layer_is_never_free() -> None:
+    """A cost of zero would pass every limit of a node's owner."""
+    for alone, with_first in (([3.0, 1.0, 2.0], [2.0, 2.5]), ([-1.0, 5.0, 0.0], [-3.0, 2.0])):
+        own, _ = _split(np.array(alone), np.array(with_first))
+        assert (own > 0).all()
+
+
+@pytest.mark.parametrize("unit", MEASURED_UNITS)
+def test_micro_batches_are_measured_as_they_are_trained(
+    unit: str, tiny: nn.Module, layers: LayerMap, batches: list[Batch]
+) -> None:
+    batch = {name: torch.cat([tensor] * 4) for name, tensor in batches[0].items()}
+    rows = len(batch["x"])
+    seen: list[int] = []
+
+    def loss(model: nn.Module, part: Batch) -> Tensor:
+        seen.append(len(part["x"]))
+        return cross_entropy(model, part)
+
+    names = [block.name for block in layers.blocks]
+    whole = step_cost(tiny, layers, names, batch, loss, unit)  # type: ignore[arg-type]
+    seen.clear()
+    how = Step(micro_batch=rows // 4)
+    parts = step_cost(tiny, layers, names, batch, loss, unit, how=how)  # type: ignore[arg-type]
+    assert set(seen) == {rows // 4}
+    if unit == "flops":
+        assert parts == whole
+    if unit == "memory":
+        gradients = sum(p.nbytes for b in tiny.blocks for p in b.parameters())
+        head = sum(p.nbytes for p in (*tiny.norm.parameters(), *tiny.head.parameters()))
+        assert parts - gradients - head < 0.3 * (whole - gradients - head)
+
+
+def test_checkpointing_is_measured_too() -> None:
+    model = nn.Sequential()
+    model.embed = nn.Linear(4, 64)
+    model.blocks = nn.ModuleList(
+        nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)))
+        for _ in range(4)
+    )
+    model.head = nn.Linear(64, 3)
+
+    def loss(net: nn.Module, part: Batch) -> Tensor:
+        x = net.embed(part["x"])
+        for block in net.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy(net.head(x), part["label"])
+
+    layers = LayerMap.from_model(model, blocks="blocks.*")
+    names = [block.name for block in layers.blocks]
+    batch = {"x": torch.rand(512, 4), "label": torch.arange(512) % 3}
+    whole = step_cost(model, layers, names, batch, loss, "memory")
+    again = step_cost(model, layers, names, batch, loss, "memory", how=Step(checkpointing=True))
+    assert again < 0.7 * whole
+    flops = [
+        step_cost(model, layers, names, batch, loss, "flops", how=Step(checkpointing=on))
+        for on in (False, True)
+    ]
+    assert flops[1] > 1.2 * flops[0]
+
+
+class Lengths(TinyTask):
+    """A task whose second client has longer examples."""
+
+    seen: ClassVar[list[int]] = []
+
+    def partition(self, partition_id: int) -> Examples:
+        rng = torch.Generator().manual_seed(partition_id)
+        x = torch.randn(20, 2 + 6 * (partition_id == 1), 5, generator=rng)
+        return Examples.of({"x": x, "label": torch.arange(20) % 3})
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.seen.append(len(batch["x"]))
+        found: Tensor = model(batch["x"].flatten(0, 1))
+        return found.unflatten(0, batch["x"].shape[:2]).mean(1)
+
+
+def lengths(*overrides: str) -> RunConfig:
+    return configured("task.name=tests.client.test_costs:Lengths", *overrides)
+
+
+def test_no_client_has_the_costs_of_another_whose_examples_are_shorter() -> None:
+    alone = Workbench(lengths()).costs(1, "flops")
+    bench = Workbench(lengths())
+    first = bench.costs(0, "flops")
+    assert np.array_equal(bench.costs(1, "flops"), alone)
+    assert (alone[0] > 3 * first[0]).all()
+
+
+def test_a_probe_takes_no_more_examples_at_once_than_training() -> None:
+    config = lengths("train.micro-batch=3", "strategy.name=ilp")
+    Lengths.seen.clear()
+    whole = run(config).rounds[0].numbers.rows
+    assert max(Lengths.seen) == 3
+    # Three parts of a probe, and two steps of eight.
+    assert sum(Lengths.seen) == len(whole) * (3 * 3 + 2 * 8)
 
 
 def test_a_single_layer_has_no_depth() -> None:

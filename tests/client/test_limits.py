@@ -215,11 +215,18 @@ class Clock:
         self.now = 0.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
-    def work(self, durations: list[float], most: float) -> int:
+    def work(
+        self,
+        durations: list[float],
+        most: float,
+        lengths: list[int] | None = None,
+        fresh: tuple[int, ...] = (),
+    ) -> int:
         """Train on a batch for each duration; return the number of trained batches."""
-        batches = [{"x": torch.zeros(1)} for _ in durations]
+        lengths = lengths or [1] * len(durations)
+        batches = [{"x": torch.zeros(length)} for length in lengths]
         done = 0
-        for _ in paced(batches, most, CPU):
+        for _ in paced(batches, most, CPU, fresh):
             self.now += durations[done]
             done += 1
         return done
@@ -238,6 +245,14 @@ def test_a_slow_step_stops_the_training_there(clock: Clock) -> None:
     with pytest.raises(StepTooSlow, match=r"step 2 took 3 s, this node's max-step-seconds is 2"):
         clock.work([1.0, 3.0, 1.0], most=2.0)
     assert clock.now == 4.0
+
+
+def test_the_first_step_of_a_shape_or_of_a_mask_is_not_timed(clock: Clock) -> None:
+    """FLOPs and memory are counted again in it."""
+    assert clock.work([9.0, 1.0, 9.0, 1.0], most=2.0, lengths=[1, 1, 2, 2]) == 4
+    assert clock.work([9.0, 1.0, 9.0, 1.0], most=2.0, fresh=(1, 3)) == 4
+    with pytest.raises(StepTooSlow, match="step 4 took 3 s"):
+        clock.work([9.0, 1.0, 9.0, 3.0], most=2.0, lengths=[1, 1, 2, 2])
 
 
 @pytest.mark.parametrize("durations", [[3.0], [1.0, 3.0]])

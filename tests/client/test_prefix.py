@@ -230,6 +230,73 @@ def test_a_model_that_cannot_be_cut_is_trained_as_without(
     assert trained(held, "tiny", cache, 1)[1].found
 
 
+class Padding(nn.Module):
+    """Says which tokens are padding: a module without weights that all blocks hear of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x == 0
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        scores = (self.query(x) @ x.mT).masked_fill(padding[:, None], -1e9)
+        return x + scores.softmax(-1) @ self.value(x)  # type: ignore[no-any-return]
+
+
+class Padded(nn.Module):
+    """A network of tokens whose blocks attend to those that are not padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.padding, self.embed = Padding(), nn.Embedding(20, 8)
+        self.blocks = nn.ModuleList(Attending() for _ in range(4))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding, x = self.padding(x), self.embed(x)
+        for block in self.blocks:
+            x = block(x, padding)
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
+def test_a_mask_that_the_first_batch_does_not_need_is_seen() -> None:
+    """False stands in for a skipped mask, and nothing is True without padding."""
+    words = torch.randint(1, 20, (8, 10), generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(8) % 3
+    held = ResidentModel(
+        Padded, lambda model: LayerMap.from_model(model, forward=lambda net: net(words)), CPU
+    )
+    cache, mask = PrefixCache(held, 1e7), [False, False, False, True]
+    found = []
+    for kept in (None, cache):
+        first = {"image": words, "label": labels}
+        padded = {"image": words.masked_fill(torch.arange(10) > 2, 0), "label": labels}
+        for batch in (first, padded):
+            make = partial(LocalSGD, lr=0.1)
+            update, result = train_update(held, mask, [batch], loss, make, cache=kept)
+        found.append(update)
+    assert result.examples == 8
+    assert cache.splits
+    assert_close(found[1], found[0])
+
+
+def test_a_group_of_few_rows_takes_little_room() -> None:
+    kept = Kept(1e6)
+    for width in range(1, 30):
+        kept.add(("all", width), [b"a", b"b", b"c"], torch.zeros(3, width))
+    assert kept.nbytes == sum(2 * 3 * width for width in range(1, 30))
+    keys = [bytes([i]) for i in range(60)]
+    values = torch.arange(60.0).reshape(60, 1)
+    for i in range(0, 60, 4):
+        kept.add(("many", 1), keys[i : i + 4], values[i : i + 4])
+    found = kept.find(("many", 1), keys)
+    assert [float(found[i]) for i in range(60)] == list(range(60))
+
+
 def test_a_prefix_that_saves_little_is_not_kept() -> None:
     held = resident("vit")
     cache = PrefixCache(held, 1e7)

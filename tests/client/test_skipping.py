@@ -159,6 +159,46 @@ class Narrowing(nn.Module):
         return torch.tanh(self.linear(x))  # of the same shape, but not residual
 
 
+class Scaled(nn.Module):
+    """A residual block that gets a number and another tensor beside its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, number: int, x: Tensor, scale: Tensor) -> Tensor:
+        return x + number * torch.tanh(self.linear(x)) * scale
+
+
+class Conditioned(TinyNet):
+    def __init__(self, *, scale_first: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Scaled() for _ in range(3))
+        self.scale_first = scale_first
+        self.condition = nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, x = self.condition(x), self.embed(x)
+        for number, block in enumerate(self.blocks):
+            named = {"x": x, "scale": scale}
+            order = ("scale", "x") if self.scale_first else ("x", "scale")
+            x = block(number=number, **{name: named[name] for name in order})
+        return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+
+def test_the_input_that_goes_on_is_the_one_that_a_block_adds_to() -> None:
+    model = Conditioned(scale_first=False)
+    layers = LayerMap.from_model(model, forward=scores)
+    assert len(layers.skippable) == 3
+    with torch.no_grad(), skipped(model, layers, [True, True, False]):
+        found = scores(model)
+    del model.blocks[2]
+    with torch.no_grad():
+        assert torch.equal(found, scores(model))
+    # Its first tensor is not the one that it adds to.
+    assert not LayerMap.from_model(Conditioned(scale_first=True), forward=scores).skippable
+
+
 def test_a_block_that_adds_nothing_to_its_input_cannot_be_skipped() -> None:
     model = TinyNet()
     model.blocks[2] = Narrowing()

@@ -72,6 +72,18 @@ def test_what_stays_on_clients_is_that_of_one_process() -> None:
         np.testing.assert_allclose(found.after[name], value, rtol=0, atol=1e-6, err_msg=name)
 
 
+def test_what_clients_remember_comes_back_when_no_actor_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    grid = RayGrid(Actors(1), 1, {})
+    kept = {"run/0/blocks.0": {"error": np.ones(2)}}
+    grid._own[1] = kept
+    assert list(grid.pull_messages([])) == []
+    assert grid._store.own == kept
+    assert not grid._own
+
+
 @pytest.fixture(scope="module")
 def grid(config: RunConfig) -> Iterator[RayGrid]:
     with RayGrid(Actors(2), config.federation.clients, config.to_flat()) as made:

@@ -146,6 +146,16 @@ def test_loaded_weights_are_those_of_the_files(saved: dict[str, Path]) -> None:
         assert found > 30
 
 
+def test_a_folder_in_the_users_home_will_do_for_timm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trained = timm.create_model("vit_tiny_patch16_224")
+    timm.models.save_for_hf(trained, tmp_path / "mine")
+    skeleton = image("timm/vit_tiny_patch16_224", "~/mine", skeleton=True)
+    assert len(skeleton.net.blocks) == 12
+
+
 def test_a_safetensors_file_will_do_for_timm(tmp_path: Path) -> None:
     trained = timm.create_model("vit_tiny_patch16_224")
     file = tmp_path / "timm.safetensors"

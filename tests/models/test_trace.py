@@ -110,6 +110,11 @@ def test_a_model_that_cannot_run_is_refused() -> None:
             LayerMap.from_model(Used(), forward=fails)
 
 
+def test_scores_without_a_gradient_are_refused() -> None:
+    with pytest.raises(LayerMapError, match=r"scores depend on none of its parameters.*no_grad"):
+        LayerMap.from_model(Used(), forward=lambda model: model(torch.rand(2, 4)).detach())
+
+
 class Table(nn.Module):
     """A block that makes a table in its first use, which later blocks are given, as in T5."""
 
