@@ -59,6 +59,7 @@ from layerfed.flower_compat import ErrorCode
 from layerfed.models.factors import of_ranks
 from layerfed.models.layers import LayerMap
 from layerfed.secure.client import add_secure_sums
+from layerfed.secure.messages import read_secure
 from layerfed.task import Batch
 from layerfed.task.scoring import evaluate_task
 
@@ -106,8 +107,8 @@ def _as_asked(message: Message, context: Context) -> Node:
     Raises
     ------
     ValueError
-        If it holds another partition or more examples: it was restarted since it described itself, and
-        the server will ask it again.
+        If it holds another partition or more examples, or in a secure sum fewer: it was restarted since
+        it described itself, and the server will ask it again.
     """
     node, taken_for = Node.of(context), read_config(message)
     if taken_for.get("client", node.partition) != node.partition:
@@ -115,10 +116,9 @@ def _as_asked(message: Message, context: Context) -> Node:
             f"this node holds partition {node.partition}, and client {taken_for['client']} is asked"
         )
     count = node.stated(len(node.bench.examples(node.partition)[0]))
-    if count > taken_for.get("examples", count):
-        raise ValueError(
-            f"this node has {count} examples, and stated {taken_for['examples']} when it joined"
-        )
+    stated = taken_for.get("examples", count)
+    if count > stated or (count < stated and read_secure(message) is not None):
+        raise ValueError(f"this node has {count} examples, and stated {stated} when it joined")
     return node
 
 

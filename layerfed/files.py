@@ -1,4 +1,4 @@
-"""Writing files and folders so that they are either complete or unchanged, whatever happens."""
+"""Writing files so that they are either complete or unchanged, whatever happens; folders nearly so."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def whole(place: Path, *, shared: bool = False, flush: bool = False) -> Iterator
     """Yield a path beside `place` for a file or a folder, and rename it to `place` afterwards.
 
     If an error is raised, the temporary file is removed: on a full disk it would take the room that the
-    next file needs. The temporary file of a killed process is removed by the next write of that name.
+    next file needs. The temporary file of a killed process is removed by the next write of that name. A
+    process that is killed just as it replaces a folder leaves the old one beside it, as `.NAME.old`.
 
     Parameters
     ----------
@@ -42,8 +43,17 @@ def whole(place: Path, *, shared: bool = False, flush: bool = False) -> Iterator
             for path in (*beside.rglob("*"), beside):
                 _flush(path)
         if place.is_dir():
-            shutil.rmtree(place, ignore_errors=True)
-        os.replace(beside, place)
+            aside = place.with_name(f".{place.name}.old")
+            _remove(aside)
+            os.replace(place, aside)
+            try:
+                os.replace(beside, place)
+            except OSError:
+                os.replace(aside, place)
+                raise
+            _remove(aside)
+        else:
+            os.replace(beside, place)
     except BaseException:
         with suppress(OSError):
             _remove(beside)

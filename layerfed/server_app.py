@@ -303,13 +303,11 @@ def _run(
 
 @contextmanager
 def _page_of(folder: Path) -> Iterator[None]:
-    """Write the run's page at its end, also that of a failed run, which says why it failed."""
+    """Write the run's page at its end, also that of a run that failed or was stopped."""
     try:
         yield
-    except Exception:
+    finally:
         _write_page(folder)
-        raise
-    _write_page(folder)
 
 
 def _write_page(folder: Path) -> None:

@@ -49,7 +49,7 @@ class OwnLayers:
         """The node's store on the disk."""
         found = self.node.store
         if isinstance(found, MemoryStore):
-            return open_store("", self.node.run.exchange.store_size)
+            return open_store(self.node.run.exchange.store, self.node.run.exchange.store_size)
         return found
 
     def recall(self, before: int, due: int) -> Tensors:

@@ -40,15 +40,12 @@ class PrivacyConfig(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        for key, value in (
-            ("noise", self.noise),
-            ("statistics-clip", self.statistics_clip),
-            ("statistics-noise", self.statistics_noise),
-        ):
-            if self.mode == "none" and value > 0:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if self.mode == "none" and value not in ("none", field.default):
                 raise ConfigError(
-                    f"privacy.{key} = {value:g} does nothing under privacy.mode = 'none'; choose the "
-                    "mode central or local, or leave it at 0"
+                    f"privacy.{name.replace('_', '-')} = {value:g} does nothing under privacy.mode = "
+                    f"'none'; choose the mode central or local, or leave it at {field.default:g}"
                 )
         refuse_half("privacy.statistics-", self.statistics_clip, self.statistics_noise)
         return self

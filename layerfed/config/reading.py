@@ -31,7 +31,7 @@ def shipped(file: Path) -> Path:
 
     That is `cifar10`, or `conf/cifar10.toml`, as the documents write it, in a folder that is no clone.
     """
-    if file.exists():
+    if file.is_file():
         return file
     name = file
     if file.parts[:1] == ("conf",) and file.suffix == ".toml":
@@ -40,7 +40,7 @@ def shipped(file: Path) -> Path:
         return file
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
-        if (found := folder / f"{name}.toml").exists():
+        if (found := folder / f"{name}.toml").is_file():
             return found
     return file
 
@@ -49,8 +49,8 @@ def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a configuration file, or the defaults, and apply `key=value` overrides."""
     flat: dict[str, Any] = {}
     if file is not None:
-        file = shipped(file)
         try:
+            file = shipped(file)
             text = file.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise ConfigError(f"cannot read configuration {file}: {error.strerror}") from None
@@ -58,13 +58,15 @@ def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
             raise ConfigError(f"{file} is not UTF-8: {error}; convert it") from None
         try:
             table = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{file} is not valid {file.suffix.lstrip('.')}: {error}") from None
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+            kind = "JSON" if file.suffix == ".json" else "TOML"
+            raise ConfigError(f"{file} is not valid {kind}: {error}") from None
         if not isinstance(table, dict):
             raise ConfigError(f"{file} holds no table of settings, but a {type(table).__name__}")
-        flat = flatten(table)
+        flat = {key.replace("_", "-"): value for key, value in flatten(table).items()}
     for override in overrides:
         key, value = parse_override(override)
+        key = key.replace("_", "-")
         # A name stays as it is written: 1.10 is no 1.1.
         written = override.partition("=")[2].strip()
         flat[key] = written if key in text_keys() and not isinstance(value, str) else value

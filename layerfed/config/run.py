@@ -27,6 +27,7 @@ from layerfed.config.section import (
     Section,
     Switch,
     explain,
+    is_text,
     nearest,
     nearest_key,
     parse_override,
@@ -665,7 +666,7 @@ def text_keys() -> frozenset[str]:
         f"{section}.{name.replace('_', '-')}"
         for section, own in RunConfig.model_fields.items()
         for name, field in cast(type[Section], own.annotation).model_fields.items()
-        if field.annotation is str
+        if is_text(field.annotation)
     )
 
 

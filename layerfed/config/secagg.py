@@ -10,7 +10,11 @@ from pydantic import Field
 
 from layerfed.config.section import ConfigError, Section, Switch
 
-__all__ = ["SecAggConfig", "refuse_different_masks", "refuse_with_secagg"]
+__all__ = ["SMALLEST", "SecAggConfig", "refuse_different_masks", "refuse_with_secagg"]
+
+
+SMALLEST = 3
+"""The fewest clients of a sum: in one of two, each learns the other's update."""
 
 
 class SecAggConfig(Section):
@@ -22,8 +26,9 @@ class SecAggConfig(Section):
     range: Annotated[float, Field(gt=0, le=1e6)] = 8.0
 
     def needed(self, clients: int) -> int:
-        """Return t, the number of `clients` that must reach the end of a round."""
-        return math.ceil(self.threshold * clients)
+        """Return t, the number of `clients` that must reach the end of a round, at least `SMALLEST`."""
+        # Without the rounding error of a product such as 0.56 · 25.
+        return max(SMALLEST, math.ceil(self.threshold * clients - 1e-9))
 
 
 OWN_LAYERS = "each client gets layers of its own"
@@ -60,19 +65,21 @@ def refuse_with_secagg(flat: Mapping[str, Any]) -> None:
     for key, (values, why) in ALLOWED.items():
         if key in flat and flat[key] not in values:
             raise _refused(key, flat[key], why, f"set {key}={values[0]}")
-    clients = flat["federation.clients-per-round"] or flat["federation.clients"]
+    there = flat["federation.clients"]
+    clients = flat["federation.clients-per-round"] or there
     if not clients:
         return  # the federation states its size later, and this is checked then
     more = flat["federation.over-provision"]
-    if clients < 3:
+    if clients < SMALLEST:
         raise _refused(
             "federation.clients-per-round",
             clients,
             "in a sum of two each client learns the other's update",
-            "ask at least 3",
+            f"ask at least {SMALLEST}",
         )
-    asked = math.ceil(clients * (1 + more))
-    needed = math.ceil(flat["secagg.threshold"] * asked)
+    asked = math.ceil(clients * (1 + more) - 1e-9)
+    asked = min(asked, there or asked)
+    needed = SecAggConfig(threshold=flat["secagg.threshold"]).needed(asked)
     if needed > clients:
         raise _refused(
             "federation.over-provision",

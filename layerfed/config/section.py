@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from datetime import date, time
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -24,6 +24,7 @@ __all__ = [
     "Switch",
     "explain",
     "imported",
+    "is_text",
     "nearest",
     "nearest_key",
     "parse_override",
@@ -99,6 +100,14 @@ RunName = Annotated[str, BeforeValidator(_run_name)]
 """The name of a run folder."""
 
 
+def is_text(annotation: Any) -> bool:
+    """Return whether a setting is text, perhaps with a rule, or None."""
+    return any(
+        part is str or get_args(part)[:1] == (str,)
+        for part in get_args(annotation) or (annotation,)
+    )
+
+
 class Section(BaseModel):
     """A section of settings. Unknown keys, infinities, and "3" or true for a number are refused."""
 
@@ -117,7 +126,7 @@ class Section(BaseModel):
         """Take a number for a setting that is text: a run or a column may be called 2024."""
         if not isinstance(given, dict):
             return given
-        text = {name for name, field in cls.model_fields.items() if field.annotation is str}
+        text = {name for name, field in cls.model_fields.items() if is_text(field.annotation)}
         return {
             key: str(value)
             if type(value) in (int, float) and key.replace("-", "_") in text
@@ -173,7 +182,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"'{text}' is not of the form key=value")
     try:
         read = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         read = value.strip()
         if re.fullmatch(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", read):
             read = float(read)

@@ -32,8 +32,12 @@ MEMORY = "memory"
 IDENTITY = "identity"
 # A digest names a file, so a digest in a message must match this in full.
 DIGEST = re.compile(r"[0-9a-f]{32}")
+# A layer or what a client remembers, perhaps in a temporary file. Other files are not the store's.
+OWN_NAME = re.compile(r"(\.?)(own-)?[0-9a-f]{32}\.safetensors(\.[0-9a-f]{32}\.tmp)?")
 # Age at which a temporary file of a killed process is removed.
 LITTER_SECONDS = 3600.0
+# A run whose clients remember something may pause that long.
+OWN_SECONDS = 30 * 86400.0
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -134,7 +138,8 @@ class FolderStore(LayerStore):
     folder : Path
         The folder, which is created if it does not exist.
     size : float
-        Most bytes to keep. The least recently used layers are dropped first.
+        Most bytes to keep. The least recently used layers are dropped first. What a client remembers,
+        which nobody else has, counts and is dropped only after a month without use.
 
     Raises
     ------
@@ -191,7 +196,8 @@ class FolderStore(LayerStore):
     def _read(file: Path) -> dict[str, np.ndarray] | None:
         try:
             tensors = load_file(file)
-            os.utime(file)  # used now: the last to be evicted
+            with suppress(OSError):  # another user's file
+                os.utime(file)  # used now: the last to be evicted
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
@@ -224,15 +230,19 @@ class FolderStore(LayerStore):
         found = []
         with suppress(OSError):  # another process may have evicted it
             for entry in os.scandir(self.folder):
-                with suppress(OSError):
-                    found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
+                if OWN_NAME.fullmatch(entry.name):
+                    with suppress(OSError):
+                        status = entry.stat()
+                        found.append((status.st_mtime, status.st_size, Path(entry.path)))
         total = sum(size for _, size, _ in found)
-        old = time.time() - LITTER_SECONDS
+        now = time.time()
         for used, size, file in sorted(found):
-            if file.suffix == ".safetensors":
-                unwanted = total > self.size and file not in keep
+            if file.suffix != ".safetensors":
+                unwanted = used < now - LITTER_SECONDS
+            elif file.name.startswith("own-"):  # nobody else has it
+                unwanted = used < now - OWN_SECONDS and file not in keep
             else:
-                unwanted = used < old and file.name != IDENTITY
+                unwanted = total > self.size and file not in keep
             if unwanted:
                 with suppress(OSError):
                     file.unlink(missing_ok=True)

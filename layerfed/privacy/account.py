@@ -60,7 +60,7 @@ def epsilon_of(precision: float, delta: float) -> float:
 
 def _precision(noise: float) -> float:
     """Return s⁻² of one release with noise multiplier z, under replace-one: s = z/2."""
-    return 4.0 / noise**2 if noise > 0 else math.inf
+    return (2.0 / noise) * (2.0 / noise) if noise > 0 else math.inf
 
 
 class PrivacyAccount:

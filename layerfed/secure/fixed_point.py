@@ -103,16 +103,23 @@ class FixedPoint:
         vector[-1] = examples
         return vector, cut
 
-    def decode(self, total: np.ndarray) -> tuple[np.ndarray, int]:
-        """Return the mean update of a sum, float64 of shape (m,), and its Σ d_i.
+    def decode(self, total: np.ndarray, clients: int) -> tuple[np.ndarray, int]:
+        """Return the mean update of a sum over some clients, float64 of shape (m,), and its Σ d_i.
 
         Raises
         ------
         ValueError
-            If the sum states no examples: it is then not a sum of encoded updates.
+            If the sum states no examples, or a coordinate of the mean lies beyond c: it is then not a
+            sum of encoded updates.
         """
         signed = total.astype(np.uint32, copy=False).view(np.int32)
         examples = int(signed[-1])
         if examples < 1:
             raise ValueError(f"the sum states {examples} examples")
-        return signed[:-1] / (self.scale * examples), examples
+        mean = signed[:-1] / (self.scale * examples)
+        largest = float(np.abs(mean).max(initial=0.0))
+        if largest > self.limit + self.error(examples, clients):
+            raise ValueError(
+                f"a coordinate of its mean is {largest:g}, and each client's is at most {self.limit:g}"
+            )
+        return mean, examples

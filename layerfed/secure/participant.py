@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from layerfed.config.secagg import SMALLEST
 from layerfed.secure.crypto import (
     SECRET_BYTES,
     add_pad,
@@ -31,9 +32,6 @@ from layerfed.secure.crypto import (
 )
 
 __all__ = ["Participant", "PublicKeys"]
-
-SMALLEST = 3
-"""The fewest clients of a sum: in a sum of two, each client would learn the other's update."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +176,8 @@ class Participant:
     def _check_among(self, what: str, some: Sequence[int], known: Sequence[int]) -> None:
         if not set(some) <= set(known) or self.own not in some or len(set(some)) != len(some):
             raise ValueError(f"the {what} of this secure sum are named wrongly")
-        if len(some) < self.threshold:
-            raise ValueError(f"{len(some)} {what}, {self.threshold} are needed")
+        if len(some) < (needed := max(SMALLEST, self.threshold)):
+            raise ValueError(f"{len(some)} {what}, {needed} are needed")
 
     def _opened(self, peer: int, sealed: bytes) -> tuple[bytes, bytes]:
         both = unseal(self._sealing_key(peer), sealed, self._route(peer, self.own))

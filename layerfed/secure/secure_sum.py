@@ -119,7 +119,7 @@ class SecureSum:
                 self._take_off_own_pad(peer, secret)
             else:
                 self._take_off_common_pads(peer, secret)
-        return self.point.decode(self._total)
+        return self.point.decode(self._total, len(self.survivors))
 
     def _take_off_own_pad(self, peer: int, seed: bytes) -> None:
         if commitment(seed) != self.keys[peer].commitment:

@@ -8,6 +8,7 @@ from typing import Any
 from flwr.app import Message
 
 from layerfed.config import SecAggConfig
+from layerfed.config.secagg import SMALLEST
 from layerfed.exchange import RefusedReply
 from layerfed.runs.records import RoundFailed, RoundRecord
 from layerfed.secure.messages import (
@@ -19,7 +20,6 @@ from layerfed.secure.messages import (
     read_shares,
     secret_bytes,
 )
-from layerfed.secure.participant import SMALLEST
 from layerfed.secure.secure_sum import SecureSum
 from layerfed.server.round import Round, answer_to
 from layerfed.server.steps import Arrival, ServerStep
@@ -57,10 +57,9 @@ class SecureSums(ServerStep):
         message_to = {round.client_of(message): message for message in messages}
         purpose = f"{round.run}/{round.record.round}"
         self._sum = SecureSum(purpose, self._settings.needed(len(message_to)))
-        smallest = max(SMALLEST, self._sum.threshold)
-        self._refuse_too_few(round, "are there", len(message_to), smallest)
+        self._refuse_too_few(round, "are there", len(message_to), self._sum.threshold)
         self._ask(round, "query.keys", {client: {} for client in message_to}, self._take_keys)
-        self._refuse_too_few(round, "stated keys", len(self._sum.keys), smallest)
+        self._refuse_too_few(round, "stated keys", len(self._sum.keys), self._sum.threshold)
         roster = {
             "threshold": self._sum.threshold,
             "clients": self._sum.clients,
@@ -115,8 +114,8 @@ class SecureSums(ServerStep):
         try:
             mean, examples = self._sum.open()
             stated = sum(round.examples[client] for client in survivors)
-            if examples > stated:
-                raise ValueError(f"it states {examples} examples, and its clients had {stated}")
+            if examples != stated:
+                raise ValueError(f"it states {examples} examples, and its clients {stated}")
         except ValueError as error:
             raise RoundFailed(
                 f"round {record.round}: the secure sum cannot be used, since one of clients "
@@ -176,8 +175,8 @@ class SecureSums(ServerStep):
         if clients < needed:
             raise RoundFailed(
                 f"round {round.record.round}: {clients} clients {did}, {needed} are needed for a "
-                f"secure sum (secagg.threshold = {self._settings.threshold:g}, and {SMALLEST} to begin "
-                f"with). {round.reasons()}"
+                f"secure sum (secagg.threshold = {self._settings.threshold:g}, at least {SMALLEST}). "
+                f"{round.reasons()}"
             )
 
 

@@ -404,7 +404,7 @@ class SelectiveStrategy(Strategy):
         record = self.round.record
         with self._phase("sample"):
             wanted = settings.clients_per_round or len(self.population.nodes)
-            asked = math.ceil(wanted * (1 + settings.over_provision))
+            asked = math.ceil(wanted * (1 + settings.over_provision) - 1e-9)
             clients = self.population.sample(asked, server_round, settings.seed)
         with self._phase("probe"):
             # Half of the spare clients are for those that are slow or fail in the probe.

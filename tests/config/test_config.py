@@ -263,6 +263,21 @@ def test_central_noise_goes_with_the_mean_only(setting: str, says: list[str]) ->
     load_config(None, ["privacy.mode=local", setting])
 
 
+@pytest.mark.parametrize("setting", ["clip=0.5", "delta=1e-6", "noise=1", "statistics-clip=1"])
+def test_what_does_nothing_without_privacy_is_refused(setting: str) -> None:
+    key = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"privacy\.{key} = .* does nothing under privacy.mode"):
+        load_config(None, [f"privacy.{setting}"])
+
+
+def test_keys_may_have_underscores(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text("[train]\nlocal_steps = 2\n[task]\nlabel-column = 'a'\n")
+    found = load_config(file, ["train.batch_size=4", "task.label_column=1.10"])
+    assert (found.train.local_steps, found.train.batch_size) == (2, 4)
+    assert found.task.label_column == "1.10"
+
+
 def test_what_privacy_rules_out_is_allowed_without_it() -> None:
     load_config(None, ["strategy.name=fedtlu", "strategy.side=client", "task.local-test=0.2"])
 
@@ -272,8 +287,18 @@ def test_an_unreadable_or_broken_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "missing.toml")
     broken = tmp_path / "broken.toml"
     broken.write_text("[task\n")
-    with pytest.raises(ConfigError, match=r"broken.toml is not valid toml"):
+    with pytest.raises(ConfigError, match=r"broken.toml is not valid TOML"):
         load_config(broken)
+    deep, digits = tmp_path / "deep.json", tmp_path / "digits.toml"
+    deep.write_text("[" * 100_000)
+    digits.write_text(f"run.seed = {'9' * 5000}")
+    for file, kind in ((deep, "JSON"), (digits, "TOML")):
+        with pytest.raises(ConfigError, match=f"{file.name} is not valid {kind}"):
+            load_config(file)
+    with pytest.raises(ConfigError, match="File name too long"):
+        load_config(Path("x" * 300))
+    with pytest.raises(ConfigError, match=r"run\.seed"):
+        load_config(None, [f"run.seed={'9' * 5000}"])
     for coding in ("latin-1", "utf-16"):
         broken.write_text("# Käse\n[train]\nlr = 0.5\n", encoding=coding)
         with pytest.raises(ConfigError, match=r"broken\.toml is not UTF-8.*; convert it$"):
@@ -330,6 +355,8 @@ def test_the_files_that_the_documents_name_are_found_without_a_clone(
     assert load_config(Path("custom"), ["task.data=x"]) == here
     with pytest.raises(ConfigError, match=r"cannot read configuration conf/custum\.toml"):
         load_config(Path("conf/custum.toml"))
+    (tmp_path / "custom").mkdir()
+    assert load_config(Path("custom"), ["task.data=x"]) == here, "a folder is no configuration"
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/custom.toml").write_text("train.lr = 0.5\n")
     assert load_config(Path("conf/custom.toml")).train.lr == 0.5, "a file of one's own comes first"

@@ -24,6 +24,11 @@ def test_settings_are_read() -> None:
     assert (node.device, node.threads, node.max_step_seconds) == ("cuda:1", 2, 3)
 
 
+def test_a_folder_may_be_called_by_a_number() -> None:
+    node = NodeConfig.read({"partition-id": 0, "own-data": 2024, "store": 2025})
+    assert (node.own_data, node.store) == ("2024", "2025")
+
+
 def test_only_the_partition_is_needed() -> None:
     assert NodeConfig.read({"partition-id": 0}) == NodeConfig(partition_id=0)
 

@@ -87,8 +87,27 @@ def test_what_needs_single_updates_is_refused(
         refuse_with_secagg({**flat, key: value})
 
 
+def test_no_more_clients_are_asked_than_there_are() -> None:
+    flat = load_config(None, [TOP]).to_flat()
+    more = {"federation.over-provision": 0.6, "federation.clients-per-round": 9}
+    refuse_with_secagg({**flat, **more, "federation.clients": 10})
+    with pytest.raises(
+        ConfigError, match=r"of 15 clients asked.* needs 10, and a round ends with 9"
+    ):
+        refuse_with_secagg({**flat, **more, "federation.clients": 20})
+
+
 @pytest.mark.parametrize(
-    ("threshold", "clients", "needed"), [(0.66, 3, 2), (0.66, 10, 7), (0.66, 20, 14), (1.0, 5, 5)]
+    ("threshold", "clients", "needed"),
+    [
+        (0.66, 3, 3),
+        (0.51, 4, 3),
+        (0.66, 10, 7),
+        (0.66, 20, 14),
+        (1.0, 5, 5),
+        (0.56, 25, 14),
+        (0.55, 100, 55),
+    ],
 )
 def test_the_threshold_is_rounded_up(threshold: float, clients: int, needed: int) -> None:
     assert SecAggConfig(threshold=threshold).needed(clients) == needed

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from layerfed.config import ConfigError, RunConfig

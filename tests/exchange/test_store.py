@@ -143,7 +143,7 @@ def test_what_the_round_needs_is_kept_even_beyond_the_limit(tmp_path: Path) -> N
 
 
 def test_litter_of_killed_writers_is_cleared_and_of_living_ones_is_not(folder: FolderStore) -> None:
-    old, new = folder.folder / "x.safetensors.1.tmp", folder.folder / "x.safetensors.2.tmp"
+    old, new = (folder.folder / f".{n * 32}.safetensors.{n * 32}.tmp" for n in "12")
     old.write_bytes(b"half")
     new.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
@@ -236,3 +236,35 @@ def test_processes_that_write_read_and_evict_at_once_never_see_a_broken_layer(
 def test_the_folder_of_an_unknown_user_is_refused() -> None:
     with pytest.raises(ConfigError, match="'~nobody-here/x': there is no user 'nobody-here'"):
         open_store("~nobody-here/x")
+
+
+def test_a_store_touches_no_file_of_others(tmp_path: Path) -> None:
+    names = ("clinic-a.key", ".bashrc", "model.safetensors", "data.csv", "x.tmp")
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(4 * KB))
+        os.utime(tmp_path / name, (0, 0))
+    litter = tmp_path / f".{'0' * 32}.safetensors.{'1' * 32}.tmp"
+    litter.touch()
+    os.utime(litter, (0, 0))
+    store = FolderStore(tmp_path, 1)
+    layer = {"x": np.zeros(4, np.float32)}
+    for key in ("a", "b"):
+        store.put(digest({"x": layer["x"] + ord(key)}), {"x": layer["x"] + ord(key)}, ())
+    assert all((tmp_path / name).exists() for name in names)
+    assert not litter.exists()
+    assert len(list(tmp_path.glob("?" * 32 + ".safetensors"))) == 1
+
+
+def test_what_a_client_remembers_is_not_evicted_for_layers(tmp_path: Path) -> None:
+    """Nobody else has its personal layers; a month later the run is over."""
+    store = FolderStore(tmp_path, 1)
+    store.remember("run/0", {"x": np.ones(4, np.float32)})
+    [file] = tmp_path.glob("own-*")
+    os.utime(file, (0, time.time() - 86400))
+    values = {"x": np.zeros(4, np.float32)}
+    store.put(digest(values), values, ())
+    assert store.recall("run/0") is not None
+    os.utime(file, (0, time.time() - 40 * 86400))
+    values = {"x": np.full(4, 2, np.float32)}
+    store.put(digest(values), values, ())
+    assert store.recall("run/0") is None

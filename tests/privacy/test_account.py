@@ -137,3 +137,12 @@ def test_a_missing_accountant_is_named_with_the_command(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(ConfigError, match=r"pip install '\.\[privacy\]' in the clone"):
         account(noise=1.0)
+
+
+@pytest.mark.parametrize(
+    ("noise", "epsilon"), [(1e-200, math.inf), (5e-324, math.inf), (1e160, 0.0)]
+)
+def test_extreme_noise_has_an_epsilon(noise: float, epsilon: float) -> None:
+    spent = account(noise=noise)
+    spent.count(1, [0])
+    assert spent.epsilon == pytest.approx(epsilon, abs=1e-9)

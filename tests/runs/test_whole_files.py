@@ -54,6 +54,31 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, error: type[BaseExceptio
     assert names(tmp_path) == ["a.txt"]
 
 
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "round-1"
+    place.mkdir()
+    (place / "old").touch()
+    before = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(source).suffix == ".tmp":
+            raise OSError("no")
+        before(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+
+    def write() -> None:
+        with whole(place) as beside:
+            beside.mkdir()
+
+    with pytest.raises(OSError, match="no"):
+        write()
+    assert names(place) == ["old"]
+    assert names(tmp_path) == ["round-1"]
+
+
 def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
     for text in ("half", "whole"):
         with whole(tmp_path / "a") as beside:

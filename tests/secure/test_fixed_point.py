@@ -29,7 +29,7 @@ def test_the_mean_is_off_by_no_more_than_promised(
         vector, cut = point.encode([update[:7], update[7:].reshape(13, 1)], count)
         assert cut == 0
         total += vector
-    mean, counted = point.decode(total)
+    mean, counted = point.decode(total, len(examples))
     assert counted == sum(examples)
     exact = np.average(updates, axis=0, weights=examples)
     rounding = 1e-12 * limit  # of float64, in `exact`
@@ -47,7 +47,7 @@ def test_half_of_the_room_is_used() -> None:
 def test_what_lies_beyond_the_range_is_clipped_and_counted() -> None:
     point = FixedPoint.fitting(1.0, 10, 1)
     vector, cut = point.encode([np.array([-3.0, -1.0, 0.5, 1.5, 1e30], np.float32)], 10)
-    mean, _ = point.decode(vector)
+    mean, _ = point.decode(vector, 1)
     np.testing.assert_allclose(mean, [-1, -1, 0.5, 1, 1], atol=1e-8)
     assert cut == 3
 
@@ -71,4 +71,15 @@ def test_more_examples_than_can_be_counted_are_refused() -> None:
 def test_whole_numbers_come_back_whole() -> None:
     point = FixedPoint.fitting(8.0, 7, 1)
     vector, _ = point.encode([np.array([2, -1], np.int64)], 7)
-    assert point.decode(vector)[0].tolist() == [2.0, -1.0]
+    assert point.decode(vector, 1)[0].tolist() == [2.0, -1.0]
+
+
+def test_a_sum_beyond_the_range_is_refused() -> None:
+    """One client can add what it likes to the sum; the mean of honest ones lies within the range."""
+    point = FixedPoint.fitting(1.0, 20, 2)
+    honest, _ = point.encode([np.array([1.0, -1.0])], 10)
+    assert point.decode(honest + honest, 2)[0].tolist() == [1.0, -1.0]
+    hostile = honest.copy()
+    hostile[-1] = np.uint32(2**32 - 9)  # ten and minus nine examples
+    with pytest.raises(ValueError, match=r"a coordinate of its mean is 20, and each"):
+        point.decode(honest + hostile, 2)
