@@ -186,7 +186,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 def main(
     run: Annotated[Path, typer.Argument(help="a finished run's folder")],
     clients: Annotated[int, typer.Option(min=1, help="clients, evenly from the population")] = 4,
-    rates: Annotated[str, typer.Option(help="learning rates, separated by commas")] = "0.01",
+    rates: Annotated[str, typer.Option(help="learning rates; empty: the run's")] = "",
     tested: Annotated[int, typer.Option(min=1, help="test examples; and own ones, in all")] = 512,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
     figure: Annotated[Path | None, typer.Option("--figure")] = None,
@@ -199,7 +199,10 @@ def main(
             bench.resident.tensors[name].copy_(tensor)
     population = bench.config.federation.population
     chosen = [population * i // clients for i in range(clients)]
-    values = [float(rate) for rate in rates.split(",")]
+    train = bench.config.train
+    if train.optimizer != "sgd" or train.momentum:
+        raise SystemExit("the run has another optimiser than SGD, whose steps are measured here")
+    values = [float(rate) for rate in rates.split(",") if rate] or [train.lr]
     rows, choices = measured(bench, chosen, values, tested)
     table = Table("η", "statistic", "each for itself", "together")
     for rate in values:

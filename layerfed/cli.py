@@ -579,7 +579,7 @@ def solve(
     with one_line_errors(ValueError, SelectionError):
         try:
             data: Any = json.loads(instance.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{instance} is not valid JSON: {error}") from None
         if solver not in ("auto", "lagrangian", "milp"):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -296,7 +297,7 @@ def _run(
     try:
         # `layerfed report` draws the forms that take longer.
         draw_run(folder.path, ["png"])
-    except OSError as error:
+    except (OSError, ValueError) as error:
         log(WARNING, "no pictures: %s; `layerfed report %s` draws them", error, folder.path)
     return folder.path
 
@@ -385,7 +386,10 @@ def _evaluation(
         found.clear()
         found[server_round] = evaluation
         strategy.round.record.groups = evaluation.groups
-        return MetricRecord({k: float(v) for k, v in evaluation.scores.items() if v is not None})
+        known = {
+            name: float(value) for name, value in evaluation.scores.items() if value is not None
+        }
+        return MetricRecord({name: value for name, value in known.items() if math.isfinite(value)})
 
     return evaluate_globally
 

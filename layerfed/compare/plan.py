@@ -64,7 +64,8 @@ class Budget:
             number = math.nan
         if not 0 <= number < math.inf:
             raise ConfigError(f"budget '{budget}' is neither a number nor {HALF_NORMAL}")
-        return cls(f"{number:g}", {"budget.kind": "identical", "budget.layers": number})
+        name = f"{number:g}" if float(f"{number:g}") == number else repr(number)
+        return cls(name, {"budget.kind": "identical", "budget.layers": number})
 
     @property
     def title(self) -> str:
@@ -194,7 +195,6 @@ class Plan:
     def __post_init__(self) -> None:
         """Refuse empty parts, duplicate names, unknown strategies, and a reference that is no row."""
         _distinct("row", [row.name for row in self.rows])
-        _apart(self.rows)
         _distinct("budget", [budget.name for budget in self.budgets])
         _distinct("experiment", [experiment.name for experiment in self.experiments])
         _distinct("seed", [str(seed) for seed in self.seeds])
@@ -220,9 +220,9 @@ class Plan:
         Raises
         ------
         ConfigError
-            If a run's configuration is impossible. The message names the run.
+            If a run's configuration is impossible, or two rows would share a folder.
         """
-        return [
+        found = [
             cell
             for experiment in self.experiments
             for seed in self.seeds
@@ -230,6 +230,8 @@ class Plan:
             for budget in (self.budgets if row.within_budget else [None])
             if (cell := _cell(experiment, row, budget, seed, directory)) is not None
         ]
+        _apart(found)
+        return found
 
 
 def _cell(
@@ -263,13 +265,13 @@ def _distinct(kind: str, names: Sequence[str]) -> None:
             raise ConfigError(f"{kind} '{name}' occurs twice; give each a name of its own")
 
 
-def _apart(rows: Sequence[Row]) -> None:
+def _apart(cells: Iterable[Cell]) -> None:
     """Refuse rows whose runs would have the same folders."""
-    owners: dict[str, str] = {}
-    for row in rows:
-        if (other := owners.setdefault(row.folder, row.name)) != row.name:
+    owners: dict[Path, str] = {}
+    for cell in cells:
+        if (other := owners.setdefault(cell.folder, cell.row)) != cell.row:
             raise ConfigError(
-                f"rows '{other}' and '{row.name}' would share the run folders '{row.folder}-…'; let "
+                f"rows '{other}' and '{cell.row}' would share the run folder '{cell.folder}'; let "
                 "their names differ in a letter or a digit"
             )
 

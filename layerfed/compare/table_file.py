@@ -45,7 +45,7 @@ from layerfed.report import PAPER_COSTS
 
 __all__ = ["is_table_file", "load_plan"]
 
-Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 
 
 class _Strict(BaseModel):

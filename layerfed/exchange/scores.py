@@ -72,8 +72,9 @@ class Score:
         return value > other if self.higher_is_better else value < other
 
     def best(self, values: Iterable[float]) -> float | None:
-        """Return the best of some values, or None if there are none."""
-        return (max if self.higher_is_better else min)(values, default=None)
+        """Return the best of some values, without undefined ones (NaN), or None if there are none."""
+        known = (value for value in values if not math.isnan(value))
+        return (max if self.higher_is_better else min)(known, default=None)
 
     def spread(self, values: Mapping[Any, float | None]) -> dict[str, Any] | None:
         """Return the worst of several values with its name, and how far they are apart.

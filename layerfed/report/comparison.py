@@ -193,6 +193,8 @@ def paired_tests(section: Section, reference: str) -> dict[tuple[str, str], Pair
         for row in section.rows
         for budget in section.budgets
         if row != reference
+        # Two rows without budgets differ by one number, whatever the columns are.
+        and (budget == section.budgets[0] or any(map(section.within_budget, (row, reference))))
         and len(differences := _differences(section, reference, row, budget)) > 1
     }
     return dict(zip(found, holm([paired_test(each) for each in found.values()]), strict=True))

@@ -14,7 +14,15 @@ from matplotlib.ticker import StrMethodFormatter
 
 from layerfed.exchange.scores import ACCURACY, Score
 from layerfed.report.figures import Section
-from layerfed.report.plots import fit, in_percent, log_to_zero, over_rounds, save_picture
+from layerfed.report.plots import (
+    TERMS,
+    fit,
+    in_percent,
+    legend_name,
+    log_to_zero,
+    over_rounds,
+    save_picture,
+)
 
 __all__ = ["draw_accuracy", "draw_terms", "draw_uplink", "look", "mean_curve", "pareto_front"]
 
@@ -23,13 +31,6 @@ COLORS = tuple(matplotlib.colormaps["tab10"].colors)  # type: ignore[attr-define
 STYLES = ("-", "--", ":", "-.")
 FILLS = ("full", "none", "left", "right")
 MARKERS = "osD^v<>pP*"
-
-# The terms of `layerfed.server.theory` by their keys in metrics.jsonl.
-TERM_TITLES = {
-    "e1": r"$\hat E_1$: layers that no client trains",
-    "e2": r"$\hat E_2$: differences between clients",
-    "e2_masks": r"part of $\hat E_2$ from masks",
-}
 
 Curve = Sequence[tuple[int, float]]
 
@@ -70,10 +71,10 @@ def draw_terms(sections: Sequence[Section], file: Path) -> Path:
     zero, on which bands would hide the lines. A term that is unknown is not drawn: E1 needs a probe of
     gradient norms.
     """
-    across, down = len(sections[0].budgets), len(sections) * len(TERM_TITLES)
+    across, down = len(sections[0].budgets), len(sections) * len(TERMS)
     figure = Figure(figsize=(5.2 * across, 3.4 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False)
-    pairs = [(section, key) for section in sections for key in TERM_TITLES]
+    pairs = [(section, key) for section in sections for key in TERMS]
     for (section, key), line in zip(pairs, panels, strict=True):
         runs_shown = (run for runs in section.runs.values() for run in runs)
         terms = (value for run in runs_shown for term in run.terms.values() for _, value in term)
@@ -88,7 +89,7 @@ def draw_terms(sections: Sequence[Section], file: Path) -> Path:
                     positive += mean[mean > 0].tolist()
                     _curve(axes, (rounds, mean, np.zeros_like(spread)), row, number)
             log_to_zero(axes, positive, scale)
-            axes.set(ylabel=TERM_TITLES[key])
+            axes.set(ylabel=TERMS[key][0])
             axes.set_title(f"{section.title} · {budget}", fontsize=10)
             over_rounds(axes)
     drawn = {line.get_label(): line for axes in panels.flat for line in axes.lines}
@@ -110,7 +111,7 @@ def _curve(
     """Draw a row's mean with its band."""
     rounds, mean, spread = curve
     color, style, _ = look(number)
-    axes.plot(rounds, mean, label=row, color=color, linestyle=style, linewidth=1.5)
+    axes.plot(rounds, mean, label=legend_name(row), color=color, linestyle=style, linewidth=1.5)
     if spread.any():
         axes.fill_between(rounds, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
 
@@ -161,12 +162,16 @@ def draw_uplink(sections: Sequence[Section], file: Path) -> Path:
                 marker=MARKERS[section.budgets.index(budget) % len(MARKERS)] if budget else "X",
                 capsize=2,
                 linestyle="none",
-                label=f"{row} · {budget}" if budget else row,
+                label=legend_name(f"{row} · {budget}" if budget else row),
             )
-        if points:
-            front = np.array(pareto_front(points, section.metric))
+        if front := pareto_front(points, section.metric):
             axes.plot(
-                *front.T, color="0.5", linewidth=1, linestyle="--", zorder=0, label="Pareto front"
+                *np.array(front).T,
+                color="0.5",
+                linewidth=1,
+                linestyle="--",
+                zorder=0,
+                label="Pareto front",
             )
             axes.set_xscale("log")
             axes.tick_params(axis="x", which="both", labelsize=7)
@@ -187,7 +192,8 @@ def pareto_front(
     """Return the points (cost, score) that no cheaper point equals in score, cheapest first."""
     front: list[tuple[float, float]] = []
     sign = -1 if metric.higher_is_better else 1
-    for cost, score in sorted(points, key=lambda point: (point[0], sign * point[1])):
+    known = (point for point in points if not np.isnan(point[1]))
+    for cost, score in sorted(known, key=lambda point: (point[0], sign * point[1])):
         if not front or metric.better(score, front[-1][1]):
             front.append((cost, score))
     return front

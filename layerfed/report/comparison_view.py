@@ -107,7 +107,7 @@ def _section(runs: Sequence[tuple[RunFigures, Mapping[str, Any]]]) -> Section:
                 *(
                     f"{short[key]} = {config[key]}"
                     for key in varied_by[str(config["strategy.name"])]
-                    if key not in BUDGET
+                    if key not in ("budget.kind", "budget.layers")
                 ),
             ]
         )
@@ -169,7 +169,7 @@ def _experiment(section: Section) -> dict[str, Any]:
             [float(np.mean([run[key] for run in entry["runs"]])) for key in (cost, "score")]
             for entry in entries
         ]
-        points = [(spent, sign * score) for spent, score in means if not np.isnan(score)]
+        points = [(spent, sign * score) for spent, score in means]
         return [(spent, sign * score) for spent, score in pareto_front(points)]
 
     return {
@@ -220,7 +220,7 @@ def _run(run: RunFigures) -> dict[str, Any]:
         "bytes_down": run.bytes_down,
         "share_up": run.bytes_up / run.bytes_full_up if run.bytes_full_up else None,
         "flops": run.metrics["flops"] + run.metrics["flops_probe"],
-        "seconds": run.seconds,
+        "seconds": run.spent["seconds"][-1],
         "engine": run.engine,
         "device": run.device,
     }

@@ -36,6 +36,8 @@ class RunFigures:
         The main score.
     curves : Mapping[str, tuple[tuple[int, float], ...]]
         Rounds and values of each score on the test set; round 0 is the model before training.
+    evaluated : int
+        The last round that was evaluated, 0 without any. A score may be undefined there.
     bytes_up, bytes_down : int
         Bytes of the whole run, as if each client were a separate device.
     bytes_full_up, bytes_full_down : int
@@ -63,6 +65,7 @@ class RunFigures:
     rounds: int
     metric: Score
     curves: Mapping[str, tuple[tuple[int, float], ...]]
+    evaluated: int
     bytes_up: int
     bytes_down: int
     bytes_full_up: int
@@ -101,6 +104,7 @@ class RunFigures:
             rounds=len(metrics),
             metric=score_of(summary.get("metric")),
             curves=score_curves(summary, metrics),
+            evaluated=max((row["round"] for row in metrics if _is_evaluated(row)), default=0),
             updates=sum(row["clients"] for row in metrics),
             **{key: sum(row[key] for row in metrics) for key in SUMS},
             spent=spent_by_round(metrics),
@@ -122,13 +126,12 @@ class RunFigures:
         return self.curves.get(self.metric.name, ())
 
     def final(self, name: str) -> float:
-        """Return a score after the last round that was evaluated; NaN without any."""
-        curve = self.curves.get(name)
-        return curve[-1][1] if curve else math.nan
+        """Return a score after the last round that was evaluated; NaN if it is undefined there."""
+        return dict(self.curves.get(name, ())).get(self.evaluated, math.nan)
 
     @property
     def value(self) -> float:
-        """The main score after the last round that was evaluated; NaN without any."""
+        """The main score after the last round that was evaluated; NaN if it is undefined there."""
         return self.final(self.metric.name)
 
     @property
@@ -162,14 +165,14 @@ class RunFigures:
 
     @property
     def best_accuracy(self) -> float:
-        """The best accuracy of all rounds; NaN without any."""
-        values = (accuracy for _, accuracy in self.curves.get(ACCURACY.name, ()))
+        """The best accuracy of all rounds, without that before training; NaN without any."""
+        values = (accuracy for number, accuracy in self.curves.get(ACCURACY.name, ()) if number)
         return max(values, default=math.nan)
 
     @property
     def best_value(self) -> float:
-        """The best main score of all rounds; NaN without any."""
-        best = self.metric.best(value for _, value in self.curve)
+        """The best main score of all rounds, without that before training; NaN without any."""
+        best = self.metric.best(value for number, value in self.curve if number)
         return math.nan if best is None else best
 
 
@@ -194,6 +197,11 @@ def scores_in(line: Mapping[str, Any]) -> Mapping[str, float | None]:
     two = {score.name: line.get(score.name) for score in (ACCURACY, LOSS)}
     found: Mapping[str, float | None] = line.get("scores", two)
     return found
+
+
+def _is_evaluated(line: Mapping[str, Any]) -> bool:
+    """Return whether the model was evaluated in a round; an undefined score is None in its line."""
+    return bool(line.get("scores")) or any(v is not None for v in scores_in(line).values())
 
 
 def score_curves(

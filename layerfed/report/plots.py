@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from layerfed.exchange.scores import Score, score_of
@@ -19,10 +20,12 @@ from layerfed.report.figures import score_curves
 from layerfed.runs.files import read_json, read_lines
 
 __all__ = [
+    "TERMS",
     "draw_partition",
     "draw_run",
     "fit",
     "in_percent",
+    "legend_name",
     "log_to_zero",
     "over_rounds",
     "save_picture",
@@ -33,9 +36,9 @@ __all__ = [
 NOISE = 1e-9
 # The terms of `layerfed.server.theory` in metrics.jsonl, each with its label and colour.
 TERMS = {
-    "e1": (r"$\hat E_1$: layers that no client trains", "#c05a1a"),
-    "e2": (r"$\hat E_2$: differences between clients", "#1f5fa8"),
-    "e2_masks": (r"part of $\hat E_2$ from masks", "#7fb0dd"),
+    "e1": ("Ê₁: layers that no client trains", "#c05a1a"),
+    "e2": ("Ê₂: differences between clients", "#1f5fa8"),
+    "e2_masks": ("part of Ê₂ from masks", "#7fb0dd"),
 }
 
 
@@ -56,12 +59,36 @@ def save_picture(figure: Figure, file: Path, dpi: int = 150, forms: Sequence[str
         Dots per inch of the PNG, and of images inside the others.
     forms : Sequence[str] (default: "png", "svg", "pdf")
     """
+    _take_literally(figure)
     # Of Type 42, whose text can be searched and edited; many journals refuse matplotlib's Type 3.
     with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "layerfed"}):
         for form in forms:
             with whole(file.with_suffix(f".{form}")) as beside:
                 figure.savefig(beside, dpi=dpi, format=form, metadata=UNDATED[form])
     return file.with_suffix(".png")
+
+
+def legend_name(name: str) -> str:
+    """Return a name for a legend, which leaves out those that begin with an underscore."""
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
+def _take_literally(figure: Figure) -> None:
+    """Draw names as they are: matplotlib takes what stands between two dollars for mathematics.
+
+    The powers beside a logarithmic axis are such mathematics, and stay so.
+    """
+    powers = {
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        if axis.get_scale() != "linear"
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+        for label in (tick.label1, tick.label2)
+    }
+    for text in figure.findobj(Text):
+        if text not in powers:
+            text.set_parse_math(False)
 
 
 def fit(axes: Axes, values: Iterable[float], metric: Score) -> None:
@@ -177,7 +204,7 @@ def _score(metrics: list[dict[str, Any]], summary: dict[str, Any], title: str) -
         rows = [row for row in metrics if name in row.get("groups", ())]
         values = [row["groups"][name].get(metric.name) for row in rows]
         rounds = [row["round"] for row in rows]
-        axes.plot(rounds, values, linewidth=1, alpha=0.7, label=name)
+        axes.plot(rounds, values, linewidth=1, alpha=0.7, label=legend_name(name))
         drawn += [value for value in values if value is not None]
     curve = score_curves(summary, metrics).get(metric.name, ())
     rounds, values = ([point[i] for point in curve] for i in (0, 1))
@@ -245,7 +272,7 @@ def draw_partition(data: Mapping[str, Any]) -> Figure:
     base = np.zeros(table.shape[1])
     for number, counts in enumerate(table):
         color = colors(number if len(table) <= 20 else number / len(table))
-        label = names[number] if names else None
+        label = legend_name(names[number]) if names else None
         axes.bar(
             [row["partition"] for row in clients], counts, bottom=base, color=color, label=label
         )

@@ -140,7 +140,7 @@ def _sentence(
     done, status = summary["rounds"], summary["status"]
     asked, clients = config.get("federation.clients-per-round"), config.get("federation.clients")
     what = (
-        f"{config.get('strategy.name')} fine-tuned {config.get('model.name')} on "
+        f"{config.get('strategy.name')} fine-tuned {_model(config)} on "
         f"{config.get('task.name')} in {done} of {config.get('federation.rounds')} rounds with "
         f"{asked or clients} of {clients} clients each"
     )
@@ -162,6 +162,11 @@ def _sentence(
     return f"{what}.{ended.get(status, f' The run was {status}.')}"
 
 
+def _model(config: Mapping[str, Any]) -> str:
+    """Name the model; a task of one's own may build another one than model.name."""
+    return "its model" if ":" in str(config.get("task.name")) else str(config.get("model.name"))
+
+
 def _round(
     row: Mapping[str, Any], config: Mapping[str, Any], stated: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -170,16 +175,25 @@ def _round(
     costs = np.broadcast_to(np.asarray(row["costs"], dtype=float), masks.shape)
     depth = np.broadcast_to(np.asarray(row.get("depth_costs", 0.0), dtype=float), masks.shape)
     statistics = {**row.get("assumed", {}), **row.get("statistics", {})}
-    gains = statistics.get("grad_norm_sq")
-    known = gains is not None and np.shape(gains) == masks.shape
+    found = {
+        "norms": statistics.get("grad_norm_sq"),
+        # What the strategy's objective adds up.
+        "gains": statistics.get(config.get("strategy.statistic", "grad_norm_sq")),
+    }
+    known = {
+        name: np.asarray(values, dtype=float)
+        for name, values in found.items()
+        if values is not None and np.shape(values) == masks.shape
+    }
     problem = SelectionProblem(
-        np.asarray(gains, dtype=float) if known else np.zeros(masks.shape),
+        known.get("gains", np.zeros(masks.shape)),
         costs,
         np.asarray(row["budgets"], dtype=float),
         0.0,
         depth,
     )
-    norms = np.sqrt(np.maximum(problem.values, 0.0))  # noise of private norms may be below 0
+    # Noise of private norms may be below 0.
+    norms = np.sqrt(np.maximum(known["norms"], 0.0)) if "norms" in known else None
     return {
         "round": row["round"],
         "clients": row["clients"],
@@ -187,8 +201,10 @@ def _round(
         "masks": ["".join(map(str, line)) for line in masks.astype(int).tolist()],
         "budgets": row["budgets"],
         "spent": problem.spent(masks).tolist(),
-        "norms": [[float(f"{g:.5g}") for g in line] for line in norms] if known else None,
-        "gains": np.where(masks, problem.values, 0.0).sum(axis=1).tolist() if known else None,
+        "norms": None if norms is None else [[float(f"{g:.5g}") for g in line] for line in norms],
+        "gains": np.where(masks, problem.values, 0.0).sum(axis=1).tolist()
+        if "gains" in known
+        else None,
         "held": row.get("held", []),
         "solver": row["solver"],
         "seconds": row["seconds"],
@@ -196,7 +212,7 @@ def _round(
         "bound": row["bound"],
         "rounding": row.get("rounding", 0.0),
         "objective": row["objective"],
-        **(_worth(row, problem, masks, config) if known else {}),
+        **(_worth(row, problem, masks, config) if "gains" in known else {}),
         **{
             key: [stated.get(c, {}).get(key) for c in row["clients"]]
             for key in ("train_loss", "bytes_up", "train_seconds", "failed")
@@ -209,10 +225,12 @@ def _worth(
 ) -> dict[str, float]:
     """Return the gain of a round's masks, the penalty that λ took, and the gain without λ.
 
-    The gain is Σ_i Σ_l m_i(l) ‖g_{i,l}‖², the penalty λ Σ_{i<j} ‖m_i − m_j‖₁ [S, (P1)]. The best gain is
-    that of each client's own best layers within its budget, which is (P1)'s at λ = 0.
+    The gain is Σ_i Σ_l m_i(l) ‖g_{i,l}‖² or that of another statistic, and the penalty is
+    λ Σ_{i<j} ‖m_i − m_j‖₁ [S, (P1)]. The best gain is that of each client's own best layers within its
+    budget, which is (P1)'s at λ = 0. A charge for switching layers is in the objective too; then nothing
+    is returned.
     """
-    if row["objective"] is None or row.get("held"):
+    if row["objective"] is None or row.get("held") or config.get("strategy.switching"):
         return {}
     share = config.get("strategy.solver-rounding", 0.0)
     with suppress(ValueError, SelectionError):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from statistics import fmean
 
 import numpy as np
 
@@ -55,10 +56,20 @@ class Paired:
 
 
 def differences_by_seed(runs: Sequence[RunFigures], others: Sequence[RunFigures]) -> list[float]:
-    """Return the differences of the main scores of runs with the same seed; of shares in points."""
-    theirs = {run.seed: run.metric.scale * run.value for run in others}
-    pairs = ((run.metric.scale * run.value, theirs.get(run.seed, math.nan)) for run in runs)
+    """Return the differences of the main scores of runs with the same seed; of shares in points.
+
+    Runs that repeat a seed count once, by their mean.
+    """
+    ours, theirs = (_by_seed(some) for some in (runs, others))
+    pairs = ((own, theirs.get(seed, math.nan)) for seed, own in ours.items())
     return [own - other for own, other in pairs if not math.isnan(own - other)]
+
+
+def _by_seed(runs: Sequence[RunFigures]) -> dict[int, float]:
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        found.setdefault(run.seed, []).append(run.metric.scale * run.value)
+    return {seed: fmean(values) for seed, values in found.items()}
 
 
 def paired_test(differences: Sequence[float]) -> Paired:
@@ -127,9 +138,9 @@ def seeds_needed(effect: float) -> int | None:
         return 2
     low, high = 1, 2
     while not enough(high):
-        low, high = high, 2 * high
-        if high > MOST_SEEDS:
+        if high == MOST_SEEDS:
             return None
+        low, high = high, min(2 * high, MOST_SEEDS)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -160,7 +160,10 @@ class SelectionProblem:
         consistency = data["consistency"]
         if isinstance(consistency, bool) or not isinstance(consistency, int | float):
             raise ValueError(f"consistency is {consistency!r}; expected a number")
-        return cls(**data)
+        try:
+            return cls(**{**data, "consistency": float(consistency)})
+        except OverflowError:
+            raise ValueError("the instance has a number beyond what a float holds") from None
 
     @property
     def clients(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from layerfed.report import metric_of, run_folders
+from layerfed.report.figures import score_curves
 from layerfed.runs.files import read_json, read_lines
 
 __all__ = ["mark", "overview"]
@@ -50,12 +52,8 @@ def _line(folder: Path, _mark: str) -> dict[str, Any]:
     file, metric = folder / "metrics.jsonl", metric_of(summary)
     rows = read_lines(file) if file.exists() else []
 
-    def score(row: dict[str, Any]) -> float | None:
-        found: float | None = (row.get("scores") or {}).get(metric["name"], row.get("accuracy"))
-        return found
-
-    curve = [summary["initial_accuracy"], *(score(row) for row in rows)]
-    known = [value for value in curve if value is not None]
+    curve = score_curves(summary, rows).get(metric["name"], ())
+    known = [value for _, value in curve if math.isfinite(value)]
     return {
         "status": summary["status"],
         "task": summary["task"],

@@ -461,14 +461,14 @@
     const { summary, metric, selection } = view, kind = kindOf(metric), main = view.scores[metric.name];
     const sum = values => values.reduce((a, b) => a + (b || 0), 0), traffic = view.traffic, up = sum(traffic.bytes_up), full = sum(traffic.bytes_full_up);
     const done = view.rounds.length - 1, seconds = sum(view.seconds), flops = view.flops.flops + view.flops.flops_probe;
-    const reached = main.filter(known), best = reached.length ? (metric.higher_is_better ? Math.max : Math.min)(...reached) : null;
-    const failed = sum(view.failures.map(f => f.count)), bestRound = summary.best?.round ?? view.rounds[main.indexOf(best)];
-    const rounds = view.rounds.slice(1);
+    const reached = main.filter(known), best = summary.best?.value ?? null;
+    const failed = sum(view.failures.map(f => f.count)), bestRound = summary.best?.round;
+    const rounds = view.rounds.slice(1), evaluated = Math.max(...view.rounds.map((_, i) => Object.values(view.scores).some(score => known(score[i])) ? i : 0));
 
     const intro = [
       h('p', { class: 'lead', id: 'sentence' }, view.sentence),
       numbers([
-        [`test ${metric.name}`, show(kind, reached.at(-1)), reached.length ? `best ${show(kind, best)} in round ${bestRound}` : 'not evaluated yet'],
+        [`test ${metric.name}`, show(kind, main[evaluated]), known(best) ? `best ${show(kind, best)} in round ${bestRound}` : reached.length ? '' : 'not evaluated yet'],
         ['uplink', show('bytes', up), full ? `${show('percent', up / full)} of full-model exchange` : ''],
         ['compute', show('flops', flops), `${show('percent', flops ? view.flops.flops_probe / flops : 0)} of it in probes`],
         ['time', show('seconds', seconds), done ? `${show('seconds', seconds / done)} a round` : ''],
@@ -543,7 +543,7 @@
           ['gain given up for λ', known(lost) ? `${show('number', lost < 1e-9 * row.best_gain ? 0 : lost)}${part(lost, row.best_gain)}` : null],
           ['budget that was spent', `${show('number', sum(row.spent))} of ${show('number', sum(row.budgets))} ${unitOf}`],
           ['clients that kept their masks', row.held.length ? show('whole', row.held.length) : null],
-        ]), known(row.gain) && h('p', { class: 'about' }, 'Gains are squared gradient norms. The gain given up is the difference to each client’s own best layers, which (P1) picks at λ = 0.')),
+        ]), known(row.gain) && h('p', { class: 'about' }, 'Gains are what strategy.statistic names, by default squared gradient norms. The gain given up is the difference to each client’s own best layers, which (P1) picks at λ = 0.')),
         figure('round-map', `Round ${row.round}: clients and layers`, norm ? 'A dot marks a layer that the client trained; the colour is its gradient norm. The bars show the spent part of each budget.' : 'The colour and the dot mark the layers that the client trained. The bars show the spent part of each budget.',
           heat({ rows: row.clients.map(String), columns: row.layers, value: (r, c) => norm ? row.norms[r][c] : mark(r, c) ? 1 : 0, of: norm ? 'n' : 'r', log: norm, kind: norm ? 'number' : 'percent', range: norm ? null : [0, 1],
             label: norm ? 'gradient norm' : 'trained', markName: 'trained', xlabel: 'layer', ylabel: 'client', marks: mark, cell: Math.max(7, Math.min(26, 560 / row.clients.length)), bars: { name: `budget, ${unitOf}`, whole: row.budgets, part: row.spent } }),
@@ -562,7 +562,7 @@
       has('examples') && { name: 'examples', num: true, value: r => r.examples, show: r => show('whole', r.examples) },
       has('classes') && { name: 'classes', num: true, value: r => r.classes?.filter(n => n > 0).length, show: r => show('whole', r.classes?.filter(n => n > 0).length) },
       (view.data.groups || []).length > 0 && { name: 'group', value: r => mainly(r.groups) },
-      has('score') && { name: view.clients.find(r => r.scores) ? Object.keys(view.clients.find(r => r.scores).scores)[0] : 'own accuracy', num: true, value: r => r.score, show: r => show(kind, r.score) },
+      has('score') && { name: view.clients.find(r => r.scores) ? metric.name : 'own accuracy', num: true, value: r => r.score, show: r => show(kind, r.score) },
       has('evaluated') && { name: 'after round', num: true, value: r => r.evaluated },
       { name: 'rounds', num: true, value: r => r.rounds }, { name: 'layers trained', num: true, value: r => r.layers },
       { name: 'failures', num: true, value: r => r.failures }, { name: 'uplink', num: true, value: r => r.bytes_up, show: r => show('bytes', r.bytes_up) },
@@ -573,7 +573,7 @@
 
     // Scores of parts of the test set.
     const ev = view.evaluation, groups = Object.entries(ev.groups || {}), gName = groups[0] && Object.keys(groups[0][1]).find(k => k === metric.name) || groups[0] && Object.keys(groups[0][1]).find(k => k !== 'examples');
-    const gNames = [...new Set(view.groups.flatMap(g => Object.keys(g || {})))], gKey = gNames.length && Object.keys(view.groups.find(Boolean)[gNames[0]]).find(k => k === metric.name || k !== 'examples');
+    const gNames = [...new Set(view.groups.flatMap(g => Object.keys(g || {})))], scored = gNames.length ? Object.keys(view.groups.find(Boolean)[gNames[0]]) : [], gKey = scored.find(k => k === metric.name) ?? scored.find(k => k !== 'examples');
     const bins = ev.calibration?.bins?.filter(bin => bin.examples > 0 && known(bin.accuracy)), totals = ev.confusion?.map(sum);
     const ends = bins?.length > 0 && ['confidence', 'accuracy'].map(key => extent(bins.map(bin => bin[key])));
     const perfect = ends && [Math.max(...ends.map(e => e[0])), Math.min(...ends.map(e => e[1]))];

@@ -70,7 +70,15 @@ def test_a_cell_is_its_experiment_with_budget_row_and_seed_on_top() -> None:
         ({"rows": [Row("top"), Row("top")]}, "row 'top' occurs twice"),
         (
             {"rows": [Row("a b", {"strategy.name": "top"}), Row("a-b", {"strategy.name": "snr"})]},
-            "rows 'a b' and 'a-b' would share the run folders 'a-b-…'",
+            "rows 'a b' and 'a-b' would share the run folder",
+        ),
+        (
+            {"rows": [Row("top"), Row("top-R1", {"strategy.name": "full"})]},
+            "rows 'top' and 'top-R1' would share the run folder",
+        ),
+        (
+            {"budgets": [Budget.parse("4000001"), Budget.parse("4000001.0")]},
+            "budget '4000001.0' occurs twice",
         ),
         ({"budgets": [Budget.parse("1"), Budget.parse("1.0")]}, "budget '1' occurs twice"),
         (
@@ -84,8 +92,13 @@ def test_what_cannot_be_told_apart_or_is_not_there_is_refused(
     changed: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        plan(**changed)
+        plan(**changed).cells(Path("runs"))
     assert says in str(refused.value)
+
+
+def test_budgets_that_differ_in_the_seventh_digit_have_names_of_their_own() -> None:
+    names = [Budget.parse(text).name for text in ("4000001", "4000002", "48e6", "2")]
+    assert names == ["4000001.0", "4000002.0", "4.8e+07", "2"]
 
 
 def test_an_impossible_run_is_named() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from layerfed.report.significance import Paired, holm, paired_test, seeds_needed
+from layerfed.exchange.scores import ACCURACY
+from layerfed.report.significance import (
+    Paired,
+    differences_by_seed,
+    holm,
+    paired_test,
+    seeds_needed,
+)
 
 DIFFERENCES = [1.2, -0.4, 2.2, 0.9, 1.7]
 
@@ -76,3 +85,19 @@ def test_p_is_corrected_for_the_number_of_tests() -> None:
     assert [test.p_holm for test in holm(tests)[:4]] == pytest.approx([0.03, 0.04, 0.04, 0.02])
     assert math.isnan(holm(tests)[4].p_holm)
     assert holm([Paired(3, 0, 0, 0, 0.9, 1.0)] * 2)[0].p_holm == 1.0
+
+
+def run_of(seed: int, value: float) -> Any:
+    return SimpleNamespace(seed=seed, metric=ACCURACY, value=value)
+
+
+def test_runs_that_repeat_a_seed_are_one_pair() -> None:
+    ours = [run_of(0, 0.5), run_of(0, 0.7), run_of(1, 0.4)]
+    theirs = [run_of(0, 0.2), run_of(0, 0.4), run_of(1, 0.4), run_of(2, 0.9)]
+    assert differences_by_seed(ours, theirs) == pytest.approx([30.0, 0.0])
+    assert differences_by_seed(theirs, ours) == pytest.approx([-30.0, 0.0])
+
+
+def test_the_most_seeds_are_what_is_documented() -> None:
+    assert seeds_needed(0.01) == pytest.approx(78_490, rel=1e-3)
+    assert seeds_needed(0.008) is None
