@@ -148,7 +148,12 @@ class Output:
             pictures.append(draw_terms(sections, self._file("-theory.png")))
         return [
             *pictures,
-            write_page(comparison_view(self._plan.title, sections), self._file(".html")),
+            write_page(
+                comparison_view(
+                    self._plan.title, sections, reference=self._plan.reference or "ilp"
+                ),
+                self._file(".html"),
+            ),
         ]
 
     def _file(self, ending: str) -> Path:

@@ -125,9 +125,15 @@ def _section(runs: Sequence[tuple[RunFigures, Mapping[str, Any]]]) -> Section:
 
 
 def comparison_view(
-    title: str, sections: Sequence[Section], left_out: Sequence[tuple[str, str]] = ()
+    title: str,
+    sections: Sequence[Section],
+    left_out: Sequence[tuple[str, str]] = (),
+    reference: str = "ilp",
 ) -> dict[str, Any]:
-    """Return the page's data for runs that are arranged by experiment, entry and seed."""
+    """Return the page's data for runs that are arranged by experiment, entry and seed.
+
+    The page opens with the differences to the first entry whose name begins with `reference`.
+    """
     shown = [section for section in sections if any(section.runs.values())]
     runs = [run for section in shown for found in section.runs.values() for run in found]
     seeds = sorted({run.seed for run in runs})
@@ -135,6 +141,7 @@ def comparison_view(
     return {
         "kind": "comparison",
         "title": title,
+        "reference": reference,
         "sentence": f"{len(runs)} runs: {entries} entries in {len(shown)} "
         f"{'experiment' if len(shown) == 1 else 'experiments'}, seeds {', '.join(map(str, seeds))}. "
         "The best mean need not be better than the others: look at the differences paired by seed.",

@@ -644,7 +644,7 @@
     const spread = (entry, key, how) => { const v = entry.runs.map(r => r[key]).filter(known); return v.length ? around(how, v) : '–'; };
     const of = key => entry => { const v = entry.runs.map(r => r[key]).filter(known); return v.length ? mean(v) : null; };
     const number = new Map(entries.map((entry, n) => [entry.name, n]));
-    const reference = entries.find(e => e.name === state.reference) || entries.find(e => e.name.startsWith('ilp')) || entries[0];
+    const reference = entries.find(e => e.name === state.reference) || entries.find(e => e.name.startsWith(view.reference)) || entries[0];
     const paired = entries.filter(e => e !== reference).map(entry => ({ name: entry.name, look: number.get(entry.name), points: entry.runs.flatMap(run => {
       const other = reference.runs.find(r => r.seed === run.seed);
       return other && known(run.score) && known(other.score) ? [{ value: run.score - other.score, name: `seed ${run.seed}` }] : [];
