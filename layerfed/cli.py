@@ -270,36 +270,33 @@ def _plan(
         parse_seeds,
         refuse_grid_keys,
     )
+    from layerfed.config.section import words
     from layerfed.strategies import STRATEGIES
 
-    words = list(settings or [])
-    overrides = [word for word in words if "=" in word]
+    given = list(settings or [])
+    overrides = [word for word in given if "=" in word]
     refuse_grid_keys((parse_override(word)[0] for word in overrides), "command line")
-    file = shipped(Path(words[0])) if words and "=" not in words[0] else None
+    file = shipped(Path(given[0])) if given and "=" not in given[0] else None
     if file is not None and is_table_file(file):
         for option, value in (("--strategies", strategies), ("--budgets", budgets)):
             if value:
                 raise ConfigError(f"{option} {value}: {file} has rows and budgets of its own")
-        numbers = parse_seeds(_words(seeds))
-        return load_plan(file, words[1:], seeds=numbers, only=_words(only)), Path("runs/tables")
+        numbers = parse_seeds(words(seeds))
+        return load_plan(file, given[1:], seeds=numbers, only=words(only)), Path("runs/tables")
     if only:
         raise ConfigError(f"--only {only} is for table files, which have several experiments")
     base = read_settings(settings).simulated()
-    names = _words(strategies) or list(STRATEGIES)
+    names = words(strategies) or list(STRATEGIES)
     plan = Plan(
         name="table",
         title=f"{base.task.name}: strategies compared",
         rows=[Row(name) for name in names],
-        budgets=[Budget.parse(budget) for budget in _words(budgets or "1,2")],
+        budgets=[Budget.parse(budget) for budget in words(budgets or "1,2")],
         experiments=[Experiment(base.task.name, base.task.name, base)],
-        seeds=parse_seeds(_words(seeds or "0,1,2")),
+        seeds=parse_seeds(words(seeds or "0,1,2")),
         reference="ilp" if "ilp" in names else "",
     )
     return plan, Path("runs/compare")
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 @app.command()

@@ -29,7 +29,13 @@ __all__ = [
     "nearest_key",
     "parse_override",
     "section_keys",
+    "words",
 ]
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return what a setting lists, separated by commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -32,6 +32,7 @@ from torch import nn
 
 from layerfed.config import ConfigError, ModelConfig
 from layerfed.config.errors import naming_extras
+from layerfed.config.section import words
 from layerfed.config.seeding import Stream
 from layerfed.models.factors import OWN, SHARED, adapted_weight, factor_pairs
 from layerfed.models.layers import LayerMap
@@ -206,7 +207,7 @@ def _targets(
     advice = (
         f"the modules of this model's blocks that can be adapted are: {has} (model.lora-targets)"
     )
-    wanted = [part.strip() for part in section.lora_targets.split(",") if part.strip()]
+    wanted = words(section.lora_targets)
     for part in wanted:
         if not any(_ends_with(name, part) for name in found):
             raise ConfigError(f"model.lora-targets = '{part}' names nothing to adapt; {advice}")

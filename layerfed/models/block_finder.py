@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from layerfed.config.section import words
 from layerfed.models.trace import Trace
 
 __all__ = [
@@ -108,7 +109,7 @@ def match_blocks(model: nn.Module, patterns: str, key: str = "model.blocks") -> 
     LayerMapError
         If a pattern matches nothing, or matches a module and another one inside it.
     """
-    wanted = [p.strip() for p in patterns.split(",") if p.strip()]
+    wanted = words(patterns)
     if not wanted:
         raise LayerMapError(
             f"{key} = '{patterns}' names nothing; give a pattern, as in 'encoder.layer.*', or "
@@ -149,9 +150,8 @@ def match_tensors(model: nn.Module, given: str | Sequence[str], key: str) -> lis
     parameters = model.named_parameters(remove_duplicate=False)
     buffers = model.named_buffers(remove_duplicate=False)
     names = [name for name, _ in (*modules, *parameters, *buffers) if name]
-    wanted = [part.strip() for part in (given.split(",") if isinstance(given, str) else given)]
     found: list[str] = []
-    for pattern in filter(None, wanted):
+    for pattern in words(given) if isinstance(given, str) else given:
         matched = [name for name in names if _rule(pattern).fullmatch(name)]
         if not matched:
             raise LayerMapError(

@@ -17,6 +17,7 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from layerfed.config.section import words
 from layerfed.models.block_finder import (
     LayerMapError,
     find_blocks,
@@ -263,7 +264,7 @@ class LayerMap:
         """
         trained = [layer.name for layer in self.layers[1:]]
         found: set[str] = set()
-        for pattern in (part.strip() for part in personal.split(",") if part.strip()):
+        for pattern in words(personal):
             names = fnmatch.filter(trained, pattern)
             if not names:
                 raise LayerMapError(

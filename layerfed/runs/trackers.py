@@ -23,7 +23,7 @@ from flwr.common.logger import log
 
 from layerfed.config import ConfigError, RunConfig, nearest
 from layerfed.config.errors import naming_extras
-from layerfed.config.section import imported
+from layerfed.config.section import imported, words
 from layerfed.runs.files import read_json, write_json
 from layerfed.runs.folder import metrics_line
 from layerfed.runs.records import Observer, RoundRecord
@@ -310,7 +310,7 @@ def load_trackers(config: RunConfig) -> list[Callable[[Path, RunConfig], Observe
     from importlib import import_module
 
     found: list[Callable[[Path, RunConfig], Observer]] = []
-    for name in filter(None, (word.strip() for word in config.run.trackers.split(","))):
+    for name in words(config.run.trackers):
         if ":" in name:
             own = imported(name, "run.trackers")
             if not (isinstance(own, type) and issubclass(own, Observer)):

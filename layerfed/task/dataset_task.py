@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from torch import Tensor
 
 from layerfed.config import ConfigError, nearest
+from layerfed.config.section import words
 from layerfed.digests import content_digest
 from layerfed.models.block_finder import some
 from layerfed.runs.files import read_json
@@ -27,7 +28,6 @@ from layerfed.task.loading import (
     pick_columns,
     pick_splits,
     require_type,
-    words,
 )
 from layerfed.task.names import NameReader, names_in
 from layerfed.task.partition import partition_indices

@@ -27,12 +27,13 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError, RunConfig
+from layerfed.config.section import words
 from layerfed.exchange.scores import Score
 from layerfed.models.source import require
 from layerfed.models.text import build_language_model, reading_limits, tokenizer_key
 from layerfed.task.base import Batch, Examples
 from layerfed.task.dataset_task import Columns, Encoder, Table
-from layerfed.task.loading import Part, pick_columns, words
+from layerfed.task.loading import Part, pick_columns
 from layerfed.task.names import names_in
 from layerfed.task.scoring import IGNORED, CausalLM, Generation
 from layerfed.task.text import TextTask, filled, plain_text, token_features, tokens_with_meaning

@@ -37,6 +37,7 @@ from filelock import FileLock
 from PIL import Image as Pixels
 
 from layerfed.config import ConfigError
+from layerfed.config.section import words
 from layerfed.models.block_finder import some
 
 __all__ = [
@@ -59,7 +60,6 @@ __all__ = [
     "pick_columns",
     "pick_splits",
     "require_type",
-    "words",
 ]
 
 # Kinds of tables, by suffix; those with a separator are read here, as text.
@@ -95,11 +95,6 @@ class Part:
     rows: Dataset
     where: str
     group: str = ""
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Split a setting at its commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def local_path(data: str) -> Path | None:

@@ -21,6 +21,7 @@ from datasets import Dataset, Features, Value
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
+from layerfed.config.section import words
 from layerfed.models.text import build_choice_model, tokenizer_key
 from layerfed.task.base import Batch, Inputs
 from layerfed.task.dataset_task import FORMAT, Encoder
@@ -34,7 +35,6 @@ from layerfed.task.loading import (
     load_splits,
     local_path,
     pick_splits,
-    words,
 )
 from layerfed.task.text import TextTask, padded, token_features, tokenised
 

@@ -22,6 +22,7 @@ from datasets import Dataset
 from torch import nn
 
 from layerfed.config import ConfigError
+from layerfed.config.section import words
 from layerfed.models.text import build_text_classifier
 from layerfed.task.loading import (
     TEST_SPLITS,
@@ -32,7 +33,6 @@ from layerfed.task.loading import (
     load_splits,
     local_path,
     pick_splits,
-    words,
 )
 from layerfed.task.text import TextTask
 
