@@ -330,17 +330,20 @@ def test_a_malformed_answer_is_refused_and_the_round_goes_on(
     assert found.rounds[0].replies == 4
 
 
-def test_a_sum_that_makes_no_sense_fails_the_round() -> None:
-    def overflow(message: Message, reply: Message) -> None:
+@pytest.mark.parametrize("more", [2**30, 1, 2**32 - 1], ids=["far more", "one more", "one fewer"])
+def test_a_sum_that_states_other_examples_fails_the_round(more: int) -> None:
+    """With fewer a client would multiply everybody's mean."""
+
+    def change(message: Message, reply: Message) -> None:
         arrays = reply.content.array_records["arrays"]
         vector = arrays[PADDED].numpy()
-        vector[-1] += np.uint32(2**30)
+        vector[-1:] += np.uint32(more)
         arrays[PADDED] = encode(vector)
 
     config = secure("strategy.name=top")
     victim = min(run(plain("strategy.name=top"), 1).masks(1))
     with pytest.raises(RoundFailed, match="broke the protocol: it states"):
-        run(config, 1, Recorded(config, tampering(overflow, "train", victim)))
+        run(config, 1, Recorded(config, tampering(change, "train", victim)))
 
 
 def test_an_update_is_not_sent_in_the_clear_where_the_run_is_secure() -> None:
