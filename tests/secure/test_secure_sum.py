@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerfed.config.secagg import SMALLEST
 from tests.secure.rounds import Round, made
 
 
@@ -16,7 +17,7 @@ from tests.secure.rounds import Round, made
 def dropouts(draw: st.DrawFn) -> tuple[int, int, list[set[int]], int]:
     """Clients, threshold, who leaves before each phase (by position), and a seed."""
     count = draw(st.integers(3, 8))
-    threshold = draw(st.integers(count // 2 + 1, count))
+    threshold = draw(st.integers(max(SMALLEST, count // 2 + 1), count))
     gone = draw(st.permutations(range(count)))[: draw(st.integers(0, count - threshold))]
     phase = [draw(st.integers(0, 2)) for _ in gone]
     leaving = [{c for c, when in zip(gone, phase, strict=True) if when == p} for p in range(3)]
