@@ -274,7 +274,9 @@ def _batches(
     bench = node.bench
     seed, number, partition = bench.config.run.seed, instruction.round, node.partition
     rng = generator(seed, Stream.TRAIN, number, partition)
-    torch.manual_seed(torch_seed(seed, Stream.TRAIN, number, partition))  # dropout
+    # For dropout. To seed every kind of device takes a millisecond.
+    device = torch.default_generator if bench.device.type == "cpu" else torch
+    device.manual_seed(torch_seed(seed, Stream.TRAIN, number, partition))
     examples, _ = bench.examples(partition)
     # Images are changed one by one, which the processor does faster than a GPU.
     place = torch.device("cpu") if settings.augment != "none" else bench.device
