@@ -40,13 +40,6 @@ class PrivacyConfig(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if self.mode == "none" and value not in ("none", field.default):
-                raise ConfigError(
-                    f"privacy.{name.replace('_', '-')} = {value:g} does nothing under privacy.mode = "
-                    f"'none'; choose the mode central or local, or leave it at {field.default:g}"
-                )
         refuse_half("privacy.statistics-", self.statistics_clip, self.statistics_noise)
         return self
 

@@ -51,6 +51,21 @@ Storage = Literal["checkpoint", "float32", "bfloat16", "float16", "int8", "4bit"
 # Libraries of models, which `model.name` begins with, and what their models read.
 FAMILIES = {"layerfed": "image", "open_clip": "image", "timm": "image", "transformers": "text"}
 Positive = Annotated[int, Field(ge=1)]
+_LORA = ("lora-rank", "lora-alpha", "lora-targets", "lora-dropout", "personal-rank")
+_PRIVACY = ("clip", "noise", "delta", "statistics-clip", "statistics-noise")
+# A setting, values of it, and the other ones of its section that are read with these values only.
+READ_WITH = {
+    ("model.tuning", ("lora",)): _LORA,
+    ("train.lr-schedule", ("step",)): ("lr-decay", "lr-step"),
+    ("train.optimizer", ("sgd",)): ("momentum",),
+    ("train.skip", ("random", "substack")): ("skip-rate",),
+    ("server.lr-schedule", ("step",)): ("lr-decay", "lr-step"),
+    ("server.aggregation", ("trimmed-mean",)): ("trim",),
+    ("server.optimizer", ("momentum", "adam", "yogi")): ("momentum",),
+    ("server.optimizer", ("adam", "yogi")): ("beta2", "tau"),
+    ("privacy.mode", ("central", "local")): _PRIVACY,
+    ("secagg.enabled", (True,)): ("threshold", "range"),
+}
 # Clients of a federation that LayerFed makes itself, if the configuration states no number.
 SIMULATED_CLIENTS = 10
 
@@ -156,14 +171,6 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _adapters(self) -> Self:
-        fields = type(self).model_fields
-        for name in (name for name in fields if name.startswith(("lora_", "personal_rank"))):
-            value = getattr(self, name)
-            if self.tuning == "layers" and value != fields[name].default:
-                raise ConfigError(
-                    f"model.{name.replace('_', '-')} = {value!r} has no use for model.tuning = "
-                    "'layers'; leave it out, or choose model.tuning=lora"
-                )
         if self.tuning == "lora" and self.batch_norm == "trained":
             raise ConfigError(
                 "model.batch-norm = 'trained' goes with model.tuning = 'layers' only: adapters leave "
@@ -344,16 +351,6 @@ class Scheduled(Section):
     lr_step: Positive = 1
     lr_warmup: Annotated[int, Field(ge=0)] = 0
 
-    @model_validator(mode="after")
-    def _one_schedule(self) -> Self:
-        unread = {"lr-decay": self.lr_decay, "lr-step": self.lr_step}
-        if self.lr_schedule != "step" and (given := [key for key in unread if unread[key] != 1]):
-            raise ConfigError(
-                f"{self.key}.{given[0]} = {unread[given[0]]:g} has no use for {self.key}.lr-schedule "
-                f"= '{self.lr_schedule}'; leave it out, or choose 'step'"
-            )
-        return self
-
     def factor(self, number: int, rounds: int) -> float:
         """Return what `lr` is multiplied by in a round.
 
@@ -438,11 +435,6 @@ class TrainConfig(Scheduled):
                 f"train.local-steps = {self.local_steps} and train.local-epochs = "
                 f"{self.local_epochs}: set exactly one of them above 0, the other to 0"
             )
-        if self.optimizer == "adamw" and self.momentum > 0:
-            raise ConfigError(
-                f"train.momentum = {self.momentum:g} goes with train.optimizer = 'sgd' only; "
-                "adamw has its own"
-            )
         return self
 
     def steps(self, examples: int) -> int:
@@ -514,6 +506,21 @@ class RunConfig(Section):
     privacy: PrivacyConfig = PrivacyConfig()
     secagg: SecAggConfig = SecAggConfig()
     run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _read(self) -> Self:
+        for (other, values), names in READ_WITH.items():
+            section, _, switch = other.partition(".")
+            own: Section = getattr(self, section)
+            chosen = getattr(own, switch.replace("-", "_"))
+            given = own.model_dump(by_alias=True, exclude_defaults=True)
+            if chosen not in values and (unread := [name for name in names if name in given]):
+                right = " or ".join(str(value).lower() for value in values)
+                raise ConfigError(
+                    f"{section}.{unread[0]} = {given[unread[0]]!r} has no use for {other} = {chosen!r}; "
+                    f"leave it out, or choose {other}={right}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _private(self) -> Self:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from layerfed.config import ConfigError, RunConfig, load_config, parse_override
+from layerfed.config import ConfigError, RunConfig, Scalar, load_config, parse_override
+from layerfed.config.run import READ_WITH
 from layerfed.strategies import STRATEGIES, checked
 from scripts.generate import defaults, generated, shipped, words
 
@@ -148,10 +150,42 @@ def test_wrong_settings_give_one_clear_line(override: str, says: list[str]) -> N
     assert [text for text in says if text not in message] == []
 
 
-@pytest.mark.parametrize("other", ["constant", "cosine"])
-def test_a_decay_that_a_schedule_does_not_read_is_refused(other: str) -> None:
-    with pytest.raises(ConfigError, match=r"^server\.lr-decay = 0.5 has no use .* = '" + other):
-        load_config(None, ["server.lr-decay=0.5", f"server.lr-schedule={other}"])
+# For each setting that is not always read a value other than its default.
+GIVEN = {
+    **{"model.lora-rank": 4, "model.lora-alpha": 8, "model.lora-targets": "qkv"},
+    **{"model.lora-dropout": 0.1, "model.personal-rank": 2, "train.skip-rate": 0.25},
+    **{"train.lr-decay": 0.5, "train.lr-step": 2, "train.momentum": 0.9, "server.trim": 0.2},
+    **{"server.lr-decay": 0.5, "server.lr-step": 2, "server.momentum": 0.5, "server.beta2": 0.9},
+    **{"server.tau": 0.1, "privacy.clip": 0.5, "privacy.noise": 1, "privacy.delta": 1e-6},
+    **{"privacy.statistics-clip": 1, "privacy.statistics-noise": 1, "secagg.threshold": 0.8},
+    "secagg.range": 4,
+}
+WITHOUT = {"train.lr-schedule": "cosine", "server.lr-schedule": "constant"}
+WITHOUT |= {"train.optimizer": "adamw"}
+ALSO = {
+    "model.personal-rank": ["task.local-test=0.2"],
+    "privacy.statistics-clip": ["privacy.statistics-noise=1"],
+    "privacy.statistics-noise": ["privacy.statistics-clip=1"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "values"),
+    [
+        (f"{other.partition('.')[0]}.{name}", other, values)
+        for (other, values), names in READ_WITH.items()
+        for name in names
+    ],
+)
+def test_what_nothing_reads_is_refused(key: str, other: str, values: Sequence[Scalar]) -> None:
+    given = [f"{key}={GIVEN[key]}", *ALSO.get(key, [])]
+    without = WITHOUT.get(other, RunConfig().to_flat()[other])
+    begins = key.partition("-")[0]  # both halves of a bound on statistics are there
+    with pytest.raises(ConfigError, match=rf"^{begins}.* has no use for {other} = .*{without}"):
+        load_config(None, [*given, f"{other}={without}"])
+    for value in values:
+        config = load_config(None, [*given, f"{other}={value}"])
+        assert config.to_flat()[key] == GIVEN[key]
 
 
 @pytest.mark.parametrize(
@@ -261,13 +295,6 @@ def test_central_noise_goes_with_the_mean_only(setting: str, says: list[str]) ->
         load_config(None, ["privacy.mode=central", setting])
     assert [text for text in says if text not in str(caught.value)] == []
     load_config(None, ["privacy.mode=local", setting])
-
-
-@pytest.mark.parametrize("setting", ["clip=0.5", "delta=1e-6", "noise=1", "statistics-clip=1"])
-def test_what_does_nothing_without_privacy_is_refused(setting: str) -> None:
-    key = setting.partition("=")[0]
-    with pytest.raises(ConfigError, match=rf"privacy\.{key} = .* does nothing under privacy.mode"):
-        load_config(None, [f"privacy.{setting}"])
 
 
 def test_keys_may_have_underscores(tmp_path: Path) -> None:

@@ -224,11 +224,6 @@ class FusedTask(TinyTask):
         return nn.Sequential(nn.Linear(5, 8), nn.Sequential(*blocks), nn.Linear(8, 3))
 
 
-def test_settings_of_adapters_need_adapters() -> None:
-    with pytest.raises(ConfigError, match=r"model\.lora-rank = 4 has no use for model\.tuning"):
-        configured(TINY, "model.lora-rank=4")
-
-
 def products(rule: str, settings: tuple[str, ...] = ()) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return B·A of each adapter after a rule's aggregation, beside Σ_i p_i B_i·A_i."""
     resident = workbench(lora(TINY, *settings).to_flat()).resident
