@@ -190,6 +190,7 @@ def test_a_run_that_was_asked_to_stop_goes_on(
         patch.setattr(SelectiveStrategy, "start", stopped)
         folder = run_on("inprocess", config)
     assert [row["round"] for row in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert "stopped" in (folder / "report.html").read_text()
     found = latest_checkpoint(folder)
     assert found is not None
     assert found.round == 3

@@ -255,6 +255,22 @@ def test_a_store_touches_no_file_of_others(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("?" * 32 + ".safetensors"))) == 1
 
 
+def test_a_layer_whose_file_is_another_users_is_read_and_kept(
+    folder: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may read a file need not be allowed to set its time."""
+
+    def refuse(file: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", file)
+
+    name, tensors = layer(1)
+    folder.put(name, tensors, keep=[])
+    monkeypatch.setattr(os, "utime", refuse)
+    folder.put(name, tensors, keep=[])
+    assert folder.get(name) is not None
+    assert kept(folder) == {name}
+
+
 def test_what_a_client_remembers_is_not_evicted_for_layers(tmp_path: Path) -> None:
     """Nobody else has its personal layers; a month later the run is over."""
     store = FolderStore(tmp_path, 1)

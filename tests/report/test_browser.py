@@ -34,7 +34,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 settings=[f"strategy.name={strategy}"],
             )
     sections, _ = sections_of(run_folders(root / "several"))
-    write_page(comparison_view(f"several {EVIL}", sections), root / "comparison.html")
+    view = comparison_view(f"several {EVIL}", sections, reference="random")
+    write_page(view, root / "comparison.html")
     return root
 
 
@@ -211,6 +212,7 @@ def test_a_comparison_sorts_and_pairs_with_the_chosen_entry(comparison_page: Pag
     page.locator("#results-table-sort-0").click()
     names = page.locator("#results-table tbody th").all_inner_texts()
     assert names == ["ilp", "random", "top"]
+    assert page.locator("#paired h3").inner_text() == "Differences to random, paired by seed"
     page.locator("#reference").select_option(label="top")
     assert page.locator("#paired h3").inner_text() == "Differences to top, paired by seed"
     with saved(page, "paired-csv").open() as file:
