@@ -18,7 +18,7 @@ from layerfed.config import (
     refuse_different_masks,
     section_keys,
 )
-from layerfed.strategies.base import Masks, RoundSettings, SelectiveStrategy
+from layerfed.strategies.base import Masks, SelectiveStrategy
 from layerfed.strategies.both import Both
 from layerfed.strategies.bottom import Bottom
 from layerfed.strategies.cyclic import Cyclic
@@ -33,6 +33,7 @@ from layerfed.strategies.ilp import ILP
 from layerfed.strategies.random import Random
 from layerfed.strategies.ranks import Ranks
 from layerfed.strategies.rgn import RGN
+from layerfed.strategies.settings import RoundSettings
 from layerfed.strategies.snr import SNR
 from layerfed.strategies.top import Top
 
