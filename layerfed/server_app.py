@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -219,6 +219,11 @@ def _run(
     trackers = load_trackers(config)  # refused before anything is written
     bench = workbench(context.run_config)
     test, data = bench.task.test_examples(), bench.task.fingerprint()
+    if not isinstance(test, Examples) or not len(test):
+        raise ConfigError(
+            f"task.name = '{config.task.name}' has no test set: test_examples() should return Examples, "
+            f"one at least; it returns {test if isinstance(test, Examples) else type(test).__name__}"
+        )
     if not config.federation.clients:
         config = config.of_size(federation_size(grid, config.federation.timeout))
     config = checked(config)
@@ -323,7 +328,10 @@ def _end(folder: Path, observers: Sequence[Observer]) -> None:
     """Tell observers that a run is over, with the status in its folder."""
     status = read_json(folder / "summary.json")["status"]
     for observer in observers:
-        observer.on_close(status)
+        try:
+            observer.on_close(status)
+        except Exception as error:  # the run is over, and others are told still
+            log(WARNING, "%s: %s", type(observer).__name__, error)
 
 
 def _to_resume(config: RunConfig, bench: Workbench, data: str) -> Checkpoint | None:
@@ -354,9 +362,17 @@ def _data(config: RunConfig, task: Task, engine: str) -> dict[str, Any]:
 
 def _result(task: Task, number: int, evaluation: Evaluation) -> dict[str, Any]:
     """Return what is reported of the final model on the test set."""
-    groups = {"groups": evaluation.groups} if evaluation.groups else {}
-    details = evaluation.tally.details(task.classes)
-    return {"round": number, "scores": evaluation.scores, **details, **groups}
+    groups = {name: finite(scores) for name, scores in evaluation.groups.items()}
+    details = evaluation.tally.details(task.classes) | ({"groups": groups} if groups else {})
+    return {"round": number, "scores": finite(evaluation.scores), **details}
+
+
+def finite(scores: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return scores with None for those that are not finite, which JSON has no word for."""
+    return {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in scores.items()
+    }
 
 
 def _evaluation(
@@ -385,11 +401,10 @@ def _evaluation(
         )
         found.clear()
         found[server_round] = evaluation
-        strategy.round.record.groups = evaluation.groups
-        known = {
-            name: float(value) for name, value in evaluation.scores.items() if value is not None
-        }
-        return MetricRecord({name: value for name, value in known.items() if math.isfinite(value)})
+        groups = {name: finite(scores) for name, scores in evaluation.groups.items()}
+        strategy.round.record.groups = groups
+        known = finite(evaluation.scores)
+        return MetricRecord({name: float(v) for name, v in known.items() if v is not None})
 
     return evaluate_globally
 

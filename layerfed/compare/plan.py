@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from layerfed.config import ConfigError, Flat, RunConfig
-from layerfed.strategies import checked, load_strategy
+from layerfed.config import ConfigError, Flat, RunConfig, section_keys
+from layerfed.strategies import checked, load_strategy, option_keys
 
 __all__ = ["Budget", "Cell", "Experiment", "Plan", "Row", "Show", "parse_seeds", "refuse_grid_keys"]
 
@@ -228,33 +228,41 @@ class Plan:
             for seed in self.seeds
             for row in self.rows
             for budget in (self.budgets if row.within_budget else [None])
-            if (cell := _cell(experiment, row, budget, seed, directory)) is not None
+            if (cell := self._cell(experiment, row, budget, seed, directory)) is not None
         ]
         _apart(found)
         return found
 
+    def _cell(
+        self, experiment: Experiment, row: Row, budget: Budget | None, seed: int, directory: Path
+    ) -> Cell | None:
+        middle = "" if budget is None else f"-R{budget.name}"
+        name = f"{row.folder}{middle}-seed{seed}".replace("+", "")
+        settings = {
+            "strategy.name": row.strategy,
+            **({} if budget is None else budget.settings),
+            **row.settings,
+            "run.seed": seed,
+            "run.dir": str(directory / experiment.folder),
+            "run.name": name,
+        }
+        try:
+            strategy = load_strategy(row.strategy)
+            # An option of a user's own strategy has no meaning to other rows.
+            read = {*section_keys(strategy.Options, "strategy."), *option_keys()}
+            unread = self._own_options() - read
+            base = {k: v for k, v in experiment.base.to_flat().items() if k not in unread}
+            config = RunConfig.from_flat(base | settings)
+            if not strategy.exists(config):
+                return None
+            config = checked(config)
+        except ConfigError as error:
+            raise ConfigError(f"{experiment.name}/{name}: {error}") from None
+        return Cell(experiment.name, row.name, budget.name if budget else None, seed, config)
 
-def _cell(
-    experiment: Experiment, row: Row, budget: Budget | None, seed: int, directory: Path
-) -> Cell | None:
-    middle = "" if budget is None else f"-R{budget.name}"
-    name = f"{row.folder}{middle}-seed{seed}".replace("+", "")
-    flat = experiment.base.to_flat() | {
-        "strategy.name": row.strategy,
-        **({} if budget is None else budget.settings),
-        **row.settings,
-        "run.seed": seed,
-        "run.dir": str(directory / experiment.folder),
-        "run.name": name,
-    }
-    try:
-        config = RunConfig.from_flat(flat)
-        if not load_strategy(row.strategy).exists(config):
-            return None
-        config = checked(config)
-    except ConfigError as error:
-        raise ConfigError(f"{experiment.name}/{name}: {error}") from None
-    return Cell(experiment.name, row.name, budget.name if budget else None, seed, config)
+    def _own_options(self) -> set[str]:
+        strategies = [load_strategy(row.strategy) for row in self.rows if ":" in row.strategy]
+        return {key for own in strategies for key in section_keys(own.Options, "strategy.")}
 
 
 def _distinct(kind: str, names: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ from layerfed.config import (
     flatten,
     load_config,
     nearest,
-    parse_override,
+    overridden,
     shipped,
 )
 from layerfed.report import PAPER_COSTS
@@ -75,7 +75,7 @@ class _Table(_Strict):
 def is_table_file(file: Path) -> bool:
     """Return whether a file is a table file and not a run's configuration."""
     try:
-        table = tomllib.loads(shipped(file).read_text(encoding="utf-8"))
+        table = tomllib.loads(shipped(file).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
         return False  # reading it as a configuration gives the error
     return bool({"rows", "experiments"} & table.keys())
@@ -94,7 +94,8 @@ def load_plan(
     ----------
     file : Path
     overrides : Sequence[str]
-        `key=value` settings on top of every experiment's configuration; rows come on top of them.
+        `key=value` settings on top of every experiment's configuration, of which no row may have another
+        value.
     seeds : Sequence[int]
         Seeds to use instead of the file's.
     only : Sequence[str]
@@ -107,7 +108,7 @@ def load_plan(
     """
     file = shipped(file)
     try:
-        table = _Table.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        table = _Table.model_validate(tomllib.loads(file.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
         known = [*_Table.model_fields, *(f"experiments.*.{k}" for k in _Experiment.model_fields)]
         raise ConfigError(f"{file}: {explain(error, known)}") from None
@@ -117,6 +118,12 @@ def load_plan(
             f"{', '.join(table.experiments)}{nearest(unknown[0], table.experiments)}"
         )
     rows = [_row(name, settings, file) for name, settings in table.rows.items()]
+    for key, value in overridden(overrides).items():
+        if own := [row.name for row in rows if row.settings.get(key, value) != value]:
+            raise ConfigError(
+                f"{key} = {value!r}: rows of {file} have their own ({', '.join(own)}); leave it out, or "
+                "change it there"
+            )
     budgets = [Budget.parse(budget) for budget in table.budgets]
     plan = Plan(
         name=file.stem,
@@ -158,9 +165,7 @@ def _experiment(
     refuse_grid_keys(settings, f"{file}: experiment '{name}'")
     try:
         base = RunConfig.from_flat(
-            load_config(file.parent / section.conf).to_flat()
-            | settings
-            | dict(parse_override(text) for text in overrides)
+            load_config(file.parent / section.conf).to_flat() | settings | overridden(overrides)
         ).simulated()
     except ConfigError as error:
         raise ConfigError(f"experiment '{name}': {error}") from None

@@ -3,7 +3,7 @@
 from layerfed.config.node import NodeConfig
 from layerfed.config.paths import expanded
 from layerfed.config.privacy import PrivacyConfig
-from layerfed.config.reading import flatten, load_config, shipped
+from layerfed.config.reading import flatten, load_config, overridden, shipped
 from layerfed.config.run import (
     FAMILIES,
     BudgetConfig,
@@ -60,6 +60,7 @@ __all__ = [
     "load_config",
     "nearest",
     "nearest_key",
+    "overridden",
     "parse_override",
     "refuse_different_masks",
     "refuse_with_secagg",

@@ -12,17 +12,29 @@ from layerfed.config.errors import ConfigError
 from layerfed.config.run import RunConfig, text_keys
 from layerfed.config.section import parse_override
 
-__all__ = ["flatten", "load_config", "shipped"]
+__all__ = ["flatten", "load_config", "overridden", "shipped"]
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested TOML tables to dotted keys."""
+    """Flatten nested TOML tables to dotted keys; an underscore in a key is a dash."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{key}".replace("_", "-")] = value
+    return flat
+
+
+def overridden(texts: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of a command line, which are `key=value` each."""
+    flat: dict[str, Any] = {}
+    for text in texts:
+        key, value = parse_override(text)
+        key = key.replace("_", "-")
+        # A name stays as it is written: 1.10 is no 1.1.
+        written = text.partition("=")[2].strip()
+        flat[key] = written if key in text_keys() and not isinstance(value, str) else value
     return flat
 
 
@@ -63,11 +75,5 @@ def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
             raise ConfigError(f"{file} is not valid {kind}: {error}") from None
         if not isinstance(table, dict):
             raise ConfigError(f"{file} holds no table of settings, but a {type(table).__name__}")
-        flat = {key.replace("_", "-"): value for key, value in flatten(table).items()}
-    for override in overrides:
-        key, value = parse_override(override)
-        key = key.replace("_", "-")
-        # A name stays as it is written: 1.10 is no 1.1.
-        written = override.partition("=")[2].strip()
-        flat[key] = written if key in text_keys() and not isinstance(value, str) else value
-    return RunConfig.from_flat(flat)
+        flat = flatten(table)
+    return RunConfig.from_flat(flat | overridden(overrides))

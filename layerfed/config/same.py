@@ -53,10 +53,13 @@ def differing(
     with suppress(ConfigError):
         # A setting that did not exist when the run began had the effect of its default.
         theirs = {**defaults, **RunConfig.from_flat(theirs).to_flat(), **theirs}
+    ours = mine.absolute().to_flat()
+    # Settings of a user's own task or strategy stand in a configuration only where they were given.
+    own = [key for key in theirs if key in defaults or key.startswith("task.")]
     return [
         key
-        for key, value in mine.absolute().to_flat().items()
-        if theirs.get(key) != value
+        for key in dict.fromkeys([*ours, *own])
+        if theirs.get(key, defaults.get(key)) != ours.get(key, defaults.get(key))
         and key not in free
         and (key == BUT or not key.startswith(FREE_SECTION))
     ]

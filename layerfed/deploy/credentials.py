@@ -76,7 +76,8 @@ def create_server_certificate(
     Raises
     ------
     ConfigError
-        If a host is neither a name nor an address, or a file cannot be read or written.
+        If a host is neither a name nor an address, the authority ends before the certificate would, or
+        a file cannot be read or written.
     """
     names = [_san(host) for host in dict.fromkeys([*hosts, "localhost", "127.0.0.1"])]
     try:
@@ -90,6 +91,14 @@ def create_server_certificate(
         raise ConfigError(
             f"{authority[1]} is not the key of {authority[0].name}, which nodes trust; put the key of "
             "that authority there"
+        )
+    # A new authority began moments ago.
+    left = (issuer.not_valid_after_utc - datetime.now(UTC)).days + 1
+    if days > left:
+        raise ConfigError(
+            f"the server's certificate cannot be valid for {days} days: the authority that signs it is "
+            f"until {issuer.not_valid_after_utc:%Y-%m-%d}; give at most {left}, or make a new authority "
+            f"in another folder and give its {authority[0].name} to all nodes"
         )
     private = ec.generate_private_key(ec.SECP384R1())
     public = private.public_key()

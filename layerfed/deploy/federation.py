@@ -23,6 +23,7 @@ from typing import Any
 
 from layerfed.config import ConfigError, Flat, NodeConfig, RunConfig, Scalar, run_keys
 from layerfed.config.errors import Failed
+from layerfed.config.paths import expanded
 from layerfed.deploy.credentials import create_authority, create_server_certificate
 from layerfed.files import whole
 from layerfed.strategies import option_keys
@@ -282,10 +283,12 @@ class Federation:
     def start_run(self, app: Path, config: RunConfig) -> int:
         """Hand a run to the SuperLink and return its id."""
         settings = known_to_flower(config)
-        settings["run.dir"] = str(Path(config.run.dir).resolve() if config.run.dir else self.runs)
+        settings["run.dir"] = str(
+            expanded(config.run.dir).resolve() if config.run.dir else self.runs
+        )
         # The ServerApp's working directory is that of the SuperLink.
         if config.run.resume:
-            settings["run.resume"] = str(Path(config.run.resume).resolve())
+            settings["run.resume"] = str(expanded(config.run.resume).resolve())
         # Settings go into a file, since Flower's command line cuts a value at a space or a quote.
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "run.toml"

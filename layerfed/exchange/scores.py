@@ -50,7 +50,7 @@ class Score:
         words = self.name.replace("_", " ").split()
         return " ".join(TITLES.get(word, word) for word in words)
 
-    def checked(self, value: float) -> float | None:
+    def checked(self, value: float | None) -> float | None:
         """Return a value, or None for one that is undefined (NaN, infinite).
 
         Raises
@@ -58,6 +58,7 @@ class Score:
         ValueError
             If it is outside of the bounds.
         """
+        value = math.nan if value is None else float(value)
         if not math.isfinite(value):
             return None
         if not self.low - ROUNDING <= value <= self.high + ROUNDING:

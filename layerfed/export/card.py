@@ -86,7 +86,7 @@ def _data(saved: SavedRun) -> Iterator[str]:
     name = os.path.basename(section.data) if os.path.isabs(section.data) else section.data
     yield f"Task `{section.name}`" + (f", data `{name}`" if name else "")
     yield f"Classes: {', '.join(saved.task.classes) or 'none'}"
-    yield f"Spread over {saved.config.federation.clients} clients by `{section.partition}`" + (
+    yield f"Spread over {saved.config.federation.population} clients by `{section.partition}`" + (
         f" (α = {section.alpha:g})" if section.partition == "dirichlet" else ""
     )
     if groups := held.get("groups"):
@@ -106,7 +106,7 @@ def _training(saved: SavedRun) -> Iterator[str]:
     federation, train, budget = config.federation, config.train, config.budget
     yield (
         f"Round {saved.round} of {summary.get('rounds', federation.rounds)}, with "
-        f"{federation.clients_per_round} clients a round"
+        f"{federation.cohort} clients a round"
     )
     yield f"Strategy `{config.strategy.name}`, of {saved.layers.num_blocks} selectable layers"
     size = (

@@ -147,8 +147,7 @@ def scores_table(section: Section) -> Table:
         values = [run.final(name) for run in section.first(row)]
         if not values:
             return PENDING
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.4f}{spread}"
+        return _mean_spread(values, ".4f")
 
     lines = [[row, *(cell(row, name) for name in names)] for row in section.rows]
     return Table(["strategy", *(Score(name).title for name in names)], lines, SCORES)
@@ -430,7 +429,16 @@ def _spread(runs: Runs, seeds: int) -> str:
     """Return mean ± standard deviation of the main score, and the number of runs if some are missing."""
     if not runs:
         return PENDING
-    scores, form = [_value(run) for run in runs], _form(runs[0].metric)
-    spread = f" ± {statistics.stdev(scores):{form}}" if len(scores) > 1 else ""
-    count = f" ({len(scores)} of {seeds})" if len(scores) < seeds else ""
-    return f"{statistics.fmean(scores):{form}}{spread}{count}"
+    scores = [_value(run) for run in runs]
+    known = sum(not math.isnan(score) for score in scores)
+    count = f" ({known} of {seeds})" if known < seeds else ""
+    return f"{_mean_spread(scores, _form(runs[0].metric))}{count}"
+
+
+def _mean_spread(values: Sequence[float], form: str) -> str:
+    """Return mean ± standard deviation of the values that are defined, or a dash if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return NONE
+    spread = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):{form}}{spread}"

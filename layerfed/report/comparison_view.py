@@ -19,6 +19,7 @@ from layerfed.runs.files import read_json
 
 __all__ = ["comparison_view", "run_folders", "sections_of"]
 
+NOT_GIVEN = "–"
 COSTS = ("bytes_up", "flops", "seconds")
 # What makes runs comparable in one picture, and what names an entry by itself.
 EXPERIMENT = ("task.name", "task.data", "model.name")
@@ -83,8 +84,10 @@ def _section(runs: Sequence[tuple[RunFigures, Mapping[str, Any]]]) -> Section:
     configs = [config for _, config in runs]
 
     def differ(key: str, strategy: str = "") -> bool:
-        those = [c for c in configs if key in c and strategy in ("", c["strategy.name"])]
-        return len({str(config[key]) for config in those}) > 1
+        those = [c for c in configs if strategy in ("", c["strategy.name"])]
+        # One of a user's own task or strategy stands in a configuration only where it was given.
+        given = key.startswith("task.") or ":" in strategy
+        return len({str(c.get(key, NOT_GIVEN)) for c in those if given or key in c}) > 1
 
     keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(FREE))
     own = [key for key in keys if key.startswith("strategy.") and key not in SHARED]
@@ -105,7 +108,7 @@ def _section(runs: Sequence[tuple[RunFigures, Mapping[str, Any]]]) -> Section:
             [
                 str(config["strategy.name"]),
                 *(
-                    f"{short[key]} = {config[key]}"
+                    f"{short[key]} = {config.get(key, NOT_GIVEN)}"
                     for key in varied_by[str(config["strategy.name"])]
                     if key not in ("budget.kind", "budget.layers")
                 ),

@@ -495,6 +495,7 @@ def _selection_line(round_record: RoundRecord, record: SelectionRecord) -> dict[
         [int(layer in round_record.updated.get(client, ())) for layer in record.layers]
         for client in record.clients
     ]
+    solved = {"objective": choice.objective, "bound": choice.bound, "gap": choice.gap}
     line: dict[str, Any] = {
         "round": round_record.round,
         "clients": list(record.clients),
@@ -503,9 +504,8 @@ def _selection_line(round_record: RoundRecord, record: SelectionRecord) -> dict[
         "layers": list(record.layers),
         "masks": masks,
         "statistics": _tables(record.statistics),
-        "objective": choice.objective,
-        "bound": choice.bound,
-        "gap": choice.gap,
+        # A user's strategy may state numbers of NumPy's types.
+        **{name: None if number is None else float(number) for name, number in solved.items()},
         "rounding": choice.rounding,
         "solver": choice.solver,
         "seconds": record.seconds,

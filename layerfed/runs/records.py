@@ -141,7 +141,7 @@ class RoundRecord:
         The terms of the error floor (`server/theory.py`); `e2_masks` is the part of `e2` that the masks
         cause. None if they cannot be estimated.
     update_norm : float | None
-        The median of the norms of clients' updates, as they were read.
+        The median of the norms of clients' updates, after `server.clip`.
     epsilon : float | None
         The ε that the run has spent so far; `epsilon_covers` names what it covers.
     """

@@ -14,6 +14,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from inspect import signature
 from logging import WARNING
 from pathlib import Path
 from typing import Any, ClassVar
@@ -318,6 +319,13 @@ def load_trackers(config: RunConfig) -> list[Callable[[Path, RunConfig], Observe
                     f"run.trackers = '{name}' is no observer; it should be a class of your own based on "
                     "layerfed.runs.records.Observer, built from a run folder and a configuration"
                 )
+            try:
+                signature(own).bind(Path(), config)
+            except TypeError as error:
+                raise ConfigError(
+                    f"run.trackers = '{name}' cannot be built from a run folder and a configuration "
+                    f"({error}); its __init__ should take these two"
+                ) from None
             found.append(own)
             continue
         if name not in TRACKERS:

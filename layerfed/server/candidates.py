@@ -38,7 +38,10 @@ class Candidates:
     seed : int
         The run's seed.
     examples : numpy.ndarray
-        d_i, shape (n,); ones by default.
+        d_i, as each client states it, shape (n,); ones by default.
+    counts : numpy.ndarray
+        The number of examples that each client counts as (`federation.max-examples`), shape (n,); ones
+        by default.
     limits : numpy.ndarray
         Each node's own budget, shape (n,); infinite if it states none.
     held : Mapping[int, numpy.ndarray]
@@ -60,17 +63,21 @@ class Candidates:
     seed: int
     depth_costs: np.ndarray = field(default_factory=lambda: np.zeros(1))
     examples: np.ndarray = field(default_factory=lambda: np.ones(1))
+    counts: np.ndarray = field(default_factory=lambda: np.ones(1))
     limits: np.ndarray = field(default_factory=lambda: np.full(1, np.inf))
     held: Mapping[int, np.ndarray] = field(default_factory=dict)
     last: np.ndarray | None = None
     runs: np.ndarray = field(default_factory=lambda: np.ones(1, dtype=bool))
 
     def __post_init__(self) -> None:
-        """Expand costs, examples and limits to one entry for each client."""
+        """Expand costs, numbers of examples and limits to one entry for each client."""
         shape = (len(self.clients), np.shape(self.costs)[-1])
         for name in ("costs", "depth_costs", "runs"):
             object.__setattr__(self, name, np.broadcast_to(getattr(self, name), shape))
-        for name in ("examples", "limits"):
+        # The run records them, so a strategy must not work in place.
+        frozen = {name: _read_only(rows) for name, rows in self.statistics.items()}
+        object.__setattr__(self, "statistics", frozen)
+        for name in ("examples", "counts", "limits"):
             object.__setattr__(self, name, np.broadcast_to(getattr(self, name), shape[:1]))
 
     @classmethod
@@ -122,6 +129,12 @@ class Candidates:
             0.0,
             self.depth_costs[rows],
         )
+
+
+def _read_only(rows: np.ndarray) -> np.ndarray:
+    view = rows.view()
+    view.flags.writeable = False
+    return view
 
 
 def check_choice(name: str, choice: Choice, candidates: Candidates, *, bounded: bool) -> None:

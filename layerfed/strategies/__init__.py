@@ -6,7 +6,7 @@ A strategy of your own can be in any module: `strategy.name = "my_package.my_mod
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any
+from typing import Any, get_args
 
 from layerfed.config import (
     ConfigError,
@@ -97,6 +97,16 @@ def load_strategy(name: str) -> type[SelectiveStrategy]:
     if getattr(found, "__abstractmethods__", None):
         raise ConfigError(
             f"strategy.name = '{name}' does not say how it selects: override `select`"
+        )
+    if found.masks not in get_args(Masks):
+        raise ConfigError(
+            f"strategy.name = '{name}': masks = {found.masks!r} is not allowed: it should be one of "
+            f"{', '.join(get_args(Masks))}"
+        )
+    if isinstance(found.statistics, str):
+        raise ConfigError(
+            f"strategy.name = '{name}': statistics = '{found.statistics}' should be a tuple of names, "
+            f"as in ('{found.statistics}',)"
         )
     if "name" not in vars(found):
         found.name = found.__name__

@@ -297,7 +297,8 @@ class SelectiveStrategy(Strategy):
             clients = self.population.sample(asked, server_round, settings.seed)
         with self._phase("probe"):
             # Half of the spare clients are for those that are slow or fail in the probe.
-            statistics = self._probe(clients, enough=math.ceil((wanted + asked) / 2))
+            here = len(clients)
+            statistics = self._probe(clients, enough=math.ceil((min(wanted, here) + here) / 2))
         with self._phase("select"):
             clients = [client for client in clients if client in statistics]
             if not clients:
@@ -469,6 +470,8 @@ class SelectiveStrategy(Strategy):
         }
         seed = self.settings.seed
         candidates = Candidates.of(server_round, clients, self.budgets, statistics, seed)
+        counts = np.array([self.round.weight(int(each)) for each in candidates.examples])
+        candidates = replace(candidates, counts=counts)
         costs, runs = candidates.costs, self.runs(server_round, candidates.clients)
         if runs is not None:
             candidates = candidates.running(runs)

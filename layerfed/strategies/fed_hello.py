@@ -69,7 +69,7 @@ class FedHeLLo(SelectiveStrategy):
         allocation, layers = self.options.allocation, candidates.costs.shape[1]
         if allocation == "fisher":
             scores = candidates.statistics["fisher"]
-            return groups(np.average(scores, axis=0, weights=candidates.examples))
+            return groups(np.average(scores, axis=0, weights=candidates.counts))
         depth = np.arange(layers) / max(layers - 1, 1)
         width = {
             "triangle": 1.0 - depth,

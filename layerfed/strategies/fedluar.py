@@ -73,7 +73,9 @@ class FedLUAR(SelectiveStrategy):
         """Select all layers, and draw those that are not sent."""
         choice = affordable(candidates)
         known = np.array([f"score/{block.name}" in self.kept for block in self.layers.blocks])
-        count = min(int(self.options.recycled * len(known) + 0.5), int(known.sum()))
+        # At least one is sent, or no layer would ever move by a new update.
+        most = min(len(known) - 1, int(known.sum()))
+        count = min(int(self.options.recycled * len(known) + 0.5), most)
         recycled = np.zeros_like(known)
         if count:
             scores = [float(self.kept[f"score/{b.name}"]) for b in self._those(known)]

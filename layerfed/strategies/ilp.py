@@ -14,6 +14,7 @@ from layerfed.client.statistics import load_statistic
 from layerfed.config import ConfigError, RunConfig, Section
 from layerfed.runs.records import Choice
 from layerfed.selection import (
+    SelectionError,
     SelectionProblem,
     Solver,
     charge_switching,
@@ -23,6 +24,7 @@ from layerfed.selection import (
     round_costs,
     solve,
 )
+from layerfed.selection.preparing import MOST_FOR_SCALE
 from layerfed.server.candidates import Candidates
 from layerfed.server.theory import predicted_floor
 from layerfed.strategies.base import Masks, SelectiveStrategy
@@ -145,12 +147,10 @@ class ILP(SelectiveStrategy):
             return self._solved(problem, candidates, options.consistency, rounding)
         choices = [self._solved(problem, candidates, each, rounding) for each in LADDER]
         disagreement = float(self.kept.get("disagreement", 1.0))
-        norms = candidates.statistics[NORMS]
+        norms, counts = without_outliers(candidates.statistics[NORMS]), candidates.counts
         best = min(
             zip(LADDER, choices, strict=True),
-            key=lambda pair: predicted_floor(
-                norms, candidates.examples, pair[1].masks, disagreement
-            ),
+            key=lambda pair: predicted_floor(norms, counts, pair[1].masks, disagreement),
         )
         return replace(best[1], consistency=best[0])
 
@@ -171,6 +171,19 @@ class ILP(SelectiveStrategy):
         limits = (options.solver_seconds / ladder, options.solver_gap)
         choice = solved(problem, candidates, options.solver, *limits, constant=constant)
         return replace(choice, rounding=rounding)
+
+
+def without_outliers(norms: np.ndarray) -> np.ndarray:
+    """Scale down clients whose norms sum to more than `MOST_FOR_SCALE` times the median client's.
+
+    Clients state their own norms, and the sums of the error floor would be those of the largest alone.
+    """
+    totals = norms.sum(axis=1)
+    some = np.sort(totals[totals > 0])
+    if not len(some):
+        return norms
+    most = MOST_FOR_SCALE * some[(len(some) - 1) // 2]
+    return np.asarray(norms * np.minimum(1.0, most / np.maximum(totals, most))[:, None])
 
 
 def prepared(
@@ -222,7 +235,11 @@ def solved(
         Taken from objective and bound: the part of the objective that no mask changes.
     """
     working = _holding(problem, candidates) if candidates.held else problem
-    found = solve(working, solver=solver, time_limit=seconds, gap=gap)
+    try:
+        found = solve(working, solver=solver, time_limit=seconds, gap=gap)
+    except SelectionError as error:
+        logger.warning("%s; this round's masks are those of the solver 'lagrangian'", error)
+        found = solve(working, solver="lagrangian", time_limit=seconds, gap=gap)
     # The artificial gains of held masks do not count in the objective.
     constant += float((working.values - problem.values)[found.masks].sum())
     objective, bound = found.objective - constant, found.bound - constant

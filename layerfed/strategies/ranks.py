@@ -77,7 +77,9 @@ class Ranks(SelectiveStrategy):
 
     def select(self, candidates: Candidates) -> Choice:
         """Select all layers, in the ranks that each client affords."""
-        share = np.minimum(candidates.budgets / candidates.costs.sum(axis=1), 1.0)
+        # Skipped blocks cost more than any budget, and none is trained.
+        costs = np.where(candidates.runs, candidates.costs, 0.0).sum(axis=1)
+        share = np.minimum(candidates.budgets / costs, 1.0)
         # A budget of exactly k ranks affords k.
         ranks = np.floor(self.layers.rank * share * (1 + 1e-9)).astype(int)
         return Choice(np.repeat(ranks[:, None] > 0, candidates.costs.shape[1], 1), ranks=ranks)

@@ -52,8 +52,18 @@ def load_task(config: RunConfig) -> Task:
     """
     asked = config.task.name
     found = task_named(asked)
+    if isinstance(found, type) and not issubclass(found, Task):
+        raise ConfigError(f"task.name = '{asked}' is no layerfed.task.Task")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ConfigError(f"task.name = '{asked}' lacks the method {missing[0]}")
     with naming_extras(f"task.name = '{asked}'"):
         task = found(config)
     if not isinstance(task, Task):
         raise ConfigError(f"task.name = '{asked}' is no layerfed.task.Task")
+    for kind, names in (("classes", task.classes), ("groups", task.groups)):
+        if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(
+                f"task.name = '{asked}': its {kind} should be texts of which no two are equal; they are "
+                f"{', '.join(map(repr, names[:9]))}"
+            )
     return task

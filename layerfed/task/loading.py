@@ -336,6 +336,8 @@ def _load_folder(folder: Path) -> dict[str, Dataset]:
     """Read a folder in the hub's layout."""
     with _as_it_is():
         found = load_dataset_builder(str(folder))
+        if not (folder / "README.md").exists():  # which may name the files to read
+            _refuse_unread(folder, found.config.data_files or {})
         if isinstance(found, Csv):
             return _load_text_tables(found)
         # The library caches a folder with a card by its name, even if its files have changed, unless
@@ -346,6 +348,17 @@ def _load_folder(folder: Path) -> dict[str, Dataset]:
         }
         more = STRICT if isinstance(found, Json) else {}
         return dict(load_dataset(str(folder), found.config.name, data_files=files, **more))
+
+
+def _refuse_unread(folder: Path, chosen: Mapping[Any, Sequence[str]]) -> None:
+    """Refuse tables that `datasets` leaves out: of a rarer kind, or without a split."""
+    read = {Path(name).resolve() for names in chosen.values() for name in names}
+    unread = [file for file in data_files(folder) if file.resolve() not in read]
+    if read and unread:
+        raise ConfigError(
+            f"{some([str(file) for file in unread])} would not be read beside {min(read).name}; give "
+            "files of one kind, whose names all tell their split, as in train.csv, or none does"
+        )
 
 
 def _load_text_tables(found: Csv) -> dict[str, Dataset]:

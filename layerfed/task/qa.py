@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, ClassVar
 
 import numpy as np
@@ -299,7 +300,11 @@ class QuestionAnswering(TextTask):
         """Return the questions of a table: `question`, and the choices in columns A, B, … to E."""
         part = Part(load_file_list([file]), str(file))
         there = [letter for letter in LETTERS if letter in part.rows.column_names]
-        if "question" not in part.rows.column_names or len(there) < 2:
+        more = set(ascii_uppercase) - set(LETTERS)
+        whole = there == list(LETTERS[: len(there)]) and not more.intersection(
+            part.rows.column_names
+        )
+        if "question" not in part.rows.column_names or len(there) < 2 or not whole:
             raise ConfigError(
                 f"{file} should have the columns question, A, B and, for more choices, C, D and E; "
                 f"there are {', '.join(part.rows.column_names)}"

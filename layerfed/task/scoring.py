@@ -282,14 +282,15 @@ class SingleLabel(Tally):
             rows = range(count)
             report["confusion"] = [[pairs.get((true, found), 0) for found in rows] for true in rows]
         examples, sure, hits = self.sums["bins"]
-        report["calibration"] = {
-            "ece": self.values()["ece"],
-            "bins": [
-                {"confidence": s / n, "accuracy": h / n, "examples": int(n)}
-                for n, s, h in zip(examples, sure, hits, strict=True)
-                if n
-            ],
-        }
+        if np.isfinite(sure).all():
+            report["calibration"] = {
+                "ece": float(np.abs(hits - sure).sum() / examples.sum()),
+                "bins": [
+                    {"confidence": s / n, "accuracy": h / n, "examples": int(n)}
+                    for n, s, h in zip(examples, sure, hits, strict=True)
+                    if n
+                ],
+            }
         return report
 
     @staticmethod
@@ -483,8 +484,9 @@ class Regression(Tally):
         spread = sums["spread"]
         # Means of equal numbers differ by rounding.
         varies = spread > examples * (1e-12 * sums["true"] / examples) ** 2
-        # Of a constant, any error explains nothing, as in scikit-learn.
-        r2 = np.where(varies, 1 - sums["error_sq"] / np.where(varies, spread, 1), 0.0)
+        # Of a constant, any error explains nothing, and none explains all, as in scikit-learn.
+        constant = np.where(sums["error_sq"] == 0, 1.0, 0.0)
+        r2 = np.where(varies, 1 - sums["error_sq"] / np.where(varies, spread, 1), constant)
         return {
             "rmse": math.sqrt(sums["error_sq"].mean() / examples),
             "mae": float(sums["error_abs"].mean() / examples),
@@ -584,9 +586,17 @@ def _perplexity(loss: float) -> float:
 
 def _counts(targets: Tensor, classes: int) -> bool:
     """Return whether targets are class numbers."""
-    if targets.is_floating_point() or targets.dtype == torch.bool:
+    if targets.dtype not in (torch.int64, torch.uint8):  # what torch takes
         return False
     return not len(targets) or (int(targets.min()) >= 0 and int(targets.max()) < classes)
+
+
+def _fits_classes(outputs: Tensor, classes: Sequence[str]) -> None:
+    if outputs.shape[-1] != len(classes):
+        raise ConfigError(
+            f"it names {len(classes)} classes, and its model has {outputs.shape[-1]} outputs; give each "
+            "output a name, or none (`classes`)"
+        )
 
 
 def _shown(tensor: Tensor) -> str:
@@ -658,24 +668,32 @@ def evaluate_task(
         If outputs or targets do not fit the task's kind, or a score is outside of its bounds.
     """
 
-    def one(examples: Examples) -> Evaluation:
+    def one(examples: Examples) -> tuple[int, Tally]:
         tally = task.kind()
 
         def update(model: nn.Module, batch: Batch) -> None:
-            tally.update((logits or task.logits)(model, batch), task.targets(batch))
+            outputs = (logits or task.logits)(model, batch)
+            if task.classes and isinstance(tally, SingleLabel | MultiLabel | TokenTagging):
+                _fits_classes(outputs, task.classes)
+            tally.update(outputs, task.targets(batch))
             if isinstance(tally, Generation):
                 tally.match(*task.answers(model, batch))
 
-        count = tallied(model, examples.in_order(batch_size, device), update)
-        return Evaluation(count, tally, tally.found())
+        return tallied(model, examples.in_order(batch_size, device), update), tally
 
     try:
         groups = task.groups_of(examples) if by_group else {}
         if not groups:
-            return one(examples)
+            count, tally = one(examples)
+            return Evaluation(count, tally, tally.found())
         parts = {name: one(examples.select(rows)) for name, rows in groups.items()}
-        together = task.kind().merged(part.tally for part in parts.values())
-        scores = {name: {"examples": p.examples, **p.scores} for name, p in parts.items()}
+        together = task.kind().merged(tally for _, tally in parts.values())
+        # Of a group of texts no word may have a label.
+        unknown = dict.fromkeys([*(score.name for score in task.kind.scores), LOSS.name])
+        scores = {
+            name: {"examples": count, **(tally.found() if tally.sums.get("count") else unknown)}
+            for name, (count, tally) in parts.items()
+        }
         return Evaluation(len(examples), together, together.found(), scores)
     except ConfigError as error:
         raise ConfigError(f"task.name = '{task.config.task.name}': {error}") from None

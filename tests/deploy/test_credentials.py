@@ -6,6 +6,7 @@ import socket
 import ssl
 import stat
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from layerfed.config import ConfigError
+from layerfed.config import ConfigError, load_config
 from layerfed.deploy.credentials import create_node_key
 from layerfed.deploy.federation import Federation
 
@@ -93,6 +94,32 @@ def test_a_renewal_keeps_the_authority(federation: Federation) -> None:
     assert changed == [federation.certificate, federation.key]
     assert mode(federation.key) == 0o600
     shake_hands(federation, federation.ca, "new.example.org")
+
+
+def test_a_certificate_ends_before_its_authority(federation: Federation) -> None:
+    before = federation.certificate.read_bytes()
+    with pytest.raises(ConfigError, match=r"cannot be valid for 4000 days: .* at most 36\d\d"):
+        federation.create_certificates(["a.org"], days=4000)
+    assert federation.certificate.read_bytes() == before
+    federation.create_certificates(["a.org"], days=3650)
+
+
+def test_a_run_folder_in_the_users_home_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    class Played(Federation):
+        def flwr(self, *words: str) -> dict[str, str]:
+            given.append(tomllib.loads(Path(words[-1]).read_text()))
+            return {"run-id": "1"}
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Played(tmp_path).start_run(Path(), load_config(None, ["run.dir=~/runs", "run.resume=~/old"]))
+    assert (
+        given[0]["run"] | {"dir": str(tmp_path / "runs"), "resume": str(tmp_path / "old")}
+        == (given[0]["run"])
+    )
 
 
 @pytest.mark.parametrize("host", ["https://a.org", "a.org:9092", "a b", "", "a..b", "ä.org"])

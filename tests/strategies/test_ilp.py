@@ -298,3 +298,29 @@ def test_options_that_mean_nothing_together_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=says):
             checked(load_config(None, given_settings))
+
+
+def test_one_client_does_not_decide_the_consistency_that_is_found() -> None:
+    """Nor by norms of another size, nor by a number of examples above `federation.max-examples`."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        norms, found = rng.lognormal(0, 1.2, (8, 6)), []
+        for factor in (1e6, 1e12):
+            rule = ILP(LAYERS, consistency="auto")
+            rule.kept["disagreement"] = np.asarray(0.6)
+            rows = np.concatenate([norms[:-1], factor * norms[-1:]])
+            case = candidates([2] * 8, [1] * 6, {"grad_norm_sq": rows.tolist()})
+            stated = np.array([1] * 7 + [2**29]) if factor > 1e6 else np.ones(8)
+            found.append(rule.select(replace(case, examples=stated)).consistency)
+        assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("tiny_task")
+def test_an_integer_program_without_an_answer_does_not_end_the_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = configured("strategy.solver=milp", "strategy.solver-seconds=1e-6")
+    (record,) = run(config, 1).rounds
+    assert record.selection is not None
+    assert record.selection.choice.solver == "lagrangian"
+    assert "too large to build in time" in caplog.text

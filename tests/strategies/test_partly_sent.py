@@ -190,3 +190,8 @@ def test_blocks_that_are_not_trained_cannot_be_asked_for() -> None:
     named = TrainInstruction(1, (ALL,), sends=(False, True, False, False))
     assert named.asked(LAYERS) == ["blocks.1", "head"]
     assert named.to_config()["sends"] == [0, 1, 0, 0]
+
+
+def test_fedluar_never_recycles_all_layers() -> None:
+    result = run(configured("strategy.name=fedluar", "strategy.recycled=0.99"), 4)
+    assert [sent(result, number).any(axis=0).sum() for number in (1, 2, 3, 4)] == [4, 1, 1, 1]

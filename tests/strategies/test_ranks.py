@@ -13,7 +13,9 @@ from layerfed.config import ConfigError, RunConfig, Scalar
 from layerfed.engine import run_on
 from layerfed.exchange.instruction import TrainInstruction
 from layerfed.models.factors import factor_pairs
+from layerfed.server_app import build_strategy
 from layerfed.strategies import STRATEGIES, checked
+from tests.candidates import candidates
 from tests.fakes import Recorded
 from tests.strategies.test_compositions import Wire
 from tests.tiny_task import check_resumed, configured, run
@@ -157,3 +159,10 @@ def test_a_wrong_rank_is_refused_by_the_client(rank: Scalar) -> None:
     message.content.config_records["config"]["rank"] = rank
     with pytest.raises(ValueError, match="ranks of each adapter"):
         TrainInstruction.read(message, 4)
+
+
+def test_a_skipped_block_costs_no_rank() -> None:
+    rule = build_strategy(ranks(), workbench(ranks().to_flat()).resident.layers)
+    case = candidates([2 * ONE], [[ONE] * 4])
+    halved = case.running(np.array([[True, False, True, False]]))
+    assert [rule.select(each).ranks.tolist() for each in (case, halved)] == [[2], [RANK]]

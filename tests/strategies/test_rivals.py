@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerfed.models.layers import LayerMap
+from layerfed.server.candidates import Candidates
 from layerfed.strategies import F3OCUS, FedHeLLo
 from layerfed.strategies.fed_hello import groups
 from tests.candidates import candidates, within_budgets
 from tests.conftest import TinyNet
+from tests.tiny_task import configured, run
 
 LAYERS = LayerMap.from_model(TinyNet())
 
@@ -79,7 +82,7 @@ def test_layers_of_the_highest_group_are_drawn_three_times_as_often() -> None:
 
 def test_scores_are_averaged_over_examples() -> None:
     case = candidates([1, 1], [1.0] * 3, {"fisher": [[9.0, 0.0, 1.0], [0.0, 9.0, 1.0]]})
-    object.__setattr__(case, "examples", np.array([1, 99]))
+    object.__setattr__(case, "counts", np.array([1, 99]))
     assert FedHeLLo(LAYERS)._weights(case).tolist() == [1.0, 3.0, 2.0]
 
 
@@ -107,3 +110,24 @@ def test_draws_follow_seed_round_and_client_and_keep_to_budgets() -> None:
     np.testing.assert_array_equal(masks[0], masks[1])
     assert (masks[0] != masks[2]).any()
     assert masks[0].sum(axis=1).tolist() == [0, 1, 2, 4, 5]
+
+
+def test_examples_beyond_the_most_that_count_weigh_nothing() -> None:
+    scores = {"fisher": [[9, 1, 1, 1], [9, 1, 1, 1], [1, 1, 1, 9]]}
+    case = candidates([1] * 3, [1] * 4, scores)
+    hostile = replace(case, examples=np.array([12, 12, 2**29]))
+    first, second = (FedHeLLo(LAYERS).select(each).masks for each in (case, hostile))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.usefixtures("tiny_task")
+def test_counts_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def weights(self: FedHeLLo, candidates: Candidates) -> np.ndarray:
+        seen.append((candidates.examples.min(), candidates.counts.max()))
+        return np.ones(4)
+
+    monkeypatch.setattr(FedHeLLo, "_weights", weights)
+    run(configured("strategy.name=fed-hello", "federation.max-examples=3"), 1)
+    assert seen[0][0] > 3 == seen[0][1]

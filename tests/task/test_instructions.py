@@ -302,7 +302,8 @@ def half_known(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Known
     assert 0.2 < share < 1.0  # otherwise the test shows nothing
     for split in ("train", "test"):
         table(folder, rows).rename(folder / f"{split}.jsonl")
-    return asked(folder, weights, [], f"task.data={folder}"), share, rows
+    elsewhere = tmp_path_factory.mktemp("unused")
+    return asked(elsewhere, weights, [], f"task.data={folder}"), share, rows
 
 
 def test_exact_match_is_that_of_generating_one_by_one(

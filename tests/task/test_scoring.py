@@ -133,6 +133,7 @@ def test_r2_of_numbers_far_from_zero_is_that_of_scikit_learn(parts: int) -> None
 def test_r2_of_one_example_is_undefined_and_of_a_constant_zero() -> None:
     assert tally(Regression, torch.ones(1), torch.zeros(1)).found()["r2"] is None
     assert tally(Regression, drawn(0, 9), torch.full((9,), 7.0)).found()["r2"] == 0
+    assert tally(Regression, torch.full((9,), 7.0), torch.full((9,), 7.0)).found()["r2"] == 1
     tenths = torch.full((9,), 0.1, dtype=torch.float64)  # whose means differ by rounding
     assert tally(Regression, drawn(0, 9), tenths, size=3).found()["r2"] == 0
     many = torch.full((1500,), 0.1, dtype=torch.float64)
