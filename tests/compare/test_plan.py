@@ -9,7 +9,7 @@ import pytest
 
 from layerfed.compare import Budget, Experiment, Plan, Row, parse_seeds
 from layerfed.compare.plan import GRID_KEYS, refuse_grid_keys
-from layerfed.config import ConfigError, RunConfig
+from layerfed.config import ConfigError, RunConfig, load_config
 from layerfed.strategies import STRATEGIES, checked
 
 HERE = Path("somewhere")
@@ -132,3 +132,12 @@ def test_all_strategies_can_be_compared_on_the_defaults() -> None:
     cells = plan(rows=[Row(name) for name in STRATEGIES], seeds=[0]).cells(HERE)
     there = {cell.config.strategy.name for cell in cells}
     assert set(STRATEGIES) - there == {"ranks"}
+
+
+def test_an_option_of_ones_own_strategy_does_not_disturb_other_rows() -> None:
+    own = "tests.strategies.own_strategy:Middle"
+    base = load_config(None, ["strategy.shift=1"]).simulated()
+    experiments = [Experiment("x", "x", base, folder="x")]
+    plan = Plan("t", "t", [Row(own, {}), Row("top", {})], [Budget.parse(1)], experiments, [0])
+    shifts = {c.row: c.config.to_flat().get("strategy.shift") for c in plan.cells(Path("x"))}
+    assert shifts == {own: 1, "top": None}

@@ -97,6 +97,22 @@ def test_of_an_error_the_smallest_is_bold_and_nothing_is_in_percent(tmp_path: Pa
     assert pareto_front([(1, 3.0), (2, 4.0), (3, 2.0)], shown.metric) == [(1, 3.0), (3, 2.0)]
 
 
+def test_a_score_that_is_undefined_in_one_seed_is_left_out_of_its_mean(tmp_path: Path) -> None:
+    def run(value: float) -> RunFigures:
+        return replace(figures(tmp_path, 0.5), curves={"accuracy": ((0, 0.1), (1, value))})
+
+    nan, loss = math.nan, {"loss": ((1, math.nan),), "f1": ((1, 0.5),)}
+    runs = {
+        ("a", "R = 1"): [run(nan), run(0.25), run(0.75)],
+        ("b", "R = 1"): [run(nan), run(nan)],
+        ("c", "R = 1"): [replace(run(0.25), curves={**run(0.25).curves, **loss}), run(0.25)],
+    }
+    shown = Section("x", ["a", "b", "c"], ["R = 1"], runs, 3)
+    rows = [line.split(" | ")[1] for line in accuracy_table(shown).markdown().splitlines()[2:]]
+    assert rows == ["50.00 ± 35.36 (2 of 3)", "– (0 of 3)", "**25.00 ± 0.00 (2 of 3)**"]
+    assert scores_table(shown).markdown().splitlines()[-1] == "| c | 0.2500 ± 0.0000 | – | 0.5000 |"
+
+
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     """Both rows swing by ten points from seed to seed, and one is a point ahead in each."""
 

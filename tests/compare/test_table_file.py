@@ -42,14 +42,24 @@ def table(tmp_path: Path) -> Path:
     return file
 
 
-def test_settings_of_the_command_line_are_on_top_and_rows_on_top_of_them(table: Path) -> None:
-    plan = load_plan(table, ["train.batch-size=4", "strategy.period=5"])
+def test_settings_of_the_command_line_are_on_top_and_rows_keep_theirs(table: Path) -> None:
+    plan = load_plan(table, ["train.batch_size=4", "run.project=1.10"])
     one, two = plan.experiments
     assert (one.base.train.lr, two.base.train.lr) == (0.5, 0.25)
     assert one.base.train.batch_size == two.base.train.batch_size == 4
+    assert one.base.run.project == "1.10"
     periods = {cell.row: cell.config.strategy.period for cell in plan.cells(Path("x"))}
-    assert periods == {"full": 5, "every second round": 2}
+    assert periods == {"full": 1, "every second round": 2}
     assert [cell.seed for cell in plan.cells(Path("x"))] == [3] * 6
+    with pytest.raises(ConfigError, match=r"period = 5: rows of .* own \(every second round\)"):
+        load_plan(table, ["strategy.period=5"])
+
+
+def test_a_file_may_begin_with_a_mark_and_have_underscores(table: Path) -> None:
+    text = table.read_text().replace("[rows]", "[set]\ntrain.local_steps = 3\n\n[rows]")
+    table.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert is_table_file(table)
+    assert load_plan(table).experiments[1].base.train.local_steps == 3
 
 
 def test_settings_for_all_experiments_are_below_those_of_each(table: Path) -> None:

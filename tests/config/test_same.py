@@ -54,3 +54,17 @@ def test_a_path_may_be_written_in_two_ways(tmp_path: Path, monkeypatch: pytest.M
     assert differing(mine, theirs, DEFAULTS) == []
     monkeypatch.chdir("/")
     assert differing(mine, theirs, DEFAULTS) == ["task.data"]
+
+
+def test_a_setting_of_a_users_own_task_that_is_no_longer_given_makes_another_run() -> None:
+    mine = load_config(None, ["task.name=a:B"])
+    theirs = load_config(None, ["task.name=a:B", "task.noise=0.2"]).to_flat()
+    assert differing(mine, theirs, DEFAULTS) == ["task.noise"]
+    assert differing(load_config(None, ["task.name=a:B", "task.noise=0.2"]), theirs, {}) == []
+
+
+def test_an_option_without_a_default_counts() -> None:
+    mine = load_config(None, ["strategy.name=a:B"])
+    theirs = mine.to_flat() | {"strategy.half": 0.5}
+    assert differing(mine, theirs, {"strategy.half": None}) == ["strategy.half"]
+    assert differing(mine, mine.to_flat(), {"strategy.half": None}) == []

@@ -324,3 +324,12 @@ def test_report_writes_the_page_of_a_run_and_of_several(several: Path, tmp_path:
     result = cli.invoke(app, ["report", str(tmp_path)])
     assert result.exit_code == 2
     assert "is no run folder and no folder of a comparison" in " ".join(result.stderr.split())
+
+
+def test_runs_of_a_users_own_task_with_other_settings_are_other_entries(tmp_path: Path) -> None:
+    for number, settings in enumerate(([], ["task.noise=0.2"])):
+        make_folder(tmp_path / f"run{number}", settings=["task.name=a:B", *settings])
+    (section,) = sections_of(run_folders(tmp_path))[0]
+    assert len(section.runs) == 2
+    assert any("noise = –" in row for row, _ in section.runs)
+    assert any("noise = 0.2" in row for row, _ in section.runs)

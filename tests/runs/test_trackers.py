@@ -22,6 +22,10 @@ TASK = "task.name=tests.tiny_task:TinyTask"
 ROUNDS = 3
 
 
+class Bare(Observer):
+    """It takes nothing."""
+
+
 class Own(Observer):
     """An observer as a user writes one."""
 
@@ -239,6 +243,7 @@ def test_one_that_cannot_begin_ends_the_run_in_one_line(
         ("tensorboard, neptune", "'neptune' is not allowed"),
         ("tests.tiny_task:TinyTask", "is no observer"),
         ("no_such_module:Own", "cannot be imported"),
+        ("tests.runs.test_trackers:Bare", "cannot be built from a run folder and a configuration"),
     ],
 )
 def test_others_are_refused_before_anything_is_written(

@@ -84,3 +84,22 @@ class Lists(Middle):
 
     class Options(Section):
         layers_wanted: tuple[int, ...] = (1, 2)
+
+
+class InPlace(Middle):
+    """It changes what the run records."""
+
+    statistics = ("grad_norm_sq",)
+
+    def select(self, candidates: Candidates) -> Choice:
+        norms = candidates.statistics["grad_norm_sq"]
+        norms /= norms.sum()
+        return super().select(candidates)
+
+
+class Unlike(Middle):
+    masks = "same"  # type: ignore[assignment]
+
+
+class OneText(Middle):
+    statistics = "grad_norm_sq"  # type: ignore[assignment]

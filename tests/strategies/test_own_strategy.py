@@ -104,6 +104,8 @@ def test_a_row_of_a_table_file_may_be_one(tmp_path: Path) -> None:
         (f"{HERE}:Stranger", ["is not a subclass of layerfed.strategies.SelectiveStrategy"]),
         (f"{HERE}:np", ["is not a subclass of layerfed.strategies.SelectiveStrategy"]),
         (f"{HERE}:Undecided", ["override `select`"]),
+        (f"{HERE}:Unlike", ["masks = 'same' is not allowed", "within-budget"]),
+        (f"{HERE}:OneText", ["should be a tuple of names"]),
         ("a:b:c", ["is not allowed"]),
     ],
 )
@@ -189,3 +191,9 @@ def test_shipped_configurations_go_by_name(tmp_path: Path, monkeypatch: pytest.M
     assert load_plan(Path("tables/table3")).show == "cost"
     with pytest.raises(ConfigError, match="cannot read configuration nothing"):
         load_config(Path("nothing"))
+
+
+@pytest.mark.usefixtures("tiny_task")
+def test_a_strategy_cannot_change_what_the_run_records() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        run(configured(f"strategy.name={HERE}:InPlace"))

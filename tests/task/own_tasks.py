@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -68,6 +69,47 @@ class Sides(Points):
         return Examples.of({"x": x, "label": (x.sum(1) > 0).long(), "group": group})
 
 
+class Kappa(SingleLabel):
+    """Scores of its own, of NumPy's types, one of them undefined."""
+
+    scores = (Score("kappa", low=-1), Score("unknown"))
+
+    def values(self) -> dict[str, Any]:
+        return {"kappa": np.float32(0.25), "unknown": None}
+
+
+class Agreeing(Sides):
+    kind = Kappa
+
+
+class Twice(Sides):
+    groups = ("odd", "odd")
+
+
+class Numbered(Sides):
+    classes = (0, 1)  # type: ignore[assignment]
+
+
+class ThreeNames(Sides):
+    classes = ("below", "above", "beside")
+
+
+class Untested(Sides):
+    def test_examples(self) -> Examples:
+        return self.partition(99).select(np.arange(0))
+
+
+class Unfinished(Task):
+    """It has no `logits`."""
+
+    def build_model(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+
+class NoTask:
+    pass
+
+
 class Parts(Sides):
     """One of its groups has the name of what is in none."""
 
@@ -121,6 +163,20 @@ class Tags(Points):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch["x"][..., None])  # type: ignore[no-any-return]
+
+
+class HalfTagged(Tags):
+    """In one group of its test set no token counts."""
+
+    groups = ("tagged", "bare")
+
+    def partition(self, partition_id: int) -> Examples:
+        rng = generator(self.config.run.seed, Stream.PARTITION, partition_id)
+        x = torch.tensor(rng.standard_normal((24, 5)), dtype=torch.float32)
+        group = torch.arange(24) % 2
+        bare = (group[:, None] == 1) & (partition_id == 99)
+        label = torch.where(bare, -100, self.label(x))
+        return Examples.of({"x": x, "label": label, "group": group})
 
 
 class UnsaidTags(Tags):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from layerfed.config import ConfigError, RunConfig, load_config, run_keys
 from layerfed.deploy.federation import known_to_flower
 from layerfed.engine import run_on
 from layerfed.runs import read_lines
+from layerfed.server_app import finite
 from layerfed.strategies import option_keys
 from layerfed.task import load_task
 
@@ -155,3 +157,43 @@ def test_the_largest_batch_has_what_the_loss_reads(
     for column, tensor in largest.items():
         assert (tensor.shape, tensor.dtype) == (real[column].shape, real[column].dtype)
     assert task.loss(task.build_model().to("meta"), largest).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Twice", "its groups should be texts of which no two are equal; they are 'odd', 'odd'"),
+        ("Numbered", "its classes should be texts of which no two are equal; they are 0, 1"),
+        ("ThreeNames", "it names 3 classes, and its model has 2 outputs"),
+        ("Untested", "has no test set"),
+        ("Unfinished", "lacks the method"),
+        ("NoTask", "is no layerfed.task.Task"),
+    ],
+)
+def test_what_would_go_wrong_later_is_one_line(name: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run(tmp_path, name)
+
+
+def test_scores_of_its_own_may_be_of_any_number_type_and_undefined(tmp_path: Path) -> None:
+    _, rows = run(tmp_path, "Agreeing")
+    assert rows[-1]["scores"]["kappa"] == 0.25
+    assert "unknown" not in rows[-1]["scores"] or rows[-1]["scores"]["unknown"] is None
+    evaluation = json.loads((tmp_path / "x/evaluation.json").read_text())
+    assert 0 <= evaluation["calibration"]["ece"] <= 1
+
+
+def test_a_diverged_run_writes_json() -> None:
+    assert finite({"loss": math.inf, "ece": math.nan, "r2": None, "examples": 3}) == {
+        "loss": None,
+        "ece": None,
+        "r2": None,
+        "examples": 3,
+    }
+
+
+def test_a_group_in_which_nothing_counts_has_no_scores(tmp_path: Path) -> None:
+    _, rows = run(tmp_path, "HalfTagged")
+    groups = rows[-1]["groups"]
+    assert groups["bare"]["accuracy"] is groups["bare"]["loss"] is None
+    assert groups["tagged"]["accuracy"] == rows[-1]["accuracy"]

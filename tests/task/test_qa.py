@@ -280,3 +280,13 @@ def test_a_tokenizer_without_the_letters_is_refused(
     file.write_text(file.read_text().replace('"E":', '"Ε":'))  # a Greek letter
     file.write_text(file.read_text().replace('"D":', '"Δ":'))
     refused(lambda: qa_task(data, tmp_path / "weights"), "no token of its own", "model.tokenizer")
+
+
+@pytest.mark.parametrize("columns", ["question,A,C", "question,A,B,C,D,E,F", "question,A"])
+def test_letters_that_would_be_read_as_others_are_refused(
+    columns: str, data: Path, weights: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "asked.csv"
+    file.write_text(f"{columns}\n{','.join('x' * len(columns.split(',')))}\n")
+    with pytest.raises(ConfigError, match="should have the columns question, A, B and"):
+        qa_task(data, weights).read(file)

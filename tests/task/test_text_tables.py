@@ -455,3 +455,22 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(kind: str, tmp_p
     found = rows_task(tmp_path, limited(kind, tmp_path, vocab_size=40), columns)
     with pytest.raises(ConfigError, match=r"ids up to \d+, but .* knows 40 .*model\.tokenizer"):
         found.build_model()
+
+
+@pytest.mark.parametrize(
+    ("files", "unread"),
+    [
+        (["a.csv", "b.csv", "c.jsonl"], "c.jsonl"),
+        (["train.csv", "test.csv", "extra.csv"], "extra.csv"),
+    ],
+)
+def test_no_table_of_a_folder_is_left_out_unsaid(
+    files: list[str], unread: str, tmp_path: Path
+) -> None:
+    for name in files:
+        row = '{"text": "x", "label": "a"}' if name.endswith("jsonl") else "text,label\nx,a"
+        (tmp_path / name).write_text(f"{row}\n")
+    with pytest.raises(ConfigError, match=rf"{unread} would not be read beside"):
+        loading.load_splits(str(tmp_path))
+    (tmp_path / unread).unlink()
+    assert sum(map(len, loading.load_splits(str(tmp_path)).values())) == 2
