@@ -219,11 +219,7 @@ def _run(
     trackers = load_trackers(config)  # refused before anything is written
     bench = workbench(context.run_config)
     test, data = bench.task.test_examples(), bench.task.fingerprint()
-    if not isinstance(test, Examples) or not len(test):
-        raise ConfigError(
-            f"task.name = '{config.task.name}' has no test set: test_examples() should return Examples, "
-            f"one at least; it returns {test if isinstance(test, Examples) else type(test).__name__}"
-        )
+    _refuse_unusable(bench.task, test)
     if not config.federation.clients:
         config = config.of_size(federation_size(grid, config.federation.timeout))
     config = checked(config)
@@ -347,6 +343,23 @@ def _to_resume(config: RunConfig, bench: Workbench, data: str) -> Checkpoint | N
     check_base(found, bench.resident.base)
     check_data(found, data, f"task.data = '{config.task.data}'")
     return found
+
+
+def _refuse_unusable(task: Task, test: object) -> None:
+    """Refuse what would go wrong in an evaluation or in a picture at the end."""
+    name = f"task.name = '{task.config.task.name}'"
+    if not isinstance(test, Examples) or not len(test):
+        given = test if isinstance(test, Examples) else type(test).__name__
+        raise ConfigError(
+            f"{name} has no test set: test_examples() should return Examples, one at least; it returns "
+            f"{given}"
+        )
+    for kind, names in (("classes", task.classes), ("groups", task.groups)):
+        if len(set(names)) < len(names) or not all(isinstance(each, str) for each in names):
+            raise ConfigError(
+                f"{name}: its {kind} should be texts of which no two are equal; they are "
+                f"{', '.join(map(repr, names[:9]))}"
+            )
 
 
 def _data(config: RunConfig, task: Task, engine: str) -> dict[str, Any]:

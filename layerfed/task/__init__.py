@@ -60,10 +60,4 @@ def load_task(config: RunConfig) -> Task:
         task = found(config)
     if not isinstance(task, Task):
         raise ConfigError(f"task.name = '{asked}' is no layerfed.task.Task")
-    for kind, names in (("classes", task.classes), ("groups", task.groups)):
-        if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(
-                f"task.name = '{asked}': its {kind} should be texts of which no two are equal; they are "
-                f"{', '.join(map(repr, names[:9]))}"
-            )
     return task
