@@ -46,7 +46,7 @@ test: $(VENV)/.installed-dev ## set up and pass the tests, on all cores
 	$(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadscope
 
 test-slow: $(VENV)/.installed-dev chromium ## pass the tests that start deployments, Ray, many processes or a browser, or kill
-	$(BIN)/python -m pytest -q -m slow --numprocesses auto --maxprocesses 4 --dist loadscope
+	$(BIN)/python -m pytest -q -m slow --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 # The browser that pages are tested in. It comes from the system, never from a test.
 chromium:
