@@ -30,6 +30,7 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
@@ -336,7 +337,7 @@ def _load_folder(folder: Path) -> dict[str, Dataset]:
     """Read a folder in the hub's layout."""
     with _as_it_is():
         found = load_dataset_builder(str(folder))
-        if not (folder / "README.md").exists():  # which may name the files to read
+        if not _names_files(folder / "README.md"):
             _refuse_unread(folder, found.config.data_files or {})
         if isinstance(found, Csv):
             return _load_text_tables(found)
@@ -350,10 +351,19 @@ def _load_folder(folder: Path) -> dict[str, Dataset]:
         return dict(load_dataset(str(folder), found.config.name, data_files=files, **more))
 
 
+def _names_files(card: Path) -> bool:
+    """Return whether a folder's card says which of its files are read."""
+    return card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace")
+
+
 def _refuse_unread(folder: Path, chosen: Mapping[Any, Sequence[str]]) -> None:
     """Refuse tables that `datasets` leaves out: of a rarer kind, or without a split."""
     read = {Path(name).resolve() for names in chosen.values() for name in names}
-    unread = [file for file in data_files(folder) if file.resolve() not in read]
+    unread = [
+        file
+        for file in data_files(folder)
+        if file.resolve() not in read and file.name not in FILES_TO_IGNORE
+    ]
     if read and unread:
         raise ConfigError(
             f"{some([str(file) for file in unread])} would not be read beside {min(read).name}; give "

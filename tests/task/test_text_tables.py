@@ -470,6 +470,8 @@ def test_no_table_of_a_folder_is_left_out_unsaid(
     for name in files:
         row = '{"text": "x", "label": "a"}' if name.endswith("jsonl") else "text,label\nx,a"
         (tmp_path / name).write_text(f"{row}\n")
+    (tmp_path / "README.md").write_text("What I know of these files.")
+    (tmp_path / "dataset_infos.json").write_text("{}")
     with pytest.raises(ConfigError, match=rf"{unread} would not be read beside"):
         loading.load_splits(str(tmp_path))
     (tmp_path / unread).unlink()
