@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from layerfed.selection.knapsack import ClientOracle
 from layerfed.selection.lagrangian import solve_lagrangian
-from layerfed.selection.milp import solve_milp
+from layerfed.selection.milp import require_highs, solve_milp
 from layerfed.selection.preparing import (
     charge_switching,
     forgive_richer,
@@ -35,6 +35,7 @@ __all__ = [
     "forgive_richer",
     "limit_weights",
     "mean_gain",
+    "require_highs",
     "round_costs",
     "solve",
     "solve_lagrangian",

@@ -69,6 +69,7 @@ def solve_milp(
         If HiGHS is missing or failed, the program is too large to be built in time, or no masks were
         found.
     """
+    require_highs()
     started = time.perf_counter()
     model = _Model(problem.saturated(), started + BUILD_SHARE * time_limit)
     bound = 0.0
@@ -86,6 +87,12 @@ def solve_milp(
     return Selection.certified(problem, masks, bound, "milp-highs", seconds)
 
 
+def require_highs() -> None:
+    """Raise SelectionError if HiGHS is not installed."""
+    if not pulp.HiGHS(msg=False).available():
+        raise SelectionError("HiGHS is not installed: `pip install highspy`")
+
+
 def _run(model: _Model, time_limit: float, gap: float) -> tuple[bool, float]:
     """Solve `model` in place; return whether it has a solution, and an upper bound on (P1)."""
     solver = pulp.HiGHS(
@@ -97,8 +104,6 @@ def _run(model: _Model, time_limit: float, gap: float) -> tuple[bool, float]:
         mip_feasibility_tolerance=FEASIBILITY,
         primal_feasibility_tolerance=FEASIBILITY,
     )
-    if not solver.available():
-        raise SelectionError("HiGHS is not installed: `pip install highspy`")
     with _nothing_on_stdout():
         model.program.solve(solver)
     highs = model.program.solverModel

@@ -11,6 +11,7 @@ from layerfed.config import ConfigError
 from layerfed.exchange import Description
 from layerfed.runs.records import Choice
 from layerfed.selection import SelectionProblem
+from layerfed.selection.preparing import MOST_FOR_SCALE
 from layerfed.server.budgets import Budgets
 
 __all__ = ["Candidates", "check_choice"]
@@ -108,6 +109,20 @@ class Candidates:
             examples=np.array([client.examples for client in described]),
             limits=np.array([np.inf if c.budget is None else c.budget for c in described]),
         )
+
+    def bounded(self, statistic: str) -> np.ndarray:
+        """Return a statistic of 0 or more, shape (n, L), with clients that claim too much scaled down.
+
+        Clients state their own numbers, and a sum or mean over clients would be that of the largest
+        alone. So no client's sum over its layers is above `MOST_FOR_SCALE` times the median client's.
+        """
+        claimed = self.statistics[statistic]
+        totals = claimed.sum(axis=1)
+        some = np.sort(totals[totals > 0])
+        if not len(some):
+            return claimed
+        most = MOST_FOR_SCALE * some[(len(some) - 1) // 2]
+        return np.asarray(claimed * np.minimum(1.0, most / np.maximum(totals, most))[:, None])
 
     def running(self, runs: np.ndarray) -> Candidates:
         """Return these candidates with blocks that some clients skip, shape (n, L).

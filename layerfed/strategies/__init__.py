@@ -127,9 +127,10 @@ def _refuse_options(strategy: type[SelectiveStrategy]) -> None:
                 f"{ours[name].default!r}, which `flwr run` fills in; call yours something else"
             )
         if field.default is not None and not isinstance(field.default, str | int | float | bool):
+            found = "has none" if field.is_required() else f"is {field.default!r}"
             raise ConfigError(
                 f"{strategy.name}: the option '{name}' needs a default that is a text, a number or a "
-                f"boolean, or None; it is {field.default!r}"
+                f"boolean, or None; it {found}"
             )
 
 

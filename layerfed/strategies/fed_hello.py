@@ -25,6 +25,7 @@ class FedHeLLo(SelectiveStrategy):
     the group with the highest scores has weight 3. A score is Σ_p ‖F_p‖ over the layer's tensors, with F
     the diagonal of the empirical Fisher matrix (`client/statistics.py`). The authors' code computes it
     on public data of the server; here it is the mean of the clients' scores, weighted by their examples.
+    A client whose scores sum to more than three times the median client's is scaled down to that.
     In that code a group's weight is that of its number, which k-means gives at random; here groups are
     in the order of their scores.
 
@@ -68,7 +69,7 @@ class FedHeLLo(SelectiveStrategy):
         """Return the weight of each layer, shape (L,)."""
         allocation, layers = self.options.allocation, candidates.costs.shape[1]
         if allocation == "fisher":
-            scores = candidates.statistics["fisher"]
+            scores = candidates.bounded("fisher")
             return groups(np.average(scores, axis=0, weights=candidates.counts))
         depth = np.arange(layers) / max(layers - 1, 1)
         width = {

@@ -21,10 +21,10 @@ from layerfed.selection import (
     forgive_richer,
     limit_weights,
     mean_gain,
+    require_highs,
     round_costs,
     solve,
 )
-from layerfed.selection.preparing import MOST_FOR_SCALE
 from layerfed.server.candidates import Candidates
 from layerfed.server.theory import predicted_floor
 from layerfed.strategies.base import Masks, SelectiveStrategy
@@ -133,7 +133,15 @@ class ILP(SelectiveStrategy):
             )
 
     def check(self) -> None:
-        """Probe the statistic that the options name, and norms if λ is to be found."""
+        """Probe the statistic that the options name, and norms if λ is to be found.
+
+        Raises ConfigError if the options name a solver that is not installed here.
+        """
+        if self.options.solver == "milp":
+            try:
+                require_highs()
+            except SelectionError as error:
+                raise ConfigError(f"strategy.solver = 'milp': {error}") from None
         wanted = (self.options.statistic, *([NORMS] if self.options.consistency == "auto" else []))
         self.statistics = tuple(dict.fromkeys(wanted))
 
@@ -147,7 +155,7 @@ class ILP(SelectiveStrategy):
             return self._solved(problem, candidates, options.consistency, rounding)
         choices = [self._solved(problem, candidates, each, rounding) for each in LADDER]
         disagreement = float(self.kept.get("disagreement", 1.0))
-        norms, counts = without_outliers(candidates.statistics[NORMS]), candidates.counts
+        norms, counts = candidates.bounded(NORMS), candidates.counts
         best = min(
             zip(LADDER, choices, strict=True),
             key=lambda pair: predicted_floor(norms, counts, pair[1].masks, disagreement),
@@ -171,19 +179,6 @@ class ILP(SelectiveStrategy):
         limits = (options.solver_seconds / ladder, options.solver_gap)
         choice = solved(problem, candidates, options.solver, *limits, constant=constant)
         return replace(choice, rounding=rounding)
-
-
-def without_outliers(norms: np.ndarray) -> np.ndarray:
-    """Scale down clients whose norms sum to more than `MOST_FOR_SCALE` times the median client's.
-
-    Clients state their own norms, and the sums of the error floor would be those of the largest alone.
-    """
-    totals = norms.sum(axis=1)
-    some = np.sort(totals[totals > 0])
-    if not len(some):
-        return norms
-    most = MOST_FOR_SCALE * some[(len(some) - 1) // 2]
-    return np.asarray(norms * np.minimum(1.0, most / np.maximum(totals, most))[:, None])
 
 
 def prepared(

@@ -29,6 +29,15 @@ class Middle(SelectiveStrategy):
         return Choice(masks)
 
 
+class Asking(Middle):
+    """It has an option without a default."""
+
+    class Options(Section):
+        """The place of the block."""
+
+        shift: int
+
+
 class Silent(SelectiveStrategy):
     """Its `select` returns None."""
 

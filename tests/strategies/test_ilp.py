@@ -315,6 +315,15 @@ def test_one_client_does_not_decide_the_consistency_that_is_found() -> None:
         assert found[0] == found[1]
 
 
+def test_a_solver_that_is_not_installed_is_refused_before_any_client_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pulp.HiGHS.available", lambda *_: False)
+    ILP(LAYERS)
+    with pytest.raises(ConfigError, match=r"strategy.solver = 'milp': .*pip install highspy"):
+        ILP(LAYERS, solver="milp")
+
+
 @pytest.mark.usefixtures("tiny_task")
 def test_an_integer_program_without_an_answer_does_not_end_the_run(
     caplog: pytest.LogCaptureFixture,

@@ -49,6 +49,9 @@ def test_its_options_are_filled_in_and_checked() -> None:
         checked(configured(OWN, "strategy.shift=far"))
     with pytest.raises(ConfigError, match=r"'strategy.shfit'; .*did you mean strategy.shift"):
         checked(configured(OWN, "strategy.shfit=1"))
+    asking = f"strategy.name={HERE}:Asking"
+    with pytest.raises(ConfigError, match=r"option 'shift' needs a default .*; it has none"):
+        checked(configured(asking, "strategy.shift=2"))
     # `flwr run --run-config` does not know the keys of a user's own strategy.
     assert checked(configured(OWN, "strategy.options=shift=1")).to_flat()["strategy.shift"] == 1
 

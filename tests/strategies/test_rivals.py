@@ -86,6 +86,12 @@ def test_scores_are_averaged_over_examples() -> None:
     assert FedHeLLo(LAYERS)._weights(case).tolist() == [1.0, 3.0, 2.0]
 
 
+def test_one_client_does_not_decide_the_scores_of_all() -> None:
+    scores = [[1.0, 2.0, 9.0]] * 9 + [[9e12, 0.0, 0.0]]
+    case = candidates([1] * 10, [1.0] * 3, {"fisher": scores})
+    assert FedHeLLo(LAYERS)._weights(case).tolist() == [2.0, 1.0, 3.0]
+
+
 @pytest.mark.parametrize(
     ("allocation", "weights"),
     [
