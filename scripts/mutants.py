@@ -183,6 +183,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--number", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--skip", type=int, default=0, help="the first ones of the order, tried before"
+    )
     parser.add_argument("--only", default="", help="files whose path has this in it")
     parser.add_argument("--seconds", type=int, default=300, help="processor time for one mutant")
     arguments = parser.parse_args()
@@ -199,7 +202,7 @@ def main() -> None:
             shutil.copytree(ROOT / part, folder / part)
         shutil.copy(ROOT / "pyproject.toml", folder)
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        sample = every[: arguments.number]
+        sample = every[arguments.skip : arguments.number]
         for room, one in sorted({m.file.split("/")[0]: m.file for m in sample}.items()):
             if outcome(tests_of(one, folder), folder, arguments.seconds) != "survived":
                 parser.error(f"tests/{room} does not pass without any change")

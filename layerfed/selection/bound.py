@@ -84,10 +84,12 @@ class Point:
 class Relaxation:
     """A bound as a function of some variables, and the rules for steps in them.
 
-    `start` is the first point, `floor` the smallest legal value of a variable, and `deflection` the
-    share of the previous direction that a step keeps.
+    It holds for the selections whose counts `penalties` (L, n + 1) allow. `start` is the first point,
+    `floor` the smallest legal value of a variable, and `deflection` the share of the previous direction
+    that a step keeps.
     """
 
+    penalties: FloatArray
     evaluate: Callable[[FloatArray], Point]
     start: FloatArray
     floor: float
@@ -129,7 +131,7 @@ def _relax_budgets(
         taken < problem.layers, scores[rows, np.minimum(taken, problem.layers - 1)], 0
     )
     start = np.maximum(0.0, (inside + np.maximum(outside, 0.0)) / 2)
-    return Relaxation(evaluate, start, floor=0.0, deflection=0.0)
+    return Relaxation(penalties, evaluate, start, floor=0.0, deflection=0.0)
 
 
 def _relax_copies(
@@ -146,7 +148,7 @@ def _relax_copies(
 
     # With this start the clients see the scores of their last answer, and layers the negated slope.
     start = np.broadcast_to(-slopes, problem.values.shape).copy()
-    return Relaxation(evaluate, start, floor=-np.inf, deflection=DEFLECTION)
+    return Relaxation(penalties, evaluate, start, floor=-np.inf, deflection=DEFLECTION)
 
 
 def _layer_part(
@@ -166,7 +168,7 @@ def _layer_part(
 
 @dataclass(frozen=True, eq=False)
 class Descent:
-    """The end of a descent: the best variables, and the bound there.
+    """The end of a descent in a relaxation: the best variables, and the bound there.
 
     `counts` and `penalties` (L,) are running averages over the steps: of the number of clients that the
     layer part gives each layer, and of the penalty f there. Averages of subgradient steps approach a
@@ -175,8 +177,9 @@ class Descent:
     `counts` shows the layers on which that program mixes selections.
     """
 
+    relaxation: Relaxation
     variables: FloatArray
-    point: Point
+    bound: float
     counts: FloatArray
     penalties: FloatArray
 
@@ -234,7 +237,7 @@ def descend(
         size = length * (point.bound - target) / square
         variables = np.maximum(variables - size * direction, relaxation.floor)
     assert best is not None
-    return Descent(best_variables, best, counts, penalties)
+    return Descent(relaxation, best_variables, best.bound, counts, penalties)
 
 
 def _settle_from(search: PrimalSearch, point: Point) -> None:

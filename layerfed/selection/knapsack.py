@@ -114,7 +114,7 @@ class ClientOracle:
         rows = np.arange(self._problem.clients)[clients]
         # If the K highest scores fit, they are best; they mostly do.
         limits = self._problem.limits[rows]
-        hard = np.flatnonzero(_spent(self._problem, chosen, rows) > limits)
+        hard = np.flatnonzero(self._problem.spent(chosen, rows) > limits)
         if self._grid is None:
             for row in hard:
                 chosen[row] = _pareto(self._problem, scores[row], rows[row])
@@ -154,12 +154,6 @@ def _room(problem: SelectionProblem) -> FloatArray:
     with np.errstate(divide="ignore", invalid="ignore"):
         room = np.where(cost > 0, np.floor(left / cost), np.inf)
     return np.clip(np.where(left >= 0, room, 0), 0, problem.layers)
-
-
-def _spent(problem: SelectionProblem, chosen: BoolArray, rows: NDArray[np.intp]) -> FloatArray:
-    spent = np.where(chosen, problem.cost_matrix[rows], 0.0).sum(axis=1)
-    depth = problem.depth_matrix[rows, chosen.argmax(axis=1)]
-    return np.asarray(spent + np.where(chosen.any(axis=1), depth, 0.0))
 
 
 def _dynamic(grid: Grid, scores: FloatArray, rows: NDArray[np.intp]) -> BoolArray:

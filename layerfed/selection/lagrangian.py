@@ -19,13 +19,13 @@ the transition, need branching.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from layerfed.selection.bound import CLOSED, Descent, descend, penalties_of, relax
 from layerfed.selection.knapsack import ClientOracle
-from layerfed.selection.problem import FloatArray, Selection, SelectionProblem, proof_gap
+from layerfed.selection.problem import Selection, SelectionProblem, proof_gap
 from layerfed.selection.search import PrimalSearch
 
 #: A selection ties with the best if it is worse by at most this share of the magnitude.
@@ -36,19 +36,6 @@ MAX_STEPS = 600
 
 #: Most steps of a part's descent, which starts where its parent's ended.
 PART_STEPS = 200
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """The selections whose counts `penalties` (L, n + 1) allow, and the descent that bounds them."""
-
-    penalties: FloatArray
-    descent: Descent
-
-    @property
-    def bound(self) -> float:
-        """Upper bound on every selection of this part."""
-        return self.descent.point.bound
 
 
 def solve_lagrangian(
@@ -79,9 +66,9 @@ def solve_lagrangian(
     if working.clients:
         search.settle(np.zeros(working.layers))
         search.settle(oracle.best(working.values).sum(axis=0))
-        penalties, slopes = penalties_of(working), search.slopes(search.masks.sum(axis=0))
-        relaxation = relax(working, oracle, slopes, penalties)
-        parts = [Part(penalties, descend(working, search, relaxation, MAX_STEPS))]
+        slopes = search.slopes(search.masks.sum(axis=0))
+        relaxation = relax(working, oracle, slopes, penalties_of(working))
+        parts = [descend(working, search, relaxation, MAX_STEPS)]
         if working.relative_gap(search.objective, parts[0].bound) > proof_gap(gap):
             parts = branch(working, oracle, search, parts)
         bound = parts[0].bound
@@ -90,8 +77,8 @@ def solve_lagrangian(
 
 
 def branch(
-    problem: SelectionProblem, oracle: ClientOracle, search: PrimalSearch, parts: list[Part]
-) -> list[Part]:
+    problem: SelectionProblem, oracle: ClientOracle, search: PrimalSearch, parts: list[Descent]
+) -> list[Descent]:
     """Split `parts` until their bounds meet the incumbent, or time runs out.
 
     The returned parts cover every selection of `parts` that is as good as the incumbent of `search`.
@@ -111,26 +98,24 @@ def branch(
 
 
 def _split(
-    problem: SelectionProblem, oracle: ClientOracle, search: PrimalSearch, part: Part
-) -> list[Part]:
+    problem: SelectionProblem, oracle: ClientOracle, search: PrimalSearch, part: Descent
+) -> list[Descent]:
     """Return two parts that cover `part`, or none if its bound mixes no counts."""
-    descent, slack = part.descent, TIE * problem.magnitude
-    allowed = np.isfinite(part.penalties)
-    mean = descent.counts
+    slack, mean = TIE * problem.magnitude, part.counts
+    allowed = np.isfinite(part.relaxation.penalties)
     at_mean = -problem.consistency * mean * (problem.clients - mean)
-    gain = np.where(allowed.sum(axis=1) > 1, descent.penalties - at_mean, 0.0)
+    gain = np.where(allowed.sum(axis=1) > 1, part.penalties - at_mean, 0.0)
     layer = int(gain.argmax())
     if gain[layer] <= slack:
         return []
     low, high = np.flatnonzero(allowed[layer])[[0, -1]]
     most = int(np.clip(np.floor(mean[layer]), low, high - 1))
-    below, above = part.penalties.copy(), part.penalties.copy()
+    below, above = (part.relaxation.penalties.copy() for _ in range(2))
     below[layer, most + 1 :], above[layer, : most + 1] = -np.inf, -np.inf
     slopes = search.slopes(search.masks.sum(axis=0))
     children = []
     for penalties in (below, above):
         relaxation = relax(problem, oracle, slopes, penalties)
-        relaxation = replace(relaxation, start=descent.variables)
-        found = descend(problem, search, relaxation, PART_STEPS, 2.0 * slack)
-        children.append(Part(penalties, found))
+        relaxation = replace(relaxation, start=part.variables)
+        children.append(descend(problem, search, relaxation, PART_STEPS, 2.0 * slack))
     return children

@@ -227,12 +227,12 @@ class SelectionProblem:
         gain = float(self.values[chosen].sum())
         return gain + float(self.penalties[chosen.sum(axis=0)].sum())
 
-    def spent(self, masks: ArrayLike) -> FloatArray:
-        """Return the cost of each client's mask, shape (n,), in the unit of `budgets`."""
-        chosen = self._as_masks(masks)
-        additive = np.where(chosen, self.cost_matrix, 0.0).sum(axis=1)
-        lowest = chosen.argmax(axis=1)
-        depth = self.depth_matrix[np.arange(self.clients), lowest]
+    def spent(self, masks: ArrayLike, rows: NDArray[np.intp] | None = None) -> FloatArray:
+        """Return the cost of each mask, shape (n,), in the unit of `budgets`; of some `rows` only."""
+        rows = np.arange(self.clients) if rows is None else rows
+        chosen = self._as_masks(masks, len(rows))
+        additive = np.where(chosen, self.cost_matrix[rows], 0.0).sum(axis=1)
+        depth = self.depth_matrix[rows, chosen.argmax(axis=1)]
         return np.asarray(additive + np.where(chosen.any(axis=1), depth, 0.0))
 
     def feasible(self, masks: ArrayLike) -> bool:
@@ -252,10 +252,11 @@ class SelectionProblem:
             return 0.0
         return float(difference / max(abs(bound), abs(objective)))
 
-    def _as_masks(self, masks: ArrayLike) -> BoolArray:
+    def _as_masks(self, masks: ArrayLike, rows: int | None = None) -> BoolArray:
         chosen = np.asarray(masks, dtype=bool)
-        if chosen.shape != self.values.shape:
-            raise ValueError(f"masks has shape {chosen.shape}; expected {self.values.shape}")
+        shape = (self.clients if rows is None else rows, self.layers)
+        if chosen.shape != shape:
+            raise ValueError(f"masks has shape {chosen.shape}; expected {shape}")
         return chosen
 
 

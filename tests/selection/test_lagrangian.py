@@ -7,9 +7,9 @@ import pytest
 from selection_cases import random_problem, raw_consistency
 
 from layerfed.selection import SelectionProblem, lagrangian, solve_lagrangian
-from layerfed.selection.bound import descend, penalties_of, relax
+from layerfed.selection.bound import Descent, descend, penalties_of, relax
 from layerfed.selection.knapsack import ClientOracle
-from layerfed.selection.lagrangian import Part, branch
+from layerfed.selection.lagrangian import branch
 from layerfed.selection.search import PrimalSearch
 
 
@@ -21,13 +21,12 @@ def transition(seed: int, n: int = 60, layers: int = 12) -> SelectionProblem:
     return SelectionProblem(values, costs, budgets, raw)
 
 
-def root(problem: SelectionProblem) -> tuple[ClientOracle, PrimalSearch, Part]:
+def root(problem: SelectionProblem) -> tuple[ClientOracle, PrimalSearch, Descent]:
     oracle = ClientOracle(problem)
     search = PrimalSearch(problem, oracle)
     search.settle(np.zeros(problem.layers))
-    penalties = penalties_of(problem)
-    relaxation = relax(problem, oracle, np.zeros(problem.layers), penalties)
-    return oracle, search, Part(penalties, descend(problem, search, relaxation, 600))
+    relaxation = relax(problem, oracle, np.zeros(problem.layers), penalties_of(problem))
+    return oracle, search, descend(problem, search, relaxation, 600)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -52,7 +51,7 @@ def test_parts_cover_the_optimum_and_bound_it() -> None:
 
     optimum = search.masks.sum(axis=0)
     layers = np.arange(problem.layers)
-    assert any(np.isfinite(part.penalties[layers, optimum]).all() for part in parts)
+    assert any(np.isfinite(part.relaxation.penalties[layers, optimum]).all() for part in parts)
     assert parts[0].bound == max(part.bound for part in parts)
     assert search.objective <= parts[0].bound + 1e-9 < whole.bound
 
