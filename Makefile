@@ -56,10 +56,11 @@ chromium:
 		else echo "the tests of pages need Chromium: apt-get install chromium fonts-dejavu-core"; exit 1; \
 	fi
 
+# On a busy machine mypy's processes may not find each other in time; one process always works.
 lint: $(VENV)/.installed-dev ## ruff, mypy --strict, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --num-workers auto
+	$(BIN)/mypy --num-workers auto || $(BIN)/mypy
 	$(BIN)/lint-imports
 
 lock: $(VENV)/.installed ## write requirements/ from pyproject.toml (newest versions: UPGRADE=--upgrade)
