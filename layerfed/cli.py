@@ -121,6 +121,8 @@ def run(
     config = checked(read_settings(settings, resume).simulated())
     wanted = _engine(engine)
     if directory is not None:
+        if resume is not None:
+            raise ConfigError(f"--resume goes on in {resume}; leave out --dir {directory}")
         config = config.model_copy(
             update={"run": config.run.model_copy(update={"dir": str(directory)})}
         )

@@ -13,11 +13,11 @@ from uuid import uuid4
 
 import numpy as np
 
-__all__ = ["create", "save_tensors", "whole"]
+__all__ = ["create", "flush", "save_tensors", "whole"]
 
 
 @contextmanager
-def whole(place: Path, *, shared: bool = False, flush: bool = False) -> Iterator[Path]:
+def whole(place: Path, *, shared: bool = False, durable: bool = False) -> Iterator[Path]:
     """Yield a path beside `place` for a file or a folder, and rename it to `place` afterwards.
 
     If an error is raised, the temporary file is removed: on a full disk it would take the room that the
@@ -32,16 +32,16 @@ def whole(place: Path, *, shared: bool = False, flush: bool = False) -> Iterator
     shared : bool (default: False)
         Whether several processes may write `place` at once. Each then uses a temporary name of its own,
         and the caller removes the files of killed processes.
-    flush : bool (default: False)
+    durable : bool (default: False)
         Whether the content and the rename must be on the disk at the end of the context.
     """
     beside = place.with_name(f".{place.name}{f'.{uuid4().hex}' if shared else ''}.tmp")
     _remove(beside)
     try:
         yield beside
-        if flush:
+        if durable:
             for path in (*beside.rglob("*"), beside):
-                _flush(path)
+                flush(path)
         if place.is_dir():
             aside = place.with_name(f".{place.name}.old")
             _remove(aside)
@@ -58,8 +58,8 @@ def whole(place: Path, *, shared: bool = False, flush: bool = False) -> Iterator
         with suppress(OSError):
             _remove(beside)
         raise
-    if flush:
-        _flush(place.parent)
+    if durable:
+        flush(place.parent)
 
 
 def create(file: Path, content: bytes, mode: int = 0o644) -> None:
@@ -115,7 +115,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file or folder on the disk, which a power cut does not undo."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

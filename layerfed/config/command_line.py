@@ -19,14 +19,26 @@ __all__ = ["App", "complete_setting", "read_settings"]
 
 
 class App(typer.Typer):
-    """A Typer whose commands show the help of their arguments, and print an error in one line."""
+    """A Typer whose commands show the help of their arguments, and print an error in one line.
+
+    Parameters
+    ----------
+    mendable : tuple[type[Exception], ...]
+        Errors of its commands that the user can correct, besides `ConfigError`.
+    """
+
+    def __init__(self, *, mendable: tuple[type[Exception], ...] = (), **settings: Any) -> None:
+        super().__init__(**settings)
+        self._kind = type("Command", (_Command,), {"mendable": mendable})
 
     def command(self, *args: Any, **settings: Any) -> Callable[[Any], Any]:
         """Register a command."""
-        return super().command(*args, cls=_Command, **settings)
+        return super().command(*args, cls=self._kind, **settings)
 
 
 class _Command(TyperCommand):
+    mendable: tuple[type[Exception], ...] = ()
+
     def __init__(self, *args: Any, **settings: Any) -> None:
         # Newer versions of click overwrite the help of arguments that typer sets, so it is set again.
         super().__init__(*args, **settings)
@@ -38,7 +50,7 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Context) -> Any:
         """Run the command."""
-        with one_line_errors():
+        with one_line_errors(*self.mendable):
             return super().invoke(ctx)
 
 
@@ -60,7 +72,7 @@ def read_settings(settings: Sequence[str] | None, resume: Path | None = None) ->
     Raises
     ------
     ConfigError
-        If the configuration cannot be run, or there are both a file and `resume`.
+        If the configuration cannot be run, or `resume` comes with a file or another place.
     """
     words = list(settings or ())
     file = Path(words.pop(0)) if words and "=" not in words[0] else None
@@ -68,4 +80,7 @@ def read_settings(settings: Sequence[str] | None, resume: Path | None = None) ->
         return load_config(file, words)
     if file is not None:
         raise ConfigError(f"--resume uses {resume}/config.json; leave out {file}")
+    for word in words:
+        if word.partition("=")[0].strip() in ("run.dir", "run.name", "run.resume"):
+            raise ConfigError(f"--resume goes on in {resume}; leave out {word}")
     return load_config(resume / "config.json", [*words, f"run.resume={resume.resolve()}"])

@@ -100,6 +100,17 @@ class NodeConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_partition_there_is(self) -> NodeConfig:
+        # With data of its own, the number is a name only.
+        count = self.num_partitions
+        if count is not None and self.own_data is None and self.partition_id >= count:
+            raise ConfigError(
+                f"partition-id = {self.partition_id} is not allowed with num-partitions = {count}: it "
+                f"should be from 0 to {count - 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _bounded_noise(self) -> NodeConfig:
         # The owner's guarantee must not depend on the run's bound, which the server chooses.
         if self.privacy_noise > 0 and self.privacy_clip == 0:

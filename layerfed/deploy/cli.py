@@ -17,7 +17,6 @@ from rich.markup import escape
 
 from layerfed.config import ConfigError, RunConfig, load_config, parse_override
 from layerfed.config.command_line import App, complete_setting, read_settings
-from layerfed.config.errors import one_line_errors
 
 if TYPE_CHECKING:
     from layerfed.deploy.federation import Federation
@@ -27,6 +26,7 @@ __all__ = ["app"]
 app = App(
     help="Run on real machines, with TLS and authentication; docs/deployment.md is the guide.",
     no_args_is_help=True,
+    mendable=(OSError,),  # the federation's folder is its owner's alone
 )
 console = Console(stderr=True, emoji=False)
 
@@ -54,8 +54,7 @@ def certificates(
 ) -> None:
     """On the server: make the authority once, and the server's certificate each time."""
     federation = _federation(folder)
-    with one_line_errors(OSError):
-        federation.create_certificates(hosts, days)
+    federation.create_certificates(hosts, days)
     typer.echo(f"{federation.ca}: copy it to every node")
     typer.echo(f"{federation.ca_key}: keep it offline; only renewals need it")
     typer.echo(f"{federation.certificate}: valid for {days} days")
@@ -83,8 +82,7 @@ def superlink(
     from layerfed.deploy.federation import environment
 
     federation = _federation(folder)
-    with one_line_errors(OSError):
-        command = federation.superlink_command(port)
+    command = federation.superlink_command(port)
     os.umask(0o077)  # the database holds updates; others may read a folder that was there before
     # The same process from here on: signals reach it, and its exit status is this command's.
     os.execve(command[0], command, environment(federation.flower_home))
@@ -185,9 +183,11 @@ def run(
     ] = Path(),
 ) -> None:
     """On the server: run on the connected nodes, show the log, and exit 0 only if the run completed."""
+    from layerfed.runs.signals import clean_up_on_sigterm
     from layerfed.strategies import checked
     from layerfed.task import task_named
 
+    clean_up_on_sigterm()
     federation, config = _federation(folder), checked(read_settings(settings, resume))
     task_named(config.task.name)
     identity = federation.start_run(app_folder, config)

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from layerfed.config import ConfigError
-from layerfed.files import create
+from layerfed.files import create, whole
 
 __all__ = ["create_authority", "create_node_key", "create_server_certificate"]
 
@@ -116,10 +116,9 @@ def create_server_certificate(
         )
         .sign(issuer_key, hashes.SHA384())
     )
-    # A renewed certificate replaces the old one and has a new key.
-    for old in (certificate, key):
-        old.unlink(missing_ok=True)
-    _write_pair(key, _pem(private), certificate, signed.public_bytes(Encoding.PEM))
+    # A renewed certificate has a new key.
+    content = signed.public_bytes(Encoding.PEM)
+    _write_pair(key, _pem(private), certificate, content, replace=True)
 
 
 def create_node_key(name: str, folder: Path) -> tuple[Path, Path]:
@@ -164,7 +163,8 @@ def _san(host: str) -> x509.GeneralName:
     except ValueError:
         pass
     labels = host.split(".")
-    if not all(p and p.isascii() and p.replace("-", "").isalnum() for p in labels):
+    named = all(p and p.isascii() and p.replace("-", "").isalnum() for p in labels)
+    if not named or labels[-1].isdigit():  # such as 203.0.113.700
         raise ConfigError(
             f"'{host}' is no host: give a name or an IP address, without port or https://"
         )
@@ -191,21 +191,20 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _write_pair(key: Path, secret: bytes, public: Path, content: bytes) -> None:
-    """Write a key and what others may see of it, or neither if one is there."""
+def _write_pair(
+    key: Path, secret: bytes, public: Path, content: bytes, *, replace: bool = False
+) -> None:
+    """Write a key, which nobody else can read at any moment, and its public part; or neither."""
     for file in (key, public):
-        if file.exists():
+        if file.exists() and not replace:
             raise ConfigError(
                 f"{file} exists already and is not replaced; move it away first if it is lost or leaked"
             )
-    _write_new(key, secret)
-    _write_new(public, content, PUBLIC)
-
-
-def _write_new(file: Path, content: bytes, mode: int = 0o600) -> None:
-    """Write a new file that nobody else can read at any moment, unless `mode` lets them."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        create(file, content, mode)
+        for file in (key, public):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with whole(key) as new_key, whole(public) as new_public:
+            create(new_key, secret, 0o600)
+            create(new_public, content, PUBLIC)
     except OSError as error:
-        raise ConfigError(f"cannot write {file}: {error.strerror}") from None
+        raise ConfigError(f"cannot write {key} and {public.name}: {error.strerror}") from None

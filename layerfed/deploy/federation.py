@@ -12,8 +12,10 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,7 @@ from typing import Any
 
 from layerfed.config import ConfigError, Flat, NodeConfig, RunConfig, Scalar, run_keys
 from layerfed.config.errors import Failed
-from layerfed.config.paths import expanded
+from layerfed.config.paths import absolute, expanded
 from layerfed.deploy.credentials import create_authority, create_server_certificate
 from layerfed.files import whole
 from layerfed.strategies import option_keys
@@ -42,6 +44,8 @@ CONNECTION = "federation"
 # The limit for a `flwr` command, which usually gets the SuperLink's answer in a second or two.
 COMMAND_SECONDS = 120.0
 POLL_SECONDS, STATUS_SECONDS = 1.0, 15.0
+# A busy SuperLink may leave some questions for a run's status unanswered.
+MOST_UNANSWERED = 5
 
 
 class DeploymentFailed(Failed):
@@ -49,8 +53,20 @@ class DeploymentFailed(Failed):
 
 
 def program(name: str) -> str:
-    """Return the path of a command in this Python environment."""
-    return str(Path(sys.executable).parent / name)
+    """Return the path of a command of this Python environment, or of one that PATH names.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    user = sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))  # `pip --user`
+    beside = (Path(sys.executable).parent, sysconfig.get_path("scripts"), user)
+    places = os.pathsep.join([*map(str, beside), os.environ.get("PATH", os.defpath)])
+    found = shutil.which(name, path=places)
+    if found is None:
+        raise ConfigError(f"there is no command `{name}` beside {sys.executable} or in PATH")
+    return found
 
 
 def environment(flower_home: Path) -> dict[str, str]:
@@ -281,7 +297,21 @@ class Federation:
         return sum(node["status"] == "online" for node in self.nodes())
 
     def start_run(self, app: Path, config: RunConfig) -> int:
-        """Hand a run to the SuperLink and return its id."""
+        """Hand a run to the SuperLink and return its id.
+
+        Raises
+        ------
+        ConfigError
+            If a setting is a path of the current folder, in which neither server nor nodes work.
+        """
+        here, elsewhere = config.to_flat(), absolute(config.to_flat())
+        for key, path in elsewhere.items():
+            text = str(here[key])
+            if key != "run.dir" and path != here[key] and not text.startswith("~"):
+                raise ConfigError(
+                    f"{key} = '{text}' is a path of this folder, and the server and the nodes work in "
+                    f"others; give it in full ({path}), as it is on them"
+                )
         settings = known_to_flower(config)
         settings["run.dir"] = str(
             expanded(config.run.dir).resolve() if config.run.dir else self.runs
@@ -308,8 +338,9 @@ class Federation:
         Raises
         ------
         DeploymentFailed
-            If the run has not ended after `timeout` seconds.
+            If the run has not ended after `timeout` seconds, or the SuperLink does not answer any more.
         """
+        unanswered = 0
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         stream = subprocess.Popen(
             [program("flwr"), "log", str(run), CONNECTION, "--stream"],
@@ -317,9 +348,20 @@ class Federation:
         )
         try:
             # The log ends with the run. Asking for the status takes seconds of a core, so it is rare.
-            while not (status := self.status(run)).finished:
+            while True:
+                try:
+                    status, unanswered = self.status(run), 0
+                except DeploymentFailed as error:
+                    unanswered += 1
+                    if unanswered >= MOST_UNANSWERED:
+                        raise DeploymentFailed(
+                            f"{error}; run {run} may go on: `layerfed watch` shows it on the server"
+                        ) from None
+                else:
+                    if status.finished:
+                        break
                 if time.monotonic() > deadline:
-                    raise DeploymentFailed(f"run {run} is {status.status} after {timeout:g} s")
+                    raise DeploymentFailed(f"run {run} has not ended after {timeout:g} s")
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     stream.wait(STATUS_SECONDS)
                     time.sleep(POLL_SECONDS)

@@ -29,7 +29,7 @@ def credential_files(folder: Path) -> Iterator[Finding]:
     federation = Federation(folder.resolve())
     here = [Path.cwd() / "ca.crt", *sorted(Path.cwd().glob("*.key"))]
     files = [*sorted(federation.folder.glob("*.crt")), *sorted(federation.folder.glob("*.key"))]
-    found = [file for file in (*files, *here) if file.exists()]
+    found = list(dict.fromkeys(file.resolve() for file in (*files, *here) if file.is_file()))
     if not found:
         yield Finding("credentials", f"none in {federation.folder} and none of a node here")
     for file in found:

@@ -53,7 +53,7 @@ def examine(checks: Mapping[str, Check], seconds: float) -> Iterator[Finding]:
         def work(check: Check = check, name: str = name, found: list[Finding] = found) -> None:
             try:
                 found.extend(check())
-            except EXPECTED as error:  # which say what to do
+            except (*EXPECTED, PermissionError) as error:  # which say what to do
                 found.append(Finding(name, str(error), status="wrong"))
             except Exception as error:  # whatever it is, the other checks go on
                 text = f"cannot be checked: {type(error).__name__}: {error}"

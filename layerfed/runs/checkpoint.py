@@ -29,7 +29,7 @@ from safetensors.numpy import load, save
 
 from layerfed.digests import content_digest
 from layerfed.exchange.scores import ACCURACY, Score
-from layerfed.files import whole
+from layerfed.files import flush, whole
 from layerfed.runs.files import read_json, read_lines, write_tensors
 from layerfed.runs.records import Observer, RoundRecord
 
@@ -160,6 +160,9 @@ class Checkpoints(Observer):
 
     def _save(self, record: RoundRecord) -> None:
         try:
+            # A run that goes on counts its rounds, and the privacy that they cost, by these lines.
+            for lines in self._folder.glob("*.jsonl"):
+                flush(lines)
             save_checkpoint(self._folder, self._state(), self._keep)
         except OSError as error:
             log(WARNING, "round %d: no checkpoint could be written: %s", record.round, error)
@@ -175,7 +178,7 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, keep: int) -> Path
     """
     root = run_folder / FOLDER
     place = root / f"round-{checkpoint.round:06d}"
-    with whole(place, flush=True) as beside:
+    with whole(place, durable=True) as beside:
         beside.mkdir(parents=True)
         _fill(beside, checkpoint)
         if (best := run_folder / BEST).exists():

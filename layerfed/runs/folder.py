@@ -6,7 +6,6 @@ whatever a killed run leaves is whole.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import re
@@ -33,6 +32,7 @@ from layerfed.runs.files import (
     NotWritten,
     append_line,
     lock,
+    read_json,
     read_lines,
     write_json,
     write_lines,
@@ -163,10 +163,16 @@ class RunFolder(Observer):
         Raises
         ------
         ConfigError
-            If the folder's run had another configuration.
+            If the folder's run had another configuration or more rounds, or a file lacks what the
+            checkpoint has.
         """
-        theirs = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        before = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        try:
+            theirs, before = (read_json(path / name) for name in ("config.json", "summary.json"))
+            found = {name: read_lines(path / name) for name in LINES if (path / name).exists()}
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"run.resume = '{path}': {error}; it cannot be gone on with"
+            ) from None
         if data and before.get("data") == data:
             theirs["task.data"] = config.task.data
         if other := differing(config, theirs, defaults, goes_on=True):
@@ -174,12 +180,19 @@ class RunFolder(Observer):
                 f"run.resume = '{path}' had another configuration ({', '.join(other)}); resume with "
                 "its own config.json"
             )
-        try:
-            found = {name: read_lines(path / name) for name in LINES if (path / name).exists()}
-        except ValueError as error:
+        if config.federation.rounds < last_round:
             raise ConfigError(
-                f"run.resume = '{path}': {error}; it cannot be gone on with"
-            ) from None
+                f"federation.rounds = {config.federation.rounds}, and run.resume = '{path}' has done "
+                f"{last_round}; give that number or more"
+            )
+        # Else scores would have a hole, and the privacy that was spent would be stated too low.
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            there = {row["round"] for row in found.get(name, [])}
+            if lost := [number for number in range(1, last_round + 1) if number not in there]:
+                raise ConfigError(
+                    f"run.resume = '{path}': {name} lacks round {lost[0]}, which its checkpoint has; it "
+                    "cannot be gone on with"
+                )
         again = [
             row["round"] for row in found.get("metrics.jsonl", []) if row["round"] > last_round
         ]

@@ -94,3 +94,9 @@ def test_a_federation_without_a_size_is_cut_as_the_node_says() -> None:
     assert NodeConfig.read(settings).applied_to(config.of_size(4)).federation.clients == 4
     with pytest.raises(ConfigError, match="this node has no num-partitions"):
         NodeConfig.read({"partition-id": 0}).applied_to(config)
+
+
+def test_a_partition_is_one_of_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"partition-id = 2 .* num-partitions = 2: .* 0 to 1"):
+        NodeConfig.read({"partition-id": 2, "num-partitions": 2})
+    assert NodeConfig.read({"partition-id": 2, "num-partitions": 2, "own-data": "x"})

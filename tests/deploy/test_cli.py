@@ -20,6 +20,7 @@ from layerfed.deploy.federation import (
     Federation,
     RunStatus,
     environment,
+    program,
     supernode_command,
 )
 
@@ -233,6 +234,52 @@ def test_what_flower_refuses_is_passed_on(
         federation.nodes()
     program.write_text('#!/bin/sh\necho "Loading {"\necho \'{"success": true, "nodes": []}\'\n')
     assert federation.online() == 0
+
+
+@pytest.mark.parametrize("unanswered", [1, 5])
+def test_a_busy_superlink_does_not_end_a_run(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unanswered: int
+) -> None:
+    log = tmp_path / "flwr"
+    log.write_text("#!/bin/sh\nexit 0\n")
+    log.chmod(0o755)
+    monkeypatch.setattr("layerfed.deploy.federation.program", lambda name: str(log))
+    monkeypatch.setattr("layerfed.deploy.federation.POLL_SECONDS", 0.0)
+    asked = []
+
+    def status(self: Federation, run: int) -> RunStatus:
+        asked.append(run)
+        if len(asked) <= unanswered:
+            raise DeploymentFailed("database is locked")
+        return RunStatus("finished:completed", "")
+
+    monkeypatch.setattr(Federation, "status", status)
+    if unanswered == 1:
+        assert federation.follow(7).completed
+    else:
+        with pytest.raises(DeploymentFailed, match="database is locked; run 7 may go on"):
+            federation.follow(7)
+
+
+def test_a_folder_of_another_user_is_one_line(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(self: Federation) -> None:
+        raise PermissionError(13, "Permission denied", str(self.ca))
+
+    monkeypatch.setattr(Federation, "require_certificates", forbidden)
+    done = deploy("gateway", "--dir", federation.folder)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [f"error: [Errno 13] Permission denied: '{federation.ca}'"]
+
+
+def test_commands_are_found_outside_of_a_virtual_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin/python3"))
+    assert os.access(program("flwr"), os.X_OK)
+    with pytest.raises(ConfigError, match="there is no command `no-such`"):
+        program("no-such")
 
 
 @pytest.mark.parametrize("address", ["nonsense", "a:b:c", "https://a:1", "a:"])

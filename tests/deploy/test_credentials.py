@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 import stat
@@ -15,8 +16,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from layerfed.config import ConfigError, load_config
+from layerfed.deploy import credentials
 from layerfed.deploy.credentials import create_node_key
 from layerfed.deploy.federation import Federation
+from layerfed.files import create
 
 STRICT = getattr(ssl, "VERIFY_X509_STRICT", 0)
 
@@ -122,12 +125,42 @@ def test_a_run_folder_in_the_users_home_is_found(
     )
 
 
-@pytest.mark.parametrize("host", ["https://a.org", "a.org:9092", "a b", "", "a..b", "ä.org"])
+@pytest.mark.parametrize(
+    "host", ["https://a.org", "a.org:9092", "a b", "", "a..b", "ä.org", "203.0.113.700", "10.0.0"]
+)
 def test_what_is_no_host_is_refused(host: str, tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     with pytest.raises(ConfigError, match="is no host: give a name or an IP address"):
         federation.create_certificates([host], days=30)
     assert not federation.key.exists()
+
+
+def test_a_renewal_that_cannot_be_written_leaves_the_old_certificate(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file.name: file.read_bytes() for file in federation.folder.iterdir()}
+
+    def full(file: Path, content: bytes, mode: int) -> None:
+        if mode != 0o600:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        create(file, content, mode)
+
+    monkeypatch.setattr(credentials, "create", full)
+    with pytest.raises(ConfigError, match=r"cannot write .*server.key and server.crt: No space"):
+        federation.create_certificates(["a.org"], days=30)
+    assert {file.name: file.read_bytes() for file in federation.folder.iterdir()} == before
+    with pytest.raises(ConfigError, match="No space"):
+        create_node_key("clinic-1", federation.folder)
+    assert not list(federation.folder.glob("*clinic*"))
+
+
+def test_a_path_of_this_folder_is_refused_before_it_means_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"task.data = 'photos' is a path .* full .{tmp_path}"):
+        Federation(tmp_path).start_run(Path(), load_config(None, ["task.data=photos"]))
 
 
 def test_a_node_key_is_a_pair_that_flower_reads(tmp_path: Path) -> None:

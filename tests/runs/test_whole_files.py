@@ -22,7 +22,7 @@ def test_a_file_takes_the_place_of_the_one_before(
 ) -> None:
     file = tmp_path / "a.txt"
     for text in ("one", "two"):
-        with whole(file, shared=shared, flush=flush) as beside:
+        with whole(file, shared=shared, durable=flush) as beside:
             beside.write_text(text)
             assert not file.exists() or file.read_text() == "one"
         assert file.read_text() == text
@@ -32,7 +32,7 @@ def test_a_file_takes_the_place_of_the_one_before(
 def test_a_folder_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     place = tmp_path / "round-1"
     for name in ("old", "new"):
-        with whole(place, flush=True) as beside:
+        with whole(place, durable=True) as beside:
             beside.mkdir()
             (beside / name).write_text(name)
         assert names(place) == [name]
@@ -111,7 +111,7 @@ def test_flushed_content_is_on_the_disk_before_the_rename(
     monkeypatch.setattr(
         "layerfed.files.os.replace", lambda a, b: (done.append("rename"), replace(a, b))[1]
     )
-    with whole(tmp_path / "c", flush=True) as beside:
+    with whole(tmp_path / "c", durable=True) as beside:
         beside.mkdir()
         (beside / "file").write_text("x")
     assert done == ["file", ".c.tmp", "rename", tmp_path.name]
