@@ -159,7 +159,8 @@ def _measured(
     """
     bench, settings = node.bench, node.bench.config.train
     examples, _ = bench.examples(node.partition)
-    whole = asked.examples or settings.batch_size
+    # A client with fewer examples has smaller batches.
+    whole = min(asked.examples or settings.batch_size, len(examples))
     size = min(whole, settings.micro_batch or whole)
     count = asked.batches * -(-whole // size) or -(-len(examples) // size)
     rng = generator(bench.config.run.seed, Stream.PROBE, server_round, node.partition)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,13 +73,9 @@ def objective(task: Task, model: nn.Module, examples: Examples) -> LossFn:
             scores, task.targets(batch), weight=weights, label_smoothing=smoothing
         )
 
-    # What the mean is over, for batches that go through the model in parts.
-    loss.terms = (  # type: ignore[attr-defined]
-        partial(_terms, task)
-        if weights is None
-        else lambda batch: float(weights[task.targets(batch)].sum())
-    )
-    return loss
+    if weights is None:
+        return _described(loss, task)
+    return _described(loss, task, lambda b: float(weights[task.targets(b).long()].sum()))
 
 
 def _labels(task: Task, examples: Examples) -> np.ndarray:
@@ -93,8 +90,15 @@ def _own(task: Task) -> LossFn:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return task.loss(model, batch)
 
-    loss.terms = partial(_terms, task)  # type: ignore[attr-defined]
-    return loss
+    return _described(loss, task)
+
+
+def _described(loss: Any, task: Task, terms: Callable[[Batch], float] | None = None) -> LossFn:
+    """Tell of a loss what its mean is over, for batches that go through the model in parts."""
+    loss.terms = terms or partial(_terms, task)
+    loss.counts = partial(_counts, task)
+    described: LossFn = loss
+    return described
 
 
 def _terms(task: Task, batch: Batch) -> float:
@@ -103,6 +107,12 @@ def _terms(task: Task, batch: Batch) -> float:
     if targets.is_floating_point():
         return float(len(targets))
     return float((targets != IGNORED).sum()) / max(1, targets[0].numel())
+
+
+def _counts(task: Task, batch: Batch) -> bool:
+    """Return whether any target counts; only to look at tags of tokens waits for the device."""
+    targets = task.targets(batch)
+    return targets.is_floating_point() or targets.dim() < 2 or bool((targets != IGNORED).any())
 
 
 def balanced(labels: np.ndarray, classes: int) -> Sequence[float]:

@@ -373,10 +373,13 @@ class Prefix:
             values[list(known)] = torch.stack(list(known.values())).to(device)
         if missing:
             part: Batch = {n: tensor[missing] for n, tensor in batch.items()}
+            # Where the work begins is part of its cost.
+            begins = min(self.cache.resident.lowest_changed, self.low)
             part, forward = self._begun(model, part, forward)
             with _as_frozen(model, device, self.precision):
                 run = partial(split.compute, partial(forward, model, part))
-                computed, flops = counted(model, ("prefix", self.low, self.precision), part, run)
+                kind = ("prefix", begins, self.low, self.precision)
+                computed, flops = counted(model, kind, part, run)
             self.flops += flops
             rounded = computed.to(TYPE)
             if not rounded.isfinite().all():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from layerfed.client.devices import wide
 from layerfed.client.passes import Passes
 from layerfed.client.statistics import STATISTICS, Statistic, load_statistic
-from layerfed.client.training import LossFn, recomputed, selected_layers
+from layerfed.client.training import LossFn, counting, recomputed, selected_layers
 from layerfed.models.layers import LayerMap
 from layerfed.task.base import Batch
 
@@ -49,7 +49,7 @@ def probe_layers(
         At θ^t; unchanged afterwards.
     layers : LayerMap
     batches : Iterable[Batch]
-        Each gives one stochastic gradient g_{i,l}.
+        Each in which a target counts gives one stochastic gradient g_{i,l}.
     loss : LossFn
     statistics : Iterable[str]
         Their names; see `layerfed.client.statistics`.
@@ -69,7 +69,7 @@ def probe_layers(
     Raises
     ------
     ValueError
-        If there is no batch or a statistic is unknown.
+        If there is no such batch or a statistic is unknown.
     """
     wanted = {name: load_statistic(name) for name in statistics}
     of_data = {name: s for name, s in wanted.items() if not s.public}
@@ -82,14 +82,14 @@ def probe_layers(
         model.eval()  # θ^t itself is probed: no dropout, no drift of BatchNorm's statistics
         if checkpointing:
             stack.enter_context(recomputed(model, layers, names))
-        for batch in batches:
+        for batch in counting(batches, loss):
             passes = Passes(model, chosen, batch, loss, precision, lr)
             columns = iter(_single(passes, single).T if single else ())
             table = [s.measure(passes) if s.passes else next(columns) for s in of_data.values()]
             rows.append(np.array([column.cpu().double().numpy() for column in table]))
             total_flops += passes.flops
     if not rows:
-        raise ValueError("there is no batch to probe on")
+        raise ValueError("there is no batch to probe on in which a target counts")
     found = dict(zip(of_data, np.mean(rows, axis=0).tolist(), strict=True))
     for name, statistic in wanted.items():
         if statistic.public:

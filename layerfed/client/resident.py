@@ -198,8 +198,8 @@ class ResidentModel:
         return fingerprint(self._base)
 
     def values(self, name: str) -> np.ndarray:
-        """Return the values of a tensor as they are now."""
-        return _as_array(decoded(self.tensors[name]))
+        """Return the values of a tensor as they are now, of a frozen one the checkpoint's."""
+        return _as_array(decoded(self._exact.get(name, self.tensors[name])))
 
     def base_version(self, layer: str) -> str:
         """Return the digest of a layer of the base."""

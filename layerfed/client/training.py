@@ -133,6 +133,11 @@ def _terms(batch: Batch) -> float:
     return float((labels != IGNORED).sum()) / max(1, labels[0].numel())
 
 
+def counting(batches: Iterable[Batch], loss: LossFn) -> Iterator[Batch]:
+    """Yield the batches in which a target counts (`loss.counts`); the mean loss of others is 0 / 0."""
+    yield from filter(getattr(loss, "counts", None) or (lambda batch: True), batches)
+
+
 @contextmanager
 def selected_layers(model: nn.Module, layers: LayerMap, names: Iterable[str]) -> Iterator[None]:
     """Make some layers trainable and freeze all others within the context.
@@ -313,7 +318,8 @@ def train_layers(
     mask : Sequence[bool]
         m_i, length L.
     batches : Iterable[Batch]
-        One optimiser step is made on each. The caller must cut an endless iterable.
+        One optimiser step is made on each in which a target counts. The caller must cut an endless
+        iterable.
     loss : LossFn
         Returns the mean loss of a batch.
     optimizer : OptimizerFn
@@ -327,7 +333,8 @@ def train_layers(
     Raises
     ------
     ValueError
-        If there is no batch, or the loss is not finite. In the second case the weights are unusable.
+        If there is no batch in which a target counts, or the loss is not finite. In the second case the
+        weights are unusable.
     """
     chosen = layers.trained(mask)
     parameters = dict(model.named_parameters())
@@ -348,7 +355,7 @@ def train_layers(
         if how.checkpointing:
             stack.enter_context(recomputed(model, layers, chosen))
         step = Stepper(model, trained, loss, optimizer, how)
-        for batch in batches:
+        for batch in counting(batches, whole):
             if clock is not None:
                 step.progress = Progress(clock, layer_of)
                 if late := bool(losses) and clock.over:
@@ -377,7 +384,7 @@ def train_layers(
             losses.append(value)
             flops += cost
     if not losses:
-        raise ValueError("there is no batch to train on")
+        raise ValueError("there is no batch to train on in which a target counts")
     mean = float(torch.stack(losses).mean())
     if not torch.isfinite(torch.tensor(mean)):
         raise ValueError(f"the training loss is {mean}; lower train.lr")

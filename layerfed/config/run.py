@@ -546,11 +546,9 @@ class RunConfig(Section):
         again = "each round gives adapters other factors, and a part of that change is no step"
         stepping = ServerConfig.model_fields.keys() - {"aggregation", "trim", "clip"}
         reasons = {f"server.{name.replace('_', '-')}": again for name in stepping}
+        reasons["exchange.downlink-codec"] = "new factors would be those of the coded weights"
         if self.server.aggregation == "stack":
-            reasons |= {
-                "model.storage": "it changes the weights, which are in float32 then",
-                "exchange.downlink-codec": "it is exact, and coded weights are not",
-            }
+            reasons["model.storage"] = "it changes the weights, which are in float32 then"
         flat, usual = self.to_flat(), RunConfig().to_flat()
         for key, why in sorted(reasons.items()):
             if flat[key] != usual[key]:

@@ -51,7 +51,8 @@ class Candidates:
         for those rows is not used.
     last : numpy.ndarray | None
         The layers of each client's last selection, shape (n, L), as numbers from 0 to 1. A client that
-        took no part in it has the mean of those that did. None in the first selection, and between two.
+        was never selected has the mean of those that were last. None in the first selection, and between
+        two.
     runs : numpy.ndarray
         Booleans, shape (n, L): the blocks that are not skipped; see `running`.
     """

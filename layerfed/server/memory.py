@@ -27,10 +27,11 @@ MEASURED = "measured"
 
 
 class Memory:
-    """The last selection's masks by client, and every client's last statistics."""
+    """Every client's last masks, those of the last selection apart, and its last statistics."""
 
     def __init__(self) -> None:
         self._masks: dict[int, np.ndarray] = {}
+        self._before: dict[int, np.ndarray] = {}
         self._profiles: dict[str, dict[int, np.ndarray]] = {}
         self._mean_profile: dict[str, np.ndarray] = {}
         self._scale: dict[str, float] = {}
@@ -39,6 +40,7 @@ class Memory:
 
     def learn(self, candidates: Candidates, choice: Choice) -> None:
         """Remember a selection; its masks replace those of the previous one."""
+        self._before |= self._masks
         self._masks = {}
         self._add(candidates, choice)
         for name, table in candidates.statistics.items():
@@ -57,14 +59,14 @@ class Memory:
             self._scale[name] = float(np.median(totals[some])) if some.any() else 0.0
 
     def last(self, clients: Sequence[int]) -> np.ndarray | None:
-        """Return the layers of clients' last selection, shape (n, L); None before the first.
+        """Return the layers of each client's last selection, shape (n, L); None before the first.
 
-        A client that has none gets the share of the remembered clients that have each layer.
+        A client that has none gets the share of the last selection's clients that have each layer.
         """
         if not self._masks:
             return None
-        known = {client: masks.any(axis=0) for client, masks in self._masks.items()}
-        shares = np.mean(list(known.values()), axis=0)
+        shares = np.mean([masks.any(axis=0) for masks in self._masks.values()], axis=0)
+        known = {c: masks.any(axis=0) for c, masks in (self._before | self._masks).items()}
         return np.array([known.get(client, shares) for client in clients], dtype=np.float64)
 
     def estimate(self, clients: Sequence[int]) -> dict[str, np.ndarray]:
@@ -182,6 +184,7 @@ class Memory:
     def state(self) -> dict[str, np.ndarray]:
         """Return the whole memory as arrays, by name."""
         found = {f"masks/{client}": masks for client, masks in self._masks.items()}
+        found |= {f"before/{client}": masks for client, masks in self._before.items()}
         found |= {f"kept/{name}": array for name, array in self.kept.items()}
         for name, known in self._profiles.items():
             found |= {f"profile/{name}/{client}": row for client, row in known.items()}
@@ -195,6 +198,8 @@ class Memory:
             kind, *rest = key.split("/")
             if kind == "masks":
                 self._masks[int(rest[0])] = value
+            elif kind == "before":
+                self._before[int(rest[0])] = value
             elif kind == "profile":
                 self._profiles.setdefault(rest[0], {})[int(rest[1])] = value
             elif kind == "kept":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from layerfed.client.local_optimizers import LocalSGD
 from layerfed.client.objective import balanced, objective
-from layerfed.client.training import Step
+from layerfed.client.probe import probe_layers
+from layerfed.client.training import Step, train_layers
 from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError
 from layerfed.task import Examples
@@ -143,6 +146,29 @@ def test_targets_that_are_no_column_count_in_parts() -> None:
             (bench.loss(0)(model, part) * (share or 1.0)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore[union-attr]
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_batch_in_which_no_target_counts_makes_no_step(size: int) -> None:
+    """Its mean loss is 0 / 0; the same texts in one batch were trained."""
+    bench = workbench(configured(f"{HERE}:NextWords").to_flat())
+    layers, loss = bench.resident.layers, bench.loss(0)
+    words = torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 1], [2, 0, 0]])
+    batches = [{"x": words[i : i + size]} for i in range(0, 4, size)]
+    model = bench.task.build_model()
+    mask, sgd = [True] * layers.num_blocks, partial(LocalSGD, lr=0.1)
+    result = train_layers(model, layers, mask, batches, loss, sgd)
+    assert result.steps == 4 // size if size > 1 else 2
+    assert np.isfinite(result.loss)
+    statistics, _ = probe_layers(model, layers, batches, loss, ["grad_norm_sq"])
+    kept = [b for b in batches if (b["x"][:, 1] > 0).any()]
+    assert statistics == probe_layers(model, layers, kept, loss, ["grad_norm_sq"])[0]
+    for work in (
+        lambda none: train_layers(model, layers, mask, none, loss, sgd),
+        lambda none: probe_layers(model, layers, none, loss, ["grad_norm_sq"]),
+    ):
+        with pytest.raises(ValueError, match=r"no batch to .* in which a target counts"):
+            work([{"x": words[1:2]}])
 
 
 def test_without_settings_the_loss_is_the_tasks() -> None:

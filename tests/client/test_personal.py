@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from flwr.common.serde import message_to_proto
 from torch import nn
 
+from layerfed.client.personal import OwnLayers
 from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.seeding import Stream, generator
@@ -299,6 +301,21 @@ def test_a_run_is_judged_by_its_clients(tmp_path: Path, caplog: pytest.LogCaptur
 def test_what_cannot_be_personal_is_refused(settings: tuple[str, ...], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         workbench(personal(*settings).to_flat())
+
+
+@pytest.mark.parametrize("storage", ["checkpoint", "bfloat16"])
+def test_a_personal_layer_begins_at_the_checkpoints_own_weights(storage: str) -> None:
+    """A layer that is held in half precision is not rounded in what a client keeps."""
+    config = personal("model.personal=blocks.3", f"model.storage={storage}")
+    bench, content = workbench(config.to_flat()), dict[str, np.ndarray]()
+    store = SimpleNamespace(remember=lambda key, found: content.update(found))
+    base = load_task(config).build_model().state_dict()
+    unchanged = {
+        name: np.zeros_like(base[name]) for name in bench.resident.layers["blocks.3"].tensors
+    }
+    OwnLayers(SimpleNamespace(bench=bench, run=config, store=store), "key", 1).keep(unchanged)  # type: ignore[arg-type]
+    for name in unchanged:
+        np.testing.assert_array_equal(content[f"1/{name}"], base[name].numpy())
 
 
 def test_a_stored_base_does_not_come_back_while_a_client_works() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from layerfed.client import prefix, workbench
+from layerfed.client.flops import TotalFlops
 from layerfed.client.local_optimizers import LocalSGD
 from layerfed.client.prefix import Kept, PrefixCache
 from layerfed.client.resident import ResidentModel
@@ -319,6 +320,30 @@ def test_a_prefix_begins_where_no_block_ever_changed() -> None:
     assert result.found == ROWS * (PASSES - 1)
     # Two of twelve blocks are computed again, of a single pass.
     assert result.saved > 0.9 * plain.flops * (last - 2) / (last + 3)
+
+
+def test_a_pass_that_begins_lower_than_before_is_counted_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All blocks of a ViT have one width, so the shapes do not tell where the work begins."""
+    said: list[tuple[float, int]] = []
+    plain = prefix.counted
+
+    def counted(*arguments: Any) -> tuple[Any, float]:
+        with TotalFlops() as true:
+            result, flops = plain(*arguments)
+        said.append((flops, true.total))
+        return result, flops
+
+    monkeypatch.setattr(prefix, "counted", counted)
+    held = resident("vit")
+    last, cache = held.layers.num_blocks - 1, PrefixCache(held, 1e8)
+    for block in (last - 2, last - 4, last - 6):
+        moved(held, f"blocks.{block}")
+        trained(held, "vit", cache, block)
+        trained(held, "vit", cache, last)
+    assert len(said) > 3
+    assert all(flops == true for flops, true in said)
 
 
 def test_blocks_that_are_called_embeddings_are_kept_too() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from layerfed import client_app
 from layerfed.client.probe import probe_layers
 from layerfed.client.statistics import SEVERAL_PASSES, STATISTICS, load_statistic, statistic
 from layerfed.client.training import train_layers
 from layerfed.models.layers import LayerMap
+from layerfed.task import load_task
 from layerfed.task.base import Batch
 from tests.client.test_memory import DEPTH, ROWS, WIDTH, Chain
 from tests.client.test_memory import loss as chain_loss
@@ -332,3 +335,28 @@ def test_a_probe_on_a_quarter_of_a_batch_takes_a_quarter_of_the_arithmetic() -> 
     # Another size of batch is counted anew, and the tiny task trains on batches of 8.
     assert flops[0] == flops[8]
     assert flops[2] == pytest.approx(float(flops[8] or 0) / 4)
+
+
+def test_a_client_with_less_than_a_batch_measures_each_example_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also in parts: the parts of a batch are those of the examples that there are."""
+    seen: list[int] = []
+
+    def measured(
+        model: nn.Module, layers: LayerMap, batches: Iterable[Batch], *rest: Any, **how: Any
+    ):  # type: ignore[no-untyped-def]
+        kept = list(batches)
+        seen.append(sum(len(batch["x"]) for batch in kept))
+        return probe_layers(model, layers, kept, *rest, **how)
+
+    monkeypatch.setattr(client_app, "probe_layers", measured)
+    config = configured(
+        "task.name=tests.tiny_task:TinyTask", "train.batch-size=500", "train.micro-batch=7"
+    )
+    record = run(config).rounds[0]
+    assert record.selection is not None
+    sizes = [
+        len(load_task(config).client_examples(client)[0]) for client in record.selection.clients
+    ]
+    assert sorted(seen) == sorted(sizes)

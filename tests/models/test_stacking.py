@@ -190,7 +190,7 @@ def test_weights_never_get_a_gradient() -> None:
         (("server.optimizer=adam",), "'adam' does not go .* that change is no step"),
         (("server.lr=0.5",), "0.5 does not go .* that change is no step"),
         (("model.storage=int8",), "'int8' does not go .* are in float32 then"),
-        (("exchange.downlink-codec=int8",), "coded weights are not"),
+        (("exchange.downlink-codec=int8",), "those of the coded weights"),
         (("model.tuning=layers", "model.lora-rank=8"), "'stack' is for adapters"),
     ],
 )
@@ -214,7 +214,9 @@ def test_a_change_of_svds_factors_is_not_scaled_as_a_step(setting: str, value: s
 
 
 def test_svd_takes_what_leaves_its_factors_alone() -> None:
-    stacked("server.aggregation=svd", "model.storage=int8", "exchange.downlink-codec=int8")
+    stacked("server.aggregation=svd", "model.storage=int8")
+    with pytest.raises(ConfigError, match=r"'int8' does not go .*'svd': .* of the coded weights"):
+        stacked("server.aggregation=svd", "exchange.downlink-codec=int8")
 
 
 def test_fedluar_repeats_no_change_of_svds_factors() -> None:

@@ -134,6 +134,21 @@ def test_a_newcomers_statistics_are_its_own_last_ones_or_else_the_mean_profile()
     np.testing.assert_allclose(found[3] / 102, [0, 0.5, 0.375, 0.125])
 
 
+def test_the_last_selection_is_each_clients_own() -> None:
+    memory = Memory()
+    assert memory.last([7]) is None
+    one = {"grad_norm_sq": [[1.0] * 4] * 2}
+    memory.learn(candidates([1, 1], UNIT, one, clients=[7, 8]), chosen([0], [1]))
+    memory.learn(candidates([1, 1], UNIT, one, clients=[8, 9]), chosen([2], [3]))
+    again = Memory()
+    again.restore(memory.state())
+    for found in (memory.last([7, 8, 9, 10]), again.last([7, 8, 9, 10])):
+        assert found is not None
+        # Client 10 was never selected, and gets the mean of the last selection's clients.
+        expected = [[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0.5, 0.5]]
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_a_gradient_of_zero_is_remembered_as_such() -> None:
     memory = Memory()
     table = {"grad_norm_sq": [[0.0] * 4, [4.0, 0, 0, 0]]}
