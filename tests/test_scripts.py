@@ -29,5 +29,5 @@ def test_the_reviews_become_two_tables(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_reviews_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(typer.BadParameter, match="has no DOMAIN.task.train"):
+    with pytest.raises(typer.BadParameter, match=r"has no DOMAIN\.task\.train"):
         reviews_data.main(tmp_path, tmp_path / "data")
