@@ -46,6 +46,15 @@ def test_equal_layers_go_to_the_one_nearer_the_output() -> None:
         assert solve(problem, solver=solver).masks.tolist() == [[False] * 3 + [True] * 2] * 3
 
 
+@pytest.mark.parametrize("consistency", [0.0, 0.1])
+def test_a_layer_that_is_better_by_little_is_no_tie(consistency: float) -> None:
+    """A preference is a bonus of 1e-9 during the search, and must not win over a difference below it."""
+    values = np.array([[1.0 + 1e-10, 1.0], [1.0 + 1e-10, 1.0]])
+    problem = SelectionProblem(values, np.ones(2), np.ones(2), consistency)
+
+    assert solve(problem).masks.tolist() == [[True, False], [True, False]]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_client_alone_takes_the_equal_layer_nearer_the_output(solver: Solver) -> None:
     values = [[3.0, 3.0, 1.0], [9.0, 2.0, 1.0]]

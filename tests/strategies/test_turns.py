@@ -190,3 +190,8 @@ def test_a_node_checks_every_draw_against_its_own_budget(monkeypatch: pytest.Mon
     (reply,) = grid.pull_messages([identity])
     assert "MaskRefused" in reply.error.reason
     assert not started
+
+
+def test_rates_stay_as_they_are_by_default() -> None:
+    settings = RoundSettings()
+    assert [settings.lr_factor(7), settings.server_lr_factor(7)] == [1.0, 1.0]
