@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
 from layerfed.exchange import RefusedReply, encode, record_of
-from layerfed.exchange.arrays import LiveArray, carried_bytes, decode, moved_bytes
+from layerfed.exchange.arrays import LazyArray, LiveArray, carried_bytes, decode, moved_bytes
 
 
 @given(hnp.arrays(hnp.floating_dtypes(sizes=(32, 64)), hnp.array_shapes(min_dims=0, max_dims=3)))
@@ -53,6 +53,15 @@ def test_it_is_read_only_and_leaves_the_original_writeable() -> None:
     copy = array.numpy()
     copy[1] = 2
     assert values.tolist() == [1, 0, 0]
+
+
+def test_an_array_that_is_read_where_it_is_held_is_read_only_too() -> None:
+    held = np.zeros(3)
+    array = LazyArray(lambda: held, held.dtype, held.shape)
+    with pytest.raises(ValueError, match="read-only"):
+        array.values[0] = 1
+    held[0] = 1
+    assert array.values.tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize(
