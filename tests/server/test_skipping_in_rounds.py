@@ -92,7 +92,7 @@ def test_draws_are_kept_between_selections_and_resumed() -> None:
         common = one.keys() & two.keys()
         assert common
         assert all(one[client] == two[client] for client in common)
-    assert len({row for one in drawn for row in one.values()}) > 2
+    assert any(drawn[1][c] != drawn[2][c] for c in drawn[1].keys() & drawn[2].keys())
     check_resumed(configured(*SUBSTACK, "strategy.name=ilp"))
 
 
