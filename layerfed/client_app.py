@@ -35,7 +35,7 @@ from layerfed.client.personal import own_layers
 from layerfed.client.probe import probe_layers
 from layerfed.client.resident import keeping_layers
 from layerfed.client.skipping import skipped
-from layerfed.client.statistics import load_statistic
+from layerfed.client.statistics import of_data
 from layerfed.client.steps import ClientStep, Departure, steps_of
 from layerfed.client.training import OptimizerFn, TrainResult, train_update
 from layerfed.client.workbench import Node, Workbench, node_store, run_config_of
@@ -177,11 +177,8 @@ def _measured(
         blocks=asked.blocks,
     )
     if node.protection is not None:
-        # Of a personal layer nothing is public.
-        layers = bench.resident.layers
-        shared = at_global and layers.personal.isdisjoint(block.name for block in layers.blocks)
-        public = [name for name in statistics if load_statistic(name).public and shared]
-        statistics = node.protection.statistics(statistics, public)
+        covered = of_data(statistics, bench.resident.layers, at_global=at_global)
+        statistics = node.protection.statistics(statistics, {*statistics} - {*covered})
     return statistics, work.numbers(private=node.protection is not None)
 
 

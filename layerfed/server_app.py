@@ -19,7 +19,7 @@ from rich.console import Console
 
 from layerfed.client.flops import forward_flops
 from layerfed.client.objective import objective
-from layerfed.client.statistics import load_statistic
+from layerfed.client.statistics import load_statistic, of_data
 from layerfed.client.workbench import Workbench, node_store, workbench
 from layerfed.config import ConfigError, RunConfig
 from layerfed.config.errors import EXPECTED
@@ -163,13 +163,11 @@ def build_account(config: RunConfig, strategy: SelectiveStrategy) -> PrivacyAcco
     if config.privacy.mode == "none":
         return None
 
-    def of_data(server_round: int) -> list[str]:
-        names = strategy.probed_in(server_round)
-        # A norm of weights is public at the global model, and not after a client's training.
-        after = config.strategy.probe == "after"
-        return [name for name in names if after or not load_statistic(name).public]
+    def covered(server_round: int) -> list[str]:
+        at_global = config.strategy.probe == "before"
+        return of_data(strategy.probed_in(server_round), strategy.layers, at_global=at_global)
 
-    return PrivacyAccount(config.privacy, of_data, config.federation.rounds)
+    return PrivacyAccount(config.privacy, covered, config.federation.rounds)
 
 
 def run(

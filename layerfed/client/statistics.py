@@ -22,6 +22,7 @@ from torch import Tensor
 from layerfed.client.devices import wide
 from layerfed.client.passes import Passes
 from layerfed.config import ConfigError, imported
+from layerfed.models.layers import LayerMap
 
 __all__ = ["SEVERAL_PASSES", "STATISTICS", "Statistic", "load_statistic", "statistic"]
 
@@ -77,6 +78,15 @@ def statistic(
         return found
 
     return register
+
+
+def of_data(names: Iterable[str], layers: LayerMap, *, at_global: bool) -> list[str]:
+    """Return the statistics that depend on a client's data, which privacy has to cover.
+
+    A statistic of weights alone is public at the global model, if no selectable block is personal.
+    """
+    shared = at_global and layers.personal.isdisjoint(block.name for block in layers.blocks)
+    return [name for name in names if not (shared and load_statistic(name).public)]
 
 
 def load_statistic(name: str) -> Statistic:

@@ -48,13 +48,14 @@ def shipped(file: Path) -> Path:
     name = file
     if file.parts[:1] == ("conf",) and file.suffix == ".toml":
         name = file.relative_to("conf").with_suffix("")
-    if name.suffix:
-        return file
+    return file if name.suffix else packaged(str(name)) or file
+
+
+def packaged(name: str) -> Path | None:
+    """Return the configuration of a name that comes with the package, if there is one."""
     package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (found := folder / f"{name}.toml").is_file():
-            return found
-    return file
+    places = (folder / "conf" / f"{name}.toml" for folder in (package, package.parent))
+    return next((place for place in places if place.is_file()), None)
 
 
 def load_config(file: Path | None, overrides: Iterable[str] = ()) -> RunConfig:

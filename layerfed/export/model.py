@@ -69,6 +69,12 @@ def export_run(
     writers = {"native": _native, "onnx": _onnx, "peft": _adapters}
     if form != "peft":
         merge_adapters(saved.model)
+    elif push_to and Path(_base(saved)).is_absolute():
+        raise ConfigError(
+            f"--push-to-hub would tell the base's place on this machine, {_base(saved)}; leave it out, "
+            "write in the folder's README.md and adapter_config.json where others find the base, "
+            "and upload the folder"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole(folder) as beside:
         beside.mkdir()
@@ -95,9 +101,10 @@ def _native(saved: SavedRun) -> Form:
     shipped = sys.modules.get("layerfed_assets.vit")
     if shipped is not None and isinstance(net, shipped.VisionTransformer):
         return _timm(saved, _as_timm(net, saved))
-    if hasattr(net, "pretrained_cfg"):
+    # A task of a user's own may have such a model without telling what goes into it.
+    if hasattr(net, "pretrained_cfg") and "size" in saved.task.preprocessing():
         return _timm(saved, net)
-    if hasattr(net, "save_pretrained"):
+    if hasattr(net, "save_pretrained") and hasattr(saved.task, "tokenizer"):
         return _transformers(saved, net)
     code = (
         "from safetensors.torch import load_model\n\n"
@@ -254,6 +261,12 @@ def _reading(saved: SavedRun, model: Any) -> tuple[Any, str, str]:
     return tokenizer, kind, use
 
 
+def _base(saved: SavedRun) -> str:
+    """Return the hub's name of the pretrained base, or its folder."""
+    section = saved.config.model
+    return section.architecture if section.weights == "pretrained" else section.weights
+
+
 def _adapters(saved: SavedRun) -> Form:
     config, section, net = saved.config, saved.config.model, cast(Any, saved.model)
     rule = config.server.aggregation
@@ -273,7 +286,7 @@ def _adapters(saved: SavedRun) -> Form:
                 f"--format peft cannot hold a model of {key} = '{value}': {why}; use --format native, "
                 "which merges adapters into the weights"
             )
-    base = section.architecture if section.weights == "pretrained" else section.weights
+    base = _base(saved)
     answers = getattr(saved.task, "letters", None)
     generates = issubclass(saved.task.kind, CausalLM)
     tokenizer, kind, use = _reading(saved, net)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -58,7 +59,7 @@ def write_rows(
     writer: Any = None
     for row in rows:
         if form == "json":
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
             continue
         flat: dict[str, Any] = {}
         for key, value in row.items():
@@ -70,3 +71,12 @@ def write_rows(
             writer = csv.DictWriter(stream, fieldnames=list(flat), lineterminator="\n")
             writer.writeheader()
         writer.writerow(flat)
+
+
+def _finite(value: Any) -> Any:
+    """Return a prediction with null for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

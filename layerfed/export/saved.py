@@ -77,13 +77,18 @@ class SavedRun:
             )
         config = load_config(folder / "config.json")
         task = load_task(config)
-        task.recall(folder)
+        try:
+            task.recall(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{folder} lacks what the task needs of it: {error}") from None
         try:
             with safe_open(file, framework="numpy") as stored:
-                about = stored.metadata()
+                about = {"round": "", "base": "", **(stored.metadata() or {})}
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{file} is damaged: {error}") from None
+        if not about["round"].isdigit() or not about["base"]:
+            raise ConfigError(f"{file} is damaged: its header lacks the round or the base")
         cpu = torch.device("cpu")
         resident = ResidentModel(task.build_model, task.layers, cpu, "float32", task.adapted)
         if about["base"] != resident.base:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from io import StringIO
@@ -339,16 +340,27 @@ def runs_csv(sections: Iterable[tuple[str, Section]]) -> str:
 
 
 def differences(sections: Iterable[Section]) -> str:
-    """Return a warning if runs differ in hardware or software that costs depend on, else nothing."""
+    """Return a warning if runs of a seed differ in their data, or any in what costs depend on."""
+    sections = list(sections)
     runs = [run for section in sections for found in section.runs.values() for run in found]
+    warnings = []
+    data: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for section in sections:
+        for run in (run for found in section.runs.values() for run in found if run.data):
+            data[section.title, run.seed].add(run.data)
+    if other := [f"{title}, seed {seed}" for (title, seed), each in data.items() if len(each) > 1]:
+        warnings.append(
+            f"**These runs are not of the same data** ({'; '.join(other)}): `data` in their "
+            "summary.json differs, and so may their scores for this reason alone."
+        )
     found = {key: sorted({getattr(run, key) for run in runs}) for key in MADE_WITH}
     apart = [f"{key} ({', '.join(values)})" for key, values in found.items() if len(values) > 1]
-    if not apart:
-        return ""
-    return (
-        f"**These runs differ in {' and '.join(apart)}**: their costs cannot be compared, see the CSV "
-        "for which is which."
-    )
+    if apart:
+        warnings.append(
+            f"**These runs differ in {' and '.join(apart)}**: their costs cannot be compared, see the "
+            "CSV for which is which."
+        )
+    return " ".join(warnings)
 
 
 def named(metric: Score) -> str:

@@ -32,13 +32,17 @@ FREE = ("run.", "federation.timeout", "strategy.options", "strategy.name")
 def run_folders(place: Path, depth: int = 3) -> list[Path]:
     """Return the run folders at or below a place, by name.
 
-    Links are not followed, so nothing outside of the place is found.
+    Links are not followed, so nothing outside of the place is found. A folder that cannot be read may
+    be one, and reading it tells why it cannot.
     """
-    if (place / "summary.json").is_file():
+    try:
+        if (place / "summary.json").is_file():
+            return [place]
+        if not depth or not place.is_dir():
+            return []
+        inner = sorted(p for p in place.iterdir() if p.is_dir() and not p.is_symlink())
+    except PermissionError:
         return [place]
-    if not depth or not place.is_dir():
-        return []
-    inner = sorted(p for p in place.iterdir() if p.is_dir() and not p.is_symlink())
     return [found for folder in inner for found in run_folders(folder, depth - 1)]
 
 

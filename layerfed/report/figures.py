@@ -79,6 +79,7 @@ class RunFigures:
     device: str
     torch: str
     layerfed: str
+    data: str
     accounted: PaperCosts
 
     @classmethod
@@ -117,6 +118,7 @@ class RunFigures:
             device=config["run.device"],
             torch=summary["versions"]["torch"],
             layerfed=summary["versions"]["layerfed"],
+            data=summary.get("data") or "",
             accounted=_accounted(config, layers, read_lines(folder / "selection.jsonl")),
         )
 

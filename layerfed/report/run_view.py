@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from layerfed.config import load_config
+from layerfed.config.reading import packaged
 from layerfed.report.figures import TERMS, TRAFFIC, spent_by_round
 from layerfed.report.plots import selection_shares
 from layerfed.runs.files import read_json, read_lines
@@ -312,7 +313,7 @@ def _privacy(summary: Mapping[str, Any], metrics: Rows) -> dict[str, Any] | None
 
 def _settings(config: Mapping[str, Any]) -> list[list[Any]]:
     """Return (key, value, default, whether they differ) of each setting."""
-    defaults = load_config(Path("default")).to_flat()
+    defaults = load_config(packaged("default")).to_flat()  # a file here may be called so too
     return [
         [key, value, defaults.get(key), key not in PLACES and value != defaults.get(key)]
         for key, value in config.items()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerfed.config import ConfigError, RunConfig
+from layerfed.config import RunConfig
 from layerfed.config.errors import naming_extras
 from layerfed.models.image import build_image_classifier
 from layerfed.models.source import shipped_file
@@ -80,10 +80,10 @@ class Digits(Task):
         """Return an image of a digit, light ink on dark ground as in the data."""
         with naming_extras(f"reading {file}"):
             from PIL import Image
-        try:
-            grey = Image.open(file).convert("L").resize((8, 8), Image.Resampling.BOX)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ConfigError(f"{file} cannot be decoded as an image: {error}") from None
+
+            from layerfed.task.images import open_image
+        image = open_image({"path": str(file)}, str(file.parent))
+        grey = image.convert("L").resize((8, 8), Image.Resampling.BOX)
         pixels = np.asarray(grey)[None] * (16 / 255)
         batch = {"image": _inputs(pixels), "label": torch.zeros(1, dtype=torch.int64)}
         return Inputs([str(file)], Examples.of(batch))

@@ -90,7 +90,7 @@ class ImageTask(DatasetTask):
             return {
                 "pixels": [
                     _square(
-                        _open(cell, f"{where}, row {row}"), resized, size, resampling, squash
+                        open_image(cell, f"{where}, row {row}"), resized, size, resampling, squash
                     ).reshape(-1)
                     for cell, row in zip(cells, rows, strict=True)
                 ]
@@ -296,7 +296,7 @@ def _with_paths(rows: Dataset, column: str, folder: Path, where: str) -> Dataset
     return rows.remove_columns(column).add_column(column, paths)
 
 
-def _open(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
+def open_image(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
     """Decode an image from the hub's form: bytes, or the path of a file.
 
     Raises

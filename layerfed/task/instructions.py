@@ -142,7 +142,8 @@ class Instructions(TextTask):
         """Return the columns of the prompt."""
         given = words(self.config.task.input_columns)[:-1]
         prompts = [columns[:-1] for columns in self.inputs]
-        return pick_columns(",".join(given), prompts, part, "task.input-columns")
+        columns = pick_columns(",".join(given), prompts, part, "task.input-columns")
+        return self.of_text(part, columns)
 
     def is_complete(self, cells: Mapping[str, Any]) -> bool:
         """Return whether a row has a prompt and an answer."""

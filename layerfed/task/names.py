@@ -25,7 +25,7 @@ def names_in(columns: Sequence[tuple[Part, str]]) -> tuple[str, ...]:
         else:
             values = part.rows.data.column(column).unique().to_pylist()
             # A missing value is refused later, where its row is known.
-            names = sorted(str(value) for value in values if value is not None)
+            names = sorted(str(value) for value in values if not _missing(value))
             # Numbers are sorted as numbers, also those of a table of text.
             if all(NUMBER.fullmatch(name) for name in names):
                 names.sort(key=float)
@@ -52,7 +52,7 @@ class NameReader:
         """Return the positions of rows' values, None for names not chosen; refuse unknown values."""
         found = []
         for value, row in zip(values, rows, strict=True):
-            known = value if self._names or value is None else str(value)
+            known = value if self._names or _missing(value) else str(value)
             if known not in self._of:
                 raise ConfigError(
                     f"{self._part.where}, row {row}: {self._column} = {value!r} is not allowed: it "
@@ -65,3 +65,8 @@ class NameReader:
                 )
             found.append(self._of[known])
         return found
+
+
+def _missing(value: object) -> bool:
+    """Return whether a cell is empty; a column of numbers has NaN there."""
+    return value is None or value != value

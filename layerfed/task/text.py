@@ -83,7 +83,10 @@ class TextTask(DatasetTask):
 
     def input_columns(self, part: Part) -> tuple[str, ...]:
         """Return the columns of text."""
-        columns = super().input_columns(part)
+        return self.of_text(part, super().input_columns(part))
+
+    def of_text(self, part: Part, columns: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the columns; refuse one that is not of text."""
         for column in columns:
             require_type(part, column, is_text(part, column), "text", "task.input-columns")
         return columns

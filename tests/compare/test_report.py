@@ -252,6 +252,21 @@ def test_runs_of_another_make_are_pointed_out(tmp_path: Path, section: Section) 
     assert "differ in engine (inprocess, ray) and torch (2.14.1, 2.15.0)" in said
 
 
+def test_runs_of_other_data_are_pointed_out(tmp_path: Path) -> None:
+    for name, data in (("one", "a"), ("other", "b"), ("unknown", "")):
+        write_run(tmp_path / name, RunConfig())
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary | {"data": data}))
+    one, other, unknown = (RunFigures.read(tmp_path / n) for n in ("one", "other", "unknown"))
+
+    def said(*runs: RunFigures) -> str:
+        entries = {(f"row {i}", "R = 1"): [run] for i, run in enumerate(runs)}
+        return differences([Section("x", ["top"], ["R = 1"], entries, 1)])
+
+    assert f"not of the same data** (x, seed {one.seed})" in said(one, other)
+    assert said(one, unknown) == said(one, replace(other, seed=9)) == ""
+
+
 def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     """Its missing figures stay unknown, and it need not run again."""
     figures(tmp_path, 0.5)

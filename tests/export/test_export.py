@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
@@ -32,7 +32,7 @@ from layerfed.export.card import model_card
 from tests.conftest import TinyNet
 from tests.task import hub
 from tests.task.hub import WORDS
-from tests.tiny_task import configured
+from tests.tiny_task import TinyTask, configured
 
 cli = CliRunner()
 SMALL = [
@@ -342,6 +342,28 @@ def test_an_own_model_is_a_plain_state_dict(tmp_path: Path) -> None:
     assert not (tmp_path / "onnx").exists()
 
 
+class OfALibrary(TinyNet):
+    """A model that can save itself, in a task that does not tell what goes into it."""
+
+    pretrained_cfg: ClassVar[dict[str, str]] = {}
+
+    def save_pretrained(self, folder: Path) -> None:
+        raise AssertionError("it would need a tokenizer beside it")
+
+
+class LibraryTask(TinyTask):
+    def build_model(self) -> nn.Module:
+        net = OfALibrary()
+        net.load_state_dict(super().build_model().state_dict())
+        return net
+
+
+def test_a_librarys_model_in_an_own_task_is_a_state_dict_too(tmp_path: Path) -> None:
+    config = hub.config(*SMALL, f"task.name={__name__}:LibraryTask", f"run.dir={tmp_path}")
+    export_run(SavedRun.open(run_on("inprocess", config)), tmp_path / "out")
+    load_model(TinyNet(), tmp_path / "out/model.safetensors")
+
+
 @pytest.mark.parametrize("family", ["timm", "encoder"])
 def test_onnxruntime_scores_the_same(
     family: str, runs: Callable[[str], Path], tmp_path: Path
@@ -401,6 +423,13 @@ def test_a_digit_is_read_as_the_data_are(tmp_path: Path) -> None:
         )
         seen = saved.task.read(tmp_path / "digit.png").examples.store.batch(np.array([0]))
         torch.testing.assert_close(seen["image"][0], expected, rtol=0, atol=0.01)
+        deep = (digit.astype(float) * 65535 / 16).round().astype(np.uint16)
+        Image.fromarray(deep).save(tmp_path / "deep.png")
+        seen = saved.task.read(tmp_path / "deep.png").examples.store.batch(np.array([0]))
+        torch.testing.assert_close(seen["image"][0], expected, rtol=0, atol=0.01)
+    (tmp_path / "none.png").write_text("no image")
+    with pytest.raises(ConfigError, match=r"none.png cannot be decoded"):
+        saved.task.read(tmp_path / "none.png")
     card = model_card(saved, "timm", "code")
     assert "# layerfed/vit, fine-tuned on digits" in card
     assert "apache-2.0, of layerfed/vit." in card
@@ -455,7 +484,16 @@ def test_what_is_no_finished_run_is_refused_in_one_line(
     assert "final.safetensors is damaged" in says("predict", run, tmp_path / "full/x")
     (run / "final.safetensors").unlink()
     assert f"--resume {run}" in says("predict", run, tmp_path / "full/x")
+    save_file(load_file(runs("timm") / "run/final.safetensors"), run / "final.safetensors")
+    assert "its header lacks the round or the base" in says("predict", run, tmp_path / "full/x")
     (run / "final.safetensors").write_bytes(final)
+    names = (run / "classes.json").read_bytes()
+    for content in (None, b"{"):
+        (run / "classes.json").unlink()
+        if content is not None:
+            (run / "classes.json").write_bytes(content)
+        assert "lacks what the task needs of it" in says("export", run, tmp_path / "out")
+        (run / "classes.json").write_bytes(names)
     model = shutil.copytree(runs("timm") / "model", tmp_path / "model")
     settings = json.loads((run / "config.json").read_text()) | {"model.weights": str(model)}
     (run / "config.json").write_text(json.dumps(settings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,3 +132,9 @@ def test_lists_and_mappings_fit_into_csv() -> None:
     assert text.getvalue() == "input,labels,score a,score b\nx,a; b,0.9,0.6\n"
     write_rows([row], "json", lines)
     assert json.loads(lines.getvalue()) == row
+
+
+def test_numbers_that_json_lacks_are_null() -> None:
+    lines = io.StringIO()
+    write_rows([{"scores": {"loss": math.nan}, "each": [math.inf, 1.0]}], "json", lines)
+    assert lines.getvalue() == '{"scores": {"loss": null}, "each": [null, 1.0]}\n'

@@ -139,8 +139,12 @@ def test_a_run_without_a_finished_round_has_a_page_of_what_is_known(tmp_path: Pa
     assert view["settings"]
 
 
-def test_settings_that_differ_repeat_the_run(folder: Path) -> None:
-    view = run_view(folder)
+def test_settings_that_differ_repeat_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "default").write_text("this is no configuration")
+    monkeypatch.chdir(tmp_path)
+    view = run_view(folder.resolve())
     differ = {key: value for key, value, _, differs in view["settings"] if differs}
     assert differ == {
         "federation.clients": 6,

@@ -376,13 +376,19 @@ def test_norms_of_weights_are_public_at_the_global_model_and_no_longer_after_tra
 
 
 @pytest.mark.parametrize(
-    ("moment", "covers"), [("before", "updates and selection"), ("after", "updates")]
+    ("settings", "covers"),
+    [
+        (["strategy.probe=before"], "updates and selection"),
+        (["strategy.probe=after"], "updates"),
+        # Of a personal block nothing is public, and clients add noise to its norm as well.
+        (["model.personal=blocks.0"], "updates"),
+    ],
 )
-def test_what_epsilon_covers_depends_on_when_norms_of_weights_are_measured(
-    moment: str, covers: str
+def test_what_epsilon_covers_depends_on_whose_norms_of_weights_are_measured(
+    settings: list[str], covers: str
 ) -> None:
     config = configured(
-        *("strategy.statistic=param_norm_sq", f"strategy.probe={moment}", "privacy.mode=local"),
+        *("strategy.statistic=param_norm_sq", "privacy.mode=local", *settings),
         *("privacy.noise=1", "model.batch-norm=frozen"),
     )
     strategy = build_strategy(config, workbench(config.to_flat()).resident.layers)

@@ -77,7 +77,7 @@ def test_a_second_process_decodes_nothing_and_finds_the_same(
     def decoded(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(images, "_open", decoded)
+    monkeypatch.setattr(images, "open_image", decoded)
     again = whole(cifar_task(cifar).partition(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     with pytest.raises(AssertionError, match="decoded again"):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 import torch
 from datasets import ClassLabel
@@ -100,6 +101,16 @@ def test_a_table_of_text(tmp_path: Path) -> None:
     transformer = ["model.name=transformers/tiny", f"model.weights={model}"]
     classes = "task.classes=1,2,3,4,5"
     assert labels(own(*text, *transformer, classes)) == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_a_row_without_a_label_is_refused_also_among_numbers(tmp_path: Path) -> None:
+    """A column of numbers has NaN where a cell is empty, which is no class."""
+    model = hub.xlm_roberta(tmp_path / "model")
+    columns = {"text": ["w1", "w2", "w3"], "label": [0.0, float("nan"), 1.0]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    text = ["task.name=custom", f"task.data={tmp_path / 'rows.parquet'}"]
+    with pytest.raises(ConfigError, match=r"row 1: label = nan is not allowed: .* 0.0, 1.0"):
+        hub.task(*text, "model.name=transformers/tiny", f"model.weights={model}").client_examples(0)
 
 
 def test_a_path_is_that_path(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from layerfed.report import plain, run_view
-from layerfed.watch.overview import mark
+from layerfed.report.comparison_view import run_folders
+from layerfed.watch.overview import mark, overview
 from layerfed.watch.server import build_watch, changes
 from tests.report.made_folder import make_folder
 
@@ -128,6 +129,22 @@ def test_serving_writes_nothing(client: TestClient, root: Path) -> None:
     for path in ("", "data", "run/one/", "run/one/data"):
         assert client.get(f"/{TOKEN}/{path}").status_code == 200
     assert state() == before
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "private").mkdir()
+    before, looks = len(overview(root)), Path.is_file
+
+    def forbidden(path: Path) -> bool:
+        if path.parent.name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return looks(path)
+
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    assert len(overview(root)) == before
+    assert root / "private" in run_folders(root)
 
 
 def test_runs_come_and_go(client: TestClient, root: Path) -> None:
