@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -195,3 +196,9 @@ def test_without_consistency_no_client_depends_on_the_gradients_of_another() -> 
         found = solve(SelectionProblem(values, np.ones(12), budgets, 0.0), solver=solver)
         assert found.masks.argmax(axis=1).tolist() == values.argmax(axis=1).tolist()
         assert found.masks.sum(axis=1).tolist() == [1] * 10
+
+
+def test_the_seconds_are_those_of_the_whole_solution() -> None:
+    began = time.perf_counter()
+    selection = solve(random_problem(0, 6, 5))
+    assert 0 < selection.seconds <= time.perf_counter() - began

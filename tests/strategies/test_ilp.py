@@ -300,6 +300,15 @@ def test_options_that_mean_nothing_together_are_refused() -> None:
             checked(load_config(None, given_settings))
 
 
+def test_a_clients_claims_are_bounded_by_those_of_the_median_client() -> None:
+    rows = [[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [4.0, 0.0], [60.0, 40.0], [0.0, 0.0]]
+    case = candidates([1] * 6, [1, 1], {"fisher": rows})
+    expected = [*rows[:4], [5.4, 3.6], rows[5]]  # 3 × 3 in all; a client without any does not count
+    np.testing.assert_allclose(case.bounded("fisher"), expected)
+    none = candidates([1], [1, 1], {"fisher": [[0.0, 0.0]]})
+    np.testing.assert_array_equal(none.bounded("fisher"), [[0.0, 0.0]])
+
+
 def test_one_client_does_not_decide_the_consistency_that_is_found() -> None:
     """Nor by norms of another size, nor by a number of examples above `federation.max-examples`."""
     rng = np.random.default_rng(0)
@@ -313,6 +322,21 @@ def test_one_client_does_not_decide_the_consistency_that_is_found() -> None:
             stated = np.array([1] * 7 + [2**29]) if factor > 1e6 else np.ones(8)
             found.append(rule.select(replace(case, examples=stated)).consistency)
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "masks"),
+    [
+        ({}, "shared"),
+        ({"penalty": "affordable"}, "within-budget"),
+        ({"consistency": 0.0}, "own"),
+        ({"consistency": "auto", "penalty": "affordable"}, "own"),
+    ],
+)
+def test_what_its_masks_are_like_follows_from_its_options(
+    options: dict[str, object], masks: str
+) -> None:
+    assert ILP.masks_with(ILP.Options(**options)) == masks  # type: ignore[arg-type]
 
 
 def test_a_solver_that_is_not_installed_is_refused_before_any_client_works(
