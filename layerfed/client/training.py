@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from itertools import islice
+from itertools import chain, islice
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -416,15 +416,19 @@ def train_update(
     `then` is called with the result, while the model still is as training left it.
     The resident model is back at θ^t afterwards, also if training raises.
     """
-    stream, results = iter(batches), list[TrainResult]()
+    results = list[TrainResult]()
+    # A mask's steps are those in which a target counts; the last ones may have none left.
+    stream = counting(batches, loss) if schedule else iter(batches)
     with resident.borrowed(resident.layers.trained(mask)) as before:
         for part, steps in [*schedule[:-1], (schedule[-1][0] if schedule else mask, None)]:
-            if not results or not results[-1].late:
+            cut = islice(stream, steps)
+            first = tuple(islice(cut, 1))
+            if not results or (first and not results[-1].late):
                 found = train_layers(
                     resident.model,
                     resident.layers,
                     part,
-                    islice(stream, steps),
+                    chain(first, cut),
                     loss,
                     optimizer,
                     how=how,

@@ -203,7 +203,7 @@ def _write_pair(
     try:
         for file in (key, public):
             file.parent.mkdir(parents=True, exist_ok=True)
-        with whole(key) as new_key, whole(public) as new_public:
+        with whole(key, durable=True) as new_key, whole(public, durable=True) as new_public:
             create(new_key, secret, 0o600)
             create(new_public, content, PUBLIC)
     except OSError as error:

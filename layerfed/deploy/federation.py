@@ -306,10 +306,11 @@ class Federation:
         """
         here, elsewhere = config.to_flat(), absolute(config.to_flat())
         for key, path in elsewhere.items():
-            text = str(here[key])
-            if key != "run.dir" and path != here[key] and not text.startswith("~"):
+            place = str(here[key]).removeprefix("transformers/")
+            relative = path != here[key] and not place.startswith(("/", "~"))
+            if key != "run.dir" and relative:
                 raise ConfigError(
-                    f"{key} = '{text}' is a path of this folder, and the server and the nodes work in "
+                    f"{key} = '{here[key]}' is a path of this folder, and server and nodes work in "
                     f"others; give it in full ({path}), as it is on them"
                 )
         settings = known_to_flower(config)

@@ -81,7 +81,7 @@ class Digits(Task):
         with naming_extras(f"reading {file}"):
             from PIL import Image
 
-            from layerfed.task.images import open_image
+            from layerfed.task.pixels import open_image
         image = open_image({"path": str(file)}, str(file.parent))
         grey = image.convert("L").resize((8, 8), Image.Resampling.BOX)
         pixels = np.asarray(grey)[None] * (16 / 255)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Image, List, Value
 from PIL import Image as Pixels
-from PIL import ImageOps
 from torch import Tensor, nn
 
 from layerfed.config import ConfigError
@@ -41,6 +39,7 @@ from layerfed.task.loading import (
     require_type,
     walk,
 )
+from layerfed.task.pixels import open_image
 
 __all__ = ["ImageTask"]
 
@@ -294,45 +293,6 @@ def _with_paths(rows: Dataset, column: str, folder: Path, where: str) -> Dataset
         )
     rows = rows.add_column(CHANGED, times)
     return rows.remove_columns(column).add_column(column, paths)
-
-
-def open_image(cell: dict[str, Any] | None, where: str) -> Pixels.Image:
-    """Decode an image from the hub's form: bytes, or the path of a file.
-
-    Raises
-    ------
-    ConfigError
-        If the image is missing or broken, or if the range of its values is unknown.
-    """
-    if cell is None or not (cell.get("bytes") or cell.get("path")):
-        raise ConfigError(f"{where}: the image is missing; leave the row out")
-    source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"]
-    name = cell.get("path") or "without a name"
-    try:
-        image: Pixels.Image = ImageOps.exif_transpose(Pixels.open(source))
-        if image.mode in ("I", "F"):
-            raise ConfigError(
-                f"{where}: image {name} has values of 32 bits (mode {image.mode}), and the value of "
-                "white is unknown; convert it to 8 or 16 bits"
-            )
-        if image.mode.startswith("I;16"):
-            # Conversion alone would turn all values above 255 white.
-            image = Pixels.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return _as_seen(image)
-    except ConfigError:
-        raise
-    except Exception as error:  # each decoder has its own
-        raise ConfigError(
-            f"{where}: image {name} cannot be decoded ({type(error).__name__}); mend it or leave it out"
-        ) from error
-
-
-def _as_seen(image: Pixels.Image) -> Pixels.Image:
-    """Return an image in three colours; what is transparent shows white, as on a page."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    page = Pixels.new("RGBA", image.size, "white")
-    return Pixels.alpha_composite(page, image.convert("RGBA")).convert("RGB")
 
 
 def _square(

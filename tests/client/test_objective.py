@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerfed.client.local_optimizers import LocalSGD
 from layerfed.client.objective import balanced, objective
 from layerfed.client.probe import probe_layers
-from layerfed.client.training import Step, train_layers
+from layerfed.client.training import Step, train_layers, train_update
 from layerfed.client.workbench import workbench
 from layerfed.config import ConfigError
 from layerfed.task import Examples
@@ -169,6 +169,25 @@ def test_a_batch_in_which_no_target_counts_makes_no_step(size: int) -> None:
     ):
         with pytest.raises(ValueError, match=r"no batch to .* in which a target counts"):
             work([{"x": words[1:2]}])
+
+
+def test_a_schedule_ends_with_the_batches_in_which_a_target_counts() -> None:
+    """The masks after them train nothing; the round was lost with the first of these."""
+    bench = workbench(configured(f"{HERE}:NextWords").to_flat())
+    words = torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 1], [2, 0, 0]])
+    batches = [{"x": row[None]} for row in words]
+    masks = [[i == j for j in range(bench.resident.layers.num_blocks)] for i in range(3)]
+    update, result = train_update(
+        bench.resident,
+        [True] * 3,
+        batches,
+        bench.loss(0),
+        partial(LocalSGD, lr=0.1),
+        schedule=[(mask, 1) for mask in masks],
+    )
+    assert result.steps == 2
+    moved = {bench.resident.layers.layer_of(name).name for name in update if np.any(update[name])}
+    assert moved == {"blocks.0", "blocks.1", "head"}
 
 
 def test_without_settings_the_loss_is_the_tasks() -> None:

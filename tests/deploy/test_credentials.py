@@ -161,6 +161,9 @@ def test_a_path_of_this_folder_is_refused_before_it_means_another_one(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"task.data = 'photos' is a path .* full .{tmp_path}"):
         Federation(tmp_path).start_run(Path(), load_config(None, ["task.data=photos"]))
+    monkeypatch.setattr(Federation, "flwr", lambda self, *words: {"run-id": "1"})
+    whole = load_config(None, [f"task.data={tmp_path}/photos/"])  # with a slash that nobody minds
+    assert Federation(tmp_path).start_run(Path(), whole) == 1
 
 
 def test_a_node_key_is_a_pair_that_flower_reads(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image as Pixels
 
 from layerfed.config import ConfigError
 from layerfed.task import images
+from layerfed.task.pixels import open_image
 from tests.task import hub
 
 BICUBIC = Pixels.Resampling.BICUBIC
@@ -21,7 +22,7 @@ def test_every_kind_of_image_becomes_three_colours(mode: str) -> None:
     image = hub.noise(0, (40, 30), "RGB").convert(mode)
     file = BytesIO()
     image.save(file, "JPEG" if mode == "CMYK" else "PNG")
-    opened = images.open_image({"bytes": file.getvalue(), "path": None}, "here")
+    opened = open_image({"bytes": file.getvalue(), "path": None}, "here")
     assert images._square(opened, 16, 16, BICUBIC, False).shape == (3, 16, 16)
 
 
@@ -32,10 +33,10 @@ def test_sixteen_bits_keep_their_upper_eight(mode: str) -> None:
     ordered = values.astype(">u2" if mode == "I;16B" else "<u2")
     file = BytesIO()
     Pixels.frombytes(mode, (16, 16), ordered.tobytes()).save(file, "TIFF")
-    opened = images.open_image({"bytes": file.getvalue(), "path": None}, "here")
+    opened = open_image({"bytes": file.getvalue(), "path": None}, "here")
     np.testing.assert_array_equal(np.asarray(opened), np.repeat(values[..., None] >> 8, 3, axis=2))
     with pytest.raises(ConfigError, match="cannot be decoded"):
-        images.open_image({"bytes": file.getvalue()[:400], "path": None}, "here")
+        open_image({"bytes": file.getvalue()[:400], "path": None}, "here")
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
@@ -43,7 +44,7 @@ def test_values_without_a_white_are_refused(mode: str) -> None:
     file = BytesIO()
     Pixels.new(mode, (8, 8), 1).save(file, "TIFF")
     with pytest.raises(ConfigError, match=rf"here: image x\.tif has .*mode {mode}.*8 or 16 bits"):
-        images.open_image({"bytes": file.getvalue(), "path": "x.tif"}, "here")
+        open_image({"bytes": file.getvalue(), "path": "x.tif"}, "here")
 
 
 def test_an_image_too_large_to_decode_is_named() -> None:
@@ -52,7 +53,7 @@ def test_an_image_too_large_to_decode_is_named() -> None:
     header = bytearray(file.getvalue())
     header[18:26] = (50_000).to_bytes(4, "little") * 2  # its width and height
     with pytest.raises(ConfigError, match=r"here: image x\.bmp cannot be decoded \(Decompression"):
-        images.open_image({"bytes": bytes(header), "path": "x.bmp"}, "here")
+        open_image({"bytes": bytes(header), "path": "x.bmp"}, "here")
 
 
 @pytest.mark.parametrize("size", [(10, 30), (30, 10), (64, 64), (8, 500)])
@@ -70,7 +71,7 @@ def test_the_middle_square_is_kept(size: tuple[int, int]) -> None:
 def opened(image: Pixels.Image, kind: str = "PNG", **how: object) -> np.ndarray:
     file = BytesIO()
     image.save(file, kind, **how)
-    return np.asarray(images.open_image({"bytes": file.getvalue(), "path": None}, "here"))
+    return np.asarray(open_image({"bytes": file.getvalue(), "path": None}, "here"))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -101,7 +102,7 @@ def test_an_orientation_that_is_damaged_turns_nothing() -> None:
     exif = Pixels.Exif()
     exif[ExifTags.Base.Orientation] = 77
     hub.noise(0, (8, 12)).save(file, "PNG", exif=exif)
-    found = images.open_image({"bytes": file.getvalue(), "path": None}, "here")
+    found = open_image({"bytes": file.getvalue(), "path": None}, "here")
     np.testing.assert_array_equal(np.asarray(found), np.asarray(hub.noise(0, (8, 12))))
 
 
