@@ -9,7 +9,11 @@ at several learning rates. Measured is how far the mean loss falls, beyond what 
 on the clients' own examples (each trains for itself), and on the server's test set after their updates
 are averaged (all train the layer together). A statistic of the probe is useful if it orders the layers
 as these two do: printed is Spearman's rank correlation over the layers. Printed too is what the clients
-reach together if each trains the layer that a statistic gives it, beside the best layer for all.
+reach together if each trains the layer that a statistic gives it, averaged over those that trained a
+layer or over all, beside what they reach if all train the layer with the largest mean, and the layer
+that turns out best for all.
+
+The steps are those of the run's optimiser. `loss_decrease` and `newton_decrease` measure one of SGD.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
-from layerfed.client.local_optimizers import LocalSGD
+from layerfed.client.local_optimizers import LocalAdamW, LocalSGD
 from layerfed.client.probe import probe_layers
 from layerfed.client.training import train_update
 from layerfed.client.workbench import Workbench
@@ -47,6 +51,15 @@ STATISTICS = (
     "grad_signal_sq",
     "loss_decrease",
     "newton_decrease",
+)
+
+# Who chooses the layer, by which statistic, and the key of what all reach together.
+MASKS = (
+    ("the best layer for all, known afterwards", "", "best"),
+    ("one layer for all by ‖g‖²", "grad_norm_sq", "shared"),
+    ("each its own by ‖g‖²", "grad_norm_sq", "together"),
+    ("the same, over the cohort", "grad_norm_sq", "damped"),
+    ("each its own by signal, over the cohort", "grad_signal_sq", "damped"),
 )
 
 
@@ -101,6 +114,7 @@ def measured(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return a row for each learning rate and layer, and one for each rate and statistic."""
     layers, train = bench.resident.layers, bench.config.train
+    optimizer = LocalAdamW if train.optimizer == "adamw" else LocalSGD
     rng = np.random.default_rng(bench.config.run.seed)
     test = some_of(bench.task.test_examples(), tested, rng)
     own = {c: some_of(bench.examples(c)[0], tested // len(clients), rng) for c in clients}
@@ -134,7 +148,7 @@ def measured(
                     mask,
                     islice(batches(client, 1), train.local_steps or 5),
                     bench.loss(client),
-                    partial(LocalSGD, lr=rate),
+                    partial(optimizer, lr=rate),
                 )
                 own_updates[client] = update
                 with moved(bench, update):
@@ -154,6 +168,8 @@ def measured(
         for name in STATISTICS:
             chosen = {client: int(np.argmax(probes[client][name])) for client in clients}
             row = {"rate": rate, "statistic": name, "chosen": chosen}
+            mean = np.mean([p[name] for p in probes.values()], axis=0)
+            row["shared"] = found[None][1] - found[int(np.argmax(mean))][1]
             for key, all_of in (("together", False), ("damped", True)):
                 trained = {c: updates[chosen[c]][c] for c in clients}
                 with moved(bench, averaged(trained, sizes, all_of=all_of)):
@@ -162,10 +178,10 @@ def measured(
     return rows, choices
 
 
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Draw what each layer gave, and what its gradient's norm promised."""
+def draw(rows: list[dict[str, Any]], choices: list[dict[str, Any]], file: Path) -> None:
+    """Draw what each layer gave, what its gradient's norm promised, and what masks of one's own gain."""
     rates = list(dict.fromkeys(row["rate"] for row in rows))
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
     for rate in rates:
         own = [row for row in rows if row["rate"] == rate]
         for axis, key in zip(axes[:2], ("local", "together"), strict=True):
@@ -176,10 +192,21 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     axes[0].set_title("each for itself: fall of the own loss")
     axes[1].set_title("together: fall of the test loss")
     axes[2].set_title("share of ‖g‖²")
+    axes[3].set_title("together, by who chooses")
+    for place, (label, name, key) in enumerate(MASKS):
+        heights = [c[key] for c in choices if c["statistic"] == name]
+        if key == "best":
+            heights = [
+                max(row["together"] for row in rows if row["rate"] == rate) for rate in rates
+            ]
+        axes[3].bar(np.arange(len(rates)) + place / 6, heights, width=1 / 6, label=label)
+    axes[3].set_xticks(np.arange(len(rates)) + 1 / 3, [f"η = {rate:g}" for rate in rates])
     for axis in axes:
         axis.axhline(0, color="0.3", lw=0.8)
+    for axis in axes[:3]:
         axis.set_xlabel("layer trained beside the head")
     axes[0].legend()
+    axes[3].legend(fontsize="x-small")
     figure.savefig(file, dpi=110)
 
 
@@ -200,8 +227,8 @@ def main(
     population = bench.config.federation.population
     chosen = [population * i // clients for i in range(clients)]
     train = bench.config.train
-    if train.optimizer != "sgd" or train.momentum:
-        raise SystemExit("the run has another optimiser than SGD, whose steps are measured here")
+    if train.momentum:
+        raise SystemExit("the run has momentum, and steps without it are measured here")
     values = [float(rate) for rate in rates.split(",") if rate] or [train.lr]
     rows, choices = measured(bench, chosen, values, tested)
     table = Table("η", "statistic", "each for itself", "together")
@@ -214,7 +241,9 @@ def main(
             ]
             table.add_row(f"{rate:g}", name, *(f"{rank:+.2f}" for rank in ranks))
     Console().print(table)
-    masks = Table("η", "each trains its largest", "layers", "together", "over all", "best for all")
+    masks = Table("η", "each trains its largest", "layers", "together", "over all")
+    masks.add_column("its largest mean for all")
+    masks.add_column("best for all")
     for choice in choices:
         own = [row for row in rows if row["rate"] == choice["rate"]]
         best = max(own, key=lambda row: float(row["together"]))
@@ -226,6 +255,7 @@ def main(
             layers,
             f"{choice['together']:+.4f}",
             f"{choice['damped']:+.4f}",
+            f"{choice['shared']:+.4f}",
             shared,
         )
     Console().print(masks)
@@ -233,7 +263,7 @@ def main(
         found = {"layers": rows, "choices": choices}
         json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if figure:
-        draw(rows, figure)
+        draw(rows, choices, figure)
 
 
 if __name__ == "__main__":

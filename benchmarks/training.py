@@ -2,6 +2,7 @@
 
     python -m benchmarks.training --shapes vit,xlmr --json training.json
     python -m benchmarks.training --shapes llama-1b --methods run --storage bfloat16
+    python -m benchmarks.training --shapes vit-b32 --storage float32 --device cuda --compile
 
 `head`, `top`, `middle`, `bottom` and `all` are steps of LayerFed on those blocks and the head. `kept` is
 `top` with the outputs of all blocks below kept (`train.prefix-cache`), in an epoch after the first.
@@ -17,10 +18,14 @@ Each number is of a process of its own, and its memory is the peak of the proces
 GPU. Weights are random. LLaMA is read from a checkpoint in bfloat16 that is written first (2.2 and
 13.5 GB); `llama-7b` needs a GPU, on which its weights are drawn. Further settings, such as
 `train.precision=bfloat16`, are for all methods.
+
+With `--compile` each block goes through `torch.compile`, and for `plain` and `lora` the whole model;
+`longest` is the step that compiled.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -32,7 +37,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast, get_args
 
@@ -80,6 +84,7 @@ LLAMA = {"num_attention_heads": 32, "vocab_size": 32000, "pad_token_id": 0}
 SHAPES = {
     "vit": Shape("layerfed/vit", 32, 32),
     "vit-b32": Shape("open_clip/ViT-B-32", 32, 224),
+    "efficientnet": Shape("timm/tf_efficientnet_lite0", 64, 224),
     "xlmr": Shape(
         "", 16, 64, ("xlm-roberta", {"vocab_size": 250002, "max_position_embeddings": 514})
     ),
@@ -193,13 +198,19 @@ class Clock:
         self.times.append(time.perf_counter())
 
     @property
+    def steps(self) -> list[float]:
+        """The seconds of each step; the first counts FLOPs and is left out."""
+        return [later - sooner for sooner, later in itertools.pairwise(self.times[1:])]
+
+    @property
     def seconds(self) -> float:
-        """The median of the steps; the first counts FLOPs and is left out."""
-        pairs = zip(self.times[1:], self.times[2:], strict=False)
-        return statistics.median(later - sooner for sooner, later in pairs)
+        """The median of the steps."""
+        return statistics.median(self.steps)
 
 
-def plain_steps(task: Rows, model: nn.Module, clock: Clock, precision: str) -> tuple[float, float]:
+def plain_steps(
+    task: Rows, model: nn.Module, clock: Clock, precision: str, compiled: bool
+) -> tuple[float, float]:
     """Return seconds and FLOPs of a step as PyTorch's tutorials have it."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     flops = 0.0
@@ -211,6 +222,9 @@ def plain_steps(task: Rows, model: nn.Module, clock: Clock, precision: str) -> t
         flops = flops or float(cast(TotalFlops, counter).total)
         optimizer.step()
         optimizer.zero_grad()
+        if compiled and number == 0:
+            # Not before: torch 2.11 compiles nothing that it first met while FLOPs were counted.
+            model.compile()
     return clock.seconds, flops
 
 
@@ -225,7 +239,7 @@ def closed_form(
     return total + above + sum(found[name] for name in chosen)
 
 
-def measured(method: str, settings: list[str]) -> dict[str, float]:
+def measured(method: str, settings: list[str], compiled: bool) -> dict[str, float]:
     """Measure one method in this process."""
     config = load_config(None, settings)
     device = choose_device(config.run.device)
@@ -254,8 +268,14 @@ def measured(method: str, settings: list[str]) -> dict[str, float]:
             adapters = peft.LoraConfig(r=16, target_modules="all-linear")
             model = cast(nn.Module, peft.get_peft_model(model, adapters))
             task.logits = partial(_through, task.logits)  # type: ignore[method-assign]
-        seconds, flops = plain_steps(task, model.train(), clock, how.precision)
-        return {"seconds": seconds, "flops": flops, "before": before, "peak": process_peak(device)}
+        seconds, flops = plain_steps(task, model.train(), clock, how.precision, compiled)
+        return {
+            "seconds": seconds,
+            "longest": max(clock.steps),
+            "flops": flops,
+            "before": before,
+            "peak": process_peak(device),
+        }
     resident = ResidentModel(task.build_model, task.layers, device, config.model.storage)
     layers = resident.layers
     if method in PROBES:
@@ -276,12 +296,15 @@ def measured(method: str, settings: list[str]) -> dict[str, float]:
         floor = 0.0 if cache else closed_form(task, resident.model, layers, batch, mask)
         with resident.borrowed(layers.trained(mask)):
             train = partial(train_layers, resident.model, layers, mask, cache=cache, how=how)
-            if cache:
+            if cache or compiled:
                 train([batch], task.loss, optimizer)
+            for name in (name for block in layers.blocks if compiled for name in block.modules):
+                resident.model.get_submodule(name).compile()
             result = train(clock, task.loss, optimizer)
         flops = result.flops / result.steps
     return {
         "seconds": clock.seconds,
+        "longest": max(clock.steps),
         "flops": flops,
         "floor": floor,
         "before": before,
@@ -355,12 +378,13 @@ def main(
     folder: Annotated[
         Path | None, typer.Option(help="keep written checkpoints here for the next time")
     ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="with torch.compile")] = False,
     further: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...")] = None,
     child: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure, print a table, and write it as JSON."""
     if child:
-        print("\n" + json.dumps(measured(methods, json.loads(child))))
+        print("\n" + json.dumps(measured(methods, json.loads(child), compiled)))
         return
     with one_line_errors(ConfigError):
         wanted = named(shapes, tuple(SHAPES), "--shapes")
@@ -372,18 +396,22 @@ def main(
     with ExitStack() as stack:
         beside = tempfile.TemporaryDirectory(prefix="layerfed-training-")
         root = folder or Path(stack.enter_context(beside))
-        for name, kind in product(wanted, kinds):
+        for name, kind in itertools.product(wanted, kinds):
             settings = settings_of(SHAPES[name], kind, device, root / name, further or ())
             for way in ways:
                 program = sys.executable, "-m", "benchmarks.training"
                 done = subprocess.run(
-                    [*program, "--methods", way, "--child", json.dumps(settings)],
+                    [
+                        *(*program, "--methods", way, "--child", json.dumps(settings)),
+                        *(["--compile"] if compiled else []),
+                    ],
                     env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0"},
                     capture_output=True,
                     text=True,
                     check=False,
                 )
                 row: dict[str, Any] = {"shape": name, "method": way, "storage": kind}
+                row["compiled"] = compiled
                 if done.returncode:
                     row["error"] = done.stderr.strip().splitlines()[-1]
                 else:
@@ -402,7 +430,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         if row["method"] == "plain" and "flops" in row
     }
     table = Table("shape", "storage", "trained", "s a step", "x floor", "GFLOPs", "floor")
-    for column in ("peak MB", "rise MB"):
+    for column in ("peak MB", "rise MB", "longest s"):
         table.add_column(column, justify="right")
     for row in rows:
         if "error" in row:
@@ -417,6 +445,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{floor / 1e9:.2f}" if floor else "",
             f"{row['peak'] / 1e6:.0f}",
             f"{(row['peak'] - row['before']) / 1e6:.0f}" if "before" in row else "",
+            f"{row['longest']:.1f}" if row["compiled"] and "longest" in row else "",
         )
         table.add_row(row["shape"], row["storage"], row["method"], *numbers)
     Console().print(table)
