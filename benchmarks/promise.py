@@ -181,7 +181,7 @@ def measured(
 def draw(rows: list[dict[str, Any]], choices: list[dict[str, Any]], file: Path) -> None:
     """Draw what each layer gave, what its gradient's norm promised, and what masks of one's own gain."""
     rates = list(dict.fromkeys(row["rate"] for row in rows))
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3.2), layout="constrained")
     for rate in rates:
         own = [row for row in rows if row["rate"] == rate]
         for axis, key in zip(axes[:2], ("local", "together"), strict=True):
@@ -206,7 +206,9 @@ def draw(rows: list[dict[str, Any]], choices: list[dict[str, Any]], file: Path) 
     for axis in axes[:3]:
         axis.set_xlabel("layer trained beside the head")
     axes[0].legend()
-    axes[3].legend(fontsize="x-small")
+    figure.legend(
+        *axes[3].get_legend_handles_labels(), loc="outside right center", fontsize="small"
+    )
     figure.savefig(file, dpi=110)
 
 
