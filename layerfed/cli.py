@@ -287,7 +287,7 @@ def _plan(
         return load_plan(file, given[1:], seeds=numbers, only=words(only)), Path("runs/tables")
     if only:
         raise ConfigError(f"--only {only} is for table files, which have several experiments")
-    base = read_settings(settings).simulated()
+    base = read_settings(settings)
     names = words(strategies) or list(STRATEGIES)
     plan = Plan(
         name="table",

@@ -252,7 +252,7 @@ class Plan:
             read = {*section_keys(strategy.Options, "strategy."), *option_keys()}
             unread = self._own_options() - read
             base = {k: v for k, v in experiment.base.to_flat().items() if k not in unread}
-            config = RunConfig.from_flat(base | settings)
+            config = RunConfig.from_flat(base | settings).simulated()
             if not strategy.exists(config):
                 return None
             config = checked(config)

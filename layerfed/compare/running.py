@@ -107,6 +107,11 @@ def compare(
         then.
     """
     cells = plan.cells(directory)
+    if not cells:
+        raise ConfigError(
+            f"none of the strategies ({', '.join(row.strategy for row in plan.rows)}) exists with these "
+            "budgets and settings: there is nothing to run"
+        )
     with alone_in(directory) as lock, TemporaryDirectory(prefix="layerfed-") as scratch:
         found = {cell: standing(cell) for cell in cells}
         output = Output(plan, cells, directory)

@@ -151,6 +151,11 @@ def _row(name: str, settings: Mapping[str, Any], file: Path) -> Row:
     if not row.folder:
         raise ConfigError(f"{file}: row '{name}' needs a letter or a digit in its name")
     refuse_grid_keys(row.settings, f"{file}: row '{name}'", but="strategy.name")
+    if scored := [key for key in ("task.metric", "task.name") if key in row.settings]:
+        raise ConfigError(
+            f"{file}: row '{name}' has {scored[0]}, and differences to rows with another score mean "
+            "nothing; give it in [set] or in an experiment"
+        )
     return row
 
 
@@ -166,7 +171,7 @@ def _experiment(
     try:
         base = RunConfig.from_flat(
             load_config(file.parent / section.conf).to_flat() | settings | overridden(overrides)
-        ).simulated()
+        )
     except ConfigError as error:
         raise ConfigError(f"experiment '{name}': {error}") from None
     return Experiment(

@@ -125,6 +125,13 @@ class SelectionProblem:
                 f"consistency is {self.consistency}; expected a finite number: for identical "
                 "choices give any λ above the sum of the gains"
             )
+        with np.errstate(over="ignore"):
+            most = float(np.abs(values).sum()) + abs(float(self.consistency)) * n * n * layers
+        if not np.isfinite(most):
+            raise ValueError(
+                "values and consistency are so large that the objective is no finite number; divide "
+                "both by the same number"
+            )
         depth = None
         if self.depth_costs is not None:
             depth = _finite("depth_costs", self.depth_costs)

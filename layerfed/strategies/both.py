@@ -20,7 +20,8 @@ class Both(SelectiveStrategy):
     """Each client trains layers from both ends [S, section V].
 
     An odd budget spends its last layer at the output. A client with room for one layer only trains the
-    one at the output. If every client has room for one only, the strategy is undefined and refused.
+    one at the output. Budgets that never hold two of the cheapest layers are refused. Where they may,
+    and every client draws room for one, or the layer at the input costs too much, all train as `top`.
     """
 
     name = "both"

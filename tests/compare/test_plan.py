@@ -50,7 +50,7 @@ def test_a_cell_is_its_experiment_with_budget_row_and_seed_on_top() -> None:
     changed = {
         key: value
         for key, value in cell.config.to_flat().items()
-        if checked(base).to_flat()[key] != value
+        if checked(base.simulated()).to_flat()[key] != value
     }
     assert changed == {
         "strategy.period": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -73,6 +74,12 @@ def test_another_configuration_is_refused_and_another_place_is_not(cell: Cell) -
         file.write_text(json.dumps(flat | {key: value}))
         with pytest.raises(ConfigError, match=rf"another configuration \({key} differ\)"):
             standing(cell)
+
+
+def test_a_comparison_without_runs_is_refused(tmp_path: Path) -> None:
+    nothing = dataclasses.replace(plan(), rows=[Row("both")])
+    with pytest.raises(ConfigError, match=r"strategies \(both\) exists .* nothing to run"):
+        compare(nothing, tmp_path)
 
 
 # ------------------------------------------------------------------------------ a whole comparison

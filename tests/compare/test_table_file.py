@@ -78,6 +78,13 @@ def test_experiments_and_seeds_can_be_chosen(table: Path) -> None:
         load_plan(table, only=["three"])
 
 
+def test_a_row_with_more_clients_has_them_all_in_a_round(table: Path) -> None:
+    table.write_text(table.read_text().replace("strategy.period = 2", "federation.clients = 30"))
+    cells = load_plan(table).cells(Path("x"))
+    sizes = {(c.row, c.config.federation.clients_per_round) for c in cells}
+    assert sizes == {("full", 10), ("every second round", 30)}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
@@ -93,6 +100,7 @@ def test_experiments_and_seeds_can_be_chosen(table: Path) -> None:
         ("train.lr = 0.5", "run.seed = 5", "experiment 'one': run.seed is decided by seeds"),
         ("strategy.period = 2", "strategy.perod = 2", "unknown key 'strategy.perod'"),
         ("strategy.period = 2", "budget.layers = 2", "budget.layers is decided by budgets"),
+        ("strategy.period = 2", "task.metric = 'loss'", "has task.metric, and differences to rows"),
         ("full = {}", "fll = {}", "row 'fll': strategy.name = 'fll' is not allowed"),
         ("full = {}", 'full = {}\n"!" = {}', "row '!' needs a letter or a digit"),
         ("full = 90", "fll = 90", "experiments.one.paper: 'fll' is no row"),

@@ -40,6 +40,8 @@ def build(**changes: Any) -> SelectionProblem:
         ({"budgets": [1.0, np.nan]}, r"budgets\[1\] is nan"),
         ({"consistency": np.inf}, "consistency is inf; expected a finite number"),
         ({"consistency": np.nan}, "consistency is nan"),
+        ({"consistency": -1e308}, "so large that the objective is no finite number"),
+        ({"values": [[1e308] * 3] * 2}, "so large that the objective is no finite number"),
         ({"depth_costs": [0.0, 1.0, 2.0]}, "depth_costs increases with the layer index"),
         ({"depth_costs": [2.0, 1.0]}, r"depth_costs has shape \(2,\)"),
         ({"depth_costs": [2.0, 1.0, -1.0]}, r"depth_costs\[2\] is -1.0"),
