@@ -223,7 +223,7 @@ def plain_steps(
         optimizer.step()
         optimizer.zero_grad()
         if compiled and number == 0:
-            # Not before: torch 2.11 compiles nothing that it first met while FLOPs were counted.
+            # Not before: with torch 2.11 nothing was, probably since FLOPs are counted in a mode.
             model.compile()
     return clock.seconds, flops
 
