@@ -20,7 +20,7 @@ GPU. Weights are random. LLaMA is read from a checkpoint in bfloat16 that is wri
 `train.precision=bfloat16`, are for all methods.
 
 With `--compile` each block goes through `torch.compile`, and for `plain` and `lora` the whole model;
-`longest` is the step that compiled.
+`longest` is the step that compiled, and `graphs` how many graphs it made: at 0 nothing was compiled.
 """
 
 from __future__ import annotations
@@ -182,6 +182,11 @@ def process_peak(device: torch.device) -> float:
     return float(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
+def graphs_compiled() -> int:
+    """Return how many graphs `torch.compile` has made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 class Clock:
     """Yields a batch again and again, and notes when it is asked for the next one."""
 
@@ -201,6 +206,11 @@ class Clock:
     def steps(self) -> list[float]:
         """The seconds of each step; the first counts FLOPs and is left out."""
         return [later - sooner for sooner, later in itertools.pairwise(self.times[1:])]
+
+    @property
+    def longest(self) -> float:
+        """The seconds of the longest step, the first one too."""
+        return max(later - sooner for sooner, later in itertools.pairwise(self.times))
 
     @property
     def seconds(self) -> float:
@@ -271,7 +281,7 @@ def measured(method: str, settings: list[str], compiled: bool) -> dict[str, floa
         seconds, flops = plain_steps(task, model.train(), clock, how.precision, compiled)
         return {
             "seconds": seconds,
-            "longest": max(clock.steps),
+            "longest": clock.longest,
             "flops": flops,
             "before": before,
             "peak": process_peak(device),
@@ -304,7 +314,7 @@ def measured(method: str, settings: list[str], compiled: bool) -> dict[str, floa
         flops = result.flops / result.steps
     return {
         "seconds": clock.seconds,
-        "longest": max(clock.steps),
+        "longest": clock.longest,
         "flops": flops,
         "floor": floor,
         "before": before,
@@ -384,7 +394,8 @@ def main(
 ) -> None:
     """Measure, print a table, and write it as JSON."""
     if child:
-        print("\n" + json.dumps(measured(methods, json.loads(child), compiled)))
+        found = measured(methods, json.loads(child), compiled)
+        print("\n" + json.dumps(found | ({"graphs": graphs_compiled()} if compiled else {})))
         return
     with one_line_errors(ConfigError):
         wanted = named(shapes, tuple(SHAPES), "--shapes")
@@ -430,7 +441,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         if row["method"] == "plain" and "flops" in row
     }
     table = Table("shape", "storage", "trained", "s a step", "x floor", "GFLOPs", "floor")
-    for column in ("peak MB", "rise MB", "longest s"):
+    for column in ("peak MB", "rise MB", "longest s", "graphs"):
         table.add_column(column, justify="right")
     for row in rows:
         if "error" in row:
@@ -446,6 +457,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{row['peak'] / 1e6:.0f}",
             f"{(row['peak'] - row['before']) / 1e6:.0f}" if "before" in row else "",
             f"{row['longest']:.1f}" if row["compiled"] and "longest" in row else "",
+            str(row.get("graphs", "")),
         )
         table.add_row(row["shape"], row["storage"], row["method"], *numbers)
     Console().print(table)

@@ -8,12 +8,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ACCURACY", "LOSS", "Score", "score_of"]
+__all__ = ["ACCURACY", "LOSS", "TAKEN", "Score", "score_of"]
 
 # Rounding of sums may take a value this far beyond a bound.
 ROUNDING = 1e-6
 # How people write the parts of a name.
 TITLES = {"f1": "F1", "ece": "ECE", "rmse": "RMSE", "mae": "MAE", "r2": "R²"}
+
+# What the lines and columns of a run's and a comparison's files are called besides scores.
+TAKEN = frozenset(
+    {
+        *("round", "rounds", "partition", "examples", "client", "group", "loss", "best_accuracy"),
+        *("bytes_up", "bytes_down", "bytes_full_up", "bytes_full_down", "updates", "seconds"),
+        *("e1", "e2", "e2_masks", "engine", "device", "torch", "layerfed", "metric", "value"),
+        *("best_value", "experiment", "row", "budget", "seed", "folder"),
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,13 @@ def predictions(saved: SavedRun, files: Iterable[Path]) -> Iterator[dict[str, An
         means = iter(found.means or [()] * len(found.names))
         with torch.inference_mode():
             for batch in found.examples.in_order(size, CPU):
-                rows = task.kind.predicted(task, saved.model, batch)
+                try:
+                    rows = task.kind.predicted(task, saved.model, batch)
+                except RuntimeError as error:
+                    raise ConfigError(
+                        f"the model does not take what task.name = '{saved.config.task.name}' read "
+                        f"in {file}: {str(error).splitlines()[0]}"
+                    ) from error
                 if len(rows) != (inputs := len(next(iter(batch.values())))):
                     raise ConfigError(
                         f"task.name = '{saved.config.task.name}' predicted {len(rows)} rows for "

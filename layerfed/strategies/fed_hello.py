@@ -89,7 +89,8 @@ def groups(scores: np.ndarray) -> np.ndarray:
     """
     ranked = np.sort(scores)
     if len(ranked) < 3:
-        return np.asarray(4.0 - len(ranked) + np.argsort(np.argsort(scores)))
+        rank = np.unique(scores, return_inverse=True)[1]
+        return np.asarray(3.0 + rank - rank.max())
 
     def spread(cuts: tuple[int, int]) -> float:
         return sum(len(part) * float(np.var(part)) for part in np.split(ranked, cuts))

@@ -26,7 +26,8 @@ from layerfed.config import (
 )
 from layerfed.config.seeding import Stream, generator
 from layerfed.digests import content_digest, digest
-from layerfed.exchange.scores import LOSS, Score
+from layerfed.exchange.metrics import METRICS
+from layerfed.exchange.scores import LOSS, TAKEN, Score
 from layerfed.models.adapters import adapted_layers, insert_adapters
 from layerfed.models.layers import LayerMap, LayerMapError
 from layerfed.models.trace import Forward
@@ -226,6 +227,12 @@ class Task(ABC):
                 f"train.augment = '{config.train.augment}' has no use for task.name = "
                 f"'{section.name}': {self.never_augmented}"
             )
+        for name in (score.name for score in self.kind.scores):
+            if name in TAKEN or name in METRICS:
+                raise ConfigError(
+                    f"task.name = '{section.name}': {self.kind.__name__} cannot call a score '{name}', "
+                    "since the files of runs call something else so; choose another name"
+                )
         names = [score.name for score in self.scores]
         if section.metric and section.metric not in names:
             raise ConfigError(

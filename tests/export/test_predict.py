@@ -125,6 +125,17 @@ def test_an_input_without_a_prediction_shifts_no_other() -> None:
         rows_of(Some, torch.zeros(3, 2))
 
 
+def test_inputs_that_the_model_does_not_take_are_refused_with_their_file() -> None:
+    class Narrow(SingleLabel):
+        @staticmethod
+        def predicted(task: Any, model: nn.Module, batch: Any) -> list[dict[str, Any]]:
+            nn.Linear(3, 2)(batch["x"])
+            return []
+
+    with pytest.raises(ConfigError, match=r"does not take what .* read in .*test_predict.py: mat1"):
+        rows_of(Narrow, torch.zeros(3, 2))
+
+
 def test_lists_and_mappings_fit_into_csv() -> None:
     row = {"input": "x", "labels": ["a", "b"], "scores": {"a": 0.9, "b": 0.6}}
     text, lines = io.StringIO(), io.StringIO()

@@ -71,6 +71,7 @@ def test_groups_are_those_of_the_best_three_means(scores: list[float]) -> None:
 def test_few_layers_have_groups_too() -> None:
     assert groups(np.array([5.0])).tolist() == [3.0]
     assert groups(np.array([5.0, 1.0])).tolist() == [3.0, 2.0]
+    assert groups(np.array([5.0, 5.0])).tolist() == [3.0, 3.0]
 
 
 def test_layers_of_the_highest_group_are_drawn_three_times_as_often() -> None:

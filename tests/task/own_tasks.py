@@ -69,6 +69,20 @@ class Sides(Points):
         return Examples.of({"x": x, "label": (x.sum(1) > 0).long(), "group": group})
 
 
+class Taken(Unsaid):
+    """A score that the files would lose: their lines have a number of rounds."""
+
+    class kind(SingleLabel):  # noqa: N801
+        scores = (Score("rounds"),)
+
+
+class Measured(Unsaid):
+    """A score called as a number that clients state."""
+
+    class kind(SingleLabel):  # noqa: N801
+        scores = (*SingleLabel.scores, Score("flops"))
+
+
 class Kappa(SingleLabel):
     """Scores of its own, of NumPy's types, one of them undefined."""
 

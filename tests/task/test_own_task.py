@@ -13,6 +13,8 @@ import torch
 from layerfed.config import ConfigError, RunConfig, load_config, run_keys
 from layerfed.deploy.federation import known_to_flower
 from layerfed.engine import run_on
+from layerfed.exchange.scores import TAKEN
+from layerfed.report.comparison import RUN_COLUMNS
 from layerfed.runs import read_lines
 from layerfed.server_app import finite
 from layerfed.strategies import option_keys
@@ -114,6 +116,16 @@ def test_the_main_score_is_chosen_by_name(tmp_path: Path) -> None:
 def test_settings_are_checked_where_they_enter(settings: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_task(load_config(None, [f"task.name={OWN}:Sum", *settings]))
+
+
+@pytest.mark.parametrize(("name", "score"), [("Taken", "rounds"), ("Measured", "flops")])
+def test_a_score_cannot_be_called_as_the_files_call_something_else(name: str, score: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}': kind cannot call a score '{score}'"):
+        load_task(load_config(None, [f"task.name={OWN}:{name}"]))
+
+
+def test_no_column_of_a_comparison_can_be_a_score() -> None:
+    assert set(RUN_COLUMNS) - TAKEN == {"accuracy"}
 
 
 @pytest.mark.parametrize("given", ["task.noise=0.5", "task.options=noise=0.5"])
