@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import promise
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(
     path.name for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")
@@ -49,6 +51,27 @@ def test_an_unknown_name_is_refused(
     assert run(*command.split()) == 2  # type: ignore[operator]
 
     assert command.split()[-1] in capsys.readouterr().err or command.endswith("1")
+
+
+def test_the_figure_of_masks_has_a_bar_for_each_who_chooses_and_rate(tmp_path: Path) -> None:
+    rates = 0.01, 0.1
+    rows = [
+        {"rate": rate, "local": 0.1, "together": 0.2 * layer, "grad_norm_sq": 1.0 + layer}
+        for rate in rates
+        for layer in range(3)
+    ]
+    names = {name for _, name, _ in promise.MASKS if name}
+    made = [
+        {"rate": rate, "statistic": name, "shared": 0.1, "together": 0.2, "damped": 0.3}
+        for rate in rates
+        for name in sorted(names)
+    ]
+    promise.draw(rows, made, tmp_path / "masks.png")
+    axes = promise.plt.gcf().axes
+    heights = [[bar.get_height() for bar in bars] for bars in axes[3].containers]
+    assert heights == [[0.4, 0.4], [0.1, 0.1], [0.2, 0.2], [0.3, 0.3], [0.3, 0.3]]
+    promise.plt.close()
+    assert (tmp_path / "masks.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -114,7 +114,7 @@ def refuse_different_masks(flat: Mapping[str, Any], masks: str) -> None:
             strategy,
             OWN_LAYERS,
             "use top, bottom, cyclic, full, head, fedtlu with side=server, or ilp with a large "
-            "consistency",
+            "consistency (strategy.consistency=100)",
         )
     kind, low, high = flat["budget.kind"], flat["budget.min"], flat["budget.max"]
     if kind == "per-node" or (kind == "half-normal" and low != high):

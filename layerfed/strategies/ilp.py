@@ -66,19 +66,19 @@ class ILP(SelectiveStrategy):
     scaled down to that, and a warning says so. Otherwise the other clients' gains would be rounding
     errors beside its own (`limit_weights`).
 
-    Three options leave the paper's program. All are further linear terms, so the same solvers prove
-    their optima. `penalty = "affordable"` does not charge a client for having more than a poorer one
-    (`forgive_richer`). `switching` charges for leaving the layers of the last selection
-    (`charge_switching`). `consistency = "auto"` solves (P1) for each λ of a ladder, and takes the masks
-    for which the theory predicts the lowest error floor, E1 + E2, from the norms of this probe and the
-    disagreement of the last round's updates (`predicted_floor`). The terms' constants are not known, so
-    they count alike.
+    Three options leave the paper's program, the first one by default. All are further linear terms, so
+    the same solvers prove their optima. `consistency = "auto"` solves (P1) for each λ of a ladder, and
+    takes the masks for which the theory predicts the lowest error floor, E1 + E2, from the norms of
+    this probe and the disagreement of the last round's updates (`predicted_floor`). The terms'
+    constants are not known, so they count alike. `penalty = "affordable"` does not charge a client for
+    having more than a poorer one (`forgive_richer`). `switching` charges for leaving the layers of the
+    last selection (`charge_switching`).
     """
 
     class Options(Section):
         """Settings of the integer program."""
 
-        consistency: Consistency = 0.1
+        consistency: Consistency = "auto"
         """λ. With 0 each client gets its own best layers; larger values make masks more equal, and
         negative values make them differ. "auto" chooses it in each selection."""
         consistency_scale: Literal["relative", "raw"] = "relative"

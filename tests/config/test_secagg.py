@@ -22,6 +22,10 @@ TOP = "strategy.name=top"
             ["strategy.name = 'fedtlu'", "side=server"],
         ),
         (
+            ["strategy.name=ilp"],
+            ["strategy.name = 'ilp'", "strategy.consistency=100"],
+        ),
+        (
             ["strategy.name=ilp", "strategy.consistency=0"],
             ["strategy.name = 'ilp'", "ilp with a large consistency"],
         ),
@@ -56,7 +60,7 @@ def test_settings_that_exclude_each_other_are_refused(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["strategy.name=ilp"],
+        ["strategy.name=ilp", "strategy.consistency=0.1"],
         [TOP],
         ["strategy.name=full", "budget.kind=half-normal"],
         ["strategy.name=ilp", "strategy.consistency=100", "budget.kind=half-normal"],

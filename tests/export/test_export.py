@@ -237,6 +237,8 @@ def test_adapters_are_merged_or_load_in_peft(family: str, tmp_path: Path) -> Non
     asks = family == "questions"
     table.write_text("question,A,B,C\nw1 w2,yes,no,maybe\n" if asks else "text\nw1 w2 w3\n")
     ours = scores_of(saved, table)
+    with pytest.raises(ConfigError, match=r"tell the base's place on this machine, .*model; leave"):
+        export_run(saved, tmp_path / "adapter", "peft", "me/adapter")
     export_run(saved, tmp_path / "adapter", "peft")
     export_run(saved, tmp_path / "out")
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter")

@@ -38,6 +38,7 @@ TOLERANCE = 1e-4
 COMMON = (
     "run.seed=0",
     "run.threads=1",
+    "strategy.consistency=0.1",
     "run.evaluate-every=2",
     "run.checkpoint-every=0",
     "federation.clients=10",

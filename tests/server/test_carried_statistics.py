@@ -388,7 +388,8 @@ def test_what_epsilon_covers_depends_on_whose_norms_of_weights_are_measured(
     settings: list[str], covers: str
 ) -> None:
     config = configured(
-        *("strategy.statistic=param_norm_sq", "privacy.mode=local", *settings),
+        *("strategy.statistic=param_norm_sq", "strategy.consistency=0.1"),
+        *("privacy.mode=local", *settings),
         *("privacy.noise=1", "model.batch-norm=frozen"),
     )
     strategy = build_strategy(config, workbench(config.to_flat()).resident.layers)

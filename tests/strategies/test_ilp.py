@@ -185,8 +185,8 @@ def test_measured_costs_are_rounded_and_the_choice_says_so() -> None:
     noisy = (1 + 0.05 * rng.standard_normal((6, 24))).tolist()
     case = candidates([3.0] * 6, noisy, table)
 
-    rounded = ILP(LAYERS).select(case)
-    exact = ILP(LAYERS, solver_rounding=0.0).select(case)
+    rounded = ILP(LAYERS, consistency=0.1).select(case)
+    exact = ILP(LAYERS, consistency=0.1, solver_rounding=0.0).select(case)
 
     assert 0.0 < rounded.rounding <= 0.02
     assert exact.rounding == 0.0
@@ -274,7 +274,8 @@ def test_any_statistic_can_be_the_gain(name: str) -> None:
     for record in result.rounds:
         assert not record.failures
         assert record.selection is not None
-        assert list(record.selection.statistics) == [name]
+        # The norms are what λ is found by.
+        assert list(record.selection.statistics) == list(dict.fromkeys([name, "grad_norm_sq"]))
         assert record.metrics["flops_probe"] > 0 or name == "param_norm_sq"
 
 
@@ -327,10 +328,11 @@ def test_one_client_does_not_decide_the_consistency_that_is_found() -> None:
 @pytest.mark.parametrize(
     ("options", "masks"),
     [
-        ({}, "shared"),
-        ({"penalty": "affordable"}, "within-budget"),
+        ({"consistency": 0.1}, "shared"),
+        ({"consistency": 0.1, "penalty": "affordable"}, "within-budget"),
         ({"consistency": 0.0}, "own"),
-        ({"consistency": "auto", "penalty": "affordable"}, "own"),
+        ({}, "own"),
+        ({"penalty": "affordable"}, "own"),
     ],
 )
 def test_what_its_masks_are_like_follows_from_its_options(

@@ -36,6 +36,12 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def test_class_numbers_of_a_byte_count_as_others() -> None:
+    outputs, labels = drawn(1, 12, 3), torch.arange(12) % 3
+    found = [tally(SingleLabel, outputs, kind).found() for kind in (labels, labels.byte())]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("classes", [2, 5])
 def test_scores_of_classes_are_those_of_scikit_learn(classes: int) -> None:
     outputs = 2 * drawn(0, 60, classes + 1)  # the last class never occurs
