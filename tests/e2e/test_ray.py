@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,24 @@ def config(deaths: Path) -> RunConfig:
         *("task.name=tests.node_tasks:Deadly", f"task.data={deaths}"),
         *("budget.kind=half-normal", "strategy.name=ilp"),
     )
+
+
+def test_each_of_several_gpus_has_an_actor_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray is told of two GPUs, which need not be there: what it shares out is their numbers."""
+    monkeypatch.setattr(ray, "init", partial(ray.init, num_cpus=2, num_gpus=2))
+    config = configured("federation.clients-per-round=6")
+    with RayGrid(Actors(5, cpus=0.5, gpus=1.0), 6, config.to_flat()) as grid:
+        deadline = time.monotonic() + PATIENCE
+        while len(grid._idle) < 2:
+            grid._welcome()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert not grid._starting
+        seen = [
+            actor.__ray_call__.remote(lambda _: os.environ["CUDA_VISIBLE_DEVICES"])
+            for actor in grid._idle
+        ]
+        assert sorted(ray.get(seen)) == ["0", "1"]
 
 
 def test_what_stays_on_clients_is_that_of_one_process() -> None:
