@@ -26,6 +26,11 @@ from layerfed.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = ROOT / "examples/baselines/layer_selection"
+# What a project states in place of a default: the baseline is the paper's rule, with one λ.
+STATED: dict[Path, dict[str, Any]] = {
+    ROOT / "pyproject.toml": {},
+    BASELINE / "pyproject.toml": {"strategy.consistency": 0.1},
+}
 BEGIN, END = "# Made by `make generate`.\n", "# End of what is made.\n"
 
 
@@ -68,9 +73,9 @@ def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
 
 
-def _pyproject(text: str) -> str:
+def _pyproject(text: str, stated: dict[str, Any]) -> str:
     lines: list[str] = []
-    for key, value in defaults().items():
+    for key, value in (defaults() | stated).items():
         section, _, name = key.partition(".")
         if (header := f"[tool.flwr.app.config.{section}]") not in lines:
             lines += ["", header] if lines else [header]
@@ -110,9 +115,9 @@ def _commands() -> str:
 
 def generated() -> dict[Path, str]:
     """Return the generated files with their right content."""
-    projects = (ROOT / "pyproject.toml", BASELINE / "pyproject.toml")
+    projects = {f: _pyproject(f.read_text(encoding="utf-8"), own) for f, own in STATED.items()}
     return {
-        **{file: _pyproject(file.read_text(encoding="utf-8")) for file in projects},
+        **projects,
         ROOT / "docs/configuration.md": _table(),
         ROOT / "docs/cli.md": _commands(),
     }

@@ -77,6 +77,8 @@ def test_the_baseline_is_layerfed_itself(monkeypatch: pytest.MonkeyPatch) -> Non
         tomllib.loads((place / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
         for place in (ROOT, BASELINE)
     )
+    # The baseline is the paper's rule, with one λ for all rounds.
+    assert app["config"].pop("strategy") == ours["config"].pop("strategy") | {"consistency": 0.1}
     assert app["config"] == ours["config"]
     assert sum(f.stat().st_size for f in BASELINE.rglob("*.*") if f.is_file()) < 1e6
 
