@@ -128,8 +128,8 @@ class ILP(SelectiveStrategy):
             )
         if options.consistency == "auto" and options.consistency_scale == "raw":
             raise ConfigError(
-                "strategy.consistency = 'auto' chooses among relative values; set "
-                "strategy.consistency-scale=relative"
+                "strategy.consistency = 'auto' chooses among relative values; give a number, such as "
+                "strategy.consistency=10, or set strategy.consistency-scale=relative"
             )
 
     def check(self) -> None:

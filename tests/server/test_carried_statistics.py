@@ -380,6 +380,8 @@ def test_norms_of_weights_are_public_at_the_global_model_and_no_longer_after_tra
     [
         (["strategy.probe=before"], "updates and selection"),
         (["strategy.probe=after"], "updates"),
+        # Norms of gradients are what λ is found by.
+        (["strategy.consistency=auto"], "updates"),
         # Of a personal block nothing is public, and clients add noise to its norm as well.
         (["model.personal=blocks.0"], "updates"),
     ],
