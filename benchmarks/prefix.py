@@ -5,9 +5,9 @@
         model.weights=embedded train.batch-size=16 federation.clients-per-round=4 --within net.
 
 Digits, or another configuration's job, on the shipped ViT, whose 12 blocks are selected in the top
-quarter only: the top block, one of the three at random for each client, or all three. All clients train
-for five local epochs in each round. FLOPs are those that clients count as they compute; seconds are
-those of their training.
+quarter only: the top block, one of the three at random for each client, the one that the method
+chooses, or all three. All clients train for five local epochs in each round. FLOPs are those that
+clients count as they compute; seconds are those of their training.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ def main(
     """Measure, print a table, and write it as JSON."""
     given = list(job or [])
     conf = Path(given.pop(0)) if given and "=" not in given[0] else None
+    quarter = (
+        f"model.blocks={', '.join(within + block for block in QUARTER)}",
+        f"model.head={within}norm, {within}head",
+    )
     selections = {
         "top block": ("strategy.name=top",),
-        "one of the quarter": (
-            "strategy.name=random",
-            f"model.blocks={', '.join(within + block for block in QUARTER)}",
-            f"model.head={within}norm, {within}head",
-        ),
+        "one at random": ("strategy.name=random", *quarter),
+        "one by ilp": ("strategy.name=ilp", *quarter),
         "whole quarter": ("strategy.name=top", "budget.layers=3"),
     }
     rows = []
