@@ -594,6 +594,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _theory(self) -> Self:
+        if self.strategy.theory and self.train.skip != "none":
+            raise ConfigError(
+                f"train.skip = '{self.train.skip}' does not go with strategy.theory = true: E1 needs "
+                "the gradients of all layers, and a client has none of the blocks that it skips; set "
+                "strategy.theory=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warm(self) -> Self:
         for section in (self.train, self.server):
             if section.lr_warmup >= self.federation.rounds:

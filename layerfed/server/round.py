@@ -415,7 +415,8 @@ class Round:
         known = {layer: norm for layer, norm in norms_sq.items() if norm is not None}
         self.disagreement = self._spread.disagreement(known)
         selection = record.selection
-        at_model = selection is not None and selection.measured is None
+        # Gradients of an earlier model, or of networks without some blocks, are not those of this model.
+        at_model = selection is not None and selection.measured is None and selection.runs is None
         if selection is not None and at_model and "grad_norm_sq" in selection.statistics:
             record.e1 = importance_term(
                 selection.statistics["grad_norm_sq"],

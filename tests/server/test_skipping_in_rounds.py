@@ -47,6 +47,7 @@ def test_no_client_trains_or_sends_a_block_that_it_skips(way: str, rule: str) ->
     runs = {}
     for record in found.rounds:
         assert record.failures == []
+        assert record.e1 is None  # clients have no gradients of what they skip
         assert record.selection is not None
         masks, selected = record.selection.choice.masks, record.selection.runs
         assert selected is not None
@@ -123,6 +124,7 @@ def test_rates_are_those_of_the_rules() -> None:
         (["train.skip=random", "train.skip-rate=0.6"], "above 0.5"),
         (["train.skip=substack", "train.prefix-cache=5"], "train.prefix-cache"),
         (["train.skip=substack", "secagg.enabled=true", "strategy.name=top"], "train.skip"),
+        (["train.skip=random", "strategy.theory=true"], "train.skip = 'random'.*E1"),
         (["train.skip=half"], "'substack'"),
         (["train.skip-rate=1"], "train.skip-rate"),
     ],
