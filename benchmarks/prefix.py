@@ -7,7 +7,7 @@
 Digits, or another configuration's job, on the shipped ViT, whose 12 blocks are selected in the top
 quarter only: the top block, one of the three at random for each client, the one that the method
 chooses, or all three. All clients train for five local epochs in each round. FLOPs are those that
-clients count as they compute; seconds are those of their training.
+clients count as they compute, with the probe; seconds are those of their training.
 """
 
 from __future__ import annotations
@@ -72,8 +72,10 @@ def main(
         for before, after in zip(plain, kept, strict=True):
             if before.get("flops"):
                 row: dict[str, Any] = {"selected": selected, "round": before["round"]}
-                for key in ("flops", "train_seconds", "train_loss"):
+                for key in ("flops", "flops_probe", "train_seconds", "train_loss"):
                     row |= {key: before[key], f"{key}_kept": after[key]}
+                for key in ("flops", "flops_kept"):
+                    row[key] += row[key.replace("flops", "flops_probe")]
                 row["hits"] = after["prefix_hits"]
                 rows.append(row)
     table = Table("selected", "round", "GFLOPs", "kept", "times fewer", "hits", "s", "s kept")

@@ -175,6 +175,7 @@ def _measured(
         lr=settings.lr,
         checkpointing=bench.step.checkpointing,
         blocks=asked.blocks,
+        cache=bench.prefix,
     )
     if node.protection is not None:
         covered = of_data(statistics, bench.resident.layers, at_global=at_global)

@@ -41,6 +41,8 @@ class Passes:
     precision : {"float32", "bfloat16"}
     lr : float
         η, the step of one local step of SGD.
+    low : int
+        The block at which a pass begins, if the batch has outputs of those below.
 
     Attributes
     ----------
@@ -58,6 +60,7 @@ class Passes:
         loss: LossFn,
         precision: str = "float32",
         lr: float = 0.01,
+        low: int = 0,
     ) -> None:
         self.batch, self.lr, self.flops = batch, lr, 0.0
         self._model, self._loss, self._precision = model, loss, precision
@@ -65,7 +68,7 @@ class Passes:
         self._parameters = [[named[name] for name in block.parameters] for block in blocks]
         places = owners(model)
         self._owners = [[places[name] for name in block.parameters] for block in blocks]
-        self._kind = ("probe", tuple(block.name for block in blocks))
+        self._low, self._kind = low, ("probe", low, tuple(block.name for block in blocks))
         self.weights = [[p.detach() for p in block] for block in self._parameters]
         self.device = next(iter(named.values())).device
 
@@ -81,7 +84,7 @@ class Passes:
             with torch.no_grad(), autocast(self.device, self._precision):
                 return self._loss(self._model, self.batch)
 
-        return self._counted("forward", self.batch, forward)
+        return self._counted(("forward", self._low), self.batch, forward)
 
     def backward(self, visit: Visitor, batch: Batch | None = None) -> Tensor:
         """Give the gradients of every measured block to a visitor, and return the loss.

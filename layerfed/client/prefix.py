@@ -286,14 +286,14 @@ class PrefixCache:
     ----------
     splits : dict[Hashable, Split]
         How the model is cut, by block and the shape of an example.
-    refused : set[int]
-        The blocks below which the model cannot be cut.
+    refused : dict[int, str]
+        The blocks below which the model cannot be cut, and why.
     """
 
     resident: ResidentModel
     limit: float
     splits: dict[Hashable, Split] = field(default_factory=dict)
-    refused: set[int] = field(default_factory=set)
+    refused: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.kept = Kept(self.limit)
@@ -322,10 +322,10 @@ class PrefixCache:
         return lambda model, batch: resumed(model, prefix.joined(model, batch, logits))
 
     def refuse(self, low: int, why: str) -> None:
-        """Keep nothing below a block from now on, and say so the first time."""
-        if not self.refused:
+        """Keep nothing below a block from now on, and say each reason once."""
+        if why not in self.refused.values():
             log(WARNING, "train.prefix-cache keeps nothing below block %d: %s", low, why)
-        self.refused.add(low)
+        self.refused[low] = why
 
 
 @dataclass

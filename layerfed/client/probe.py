@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from layerfed.client.devices import wide
 from layerfed.client.passes import Passes
+from layerfed.client.prefix import PrefixCache
 from layerfed.client.statistics import STATISTICS, Statistic, load_statistic
 from layerfed.client.training import LossFn, counting, recomputed, selected_layers
 from layerfed.models.layers import LayerMap
@@ -40,6 +41,7 @@ def probe_layers(
     lr: float = 0.01,
     checkpointing: bool = False,
     blocks: Sequence[bool] | None = None,
+    cache: PrefixCache | None = None,
 ) -> tuple[dict[str, list[float]], float]:
     """Compute statistics of every block's gradient, each averaged over the batches.
 
@@ -60,6 +62,8 @@ def probe_layers(
         Whether activations inside blocks are computed again in backward, and not kept.
     blocks : Sequence[bool], optional
         The blocks that are measured, of length L; by default all.
+    cache : PrefixCache, optional
+        Keeps the outputs of the blocks that are not measured and never changed. It is of the same model.
 
     Returns
     -------
@@ -78,12 +82,18 @@ def probe_layers(
     total_flops = 0.0
     chosen = [b for b, on in zip(layers.blocks, blocks or repeat(True), strict=False) if on]
     names = [block.name for block in chosen]
+    # Every round probes the model as it is then: what changed is not met a second time.
+    low = min(layers.blocks.index(chosen[0]), cache.resident.lowest_changed) if cache else 0
+    prefix = cache and cache.below(low, precision)
+    resumed = prefix.resuming(loss) if prefix else loss
     with selected_layers(model, layers, names), ExitStack() as stack:
         model.eval()  # θ^t itself is probed: no dropout, no drift of BatchNorm's statistics
         if checkpointing:
             stack.enter_context(recomputed(model, layers, names))
         for batch in counting(batches, loss):
-            passes = Passes(model, chosen, batch, loss, precision, lr)
+            if prefix:
+                batch = prefix.joined(model, batch, loss)
+            passes = Passes(model, chosen, batch, resumed, precision, lr, low)
             columns = iter(_single(passes, single).T if single else ())
             table = [s.measure(passes) if s.passes else next(columns) for s in of_data.values()]
             rows.append(np.array([column.cpu().double().numpy() for column in table]))
@@ -96,7 +106,7 @@ def probe_layers(
             parameters = dict(model.named_parameters())
             own = ([parameters[p].detach() for p in block.parameters] for block in chosen)
             found[name] = [float(statistic([], weights)) for weights in own]
-    return {name: found[name] for name in wanted}, total_flops
+    return {name: found[name] for name in wanted}, total_flops + (prefix.flops if prefix else 0.0)
 
 
 def _single(passes: Passes, statistics: Sequence[Statistic]) -> Tensor:
