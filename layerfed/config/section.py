@@ -44,6 +44,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
+SCALARS = ("str", "int", "float", "bool")
 WORDS = {"yes": True, "true": True, "on": True, "1": True}
 WORDS |= {"no": False, "false": False, "off": False, "0": False}
 
@@ -162,11 +163,16 @@ def explain(error: ValidationError, keys: Sequence[str], prefix: str = "") -> st
             )
         elif finding["type"] == "value_error":
             lines.append(str(finding["ctx"]["error"]))
+        elif finding["loc"][-1] in SCALARS:  # one finding for each type that a setting may have
+            lines.append(
+                f"{key.rpartition('.')[0]} = {finding['input']!r} is not allowed: it should be text, a "
+                "finite number, true or false"
+            )
         else:
             rule = finding["msg"].removeprefix("Input should be ")
             close = nearest(str(finding["input"]), re.findall(r"'([^']*)'", rule))
             lines.append(f"{key} = {finding['input']!r} is not allowed: it should be {rule}{close}")
-    return "; ".join(lines)
+    return "; ".join(dict.fromkeys(lines))
 
 
 def section_keys(section: type[Section], prefix: str = "") -> list[str]:

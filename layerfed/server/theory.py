@@ -67,12 +67,18 @@ def mask_divergence(trained: Any, total: float) -> Any:
 
 
 def predicted_floor(
-    grad_norm_sq: np.ndarray, examples: np.ndarray, masks: np.ndarray, disagreement: float
+    grad_norm_sq: np.ndarray,
+    examples: np.ndarray,
+    masks: np.ndarray,
+    disagreement: float,
+    able: np.ndarray,
 ) -> float:
     """Predict E1 + E2 of masks before training, with E2's part that masks cause.
 
-    E1 is that of `importance_term`. For E2, χ_l follows from the masks, with α_i among these clients,
-    and κ_l² is the share `disagreement` of Σ_i α_i ‖g_{i,l}‖², which is its upper bound.
+    E1 is that of `importance_term`. For E2, χ_l follows from the masks, with α_i among the clients that
+    could train layer l, and κ_l² is the share `disagreement` of Σ_i α_i ‖g_{i,l}‖², which is its upper
+    bound. No mask gives a layer to the other clients: were they counted, a layer that few can afford
+    would seem better off untrained.
 
     Parameters
     ----------
@@ -84,13 +90,15 @@ def predicted_floor(
         Booleans, shape (n, L).
     disagreement : float
         In [0, 1]; see `UpdateSpread.disagreement`.
+    able : numpy.ndarray
+        Booleans, shape (n, L): whether a client affords the layer. Those that train it do.
     """
-    shares = examples / examples.sum()
-    trained, norms = shares @ masks, shares @ grad_norm_sq
+    counts = examples[:, None] * (able | masks)
+    shares = counts / np.maximum(counts.sum(axis=0), 1)
+    trained, norms = (shares * masks).sum(axis=0), (shares * grad_norm_sq).sum(axis=0)
     moved = np.asarray(masks.any(axis=0))
     chi = mask_divergence(trained[moved], 1.0)
-    spread = float((chi * norms[moved]).sum())
-    return importance_term(grad_norm_sq, examples, moved) + disagreement * spread
+    return float(norms[~moved].sum() + disagreement * (chi * norms[moved]).sum())
 
 
 class UpdateSpread:

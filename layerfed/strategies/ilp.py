@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -70,9 +71,10 @@ class ILP(SelectiveStrategy):
     the same solvers prove their optima. `consistency = "auto"` solves (P1) for each λ of a ladder, and
     takes the masks for which the theory predicts the lowest error floor, E1 + E2, from the norms of
     this probe and the disagreement of the last round's updates (`predicted_floor`). The terms'
-    constants are not known, so they count alike. `penalty = "affordable"` does not charge a client for
-    having more than a poorer one (`forgive_richer`). `switching` charges for leaving the layers of the
-    last selection (`charge_switching`).
+    constants are not known, so they count alike. Masks that train something go before those that train
+    nothing, and of equal floors the smallest λ is taken. `penalty = "affordable"` does not charge a
+    client for having more than a poorer one (`forgive_richer`). `switching` charges for leaving the
+    layers of the last selection (`charge_switching`).
     """
 
     class Options(Section):
@@ -119,12 +121,18 @@ class ILP(SelectiveStrategy):
 
     @classmethod
     def refuse(cls, options: Options, config: RunConfig) -> None:
-        """Refuse a ladder in units that no ladder can have, and wealth of networks that differ."""
+        """Refuse what a search for λ cannot know, and wealth of networks that differ."""
         if options.penalty == "affordable" and config.train.skip != "none":
             raise ConfigError(
                 f"strategy.penalty = 'affordable' does not go with train.skip = '{config.train.skip}': "
                 "budgets are compared by what all layers cost, and each client skips others; set "
                 "strategy.penalty=paper"
+            )
+        if options.consistency == "auto" and config.train.skip != "none":
+            raise ConfigError(
+                f"strategy.consistency = 'auto' does not go with train.skip = '{config.train.skip}': it "
+                "needs the gradients of all layers, and a client has none of the blocks that it skips; "
+                "give a number, such as strategy.consistency=0.1"
             )
         if options.consistency == "auto" and options.consistency_scale == "raw":
             raise ConfigError(
@@ -152,18 +160,39 @@ class ILP(SelectiveStrategy):
             candidates, candidates.statistics[options.statistic], options.solver_rounding
         )
         if options.consistency != "auto":
-            return self._solved(problem, candidates, options.consistency, rounding)
-        choices = [self._solved(problem, candidates, each, rounding) for each in LADDER]
+            return self._solved(
+                problem, candidates, options.consistency, rounding, options.solver_seconds
+            )
+        until, choices = time.monotonic() + options.solver_seconds, list[Choice]()
+        for number, value in enumerate(LADDER):
+            left = max(until - time.monotonic(), 0.01 * options.solver_seconds)
+            seconds = left / (len(LADDER) - number)
+            choices.append(self._solved(problem, candidates, value, rounding, seconds))
         disagreement = float(self.kept.get("disagreement", 1.0))
-        norms, counts = candidates.bounded(NORMS), candidates.counts
-        best = min(
-            zip(LADDER, choices, strict=True),
-            key=lambda pair: predicted_floor(norms, counts, pair[1].masks, disagreement),
+        # What stays on a client is never averaged.
+        names = self.layers.personal
+        personal = [i for i, block in enumerate(self.layers.blocks) if block.name in names]
+        norms, able = (
+            np.delete(table, personal, axis=1)
+            for table in (candidates.bounded(NORMS), problem.affordable)
         )
-        return replace(best[1], consistency=best[0])
+        floors = []
+        for choice in choices:
+            masks = np.delete(choice.masks, personal, axis=1)
+            floors.append(predicted_floor(norms, candidates.counts, masks, disagreement, able))
+        # A round that trains nothing is lost, whatever the theory says of its masks.
+        useful = [i for i, choice in enumerate(choices) if choice.masks.any()] or [0]
+        lowest = min(floors[i] for i in useful)
+        best = next(i for i in useful if floors[i] <= lowest * (1.0 + 1e-9))
+        return replace(choices[best], consistency=LADDER[best])
 
     def _solved(
-        self, problem: SelectionProblem, candidates: Candidates, consistency: float, rounding: float
+        self,
+        problem: SelectionProblem,
+        candidates: Candidates,
+        consistency: float,
+        rounding: float,
+        seconds: float,
     ) -> Choice:
         options, constant = self.options, 0.0
         # λ and the switching cost in the unit of gains.
@@ -175,8 +204,7 @@ class ILP(SelectiveStrategy):
             problem, constant = charge_switching(problem, last, options.switching * own)
         if options.penalty == "affordable":
             problem = forgive_richer(problem)
-        ladder = len(LADDER) if options.consistency == "auto" else 1
-        limits = (options.solver_seconds / ladder, options.solver_gap)
+        limits = (seconds, options.solver_gap)
         choice = solved(problem, candidates, options.solver, *limits, constant=constant)
         return replace(choice, rounding=rounding)
 

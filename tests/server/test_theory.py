@@ -136,12 +136,20 @@ def test_the_predicted_floor_has_the_two_terms(seed: int, examples: list[int]) -
     gradients = rng.standard_normal((len(examples), 4, 5))
     norms, d = (gradients**2).sum(axis=2), np.array(examples, dtype=float)
     masks = rng.random((len(examples), 4)) < 0.5
-    moved = masks.any(axis=0)
-    shares = d / d.sum()
-    expected = importance_term(norms, d, moved)
-    for layer in np.flatnonzero(moved):
-        weights = masks[:, layer] * shares
-        weights = weights / weights.sum()
-        chi = float(((weights - shares) ** 2 / shares).sum())
-        expected += 0.3 * chi * float(shares @ norms[:, layer])
-    assert predicted_floor(norms, d, masks, 0.3) == pytest.approx(expected)
+    able = masks | (rng.random(masks.shape) < 0.7)
+    expected = 0.0
+    for layer in range(4):
+        own = able[:, layer]
+        if not own.any():
+            continue
+        shares = d[own] / d[own].sum()
+        size, trains = float(shares @ norms[own, layer]), masks[own, layer]
+        if trains.any():
+            weights = trains * shares / (trains @ shares)
+            size *= 0.3 * float(((weights - shares) ** 2 / shares).sum())
+        expected += size
+    assert predicted_floor(norms, d, masks, 0.3, able) == pytest.approx(expected)
+    moved, everyone = masks.any(axis=0), np.ones_like(masks)
+    assert predicted_floor(norms, d, masks, 0.0, everyone) == pytest.approx(
+        importance_term(norms, d, moved)
+    )

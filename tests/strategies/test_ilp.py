@@ -219,6 +219,32 @@ def test_lambda_is_found_where_the_predicted_floor_is_lowest() -> None:
     assert len({tuple(mask) for mask in choice.masks}) == 1
 
 
+def test_lambda_is_found_where_few_clients_afford_a_layer() -> None:
+    """Those that afford none do not count, or the theory would say that nobody should train."""
+    norms = np.random.default_rng(0).lognormal(sigma=0.3, size=(10, 4)).tolist()
+    case = candidates([1] * 4 + [0] * 6, [1.0] * 4, {"grad_norm_sq": norms})
+    choice = ILP(LAYERS, consistency="auto").select(case)
+    assert choice.masks.any(axis=1).tolist() == [True] * 4 + [False] * 6
+
+
+def test_masks_that_train_nothing_are_the_last_resort() -> None:
+    """Where updates disagree wholly, a layer for a third of the clients costs twice what it gives."""
+    norms = [[9.0, 0.1, 0.1, 0.1], [0.1, 9.0, 0.1, 0.1], [0.1, 0.1, 9.0, 0.1], *[[0.1] * 4] * 3]
+    case = candidates([1] * 3 + [0] * 3, [1.0] * 4, {"grad_norm_sq": norms})
+    assert not ILP(LAYERS, consistency=3.0).select(case).masks.any()
+    assert ILP(LAYERS, consistency="auto").select(case).masks.sum(axis=0).tolist() == [1, 1, 1, 0]
+    zeros = candidates([0] * 6, [1.0] * 4, {"grad_norm_sq": norms})
+    assert ILP(LAYERS, consistency="auto").select(zeros).consistency == 0.0
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 1e-6])
+def test_of_equal_floors_the_smallest_lambda_is_found(scale: float) -> None:
+    """Half of the clients train it, or nobody does: the theory says the same of both."""
+    norms = scale * np.array([[6.06, 3.73, 1.43, 0.3], [1.0, 1.93, 0.28, 1.48]])
+    case = candidates([1, 0], [1.0] * 4, {"grad_norm_sq": norms.tolist()})
+    assert ILP(LAYERS, consistency="auto").select(case).consistency == 0.0
+
+
 @pytest.mark.usefixtures("tiny_task")
 def test_a_run_finds_and_records_lambda_and_resumes_alike() -> None:
     settings = ["strategy.consistency=auto", "budget.kind=half-normal", "budget.max=3"]
@@ -286,11 +312,15 @@ def test_options_that_mean_nothing_together_are_refused() -> None:
         (["strategy.statistic=gradnorm"], "unknown statistic 'gradnorm'; known: grad_norm_sq"),
         (["strategy.penalty=none"], "strategy.penalty = 'none'"),
         (
-            ["strategy.penalty=affordable", "train.skip=substack"],
+            ["strategy.penalty=affordable", "strategy.consistency=0.1", "train.skip=substack"],
             r"strategy\.penalty = 'affordable' does not go with train\.skip = 'substack'",
         ),
         (["strategy.consistency=true"], "it should be a number, or auto"),
-        (["strategy.consistency=nan"], "strategy.consistency"),
+        (
+            ["strategy.consistency=nan"],
+            "^strategy.consistency = nan is not allowed: it should be text, a finite number, true",
+        ),
+        (["train.skip=random"], r"'auto' does not go with train\.skip = 'random'"),
         (["strategy.switching=-1"], "strategy.switching = -1"),
         (
             ["strategy.consistency=auto", "secagg.enabled=true"],
