@@ -210,6 +210,7 @@ def _round(
         "solver": row["solver"],
         "seconds": row["seconds"],
         "gap": row["gap"],
+        "consistency": row.get("consistency"),
         "bound": row["bound"],
         "rounding": row.get("rounding", 0.0),
         "objective": row["objective"],

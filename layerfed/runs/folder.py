@@ -529,7 +529,7 @@ def _selection_line(round_record: RoundRecord, record: SelectionRecord) -> dict[
     if choice.schedules is not None:
         line["schedules"] = [masks.astype(int).tolist() for masks in choice.schedules]
     if choice.consistency is not None:
-        line["consistency"] = choice.consistency
+        line |= {"consistency": choice.consistency, "disagreement": choice.disagreement}
     if choice.ranks is not None:
         line["ranks"] = choice.ranks.tolist()
     if choice.sent is not None:

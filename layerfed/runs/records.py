@@ -35,6 +35,8 @@ class Choice:
         Booleans: the layers that each client sends, if those are not all that it trains.
     consistency : float, optional
         The relative λ that the strategy found, if it was not given.
+    disagreement : float, optional
+        The share of clients' updates that their mean loses, by which it was found.
     ranks : numpy.ndarray, optional
         The number of ranks of its adapters that each client trains, the first ones, shape (n,); by
         default all.
@@ -49,6 +51,7 @@ class Choice:
     schedules: Sequence[np.ndarray] | None = None
     sent: np.ndarray | None = None
     consistency: float | None = None
+    disagreement: float | None = None
     ranks: np.ndarray | None = None
 
     @property

@@ -184,7 +184,7 @@ class ILP(SelectiveStrategy):
         useful = [i for i, choice in enumerate(choices) if choice.masks.any()] or [0]
         lowest = min(floors[i] for i in useful)
         best = next(i for i in useful if floors[i] <= lowest * (1.0 + 1e-9))
-        return replace(choices[best], consistency=LADDER[best])
+        return replace(choices[best], consistency=LADDER[best], disagreement=disagreement)
 
     def _solved(
         self,

@@ -538,6 +538,7 @@
           ['solver', row.solver === 'rule' ? 'a rule, no solver' : row.solver], ['time of the selection', show('seconds', row.seconds)],
           ['gap to the proven bound', known(row.gap) ? (row.gap === 0 ? '0 (optimal)' : show('percent', row.gap)) : null],
           ['objective of (P1)', known(row.objective) ? show('number', row.objective) : null], ['bound', known(row.bound) ? show('number', row.bound) : null],
+          ['λ that was found', known(row.consistency) ? show('number', row.consistency) : null],
           ['gain of the masks', known(row.gain) ? show('number', row.gain) : null],
           ['penalty by λ', known(row.penalty) ? `${show('number', Math.abs(row.penalty) < 1e-9 * row.gain ? 0 : row.penalty)}${part(row.penalty, row.gain)}` : null],
           ['gain given up for λ', known(lost) ? `${show('number', lost < 1e-9 * row.best_gain ? 0 : lost)}${part(lost, row.best_gain)}` : null],

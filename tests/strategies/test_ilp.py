@@ -251,7 +251,12 @@ def test_a_run_finds_and_records_lambda_and_resumes_alike() -> None:
     result = run(configured(*settings), 3)
     for record in result.rounds:
         assert record.selection is not None
-        assert record.selection.choice.consistency in LADDER
+        choice = record.selection.choice
+        assert choice.consistency in LADDER
+        assert choice.disagreement is not None
+    # In the first round nothing is known of updates.
+    assert result.rounds[0].selection.choice.disagreement == 1.0  # type: ignore[union-attr]
+    assert 0.0 < result.rounds[1].selection.choice.disagreement < 1.0  # type: ignore[union-attr]
     check_resumed(configured(*settings, "strategy.switching=0.3"))
 
 
