@@ -163,7 +163,7 @@ def explain(error: ValidationError, keys: Sequence[str], prefix: str = "") -> st
             )
         elif finding["type"] == "value_error":
             lines.append(str(finding["ctx"]["error"]))
-        elif finding["loc"][-1] in SCALARS:  # one finding for each type that a setting may have
+        elif key.rpartition(".")[2] in SCALARS:  # one finding for each type that a setting may have
             lines.append(
                 f"{key.rpartition('.')[0]} = {finding['input']!r} is not allowed: it should be text, a "
                 "finite number, true or false"

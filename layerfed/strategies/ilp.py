@@ -183,7 +183,7 @@ class ILP(SelectiveStrategy):
         # A round that trains nothing is lost, whatever the theory says of its masks.
         useful = [i for i, choice in enumerate(choices) if choice.masks.any()] or [0]
         lowest = min(floors[i] for i in useful)
-        best = next(i for i in useful if floors[i] <= lowest * (1.0 + 1e-9))
+        best = next(i for i in useful if floors[i] <= lowest + 1e-9 * abs(lowest))
         return replace(choices[best], consistency=LADDER[best], disagreement=disagreement)
 
     def _solved(

@@ -245,6 +245,25 @@ def test_of_equal_floors_the_smallest_lambda_is_found(scale: float) -> None:
     assert ILP(LAYERS, consistency="auto").select(case).consistency == 0.0
 
 
+def test_noise_may_take_the_floor_below_zero() -> None:
+    """The norms of private clients have noise."""
+    norms = [[-3.0, -1.0, 2.0, -4.0], [-2.0, -5.0, 1.0, -1.0]]
+    case = candidates([1, 1], [1.0] * 4, {"grad_norm_sq": norms})
+    assert ILP(LAYERS, consistency="auto").select(case).consistency in LADDER
+
+
+def test_lambda_is_not_found_by_what_stays_on_clients() -> None:
+    """Block 0 in common or a block each: the first is better only if block 0 counts."""
+    norms = [[9.0, 10.0, 1.0, 1.0], [9.0, 1.0, 10.0, 1.0], [9.0, 1.0, 1.0, 10.0]]
+    case = candidates([1] * 3, [1.0] * 4, {"grad_norm_sq": norms})
+    found = []
+    for personal in (frozenset[str](), frozenset({LAYERS.blocks[0].name})):
+        strategy = ILP(replace(LAYERS, personal=personal), consistency="auto")
+        strategy.kept["disagreement"] = np.asarray(0.3)
+        found.append(strategy.select(case).masks.sum(axis=0).tolist())
+    assert found == [[3, 0, 0, 0], [0, 1, 1, 1]]
+
+
 @pytest.mark.usefixtures("tiny_task")
 def test_a_run_finds_and_records_lambda_and_resumes_alike() -> None:
     settings = ["strategy.consistency=auto", "budget.kind=half-normal", "budget.max=3"]
